@@ -1,0 +1,355 @@
+"""Byte-level byte-pair encoding: text to GPT-2's token ids, and back.
+
+A model reads numbers, so text is first cut into tokens, each with an id. Three steps do it:
+
+1. a pattern cuts the text into pieces: words, numbers, runs of punctuation, runs of spaces;
+2. each piece becomes its UTF-8 bytes, so that any text at all needs only 256 symbols;
+3. in each piece, the pair of neighbours that stands first in a list of merges is joined into
+   one longer symbol, then the next such pair, until no neighbours are in the list.
+
+With GPT-2's list of 50000 merges:
+
+    "Hello world"  ->  "Hello", " world"  ->  15496, 995
+
+The list is learned from text by joining, again and again, the pair that is most frequent. With
+an empty list every byte stays a token of its own: the byte model.
+
+After Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909), for the merges; Radford et al. 2019
+and https://github.com/openai/gpt-2/blob/master/src/encoder.py, for the bytes, the pattern and the
+files; https://github.com/karpathy/minbpe, for how to teach it; and
+https://github.com/openai/tiktoken, for what to do with broken Unicode.
+"""
+
+import codecs
+import json
+import os
+import re
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
+from operator import index
+from pathlib import Path
+
+import regex
+
+# GPT-2's pattern, letter for letter, since another one would give other ids. Read it as a list
+# of what a piece may be, the first that fits being taken: the ending of an English contraction;
+# letters; digits; other signs; white space. The last space before a word belongs to the word,
+# which is why most tokens begin with one. Hence \s+(?!\S): white space that something follows
+# gives its last character back. Two oddities must stay: only lower-case endings count ("DON'T" is
+# cut "DON", "'", "T"), and they count where no word precedes them (a line's first "'tis" is cut
+# "'t", "is"). \p{L} is a letter of any script and \p{N} any digit, which Python's own `re` does
+# not know. Nor do the two agree on \x1c to \x1f: white space to `re`, but not to `regex`, with
+# which OpenAI's encoder runs, nor to tiktoken.
+PIECE = regex.compile(
+    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+)
+
+# A coarser pattern that `re` runs three times as fast: a word with all that touches it and the one
+# white-space character before it, or the rest of the white space. It cuts only where PIECE cuts
+# as well, so its words can be encoded one by one, and most have been met before.
+SPACE, SOLID = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"  # what `regex` calls \s and \S
+WORD = re.compile(rf"{SPACE}?{SOLID}+|{SPACE}+(?!{SOLID})")
+
+ENDOFTEXT = "<|endoftext|>"  # stands between the documents that GPT-2 was trained on
+LONG_PIECE = 50  # bytes from which merge_long overtakes merge_short
+CACHE_ENTRIES = 2**17  # texts that a Cache holds before it starts afresh: some 25 MB
+CACHE_CHARS = 64  # longer texts are unlikely to come again
+
+TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")]
+
+
+def printable_bytes():
+    """Return {byte: the printable character that stands for it}, in the order of GPT-2's ids.
+
+    GPT-2's files are text: a merge is a line, its two halves parted by a space. Raw bytes would
+    break that, being newlines, spaces or no valid UTF-8, so each is written as a character one
+    can see. Those that Latin-1 shows stand for themselves; the 68 others (controls, blanks and
+    the soft hyphen) take the code points from 256 on: the space, byte 32, is the famous "Ġ".
+
+    >>> printable_bytes()[ord("A")], printable_bytes()[ord(" ")], printable_bytes()[0]
+    ('A', 'Ġ', 'Ā')
+    """
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
+    visible += range(ord("®"), ord("ÿ") + 1)
+    hidden = [byte for byte in range(256) if byte not in visible]
+    shown = {byte: chr(byte) for byte in visible}
+    return shown | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+CHAR_OF_BYTE = printable_bytes()
+BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
+
+
+def merge_short(ids, ranks, merged):
+    """Merge ids until no two neighbours are a pair of `ranks`; return what is left.
+
+    ids: one per byte of a piece. ranks: {(id, id): rank}, the lowest goes first, the leftmost
+    among equals. merged: the id that the merge of each rank makes.
+
+    >>> merge_short([7, 8, 9, 7, 8], {(8, 9): 0, (7, 8): 1}, [89, 78])
+    [7, 89, 78]
+    """
+    ids, never = list(ids), len(merged)
+    order = [ranks.get(pair, never) for pair in pairwise(ids)]
+    while order and (rank := min(order)) < never:
+        i = order.index(rank)
+        ids[i : i + 2] = [merged[rank]]
+        del order[i]
+        if i > 0:
+            order[i - 1] = ranks.get((ids[i - 1], ids[i]), never)
+        if i < len(order):
+            order[i] = ranks.get((ids[i], ids[i + 1]), never)
+    return ids
+
+
+def merge_long(ids, ranks, merged):
+    """Do what merge_short does, in n log n steps rather than n * n: a word may be a megabyte.
+
+    A heap hands out the pairs, best first. Merged ids keep the left one's place, the right one's
+    is emptied, and `before` and `after` lead from each id to its neighbours across the gaps.
+    """
+    n = len(ids)
+    ids = [*ids, None]  # one empty place past the end, which before[0] = -1 also finds
+    before, after = list(range(-1, n)), list(range(1, n + 1))
+    pairs = enumerate(pairwise(ids))
+    heap = [ranks[pair] * n + i for i, pair in pairs if pair in ranks]  # (rank, i) as one int
+    heapify(heap)
+    while heap:
+        rank, i = divmod(heappop(heap), n)
+        if ranks.get((ids[i], ids[after[i]])) != rank:
+            continue  # an earlier merge took one of the two
+        ids[i], ids[after[i]] = merged[rank], None
+        after[i] = after[after[i]]
+        before[after[i]] = i
+        for j, pair in (before[i], (ids[before[i]], ids[i])), (i, (ids[i], ids[after[i]])):
+            if pair in ranks:
+                heappush(heap, ranks[pair] * n + j)
+    return [id for id in ids if id is not None]
+
+
+class Cache(dict):
+    """A dict that computes what it lacks, and empties itself when it is full."""
+
+    def __init__(self, compute):
+        self.compute = compute
+
+    def __missing__(self, text):
+        value = self.compute(text)
+        if len(text) <= CACHE_CHARS:
+            if len(self) >= CACHE_ENTRIES:
+                self.clear()
+            self[text] = value
+        return value
+
+
+class Encoder:
+    """A byte-level BPE vocabulary, for both directions.
+
+    merges: pairs of pieces in printable form, first to be merged first. vocab: {piece: id}, by
+    default as GPT-2 numbers its own: the 256 bytes, what each merge makes, then <|endoftext|>.
+    A merge of pieces that the vocabulary lacks is a ValueError, as is all check_vocab refuses.
+
+    n_vocab: one more than the largest id. endoftext: its id, None where the vocabulary has none.
+
+    >>> encoder = Encoder([("Ġ", "a"), ("b", "c")])
+    >>> encoder.encode(" abc"), encoder.decode([256, 257]), encoder.endoftext, encoder.n_vocab
+    ([256, 257], ' abc', 258, 259)
+    """
+
+    def __init__(self, merges, vocab=None):
+        self.merges = [(left, right) for left, right in merges]
+        self.vocab = number_pieces(self.merges) if vocab is None else check_vocab(vocab)
+        self.n_vocab = max(self.vocab.values()) + 1
+        self.endoftext = self.vocab.get(ENDOFTEXT)
+        self._piece_of_id = {id: piece for piece, id in self.vocab.items()}
+        self._byte_ids = [self.vocab[CHAR_OF_BYTE[byte]] for byte in range(256)]
+        self._ranks, self._merged = rank_merges(self.merges, self.vocab)
+        self._ids_of_piece = Cache(self._encode_piece)
+        self._ids_of_word = Cache(self._encode_word)
+
+    def encode(self, text, allow_endoftext=False):
+        """Return the token ids of a string: list[int].
+
+        "<|endoftext|>" in it is text like any other, unless allow_endoftext makes it the one id
+        (where the vocabulary has it). Lone surrogates, which no UTF-8 can hold, become U+FFFD.
+        """
+        text = mend_surrogates(text)
+        if not allow_endoftext or self.endoftext is None:
+            return self._encode_plain(text)
+        first, *others = text.split(ENDOFTEXT)
+        ids = self._encode_plain(first)
+        for document in others:
+            ids += [self.endoftext, *self._encode_plain(document)]
+        return ids
+
+    def decode(self, ids):
+        """Return the text of an iterable of ids; bytes that are no UTF-8 become U+FFFD.
+
+        An id outside the vocabulary is a ValueError.
+        """
+        return self._decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_stream(self, ids):
+        """Yield the text of ids as they arrive, the same in all as decode(ids) returns.
+
+        A character whose bytes are spread over several tokens comes with the last of them.
+        """
+        utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for id in ids:
+            if text := utf8.decode(self._decode_bytes([id])):
+                yield text
+        if text := utf8.decode(b"", final=True):
+            yield text
+
+    def save(self, model_dir):
+        """Write the vocabulary to a folder, as get_encoder and Hugging Face's transformers read it.
+
+        Each file appears under its name only when it is complete.
+        """
+        folder = Path(model_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        merges = "".join(f"{left} {right}\n" for left, right in self.merges)
+        special = None if self.endoftext is None else ENDOFTEXT
+        config = {"tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": False}
+        config |= {f"{role}_token": special for role in ("bos", "eos", "unk")}
+        write_whole(folder / "vocab.json", json.dumps(self.vocab, ensure_ascii=False))
+        write_whole(folder / "merges.txt", "#version: 0.2\n" + merges)
+        write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2))
+
+    def _encode_plain(self, text):
+        if not self._ranks and max(self._byte_ids) < 256:  # the byte model needs but a table
+            return list(text.encode().translate(bytes(self._byte_ids)))
+        ids, ids_of_word = [], self._ids_of_word
+        for word in WORD.findall(text):
+            ids += ids_of_word[word]
+        return ids
+
+    def _encode_word(self, word):
+        ids = []
+        for piece in PIECE.findall(word):
+            ids += self._ids_of_piece[piece]
+        return ids
+
+    def _encode_piece(self, piece):
+        ids = [self._byte_ids[byte] for byte in piece.encode()]
+        merge = merge_short if len(ids) < LONG_PIECE else merge_long
+        return merge(ids, self._ranks, self._merged)
+
+    def _decode_bytes(self, ids):
+        ids = [index(id) for id in ids]
+        try:
+            printable = "".join([self._piece_of_id[id] for id in ids])
+        except KeyError as unknown:
+            raise ValueError(f"id {unknown} is not in the vocabulary of {self.n_vocab}") from None
+        return bytes([BYTE_OF_CHAR[char] for char in printable])
+
+
+def number_pieces(merges):
+    """Return {piece: id} in GPT-2's order: the bytes, what each merge makes, <|endoftext|>.
+
+    >>> list(number_pieces([("l", "o"), ("lo", "w")]).items())[-3:]
+    [('lo', 256), ('low', 257), ('<|endoftext|>', 258)]
+    """
+    made = [left + right for left, right in merges]
+    pieces = dict.fromkeys([*CHAR_OF_BYTE.values(), *made, ENDOFTEXT])  # two merges may make one
+    return {piece: id for id, piece in enumerate(pieces)}
+
+
+def rank_merges(merges, vocab):
+    """Return the merges as ids: {(left id, right id): rank} and [the id each rank makes]."""
+    ranks, merged = {}, []
+    for rank, (left, right) in enumerate(merges):
+        try:
+            ranks[vocab[left], vocab[right]] = rank
+            merged.append(vocab[left + right])
+        except KeyError as unknown:
+            problem = f"the vocabulary has no {unknown}, which merge {rank + 1} needs"
+            raise ValueError(f"{problem}: {left!r} + {right!r}") from None
+    return ranks, merged
+
+
+def check_vocab(vocab):
+    """Return vocab, or raise a ValueError that says why it is no {printable piece: id}."""
+    if not isinstance(vocab, dict):
+        raise ValueError("a vocabulary is one JSON object, from pieces to ids")
+    piece_of_id = {}
+    for piece, id in vocab.items():
+        if type(id) is not int or id < 0:
+            raise ValueError(f"the id of {piece!r} is {id!r}, not an integer from 0 up")
+        if id in piece_of_id:
+            raise ValueError(f"{piece_of_id[id]!r} and {piece!r} have the same id, {id}")
+        piece_of_id[id] = piece
+    if missing := [char for char in BYTE_OF_CHAR if char not in vocab]:
+        raise ValueError(f"{len(missing)} of the 256 bytes have no id, the first is {missing[0]!r}")
+    if strange := set("".join(vocab)) - BYTE_OF_CHAR.keys():
+        raise ValueError(f"{min(strange)!r} is in a piece, but stands for no byte")
+    return vocab
+
+
+def mend_surrogates(text):
+    """Join surrogates that form a pair; replace lone ones with U+FFFD, as tiktoken does.
+
+    Such halves of characters reach Python from UTF-16 and from undecodable file names.
+
+    >>> mend_surrogates("\\ud83d\\ude00 \\ud83d")
+    '😀 �'
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def get_encoder(model_name, models_dir):
+    """Read the Encoder of the folder models_dir/model_name, in OpenAI's or Hugging Face's layout.
+
+    FileNotFoundError where the folder has neither; ValueError, naming the file, where one is
+    malformed. From https://github.com/openai/gpt-2/blob/master/src/encoder.py.
+    """
+    vocab_file, merges_file = find_tokenizer(Path(models_dir) / model_name)
+    file = vocab_file
+    try:
+        vocab = check_vocab(json.loads(vocab_file.read_text("utf-8")))
+        file = merges_file
+        return Encoder(parse_merges(merges_file.read_text("utf-8")), vocab)
+    except ValueError as problem:  # what is wrong as JSON or UTF-8 is a ValueError, too
+        raise ValueError(f"{file}: {problem}") from None
+
+
+def find_tokenizer(folder):
+    """Return the paths of a folder's vocabulary and merges."""
+    for names in TOKENIZER_FILES:
+        paths = [folder / name for name in names]
+        if all(path.is_file() for path in paths):
+            return paths
+    expected = " or ".join(" + ".join(names) for names in TOKENIZER_FILES)
+    raise FileNotFoundError(f"no tokenizer in {folder}: expected {expected}")
+
+
+def parse_merges(text):
+    """Return the merges of a merges.txt or vocab.bpe: a pair of pieces a line, in rank order.
+
+    Only a first line may be a header; any other that begins with "#" merges number signs.
+
+    >>> parse_merges("#version: 0.2\\nĠ t\\n# #\\n")
+    [('Ġ', 't'), ('#', '#')]
+    """
+    lines = text.removesuffix("\n").split("\n") if text else []
+    header = 1 if lines and lines[0].startswith("#version") else 0
+    merges = [tuple(line.split(" ")) for line in lines[header:]]
+    for number, pair in enumerate(merges, header + 1):
+        if len(pair) != 2 or "" in pair:
+            raise ValueError(f"line {number} is {' '.join(pair)!r}, not two pieces and a space")
+    return merges
+
+
+def write_whole(path, text):
+    """Write a file that is seen either complete or not at all: under another name, then renamed."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
