@@ -1,0 +1,769 @@
+"""Model folders against transformers, safetensors and TensorFlow; broken ones against one line."""
+
+import contextlib
+import io
+import json
+import os
+import secrets
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import utils
+from encoder import Encoder
+
+REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+HPARAMS = {"n_vocab": 300, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
+
+
+@pytest.fixture
+def rng():
+    seed = secrets.randbits(32)
+    print("seed", seed)  # pytest shows it when the test fails
+    return np.random.default_rng(seed)
+
+
+def random_params(rng, hparams):
+    shapes = utils.tensor_shapes(hparams)
+    return utils.nest({name: rng.normal(size=s).astype(np.float32) for name, s in shapes})
+
+
+def leaves(params, hparams):
+    return {name: utils.leaf(params, name) for name, _ in utils.tensor_shapes(hparams)}
+
+
+def assert_same(params, wanted, hparams):
+    assert len(params["blocks"]) == hparams["n_layer"]
+    ours, theirs = leaves(params, hparams), leaves(wanted, hparams)
+    for name, array in ours.items():
+        assert type(array) is np.ndarray and array.dtype == np.float32
+        assert array.flags.c_contiguous and array.flags.aligned and not array.flags.writeable
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+
+
+@pytest.fixture
+def saved(rng, tmp_path):
+    """A small model, saved: (folder, params)."""
+    params = random_params(rng, HPARAMS)
+    utils.save_model(tmp_path / "small", Encoder([]), HPARAMS, params)
+    return tmp_path / "small", params
+
+
+def load(folder):
+    return utils.load_encoder_hparams_and_params(str(folder), "models")
+
+
+def refusal(folder, error=ValueError):
+    """The message load fails with: one line, and no file appears."""
+    before = sorted(os.listdir(folder)) if os.path.isdir(folder) else None
+    with pytest.raises(error) as caught:
+        load(folder)
+    assert before == (sorted(os.listdir(folder)) if os.path.isdir(folder) else None)
+    message = utils.one_line(caught.value)
+    assert "\n" not in str(caught.value) and message
+    return message
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# --- save and load -------------------------------------------------------------------------
+
+
+def test_saved_model_loads_the_same(saved):
+    folder, params = saved
+    encoder, hparams, loaded = load(folder)
+    assert hparams == HPARAMS and encoder.n_vocab == 257
+    assert encoder.decode(encoder.encode("Müller?")) == "Müller?"
+    assert_same(loaded, params, HPARAMS)
+    names = {
+        "config.json",
+        "model.safetensors",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer_config.json",
+    }
+    assert set(os.listdir(folder)) == names
+
+
+def test_a_name_under_models_dir_a_path_and_the_projects_own_models(saved, monkeypatch):
+    folder, params = saved
+    _, _, loaded = utils.load_encoder_hparams_and_params("small", str(folder.parent))
+    assert_same(loaded, params, HPARAMS)
+    monkeypatch.chdir(folder.parent)
+    _, _, loaded = utils.load_encoder_hparams_and_params("small/", "models")
+    assert_same(loaded, params, HPARAMS)
+    monkeypatch.setattr(utils, "__file__", str(folder.parent / "utils.py"))
+    folder.rename(folder.parent / "moved")
+    (folder.parent / "elsewhere").mkdir()
+    (folder.parent / "models").mkdir()
+    (folder.parent / "moved").rename(folder.parent / "models" / "small")
+    monkeypatch.chdir(folder.parent / "elsewhere")
+    _, _, loaded = utils.load_encoder_hparams_and_params("small", "models")
+    assert_same(loaded, params, HPARAMS)
+
+
+def test_float16_on_disk_is_float32_in_memory(rng, tmp_path):
+    params = random_params(rng, HPARAMS)
+    utils.save_model(tmp_path, Encoder([]), HPARAMS, params, dtype="float16")
+    halves = {name: a.astype(np.float16) for name, a in leaves(params, HPARAMS).items()}
+    assert_same(load(tmp_path)[2], utils.nest(halves), HPARAMS)
+    size = sum(a.nbytes for a in halves.values())
+    assert size < os.path.getsize(tmp_path / "model.safetensors") < size + 10_000
+
+
+def test_jax_arrays_save(rng, tmp_path):
+    jnp = pytest.importorskip("jax.numpy", reason="jax is not installed")
+    params = random_params(rng, HPARAMS)
+    arrays = {name: jnp.asarray(a) for name, a in leaves(params, HPARAMS).items()}
+    arrays["wpe"] = arrays["wpe"].astype(jnp.bfloat16)
+    utils.save_model(tmp_path, Encoder([]), HPARAMS, utils.nest(arrays))
+    params["wpe"] = np.asarray(arrays["wpe"]).astype(np.float32)
+    assert_same(load(tmp_path)[2], params, HPARAMS)
+
+
+def test_loading_maps_the_file_and_copies_nothing(rng, tmp_path):
+    hparams = HPARAMS | {"n_vocab": 100_000, "n_embd": 256}  # wte is 100 MB
+    utils.save_model(tmp_path, Encoder([]), hparams, random_params(rng, hparams))
+    code = f"""if True:
+        import resource, utils
+        used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = used()
+        _, _, params = utils.load_encoder_hparams_and_params({str(tmp_path)!r}, "models")
+        print(used() - before, params["wte"].shape)
+        assert {str(tmp_path / "model.safetensors")!r} in open("/proc/self/maps").read()
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) < 30_000  # KB
+
+
+def test_saving_over_the_mapped_file_leaves_the_map_alone(saved, rng):
+    folder, params = saved
+    encoder, hparams, mapped = load(folder)
+    utils.save_model(folder, encoder, hparams, random_params(rng, HPARAMS))
+    assert_same(mapped, params, HPARAMS)
+    utils.save_model(folder, encoder, hparams, mapped)
+    assert_same(load(folder)[2], params, HPARAMS)
+
+
+def test_saved_files_are_as_readable_as_any_other(saved):
+    folder, _ = saved
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {os.stat(folder / n).st_mode & 0o777 for n in os.listdir(folder)} == {0o666 & ~umask}
+
+
+def test_the_safetensors_library_reads_what_we_write(saved):
+    numpy = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+    folder, params = saved
+    tensors = numpy.load_file(folder / "model.safetensors")
+    for name, array in leaves(params, HPARAMS).items():
+        key = "transformer." + utils.hugging_face_name(name)
+        np.testing.assert_array_equal(tensors.pop(key), array)
+    assert not tensors
+
+
+# --- transformers, the independent judge ---------------------------------------------------
+
+
+def test_transformers_opens_what_we_save(saved, rng):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from gpt2 import gpt2
+
+    folder, params = saved
+    model, info = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    state = model.state_dict()
+    for name, array in leaves(params, HPARAMS).items():
+        key = "transformer." + utils.hugging_face_name(name)
+        np.testing.assert_array_equal(state[key].numpy(), array)
+    ids = rng.integers(0, 300, size=16)
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids)[None]).logits[0].numpy()
+    np.testing.assert_allclose(gpt2(ids, **params, n_head=2), theirs, rtol=1e-3, atol=1e-3)
+    tokenizer = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    text = "Zwölf Boxkämpfer — 1984!\n"
+    assert tokenizer.encode(text) == Encoder([]).encode(text)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("form", ["one file", "shards", "no prefix"])
+def test_we_load_what_transformers_saves(tmp_path, dtype, form):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    sizes = {"vocab_size": 300, "n_positions": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    model = model.to(getattr(torch, dtype))
+    body = model.transformer if form == "no prefix" else model
+    body.save_pretrained(tmp_path, max_shard_size="5KB" if form == "shards" else "5GB")
+    Encoder([]).save(tmp_path)
+    assert os.path.exists(tmp_path / "model.safetensors.index.json") == (form == "shards")
+    _, hparams, params = load(tmp_path)
+    assert hparams == HPARAMS
+    state = model.transformer.state_dict()
+    for name, array in leaves(params, HPARAMS).items():
+        theirs = state[utils.hugging_face_name(name)].to(torch.float32).numpy()
+        np.testing.assert_array_equal(array, theirs)
+
+
+def test_masks_and_the_tied_head_of_older_files_are_ignored(saved):
+    folder, params = saved
+    tensors = {utils.hugging_face_name(n): a for n, a in leaves(params, HPARAMS).items()}
+    buffer = np.ones((1, 1, 16, 16), np.float32)
+    tensors |= {"h.0.attn.bias": buffer, "h.1.attn.masked_bias": buffer[0, 0, 0, :1]}
+    utils.write_safetensors(
+        folder / "model.safetensors", tensors | {"lm_head.weight": params["wte"]}
+    )
+    assert_same(load(folder)[2], params, HPARAMS)
+    head = {"lm_head.weight": params["wte"][:-1]}
+    utils.write_safetensors(folder / "model.safetensors", tensors | head)
+    assert "lm_head.weight" in refusal(folder)
+
+
+# --- refusals ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "llama"},
+        {"activation_function": "gelu"},
+        {"tie_word_embeddings": False},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"layer_norm_epsilon": 1e-6},
+        {"n_inner": 33},
+        {"add_cross_attention": True},
+        {"n_head": 3},
+        {"n_layer": 10**12},
+        {"n_layer": 2**24},
+        {"n_layer": 1},
+        {"n_layer": 3},
+        {"n_embd": "8"},
+        {"n_positions": True},
+        {"n_positions": 17},
+        {"vocab_size": None},
+        {"vocab_size": 256},
+        {"n_head": 0},
+        {"n_head": -2},
+        {"n_embd": 8.0},
+    ],
+    ids=str,
+)
+def test_a_configuration_we_would_compute_wrongly_is_refused(saved, change):
+    folder, _ = saved
+    edit_json(folder / "config.json", **change)
+    assert str(folder) in refusal(folder)
+
+
+def test_harmless_spellings_load(saved):
+    folder, params = saved
+    same = {
+        "activation_function": "gelu_pytorch_tanh",
+        "n_inner": 32,
+        "reorder_and_upcast_attn": True,
+    }
+    edit_json(folder / "config.json", **same)
+    assert_same(load(folder)[2], params, HPARAMS)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\ud83d", "[" * 100_000], ids=repr)
+def test_an_unreadable_config_is_refused(saved, text):
+    folder, _ = saved
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert "config.json" in refusal(folder)
+
+
+def test_missing_pieces_are_named(saved, tmp_path):
+    folder, _ = saved
+    assert "124M" in refusal("no-such-model") and "shakespeare" not in refusal("")
+    with pytest.raises(ValueError, match="small"):
+        utils.load_encoder_hparams_and_params("smal", str(tmp_path))
+    for name, error in [
+        ("vocab.json", "tokenizer"),
+        ("model.safetensors", "weights"),
+        ("config.json", "hparams.json"),
+    ]:
+        data = (folder / name).read_bytes()
+        os.unlink(folder / name)
+        assert error in refusal(folder, FileNotFoundError)
+        (folder / name).write_bytes(data)
+    load(folder)
+
+
+def test_a_forbidden_file_is_named(saved, monkeypatch):
+    folder, _ = saved
+    for name in ("config.json", "model.safetensors"):
+        os.chmod(folder / name, 0)
+        if os.access(folder / name, os.R_OK):
+            pytest.skip("root may read everything")
+        assert "Permission denied" in refusal(folder, PermissionError)
+        os.chmod(folder / name, 0o600)
+
+
+def rewrite_header(path, change):
+    data = path.read_bytes()
+    n = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + n])
+    header = change(header) or header
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + n :])
+
+
+WTE = "transformer.wte.weight"
+LIES = {
+    "negative offset": lambda h: h[WTE].update(data_offsets=[-4, 9596]),
+    "past the end": lambda h: h["transformer.ln_f.bias"].update(data_offsets=[0, 2**62]),
+    "overlap": lambda h: h["transformer.wpe.weight"].update(data_offsets=[0, 512]),
+    "a hole": lambda h: h.pop(WTE) and None,
+    "wrong product": lambda h: h[WTE].update(shape=[301, 8]),
+    "negative shape": lambda h: h[WTE].update(shape=[-300, -8]),
+    "swapped shape": lambda h: h[WTE].update(shape=[8, 300]),
+    "huge shape": lambda h: h[WTE].update(shape=[2**62, 2**62]),
+    "string bomb": lambda h: h[WTE].update(shape=[10**10, "aaaa"]),
+    "float shape": lambda h: h[WTE].update(shape=[300.0, 8]),
+    "true shape": lambda h: h[WTE].update(shape=[True, 2400]),
+    "deep shape": lambda h: h[WTE].update(shape=[1] * 100 + [300, 8]),
+    "integers": lambda h: h[WTE].update(dtype="I32"),
+    "doubles": lambda h: h[WTE].update(dtype="F64"),
+    "no dtype": lambda h: h[WTE].pop("dtype") and None,
+    "dtype a list": lambda h: h[WTE].update(dtype=["F32"]),
+    "entry a number": lambda h: h.update({WTE: 1}),
+    "offsets a word": lambda h: h[WTE].update(data_offsets="ab"),
+    "a list": lambda h: [1],
+    "nothing": lambda h: {"__metadata__": {}},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lying_safetensors_header_is_refused(saved, lie):
+    folder, _ = saved
+    rewrite_header(folder / "model.safetensors", LIES[lie])
+    assert "model.safetensors" in refusal(folder)
+
+
+def test_a_cut_or_overwritten_safetensors_file_is_refused(saved, rng):
+    folder, _ = saved
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    for n in {0, 1, 7, 8, 9, 100, len(data) - 1, *rng.integers(0, len(data), 20).tolist()}:
+        path.write_bytes(data[:n])
+        assert "model.safetensors" in refusal(folder)
+    for broken in (data + b"x", b"\xff" * 8 + data[8:], struct.pack("<Q", 2**40) + data[8:]):
+        path.write_bytes(broken)
+        assert "model.safetensors" in refusal(folder)
+
+
+def test_noise_in_the_header_never_escapes_as_another_error(saved, rng):
+    folder, _ = saved
+    path = folder / "model.safetensors"
+    data = np.frombuffer(path.read_bytes(), np.uint8)
+    n_header = 8 + int(data[:8].view("<u8")[0])
+    for _ in range(100):
+        noisy = data.copy()
+        noisy[rng.integers(0, n_header, 3)] = rng.integers(0, 256, 3)
+        path.write_bytes(noisy.tobytes())
+        with contextlib.suppress(ValueError):
+            load(folder)
+
+
+@pytest.mark.parametrize("weight_map", [None, [1], {}, {"a": 1}, {"a": "../x"}, {"a": ""}], ids=str)
+def test_a_bad_shard_index_is_refused(saved, weight_map):
+    folder, _ = saved
+    os.rename(folder / "model.safetensors", folder / "x")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "index.json" in refusal(folder)
+
+
+def test_a_missing_shard_is_named(saved):
+    folder, _ = saved
+    os.rename(folder / "model.safetensors", folder / "x")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
+    assert "b.safetensors: No such file" in refusal(folder, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    "kind", ["shape", "missing", "blocks", "dtype", "range", "vocab", "layout"]
+)
+def test_save_refuses_what_disagrees_and_leaves_no_trace(rng, tmp_path, kind):
+    params, hparams, dtype = random_params(rng, HPARAMS), dict(HPARAMS), "float32"
+    folder, n_vocab = tmp_path / "new", 257
+    if kind == "shape":
+        params["blocks"][1]["mlp"]["c_fc"]["w"] = np.zeros((32, 8), np.float32)
+    elif kind == "missing":
+        del params["blocks"][0]["ln_2"]["b"]
+    elif kind == "blocks":
+        params["blocks"].append(params["blocks"][0])
+    elif kind == "dtype":
+        dtype = "int8"
+    elif kind == "range":
+        params["wte"][3, 3], dtype = 1e5, "float16"
+    elif kind == "vocab":
+        hparams["n_vocab"], params["wte"] = 256, params["wte"][:256]
+    elif kind == "layout":
+        folder = tmp_path
+        (tmp_path / "hparams.json").write_text("{}")
+    before = os.listdir(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        utils.save_model(folder, Encoder([]), hparams, params, dtype=dtype)
+    assert os.listdir(tmp_path) == before and "\n" not in str(caught.value), n_vocab
+
+
+def test_a_full_disk_leaves_the_old_model_and_nothing_else(saved, tmp_path):
+    folder, params = saved
+    files = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    code = f"""if True:
+        import resource, numpy as np, utils
+        encoder, hparams, params = utils.load_encoder_hparams_and_params({str(folder)!r}, "models")
+        zeros = {{n: np.zeros(s, np.float32) for n, s in utils.tensor_shapes(hparams)}}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+        for to in ({str(folder)!r}, {str(tmp_path / "new")!r}):
+            try:
+                utils.save_model(to, encoder, hparams, utils.nest(zeros))
+            except OSError as error:
+                print(utils.one_line(error))
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert lines == [f"cannot write {p}: File too large" for p in (folder, tmp_path / "new")]
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == files
+    assert os.listdir(tmp_path) == ["small"]
+
+
+def test_ctrl_c_while_saving_leaves_the_old_model_and_nothing_else(saved, monkeypatch):
+    folder, params = saved
+
+    def interrupted(path, tensors):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, "write_safetensors", interrupted)
+    names = set(os.listdir(folder))
+    with pytest.raises(KeyboardInterrupt):
+        utils.save_model(folder, Encoder([]), HPARAMS, params)
+    assert set(os.listdir(folder)) == names
+    assert_same(load(folder)[2], params, HPARAMS)
+
+
+def test_saving_where_a_file_is_in_the_way(rng, tmp_path):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(OSError) as caught:
+        utils.save_model(tmp_path / "x", Encoder([]), HPARAMS, random_params(rng, HPARAMS))
+    assert utils.one_line(caught.value).startswith(f"cannot write {tmp_path / 'x'}: ")
+
+
+# --- OpenAI's TensorFlow checkpoints -------------------------------------------------------
+
+
+def write_checkpoint(folder, hparams, params, extra=()):
+    """A checkpoint as OpenAI's: tf.compat.v1's Saver, conv weights [1, n_in, n_out]."""
+    tf = pytest.importorskip("tensorflow", reason="tensorflow is not installed")
+    v1 = tf.compat.v1
+    folder.mkdir()
+    with tf.Graph().as_default(), v1.Session() as session:
+        for name, array in [*leaves(params, hparams).items(), *extra]:
+            value = array[None] if name.endswith(".w") else array
+            v1.Variable(value, name=utils.tensorflow_name(name))
+        v1.Variable(np.zeros(3, np.float32), name="optimizer/step")
+        session.run(v1.global_variables_initializer())
+        v1.train.Saver().save(session, str(folder / "model.ckpt"))
+    (folder / "hparams.json").write_text(json.dumps(hparams))
+    encoder = Encoder([])
+    (folder / "encoder.json").write_text(json.dumps(encoder.vocab))
+    (folder / "vocab.bpe").write_text("#version: 0.2\n")
+
+
+@pytest.mark.parametrize(
+    "ones", [{}, {"n_ctx": 1}, {"n_embd": 1, "n_head": 1, "n_layer": 1}], ids=str
+)
+def test_a_tensorflow_checkpoint_loads_and_is_converted_once(rng, tmp_path, ones):
+    hparams = HPARAMS | ones
+    params = random_params(rng, hparams)
+    folder = tmp_path / "tf"
+    write_checkpoint(folder, hparams, params)
+    _, found, loaded = load(folder)
+    assert found == hparams
+    assert_same(loaded, params, hparams)
+    assert "model.safetensors" in os.listdir(folder)
+    assert not any(name.endswith(".tmp") for name in os.listdir(folder))
+    for name in os.listdir(folder):
+        if name.startswith(("model.ckpt", "checkpoint")):
+            os.unlink(folder / name)
+    code = f"""if True:
+        import sys
+        sys.modules["tensorflow"] = None  # importing it is an error now
+        import utils
+        print(utils.load_encoder_hparams_and_params({str(folder)!r}, "models")[2]["wte"].sum())
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(float(params["wte"].sum()), rel=1e-4)
+    assert_same(load(folder)[2], params, hparams)
+
+
+def test_a_conversion_is_quiet_and_alike_in_two_processes(rng, tmp_path):
+    params = random_params(rng, HPARAMS)
+    write_checkpoint(tmp_path / "tf", HPARAMS, params)
+    code = (
+        f"import utils; utils.load_encoder_hparams_and_params({str(tmp_path / 'tf')!r}, 'models')"
+    )
+    command = [sys.executable, "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": REPO}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    assert [(*p.communicate(timeout=60), p.returncode) for p in processes] == [(b"", b"", 0)] * 2
+    assert_same(load(tmp_path / "tf")[2], params, HPARAMS)
+
+
+def test_a_checkpoint_that_is_not_as_hparams_say_is_refused_unconverted(rng, tmp_path):
+    params = random_params(rng, HPARAMS)
+    write_checkpoint(tmp_path / "tf", HPARAMS, params)
+    for change in ({"n_layer": 1}, {"n_layer": 3}, {"n_embd": 16}, {"n_vocab": 301}, {"n_ctx": 8}):
+        edit_json(tmp_path / "tf" / "hparams.json", **(HPARAMS | change))
+        assert "model.ckpt" in refusal(tmp_path / "tf")
+    edit_json(tmp_path / "tf" / "hparams.json", **HPARAMS)
+    data = tmp_path / "tf" / "model.ckpt.data-00000-of-00001"
+    whole = data.read_bytes()
+    data.write_bytes(whole[: len(whole) // 2])
+    assert "model.ckpt" in refusal(tmp_path / "tf")
+    os.unlink(data)
+    assert "model.ckpt" in refusal(tmp_path / "tf")
+    data.write_bytes(whole)
+    (tmp_path / "tf" / "model.ckpt.index").write_bytes(b"nonsense")
+    assert "model.ckpt" in refusal(tmp_path / "tf")
+
+
+def test_a_read_only_checkpoint_loads_with_a_notice(rng, tmp_path, monkeypatch, capsys):
+    params = random_params(rng, HPARAMS)
+    write_checkpoint(tmp_path / "tf", HPARAMS, params)
+
+    def read_only(path, tensors):  # root, as which tests may run, can write anywhere
+        raise OSError(30, "Read-only file system", path)
+
+    monkeypatch.setattr(utils, "write_safetensors", read_only)
+    assert_same(load(tmp_path / "tf")[2], params, HPARAMS)
+    assert "Read-only file system" in capsys.readouterr().err
+    assert "model.safetensors" not in os.listdir(tmp_path / "tf")
+
+
+def test_a_checkpoint_without_tensorflow_says_what_to_install(saved, monkeypatch):
+    folder, _ = saved
+    (folder / "hparams.json").write_text(json.dumps(HPARAMS))
+    os.unlink(folder / "config.json")
+    os.rename(folder / "model.safetensors", folder / "model.ckpt.index")
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    assert "pip install -r requirements.txt" in refusal(folder, ImportError)
+
+
+# --- command lines -------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import utils
+
+def main(prompt: str, n_tokens: int = 40, heat: float = 0.0, top_k: int | None = None,
+         note: str | None = None, quick: bool = False):
+    \"\"\"Continue a PROMPT.
+
+    Args:
+        prompt: the text to continue
+        heat: how daring
+    \"\"\"
+    print("ran", ascii((prompt, n_tokens, heat, top_k, note, quick)))
+    if prompt == "print":
+        print("é€😀")
+    if prompt == "wait":
+        sys.stdout.flush(); time.sleep(60)
+    if prompt == "flood":
+        while True: print("x" * 100)
+    if prompt == "value":
+        raise ValueError("one\\ntwo")
+    if prompt == "write":
+        open("/proc/version/x", "w")
+    if prompt == "import":
+        import no_such_thing
+
+utils.run_cli(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "speak.py"
+    path.write_text(SCRIPT)
+    return [sys.executable, str(path), REPO]
+
+
+def run(script, *args, **options):
+    done = subprocess.run([*script, *args], capture_output=True, **options)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def outcome(monkeypatch, capsys, *argv):
+    """run_cli in this process: (the arguments main got or None, exit code, stderr)."""
+    got = []
+
+    def main(
+        prompt: str,
+        n_tokens: int = 40,
+        heat: float = 0.0,
+        top_k: int | None = None,
+        note: str | None = None,
+        quick: bool = False,
+    ):
+        got.append((prompt, n_tokens, heat, top_k, note, quick))
+
+    monkeypatch.setattr(sys, "argv", ["speak.py", *argv])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    code = 0
+    try:
+        utils.run_cli(main)
+    except SystemExit as stop:
+        code = stop.code
+    return (got[0] if got else None), code, capsys.readouterr().err
+
+
+PROMPTS = [
+    "1984",
+    "None",
+    "[1]",
+    "{}",
+    "True",
+    "1e3",
+    "-",
+    "--",
+    "---",
+    "",
+    " ",
+    "-1",
+    "a=b",
+    "x - y",
+]
+PROMPTS += [
+    "-- yes, dashes",
+    "--a b",
+    "- item",
+    "'quoted'",
+    '"',
+    "\\n",
+    "\n",
+    "#",
+    "😀",
+    "__class__",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=repr)
+def test_a_prompt_is_text_whatever_it_looks_like(monkeypatch, capsys, prompt):
+    wanted = (prompt, 40, 0.0, None, None, False)
+    assert outcome(monkeypatch, capsys, prompt) == (wanted, 0, "")
+    assert outcome(monkeypatch, capsys, f"--prompt={prompt}") == (wanted, 0, "")
+    assert outcome(monkeypatch, capsys, "--prompt", prompt)[0] == wanted
+    wanted = (prompt, 7, 0.5, 3, "None", True)
+    argv = [prompt, "--n_tokens=7", "--heat", ".5", "--top-k", "3", "--note", "None", "--quick"]
+    assert outcome(monkeypatch, capsys, *argv) == (wanted, 0, "")
+
+
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["a", "--n_tokens", "abc"], "--n_tokens: expected a whole number, got 'abc'"),
+        (["a", "--n_tokens", "1.5"], "--n_tokens: expected a whole number, got '1.5'"),
+        (["a", "--heat", "warm"], "--heat: expected a number, got 'warm'"),
+        (["a", "--quick", "maybe"], "--quick: expected True or False, got 'maybe'"),
+        (["a", "--top_k", "few"], "--top_k: expected a whole number, got 'few'"),
+        (["a", "--note", "--quick"], "--note: expected a value"),
+        (["a", "--tempo", "1"], "--tempo"),
+        (["a", "b"], "--n_tokens: expected a whole number, got 'b'"),
+        (["a", "1", "2", "3", "4", "true", "b"], "b"),
+        ([], "prompt"),
+    ],
+    ids=str,
+)
+def test_a_line_not_understood_is_one_line_and_runs_nothing(monkeypatch, capsys, argv, complaint):
+    got, code, err = outcome(monkeypatch, capsys, *argv)
+    assert (got, code) == (None, 2)
+    assert (
+        err.startswith("error: ") and complaint in err and err.count("\n") == 1 and "\0" not in err
+    )
+
+
+def test_none_is_a_number_left_out_and_a_bool_can_be_spelt(monkeypatch, capsys):
+    argv = ["a", "--top_k", "None", "--quick=true"]
+    assert outcome(monkeypatch, capsys, *argv)[0] == ("a", 40, 0.0, None, None, True)
+    assert outcome(monkeypatch, capsys, "a", "--noquick")[0][-1] is False
+
+
+def test_varargs_are_text_too(monkeypatch):
+    got = []
+
+    def main(*prompts: str, n: int = 1):
+        got.append((prompts, n))
+
+    monkeypatch.setattr(sys, "argv", ["x", "1", "-", "[2]", "--n", "3", ""])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    utils.run_cli(main)
+    assert got == [(("1", "-", "[2]", ""), 3)]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--help"], ["-h"], ["a", "--help"], ["--", "--help"], ["a", "--heat", "1", "-h"]],
+    ids=str,
+)
+def test_help_reads_well(script, argv):
+    code, out, err = run(script, *argv)
+    assert (code, err) == (0, "") and "ran" not in out
+    for words in ("speak.py PROMPT <flags>", "the text to continue", "--heat=HEAT", "Default: 40"):
+        assert words in out
+    assert "FIRE" not in out and "\x1b" not in out and "\0" not in out
+
+
+def test_errors_of_main_are_one_line_and_code_2(script):
+    assert run(script, "value")[0::2] == (2, "error: one two\n")
+    assert run(script, "write")[0::2] == (2, "error: /proc/version/x: Not a directory\n")
+    code, _, err = run(script, "import")
+    assert code == 2 and "no_such_thing" in err and "pip install" in err and err.count("\n") == 1
+
+
+def test_stdout_is_utf8_in_any_locale_and_argv_may_be_broken(script):
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code, out, _ = run(script, "print", env=os.environ | plain | {"PYTHONIOENCODING": "ascii"})
+    assert code == 0 and "é€😀" in out
+    for env in (os.environ | plain, os.environ):
+        code, out, _ = run(script, b"\xff \xc3\xa9", env=env)
+        assert code == 0 and ascii("\ufffd é") in out
+
+
+def test_ctrl_c_is_quiet_and_130(script):
+    process = subprocess.Popen([*script, "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline().startswith(b"ran")
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, b"", b"")
+
+
+def test_a_closed_pipe_and_a_full_stdout(script):
+    process = subprocess.Popen([*script, "flood"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=20) == 141
+    process.stderr.close()
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([*script, "print"], stdout=full, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (2, b"error: No space left on device\n")
+
+
+def test_without_fire_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fire", None)
+    got, code, err = outcome(monkeypatch, capsys, "a")
+    assert (got, code) == (None, 2) and "pip install -r requirements.txt" in err

@@ -1,0 +1,730 @@
+"""Model folders (find, download, load, save) and command lines: all that is not GPT-2 itself.
+
+    encoder, hparams, params = load_encoder_hparams_and_params("shakespeare")
+    save_model("models/mine", encoder, hparams, params)
+
+Two layouts load: OpenAI's (hparams.json and a TensorFlow checkpoint, which is converted once) and
+Hugging Face's (config.json and model.safetensors). Only the second is written. Weights are memory
+maps wherever the file holds float32, so that loading costs no time and no second copy. Nothing
+here unpickles, and no length, shape or name found in a file is believed before it is checked.
+"""
+
+import base64
+import contextlib
+import functools
+import hashlib
+import inspect
+import io
+import json
+import math
+import mmap
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import typing
+
+import numpy as np
+
+from encoder import get_encoder
+
+try:
+    import fcntl
+except ImportError:  # Windows: two downloads of one file at once are not kept apart there
+    fcntl = None
+
+SIZES = ("124M", "355M", "774M", "1558M")
+RELEASED = "https://openaipublic.blob.core.windows.net/gpt-2/models"
+TEXT_FILES = ("encoder.json", "vocab.bpe", "hparams.json")
+CKPT_FILES = tuple(f"model.ckpt.{end}" for end in ("meta", "index", "data-00000-of-00001"))
+SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+HUGGING_FACE_SIZES = {
+    "n_vocab": "vocab_size",
+    "n_ctx": "n_positions",
+    "n_embd": "n_embd",
+    "n_head": "n_head",
+    "n_layer": "n_layer",
+}
+OUR_ARITHMETIC = {  # the values of Hugging Face's settings that mean what gpt2.py computes
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
+    "layer_norm_epsilon": (1e-5,),
+    "tie_word_embeddings": (True,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+ATTEMPTS = 5  # without a new byte between them
+PATIENCE = 30  # seconds a server may stay silent
+BACKOFF = 0.25  # seconds before the first retry; doubled for every further one
+
+# --- Finding and loading a model ----------------------------------------------------------------
+
+
+def load_encoder_hparams_and_params(model_size, models_dir="models"):
+    """The tokenizer, the sizes and the weights (read-only float32 arrays) of one model.
+
+    `model_size` is a released size (downloaded when missing), a folder under `models_dir`, or a
+    path. ValueError, OSError or ImportError say in one line what is wrong with it and where.
+    """
+    model_dir = find_model(model_size, models_dir)
+    hparams = read_hparams(model_dir)
+    encoder = get_encoder(os.path.basename(model_dir), os.path.dirname(model_dir))
+    check_vocabulary(encoder, hparams, model_dir)
+    return encoder, hparams, load_params(model_dir, hparams)
+
+
+def find_model(model_size, models_dir="models"):  # -> the folder's absolute path
+    """The folder `model_size` means; a released size is downloaded if any of its files is missing.
+
+    The project's own `models` stands in for a default `models_dir` that is not in this directory.
+    """
+    if models_dir == "models" and not os.path.isdir(models_dir):
+        models_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
+    if model_size in SIZES:
+        download(model_size, models_dir)
+    for folder in (os.path.join(models_dir, model_size), model_size):
+        if model_size and os.path.isdir(folder):
+            return os.path.abspath(folder)
+    names = os.listdir(models_dir) if os.path.isdir(models_dir) else []
+    here = sorted(n for n in names if sizes_file(os.path.join(models_dir, n)) and n not in SIZES)
+    raise ValueError(
+        f"no model {model_size!r}: choose one of {', '.join([*here, *SIZES])}, or a folder's path"
+    )
+
+
+def sizes_file(model_dir):
+    """The path of a folder's config.json (Hugging Face's) or hparams.json (OpenAI's), or None."""
+    paths = [os.path.join(model_dir, name) for name in ("config.json", "hparams.json")]
+    return next(filter(os.path.isfile, paths), None)
+
+
+def read_hparams(model_dir):
+    """The sizes {n_vocab, n_ctx, n_embd, n_head, n_layer}, whichever layout they are written in.
+
+    ValueError for sizes no model has, and for variants of GPT-2 that we would compute wrongly.
+    """
+    path = sizes_file(model_dir)
+    if path is None:
+        raise FileNotFoundError(f"{model_dir}: no model, neither config.json nor hparams.json")
+    with open(path, "rb") as f:
+        config = parse_json(f.read(), path)
+    hugging_face = path.endswith("config.json")
+    hparams = {}
+    for ours, theirs in HUGGING_FACE_SIZES.items():
+        key = theirs if hugging_face else ours
+        size = hparams[ours] = config.get(key)
+        if type(size) is not int or not 0 < size <= 2**24:
+            raise ValueError(f"{path}: {key} is {size!r}, not a sensible number")
+    if hparams["n_embd"] % hparams["n_head"]:
+        raise ValueError(f"{path}: n_embd {hparams['n_embd']} is no multiple of n_head")
+    if hugging_face:
+        n_inner = {"n_inner": (None, 4 * hparams["n_embd"])}
+        for key, same in (OUR_ARITHMETIC | n_inner).items():
+            if config.get(key, same[0]) not in same:
+                raise ValueError(f"{path}: {key} {config[key]!r} is not supported, {same[0]!r} is")
+    return hparams
+
+
+def check_vocabulary(encoder, hparams, model_dir):
+    """ValueError if the tokenizer makes ids that the weights have no row for."""
+    if encoder.n_vocab > hparams["n_vocab"]:
+        raise ValueError(
+            f"{model_dir}: the tokenizer has {encoder.n_vocab} ids, the model {hparams['n_vocab']}"
+        )
+
+
+def parse_json(data, path):  # bytes -> dict
+    """The JSON object in `data`; ValueError names the file it came from."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+def tensor_shapes(hparams):
+    """Every parameter's (name, shape). A name is its way through the tree: blocks.0.ln_1.g."""
+    n_embd = hparams["n_embd"]
+    yield "wte", (hparams["n_vocab"], n_embd)
+    yield "wpe", (hparams["n_ctx"], n_embd)
+    for i in range(hparams["n_layer"]):
+        for layer, n_in, n_out in (
+            ("attn.c_attn", n_embd, 3 * n_embd),
+            ("attn.c_proj", n_embd, n_embd),
+            ("mlp.c_fc", n_embd, 4 * n_embd),
+            ("mlp.c_proj", 4 * n_embd, n_embd),
+        ):
+            yield f"blocks.{i}.{layer}.w", (n_in, n_out)
+            yield f"blocks.{i}.{layer}.b", (n_out,)
+        for norm in ("ln_1", "ln_2"):
+            yield f"blocks.{i}.{norm}.g", (n_embd,)
+            yield f"blocks.{i}.{norm}.b", (n_embd,)
+    yield "ln_f.g", (n_embd,)
+    yield "ln_f.b", (n_embd,)
+
+
+def hugging_face_name(name):  # "blocks.0.ln_1.g" -> "h.0.ln_1.weight", "wte" -> "wte.weight"
+    *way, last = name.replace("blocks.", "h.").split(".")
+    endings = {"w": ["weight"], "g": ["weight"], "b": ["bias"]}
+    return ".".join(way + endings.get(last, [last, "weight"]))
+
+
+def tensorflow_name(name):  # "blocks.0.ln_1.g" -> "model/h0/ln_1/g", "wte" -> "model/wte"
+    return "model/" + name.replace("blocks.", "h").replace(".", "/")
+
+
+def load_params(model_dir, hparams):
+    """The parameters of a model folder as a tree, params["blocks"][0]["attn"]["c_attn"]["w"] ...
+
+    Every array is float32, C-contiguous and read-only; ValueError if any disagrees with `hparams`.
+    """
+    tensors, source = read_weights(model_dir, hparams)
+    arrays = {}
+    for name, shape in tensor_shapes(hparams):
+        key = hugging_face_name(name)
+        if key not in tensors:
+            raise ValueError(f"{source}: {key} is missing")
+        dtype, found, data = tensors.pop(key)
+        if found != shape:
+            raise ValueError(f"{source}: {key} is {found}, where its sizes ask for {shape}")
+        arrays[name] = to_float32(dtype, data, f"{source}: {key}").reshape(shape)
+    for key, (_, shape, _) in tensors.items():  # a mask is harmless, a thirteenth layer is not
+        head = key == "lm_head.weight" and shape != arrays["wte"].shape
+        if head or (key.startswith("h.") and not key.endswith((".attn.bias", ".attn.masked_bias"))):
+            raise ValueError(f"{source}: {key} {shape} has no place in a model of its sizes")
+    return nest(arrays)
+
+
+def nest(arrays):
+    """{"blocks.0.ln_1.g": array, ...} -> {"blocks": [{"ln_1": {"g": array}}], ...}"""
+    params = {}
+    for name, array in arrays.items():
+        *way, last = name.split(".")
+        node = params
+        for step in way:
+            node = node.setdefault(step, {})
+        node[last] = array
+    params["blocks"] = list(params["blocks"].values())
+    return params
+
+
+def read_weights(model_dir, hparams):
+    """({Hugging Face's key: (dtype, shape, bytes)}, the path to name in complaints)."""
+    path = os.path.join(model_dir, "model.safetensors")
+    index = path + ".index.json"
+    checkpoint = os.path.join(model_dir, "model.ckpt")
+    if os.path.isfile(path):
+        tensors = read_safetensors(path)
+    elif os.path.isfile(index):
+        with open(index, "rb") as f:
+            shards = parse_json(f.read(), index).get("weight_map")
+        tensors, path = {}, index
+        for shard in sorted(set(shards.values())) if isinstance(shards, dict) else [""]:
+            if not isinstance(shard, str) or shard != os.path.basename(shard) or not shard:
+                raise ValueError(f"{index}: weight_map should name files of this folder")
+            tensors |= read_safetensors(os.path.join(model_dir, shard))
+    elif os.path.isfile(checkpoint + ".index"):
+        tensors, path = convert_checkpoint(checkpoint, hparams, path), checkpoint
+    else:
+        raise FileNotFoundError(
+            f"{model_dir}: no weights, neither model.safetensors nor model.ckpt"
+        )
+    return {key.removeprefix("transformer."): entry for key, entry in tensors.items()}, path
+
+
+# --- safetensors --------------------------------------------------------------------------------
+# 8 bytes n, n bytes of JSON {key: {dtype, shape, data_offsets}}, then the numbers; see
+# https://github.com/huggingface/safetensors, whose NumPy reader copies where this one maps.
+
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+def read_safetensors(path):
+    """{key: (dtype, shape, read-only uint8 view of the mapped file)}; ValueError if it lies."""
+    with open(path, "rb") as f:
+        n_file = os.fstat(f.fileno()).st_size
+        n_header = int.from_bytes(f.read(8), "little")
+        if n_file < 8 or n_header > min(n_file - 8, 100_000_000):  # the format's own limit
+            raise ValueError(f"{path}: cut short, or no safetensors file at all")
+        header = parse_json(f.read(n_header), path)
+        data = np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    data = data[8 + n_header :]
+    header.pop("__metadata__", None)
+    tensors, end = {}, 0
+    try:
+        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)) or len(shape) > 8:
+                raise ValueError(key)
+            n_bytes = math.prod(shape) * ITEM_BYTES.get(dtype, 0)  # other types: never looked at
+            if start != end or stop < start or (dtype in ITEM_BYTES and n_bytes != stop - start):
+                raise ValueError(key)
+            tensors[key] = dtype, tuple(shape), data[start:stop]
+            end = stop
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: corrupt header, at {error}") from None
+    if end != len(data):
+        raise ValueError(f"{path}: {len(data)} bytes of weights where the header counts {end}")
+    return tensors
+
+
+def to_float32(dtype, data, source):
+    """Bytes as a flat, read-only float32 array: a view of float32, a copy of the 16-bit formats."""
+    if dtype == "F32":
+        array = np.require(data.view("<f4"), requirements="A")  # a copy only if badly aligned
+    elif dtype == "F16":
+        array = data.view("<f2").astype(np.float32)
+    elif dtype == "BF16":  # the upper half of a float32
+        array = (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        raise ValueError(f"{source} is {dtype}, not F32, F16 or BF16")
+    array.flags.writeable = False
+    return array
+
+
+def write_safetensors(path, tensors):
+    """Write {key: C-contiguous float32 or float16 array} in the given order."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for key, array in tensors.items():
+        dtype = {"float32": "F32", "float16": "F16"}[array.dtype.name]
+        offsets = [end, end + array.nbytes]
+        header[key] = {"dtype": dtype, "shape": array.shape, "data_offsets": offsets}
+        end += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # so that the numbers begin on a cache line
+    write_file(path, [len(text).to_bytes(8, "little"), text, *tensors.values()])
+
+
+def write_file(path, chunks):
+    """Write bytes-like chunks to `path`: complete and on the disk, or not there at all."""
+    temporary = f"{path}.{os.urandom(4).hex()}.tmp"
+    try:
+        with open(temporary, "xb") as f:
+            f.writelines(chunks)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+# --- OpenAI's TensorFlow checkpoint -------------------------------------------------------------
+
+
+def convert_checkpoint(checkpoint, hparams, path):
+    """The tensors of a TensorFlow checkpoint, as read_safetensors gives them; written to `path`.
+
+    A folder that cannot be written still loads, with a notice; TensorFlow is then needed again.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # these two keep it from greeting at length
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    try:
+        import tensorflow as tf
+    except ImportError:
+        raise ImportError(
+            f"{checkpoint}: reading it, once, needs tensorflow: pip install -r requirements.txt"
+        ) from None
+    try:
+        reader = tf.train.load_checkpoint(checkpoint)
+        tensors = read_variables(reader, hparams, checkpoint)
+    except (tf.errors.OpError, RuntimeError, IndexError) as error:
+        raise ValueError(f"{checkpoint}: unreadable: {one_line(error)}") from None
+    try:
+        write_safetensors(path, tensors)
+        return read_safetensors(path)
+    except OSError as error:
+        print(f"notice: {path} not written: {error.strerror}", file=sys.stderr)
+    return {key: ("F32", a.shape, a.reshape(-1).view(np.uint8)) for key, a in tensors.items()}
+
+
+def read_variables(reader, hparams, checkpoint):  # -> {Hugging Face's key: float32 array}
+    """Exactly the variables a model of these sizes has. Conv weights are [1, n_in, n_out]."""
+    found = reader.get_variable_to_shape_map()
+    tensors = {}
+    for name, shape in tensor_shapes(hparams):
+        variable = tensorflow_name(name)
+        stored = (1, *shape) if name.endswith(".w") else shape
+        if tuple(found.get(variable, ())) != stored:
+            sizes = found.get(variable, "missing")
+            raise ValueError(f"{checkpoint}: {variable} is {sizes}, hparams.json asks for {stored}")
+        tensor = reader.get_tensor(variable)
+        if tensor.dtype != np.float32:
+            raise ValueError(f"{checkpoint}: {variable} is {tensor.dtype}, not float32")
+        tensors[hugging_face_name(name)] = tensor.reshape(shape)  # equal but for that leading 1
+    extra = f"model/h{hparams['n_layer']}/ln_1/g"
+    if extra in found:
+        raise ValueError(f"{checkpoint}: {extra} is one layer more than hparams.json has")
+    return tensors
+
+
+# --- Saving -------------------------------------------------------------------------------------
+
+
+def save_model(model_dir, encoder, hparams, params, dtype="float32"):
+    """Write a folder that GPT2LMHeadModel.from_pretrained and GPT2TokenizerFast open, too.
+
+    `params` may be JAX arrays; `dtype` float32 or float16. All is written beside its place first,
+    then renamed: after an error (a full disk, Ctrl-C) the folder is what it was before.
+    """
+    check_vocabulary(encoder, hparams, model_dir)
+    tensors = named_tensors(params, hparams, dtype)
+    if os.path.exists(os.path.join(model_dir, "hparams.json")):
+        raise ValueError(f"{model_dir}: holds a model in OpenAI's layout; save to another folder")
+    stage = None
+    try:
+        os.makedirs(model_dir, exist_ok=True)
+        stage = tempfile.mkdtemp(prefix=".saving-", dir=model_dir)
+        encoder.save(stage)
+        config = json.dumps(hugging_face_config(encoder, hparams, dtype), indent=2) + "\n"
+        write_file(os.path.join(stage, "config.json"), [config.encode()])
+        write_safetensors(os.path.join(stage, "model.safetensors"), tensors)
+        for name in sorted(os.listdir(stage), key=lambda name: name == "model.safetensors"):
+            os.replace(os.path.join(stage, name), os.path.join(model_dir, name))
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {model_dir}: {error.strerror}") from error
+    finally:
+        if stage:
+            shutil.rmtree(stage, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(model_dir)  # works only if it is empty: if nothing came of it
+
+
+def named_tensors(params, hparams, dtype):
+    """{Hugging Face's key: array of `dtype`}; ValueError if `params` is not what hparams says."""
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f"dtype: expected float32 or float16, got {dtype!r}")
+    n_blocks = len(leaf(params, "blocks"))
+    if n_blocks != hparams["n_layer"]:
+        raise ValueError(f"params: {n_blocks} blocks, but n_layer is {hparams['n_layer']}")
+    tensors = {}
+    for name, shape in tensor_shapes(hparams):
+        array = np.asarray(leaf(params, name))
+        if array.shape != shape:
+            raise ValueError(f"params: {name} is {array.shape}, but hparams ask for {shape}")
+        with np.errstate(over="ignore"):
+            stored = array.astype(dtype, order="C", copy=False)
+        if dtype == "float16" and np.isinf(stored).any():
+            raise ValueError(f"{name} holds numbers too large for float16; save as float32")
+        tensors["transformer." + hugging_face_name(name)] = stored
+    return tensors
+
+
+def leaf(params, name):  # (params, "blocks.0.ln_1.g") -> params["blocks"][0]["ln_1"]["g"]
+    try:
+        for step in name.split("."):
+            params = params[int(step) if isinstance(params, (list, tuple)) else step]
+        return params
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(f"params: no {name}") from None
+
+
+def hugging_face_config(encoder, hparams, dtype):
+    """What transformers must know to compute what gpt2.py computes."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        **{key: same[0] for key, same in OUR_ARITHMETIC.items()},
+        **{key: hparams[ours] for ours, key in HUGGING_FACE_SIZES.items()},
+        "n_inner": None,
+        "bos_token_id": encoder.endoftext,
+        "eos_token_id": encoder.endoftext,
+        "torch_dtype": dtype,
+    }
+
+
+# --- Downloading --------------------------------------------------------------------------------
+
+
+def download(model_size, models_dir="models"):
+    """Fetch those files of a released model that its folder lacks (124M: 0.5 GB).
+
+    SIXTYGPT_DOWNLOAD_URL may name another server that holds {model_size}/{file}.
+    """
+    if model_size not in SIZES:
+        raise ValueError(f"no released model {model_size!r}: choose one of {', '.join(SIZES)}")
+    folder = os.path.join(models_dir, model_size)
+    have = os.listdir(folder) if os.path.isdir(folder) else []
+    if "config.json" in have:  # somebody put Hugging Face's there
+        return
+    converted = "model.safetensors" in have
+    server = os.environ.get("SIXTYGPT_DOWNLOAD_URL", RELEASED).rstrip("/")
+    try:
+        for name in TEXT_FILES if converted else (*TEXT_FILES, "checkpoint", *CKPT_FILES):
+            url = f"{server}/{model_size}/{name}"
+            download_file(url, os.path.join(folder, name), SHA256.get(name))
+    except ConnectionError as error:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)  # if it is empty
+        raise ConnectionError(f"{error}; --model_size shakespeare needs no network") from None
+
+
+def download_file(url, path, sha256=None):
+    """Fetch `url` to `path`, if it is not there; ConnectionError says what failed.
+
+    The bytes gather in `path.part`, which survives a kill and is resumed by the next call. It is
+    locked: of two processes, one fetches and the other waits. `path` is complete or absent.
+    """
+    if os.path.exists(path):
+        return
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open_locked(path + ".part") as f:
+            gather(url, f, path, sha256)
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+
+
+def open_locked(part):
+    """`part`, opened to append, and ours alone until it is closed or we are killed."""
+    while True:
+        f = open(part, "ab+")  # noqa: SIM115
+        if fcntl:
+            fcntl.flock(f, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):  # renamed by its owner while we waited
+            if os.path.samestat(os.fstat(f.fileno()), os.stat(part)):
+                return f
+        f.close()
+
+
+def gather(url, f, path, sha256):
+    """Try until `f`, which is `path.part`, is complete and right, then give it its name."""
+    from requests import RequestException
+
+    part, note = path + ".part", path + ".part.json"
+    most = failures = 0
+    while not os.path.exists(path):  # it does, if another process was faster
+        try:
+            verify(f, fetch(url, f, note), sha256)
+            os.fsync(f.fileno())
+            remove(note)
+            os.replace(part, path)
+            return
+        except (RequestException, ConnectionError) as error:
+            size = f.seek(0, os.SEEK_END)
+            failures = 1 if size > most else failures + 1
+            most = max(most, size)
+            words, may_help = reason(error)
+            if failures == ATTEMPTS or not may_help:
+                if size == 0:
+                    remove(part, note)
+                raise ConnectionError(f"cannot download {url}: {words}") from None
+            time.sleep(BACKOFF * 2**failures)
+    remove(part, note)
+
+
+def fetch(url, f, note):
+    """Append to `f` what it lacks of `url`, by one request; return the whole's Content-MD5 or None.
+
+    The file `note` says which version of the remote file the bytes in `f` belong to. If that
+    has changed since, or the server cannot resume, `f` starts over.
+    """
+    import requests
+
+    known, n_have = read_note(note), f.seek(0, os.SEEK_END)
+    if n_have and n_have == known["length"]:
+        return known["md5"]  # we were stopped after the last byte and before the renaming
+    headers = {"Accept-Encoding": "identity"}  # Content-Length shall count the file's own bytes
+    if known["version"] and 0 < n_have < (known["length"] or 0):
+        headers |= {"Range": f"bytes={n_have}-", "If-Range": known["version"]}
+    with requests.get(url, headers=headers, stream=True, timeout=(10, PATIENCE)) as response:
+        sent = response.headers
+        version = sent.get("ETag") or sent.get("Last-Modified") or ""
+        if response.status_code == 200:
+            f.truncate(0)
+            n_have, length = 0, sent.get("Content-Length", "")
+            known = {
+                "version": "" if version.startswith("W/") else version,  # weak: cannot be resumed
+                "length": int(length) if length.isdecimal() else None,
+                "md5": sent.get("Content-MD5"),
+            }
+            with open(note, "w") as g:
+                json.dump(known, g)
+        elif response.status_code in (206, 416):
+            rest = f"bytes {n_have}-{(known['length'] or 0) - 1}/{known['length']}"
+            if sent.get("Content-Range") != rest or version not in ("", known["version"]):
+                f.truncate(0)
+                raise ConnectionError("the server could not resume the download")
+        else:
+            response.raise_for_status()
+            raise ConnectionError(f"the server answered {response.status_code}")
+        copy_body(response, f, os.path.basename(url), n_have, known["length"])
+    return known["md5"]
+
+
+def copy_body(response, f, name, n_have, length):
+    """Append a response's body to `f`; ConnectionError if that does not make `length` bytes."""
+    from tqdm import tqdm
+
+    with tqdm(
+        desc=name, total=length, initial=n_have, unit="B", unit_scale=True, disable=None
+    ) as bar:  # disable=None: no bar where stderr is no terminal
+        for chunk in response.iter_content(2**14):  # a broken line costs at most one chunk
+            f.write(chunk)
+            bar.update(len(chunk))
+    if length not in (None, f.seek(0, os.SEEK_END)):
+        raise ConnectionError("the connection broke off")
+
+
+def read_note(note):
+    known = {"version": "", "length": None, "md5": None}
+    with contextlib.suppress(OSError, ValueError), open(note) as g:
+        known |= json.load(g)
+    return known
+
+
+def verify(f, md5, sha256):  # md5: base64, as in a Content-MD5 header; sha256: hexadecimal
+    """Empty `f` and raise ConnectionError if its bytes do not have these checksums."""
+    f.seek(0)
+    wrong = md5 and base64.b64encode(hashlib.file_digest(f, "md5").digest()).decode() != md5
+    f.seek(0)
+    if wrong or (sha256 and hashlib.file_digest(f, "sha256").hexdigest() != sha256):
+        f.truncate(0)
+        raise ConnectionError("what arrived does not match its checksum")
+
+
+def remove(*paths):
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def reason(error):
+    """(A few words instead of urllib3's several lines, whether another try may help.)"""
+    from requests import Timeout
+
+    response = getattr(error, "response", None)
+    if response is not None:
+        code = response.status_code
+        return f"the server answered {code} {response.reason}", code >= 500 or code in (408, 429)
+    if isinstance(error, ValueError):  # a malformed address
+        return str(error), False
+    if isinstance(error, Timeout):
+        return "the server did not answer in time", True
+    if isinstance(error, ConnectionError):  # Python's, which only this file raises here
+        return str(error), True
+    return f"no connection, or one that broke off ({type(error).__name__})", True
+
+
+# --- Command lines ------------------------------------------------------------------------------
+
+FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+TYPED = "\0"  # marks what a person typed: argv cannot contain it, so nothing else looks like it
+
+
+def run_cli(main):
+    """Run `main` as a command line whose flags are its parameters, read by their annotations.
+
+    `main` starts only once the whole line is understood. ValueError, OSError, ImportError and
+    MemoryError end in one line on stderr and exit code 2, Ctrl-C in 130, a closed pipe in 141.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        args, kwargs = read_arguments(main, sys.argv[1:])
+        main(*args, **kwargs)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a failure can still be reported
+        return
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        code = 141
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        code = 2
+    with contextlib.suppress(AttributeError):  # there may be no stdout
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would try, and complain, once more on its way out
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def one_line(error):
+    """What went wrong, without `[Errno 30]`: "/x/y: Read-only file system"."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, ModuleNotFoundError) and "pip install" not in text:
+        text += ": pip install -r requirements.txt"
+    return " ".join(text.splitlines()) or type(error).__name__
+
+
+def read_arguments(main, argv):
+    """`main`'s (args, kwargs) from `argv`, or SystemExit(0) after printing the help.
+
+    Fire binds them, with three of its habits tamed: it calls a function before it has looked at
+    all flags (here it calls a recorder), guesses types (`1984` would be an int) and gives `-` and
+    `--` meanings of its own. Marking every typed word hides it from the last two.
+    """
+    try:
+        import fire
+        from fire.decorators import SetParseFn
+    except ImportError:
+        raise ImportError("command lines need fire: pip install -r requirements.txt") from None
+
+    calls = []
+
+    @functools.wraps(main)
+    def record(*args, **kwargs):
+        calls.append((args, kwargs))
+
+    parameters = inspect.signature(main, eval_str=True).parameters.values()
+    help_wanted = {"-h", "--help"} & set(argv)
+    for p in () if help_wanted else parameters:  # the help would list what this adds
+        names = () if p.kind is p.VAR_POSITIONAL else (p.name,)  # (): fire's default parser
+        SetParseFn(functools.partial(parse, p.name, p.annotation), *names)(record)
+    # "int | None" reads better in the help as fire's own "Optional[int]".
+    plain = [p.replace(annotation=kinds(p.annotation)[0]) for p in parameters]
+    record.__signature__ = inspect.Signature(plain)
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            fire.Fire(record, command=["--", "--help"] if help_wanted else mark(argv))
+    except fire.core.FireExit as stop:
+        if not help_wanted:
+            reason = stop.trace.elements[-1].ErrorAsStr().replace(TYPED, "")
+            raise ValueError(f"{reason} (--help lists what there is)") from None
+        print(printed.getvalue().strip())
+        raise
+    return calls[0]
+
+
+def mark(argv):
+    """`argv` as UTF-8 text, with everything marked but the flags' names."""
+    words = (os.fsencode(word).decode("utf-8", "replace") for word in argv)
+    return [w.replace("=", "=" + TYPED, 1) if FLAG.fullmatch(w) else TYPED + w for w in words]
+
+
+def kinds(annotation):
+    """`int | None` -> [int, None's type]; `int` -> [int]."""
+    return sorted(typing.get_args(annotation) or [annotation], key=lambda a: a is type(None))
+
+
+def parse(name, annotation, word):
+    """One argument as its annotation says; ValueError names the flag."""
+    kind = kinds(annotation)[0]
+    text = word.removeprefix(TYPED)
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text == word:  # nobody typed this: it is fire's own "True" for a flag without a value
+        raise ValueError(f"--{name}: expected a value (one that starts with a dash: --{name}=-x)")
+    if kind in (int, float) and type(None) in kinds(annotation) and text.lower() == "none":
+        return None
+    wanted = {int: "a whole number", float: "a number", bool: "True or False"}.get(kind)
+    try:
+        return text if wanted is None else {int: int, float: float}[kind](text)
+    except (ValueError, KeyError):
+        raise ValueError(f"--{name}: expected {wanted}, got {text!r}") from None
