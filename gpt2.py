@@ -1,0 +1,251 @@
+"""GPT-2 in pure NumPy: the forward pass, sampling, generation, and a command line.
+
+    python gpt2.py "Alan Turing theorized that computers would one day become"
+
+A language model is one function: token ids in, and for every position a score (a logit) for each
+token that could come next. The first half of this file is that function, built up from its smallest
+part; the second half calls it again and again to write text.
+
+Two conventions carry the whole file:
+
+*  Shapes. Comments give them as [what goes in] -> [what comes out], where
+       n_seq    tokens in the sequence        n_embd  numbers that describe one token
+       n_vocab  tokens in the vocabulary      n_head  attention heads
+       n_ctx    longest sequence possible     d_head  n_embd / n_head, one head's share
+   and `...` is any number of leading axes, none included: every function works on the last axes
+   only, so a batch of sequences takes the same path as one.
+
+*  Backends. Nothing here needs to know whether an array is NumPy's or JAX's: operators and methods
+   (`@`, `x.mean`) belong to the array, and the few functions that are not methods come from the
+   array's own module, `x.__array_namespace__()`. train_jax.py compiles and differentiates these
+   very functions.
+
+The architecture is Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
+Parameter names are those of OpenAI's released checkpoints: `c_attn`, `c_proj`, `wte`, ...
+"""
+
+import math
+
+import numpy as np
+
+# --------------------------------------------------------------------------------------------------
+# The forward pass
+# --------------------------------------------------------------------------------------------------
+
+
+def gelu(x):  # [...] -> [...]
+    """A smooth step: near 0 for very negative x, near x for very positive x.
+
+    GPT-2 uses the tanh form (Hendrycks & Gimpel 2016, arXiv:1606.08415); the exact erf form gives
+    slightly different logits. math.sqrt, not np.sqrt: a Python float leaves float32 arrays alone
+    where a NumPy float64 scalar would promote them. x * x * x, because x**3 is many times slower.
+    """
+    xp = x.__array_namespace__()
+    return 0.5 * x * (1 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
+
+
+def softmax(x):  # [...] -> [...], each row of the last axis positive and summing to 1
+    """Turns scores into probabilities.
+
+    Subtracting one number from the whole row changes nothing but keeps exp from overflowing. Any
+    number near the maximum does: rounded down, its derivative is 0, which spares JAX a slow detour.
+    """
+    xp = x.__array_namespace__()
+    e = xp.exp(x - xp.floor(x.max(-1, keepdims=True)))
+    return e / e.sum(-1, keepdims=True)
+
+
+def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
+    """Gives every token's vector mean 0 and variance 1, then a learned gain g and bias b."""
+    x = x - x.mean(-1, keepdims=True)
+    variance = (x * x).mean(-1, keepdims=True)
+    return x / (variance + eps) ** 0.5 * g + b
+
+
+def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
+    return x @ w + b
+
+
+def ffn(x, c_fc, c_proj):  # [..., n_seq, n_embd] -> [..., n_seq, n_embd]
+    """The feed-forward network: each token by itself, widened fourfold, bent by gelu, narrowed."""
+    return linear(gelu(linear(x, **c_fc)), **c_proj)
+
+
+def attention(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_head] -> [..., n_q, d_head]
+    """Each query takes a weighted average of the values at its own position and before.
+
+    Position j weighs softmax(q_i . k_j / sqrt(d_head)) for query i: how well what i asks for fits
+    what j offers. The queries are those of the last n_q positions, usually all of them. Vaswani et
+    al. 2017, arXiv:1706.03762, section 3.2.
+    """
+    xp, n_q, n_seq = q.__array_namespace__(), q.shape[-2], k.shape[-2]
+    if n_q > 128:  # the first half never looks at the second: half of the square need not be made
+        half = n_q // 2
+        seen = n_seq - n_q + half
+        first = attention(q[..., :half, :], k[..., :seen, :], v[..., :seen, :])
+        return xp.concat([first, attention(q[..., half:, :], k, v)], axis=-2)
+    scores = q / math.sqrt(q.shape[-1]) @ k.swapaxes(-1, -2)  # [..., n_q, n_seq]
+    position = xp.arange(n_seq)
+    hidden = position > position[n_seq - n_q :, None]  # [n_q, n_seq]: a position's future
+    return softmax(xp.where(hidden, -math.inf, scores)) @ v
+
+
+def mha(x, c_attn, c_proj, n_head, attend=attention):  # [..., n_seq, n_embd] -> the same
+    """Multi-head attention: n_head attentions side by side, each on its own d_head-wide slices.
+
+    One matrix makes queries, keys and values at once, so its output splits into 3 * n_head heads.
+    """
+    heads = linear(x, **c_attn).reshape(*x.shape[:-1], 3 * n_head, -1).swapaxes(-2, -3)
+    q, k, v = x.__array_namespace__().split(heads, 3, axis=-3)  # [..., n_head, n_seq, d_head] each
+    merged = attend(q, k, v).swapaxes(-2, -3).reshape(x.shape)  # [..., n_seq, n_embd]
+    return linear(merged, **c_proj)
+
+
+def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, attend=attention):  # -> the shape of x
+    """Attention moves information between tokens, the ffn works on each. Both add to the stream x.
+
+    `attend` is the one part that can be exchanged: a block whose dict has an entry of that name
+    uses it in place of plain attention. A key-value cache or a GPU's fused kernel plugs in there.
+    """
+    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, attend=attend)
+    return x + ffn(layer_norm(x, **ln_2), **mlp)
+
+
+def hidden_state(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..., n_seq, n_embd]
+    """All of GPT-2 but its last multiplication; `inputs` holds the ids of n_seq <= n_ctx tokens."""
+    x = wte[inputs]  # what each token is ...
+    x = x + wpe[..., : x.shape[-2], :]  # ... and where it stands: one row a position
+    for block in blocks:
+        x = transformer_block(x, **block, n_head=n_head)
+    return layer_norm(x, **ln_f)
+
+
+def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..., n_seq, n_vocab]
+    """The logits of the token after every position, float32 where the parameters are.
+
+    The token embedding wte serves twice: above it turns ids into vectors, here vectors into a score
+    for every id.
+    """
+    return hidden_state(inputs, wte, wpe, blocks, ln_f, n_head) @ wte.swapaxes(0, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# From logits to text
+# --------------------------------------------------------------------------------------------------
+
+
+def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> [n_vocab], float64
+    """The distribution that `sample` draws from.
+
+    temperature below 1 sharpens it, above 1 flattens it; top_k keeps the k likeliest tokens, 0 all;
+    top_p keeps the likeliest that together reach p, the one that crosses p included (Holtzman et
+    al. 2019, arXiv:1904.09751). float64, so that 50257 small numbers add up to 1.
+    """
+    logits = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, rightly
+        logits = (logits - logits.max()) / temperature
+    if 0 < top_k < len(logits):
+        logits = np.where(logits < np.partition(logits, -top_k)[-top_k], -np.inf, logits)
+    probs = softmax(logits)
+    if top_p < 1:
+        descending = np.sort(probs)[::-1]
+        n_kept = 1 + np.searchsorted(np.cumsum(descending), top_p)
+        probs = np.where(probs < descending[:n_kept][-1], 0.0, probs)
+    return probs / probs.sum()
+
+
+def sample(logits, rng, temperature=0.0, top_k=0, top_p=1.0):  # [n_vocab] -> one token id
+    """The likeliest token where temperature is 0 (the first of equals), else a draw with rng."""
+    if temperature == 0:
+        return int(logits.argmax())
+    cumulative = np.cumsum(probabilities(logits, temperature, top_k, top_p))
+    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+
+
+def check_generation(n_prompt, n_ctx, n_tokens_to_generate, temperature=0.0, top_k=0, top_p=1.0):
+    """Raises ValueError, one clear line, for what cannot be generated."""
+    if n_prompt == 0:
+        raise ValueError("the prompt has no tokens: start from <|endoftext|> instead")
+    if n_tokens_to_generate < 0:
+        raise ValueError(f"n_tokens_to_generate must be 0 or more, not {n_tokens_to_generate}")
+    if n_prompt + n_tokens_to_generate > n_ctx:
+        raise ValueError(
+            f"{n_prompt} prompt tokens + {n_tokens_to_generate} to generate = "
+            f"{n_prompt + n_tokens_to_generate}, but this model has only {n_ctx} positions (n_ctx)"
+        )
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be 1 or more, or 0 to keep every token, not {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+
+
+def generate_stream(
+    inputs, params, n_head, n_tokens_to_generate,
+    temperature=0.0, top_k=0, top_p=1.0, seed=None, endoftext=None,
+):  # fmt: skip
+    """Yields new token ids one at a time, stopping early (without yielding it) at `endoftext`.
+
+    Autoregression: run the model, choose a token from the last position's logits, append, repeat.
+    Each step runs the whole sequence again, which is the plain way; kv_cache.py has the fast one.
+    """
+    check_generation(
+        len(inputs), len(params["wpe"]), n_tokens_to_generate, temperature, top_k, top_p
+    )
+    inputs = list(inputs)  # a copy: the caller's list stays as it is
+    rng = np.random.default_rng(seed)
+    for _ in range(n_tokens_to_generate):
+        x = hidden_state(inputs, **params, n_head=n_head)
+        logits = params["wte"] @ x[-1]  # of the last position only: wte is 50257 rows tall
+        token = sample(logits, rng, temperature, top_k, top_p)
+        if token == endoftext:
+            return
+        inputs.append(token)
+        yield token
+
+
+def generate(inputs, params, n_head, n_tokens_to_generate, **sampling):
+    """list of ids -> list of the new ids. `sampling` as in generate_stream; greedy by default."""
+    return list(generate_stream(inputs, params, n_head, n_tokens_to_generate, **sampling))
+
+
+def main(
+    prompt: str,
+    n_tokens_to_generate: int = 40,
+    model_size: str = "124M",
+    models_dir: str = "models",
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+):
+    """Continue a prompt with GPT-2, as text on standard output.
+
+    Args:
+        prompt: the text to continue; empty to start from nothing.
+        n_tokens_to_generate: how many tokens to add at most.
+        model_size: 124M, 355M, 774M or 1558M (downloaded once), a folder in models_dir, or a path.
+        models_dir: the folder that holds the models.
+        temperature: 0 always takes the likeliest token; around 0.8 writes livelier text.
+        top_k: draw from the k likeliest tokens only; 0 for all.
+        top_p: draw from the likeliest tokens that together reach this probability; 1 for all.
+        seed: the same seed draws the same text again.
+    """
+    from utils import load_encoder_hparams_and_params
+
+    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+    inputs = encoder.encode(prompt) or [encoder.endoftext]
+    new_ids = generate_stream(
+        inputs, params, hparams["n_head"], n_tokens_to_generate,
+        temperature, top_k, top_p, seed, encoder.endoftext,
+    )  # fmt: skip
+    for text in encoder.decode_stream(new_ids):
+        print(text, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    from utils import run_cli
+
+    run_cli(main)
