@@ -1,0 +1,324 @@
+"""Train a GPT-2 with JAX and Optax: the functions of gpt2.py, compiled and differentiated.
+
+    python train_jax.py                                        # tiny Shakespeare, a minute or two
+    python train_jax.py --data my_novel.txt --out models/novel # any text, byte by byte
+    python gpt2.py "ROMEO:" --model_size novel                 # then write with it, in NumPy
+
+There is no second model here: `loss` calls `gpt2.gpt2` on JAX arrays, `jax.jit` compiles it and
+`jax.grad` differentiates it. A training step is a pure function, state in, state out, and the state
+is three things: the parameters, the optimizer's moments, and the number of steps done, from which
+everything random follows (which stretches of text, which weights to drop).
+"""
+
+import functools
+import math
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from encoder import Encoder
+from gpt2 import generate, gpt2
+from utils import download_file, load_encoder_hparams_and_params, run_cli, save_model
+
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+STEPS_PER_CALL = 20  # steps of the compiled loop between two looks at the clock and the keyboard
+
+
+# --- The text -----------------------------------------------------------------------------------
+
+
+def load_text(data):  # the --data flag -> str
+    """`shakespeare` (1.1 MB, downloaded once), `python-docs`, or the text file of that path."""
+    if data == "python-docs":  # the language reference that every Python carries: no network needed
+        from pydoc_data.topics import topics
+
+        return "\n".join(topics[name] for name in sorted(topics))
+    path = os.path.join("data", "shakespeare.txt") if data == "shakespeare" else data
+    if data == "shakespeare" and not os.path.exists(path):
+        os.makedirs("data", exist_ok=True)
+        download_file(SHAKESPEARE_URL, path, sha256=SHAKESPEARE_SHA256)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"no text at {path}: --data takes a text file's path, shakespeare or python-docs"
+        )
+    with open(path, encoding="utf-8", errors="replace") as f:
+        return f.read()
+
+
+def split_tokens(ids, n_ctx):  # -> train [n_train], validation windows [n_windows, n_ctx + 1]
+    """The last tenth of the text is for validation, in windows that predict each token once.
+
+    A window is one token longer than n_ctx, because its inputs and its targets are one apart.
+    """
+    ids = np.array(ids, np.int32)
+    n_train = len(ids) * 9 // 10
+    train, validation = ids[:n_train], ids[n_train:]
+    if len(validation) <= n_ctx:
+        raise ValueError(
+            f"the text has {len(ids)} tokens, too few: its last tenth must exceed n_ctx {n_ctx}"
+        )
+    starts = np.arange(0, len(validation) - n_ctx, n_ctx)
+    return train, validation[starts[:, None] + np.arange(n_ctx + 1)]
+
+
+def sample_batch(key, tokens, batch_size, n_ctx):  # [n_tokens] -> [batch_size, n_ctx + 1]
+    """Stretches of the text from random places."""
+    starts = jax.random.randint(key, (batch_size, 1), 0, len(tokens) - n_ctx)
+    return tokens[starts + jnp.arange(n_ctx + 1)]
+
+
+# --- The model ----------------------------------------------------------------------------------
+
+
+def init_params(key, n_vocab, n_ctx, n_embd, n_layer):
+    """GPT-2's initialisation: normal with deviation 0.02, biases 0, gains 1, all float32.
+
+    What writes into the residual stream is scaled by 1 / sqrt(2 * n_layer), so that the stream has
+    the same variance however many layers add to it (Radford et al. 2019, section 2.3).
+    """
+    keys = iter(jax.random.split(key, 2 + 4 * n_layer))
+    residual = 0.02 / math.sqrt(2 * n_layer)
+
+    def normal(*shape, scale=0.02):
+        return scale * jax.random.normal(next(keys), shape)
+
+    def linear(n_in, n_out, scale=0.02):
+        return {"w": normal(n_in, n_out, scale=scale), "b": jnp.zeros(n_out)}
+
+    def layer_norm():
+        return {"g": jnp.ones(n_embd), "b": jnp.zeros(n_embd)}
+
+    def block():
+        return {
+            "attn": {
+                "c_attn": linear(n_embd, 3 * n_embd),
+                "c_proj": linear(n_embd, n_embd, residual),
+            },
+            "mlp": {
+                "c_fc": linear(n_embd, 4 * n_embd),
+                "c_proj": linear(4 * n_embd, n_embd, residual),
+            },
+            "ln_1": layer_norm(),
+            "ln_2": layer_norm(),
+        }
+
+    return {
+        "wte": normal(n_vocab, n_embd),
+        "wpe": normal(n_ctx, n_embd),
+        "blocks": [block() for _ in range(n_layer)],
+        "ln_f": layer_norm(),
+    }
+
+
+def loss(params, tokens, n_head):  # [n_batch, n_seq + 1] -> [], nats a token
+    """Cross-entropy: the mean of -log p(next token), each predicted from the tokens before it."""
+    logits = gpt2(tokens[:, :-1], **params, n_head=n_head)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def is_hidden_matrix(params):
+    """A tree like params, True at the blocks' matrices: not at embeddings, biases and gains."""
+    return jax.tree.map_with_path(lambda path, x: path[0].key == "blocks" and x.ndim == 2, params)
+
+
+def drop_weights(key, params, drop_rate):
+    """A copy of params with a share of the blocks' weights zeroed and the others scaled up.
+
+    DropConnect (Wan et al. 2013) keeps a model from learning a small text by heart, as dropout
+    does, but it acts on the parameters, so that the model's functions stay as they are.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.tree.unflatten(tree, list(jax.random.split(key, len(leaves))))
+    n_dropped = round(256 * drop_rate)  # one random byte a weight decides, which is quick to make
+
+    def drop(key, x, is_matrix):
+        if not is_matrix:
+            return x
+        kept = jax.random.bits(key, x.shape, jnp.uint8) >= n_dropped
+        return x * kept * (256 / (256 - n_dropped))
+
+    return jax.tree.map(drop, keys, params, is_hidden_matrix(params))
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+def make_optimizer(n_steps, learning_rate, n_warmup, weight_decay, grad_clip):
+    """Muon for the blocks' matrices, Adam for the rest; warmup, then a cosine down to a hundredth.
+
+    Muon (Jordan 2024) replaces a matrix's momentum by the orthogonal matrix nearest to it, so that
+    all directions learn at one pace. `consistent_rms` gives its steps the size of Adam's (Liu et
+    al. 2025, arXiv:2502.16982), so that one learning rate serves both.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=learning_rate / n_warmup,  # not 0: the first step should learn something
+        peak_value=learning_rate,
+        warmup_steps=n_warmup,
+        decay_steps=n_steps,
+        end_value=learning_rate / 100,
+    )
+    muon = optax.contrib.MuonDimensionNumbers()
+
+    def for_muon(params):
+        return jax.tree.map(lambda is_matrix: muon if is_matrix else None, is_hidden_matrix(params))
+
+    return optax.chain(
+        optax.clip_by_global_norm(grad_clip),
+        optax.contrib.muon(
+            schedule,
+            weight_decay=weight_decay,
+            weight_decay_mask=is_hidden_matrix,
+            muon_weight_dimension_numbers=for_muon,
+            consistent_rms=0.2,
+            adam_b2=0.99,
+        ),
+    )
+
+
+def make_train_steps(optimizer, n_head, n_ctx, batch_size, drop_rate, seed):
+    """The compiled function (state, tokens, n) -> (state after n more steps, their mean loss)."""
+
+    def batch_loss(params, tokens, n_done):
+        batch_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), n_done))
+        batch = sample_batch(batch_key, tokens, batch_size, n_ctx)
+        if drop_rate:
+            params = drop_weights(drop_key, params, drop_rate)
+        return loss(params, batch, n_head)
+
+    def step(tokens, state):
+        params, moments, n_done = state
+        value, gradients = jax.value_and_grad(batch_loss)(params, tokens, n_done)
+        updates, moments = optimizer.update(gradients, moments, params)
+        return (optax.apply_updates(params, updates), moments, n_done + 1), value
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_steps(state, tokens, n):
+        def add_step(_, carry):
+            state, value = step(tokens, carry[0])
+            return state, carry[1] + value
+
+        state, total = jax.lax.fori_loop(0, n, add_step, (state, 0.0))
+        return state, total / n
+
+    return train_steps
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def evaluate(params, windows, n_head):  # [n_windows, n_ctx + 1] -> [], nats a token
+    """The loss on all of the validation text, 16 windows at a time."""
+    return jax.lax.map(lambda w: loss(params, w[None], n_head), windows, batch_size=16).mean()
+
+
+def train(state, train_steps, tokens, windows, n_head, n_steps, eval_every, keep):
+    """Run the steps and show progress. `keep(params)` gets every set of parameters that is the best
+    on the validation text so far, and at Ctrl-C the last set if none was kept before.
+    """
+    best = math.inf
+    with tqdm(total=n_steps, unit="step", disable=None) as bar:
+        try:
+            while bar.n < n_steps:
+                n_at_eval = min(n_steps, (bar.n // eval_every + 1) * eval_every)
+                n = min(STEPS_PER_CALL, n_at_eval - bar.n)
+                state, train_loss = train_steps(state, tokens, n)
+                if not math.isfinite(train_loss):
+                    raise ValueError(
+                        f"the loss is {train_loss} after {bar.n + n} steps: learn slower"
+                    )
+                bar.update(n)
+                bar.set_postfix(loss=f"{train_loss:.3f}")
+                if bar.n == n_at_eval:
+                    validation = float(evaluate(state[0], windows, n_head))
+                    tqdm.write(f"step {bar.n}: train {train_loss:.4f}, validation {validation:.4f}")
+                    if validation < best:
+                        best = validation
+                        keep(state[0])
+        except KeyboardInterrupt:
+            if best == math.inf:
+                keep(state[0])
+            raise
+
+
+def check_flags(n_head, n_embd, drop_rate, **counts):
+    """Raises ValueError, one clear line, for a model or a run that cannot be."""
+    for name, count in (("n_head", n_head), ("n_embd", n_embd), *counts.items()):
+        if count < 1:
+            raise ValueError(f"{name} must be 1 or more, not {count}")
+    if n_embd % n_head:
+        raise ValueError(f"n_embd {n_embd} must be a multiple of n_head {n_head}")
+    if not 0 <= drop_rate <= 0.9:
+        raise ValueError(f"drop_rate must be from 0 to 0.9, not {drop_rate}")
+
+
+def main(
+    data: str = "shakespeare",
+    out: str = "models/mine",
+    n_layer: int = 4,
+    n_head: int = 4,
+    n_embd: int = 128,
+    n_ctx: int = 64,
+    batch_size: int = 12,
+    n_steps: int = 2000,
+    learning_rate: float = 5e-3,
+    n_warmup: int = 100,
+    weight_decay: float = 0.1,
+    grad_clip: float = 1.0,
+    drop_rate: float = 0.0,
+    eval_every: int = 200,
+    seed: int = 1337,
+    dtype: str = "float32",
+):
+    """Train a byte-level GPT-2 on a text, and save it as a model folder.
+
+    The last tenth of the text is kept for validation. Whenever the validation loss is the best so
+    far the model is saved to `out`, so that whatever happens later the best one is there.
+
+    Args:
+        data: a text file, shakespeare (downloaded once), or python-docs (on every machine).
+        out: the folder to write; `python gpt2.py "..." --model_size mine` then reads models/mine.
+        n_layer: transformer blocks.
+        n_head: attention heads in each; n_embd must be a multiple of it.
+        n_embd: width of the model.
+        n_ctx: the longest stretch of text it sees at once.
+        batch_size: stretches a step.
+        n_steps: steps in all.
+        learning_rate: the highest, reached after n_warmup steps.
+        n_warmup: steps of linear warmup; a cosine follows.
+        weight_decay: of the matrices in the blocks.
+        grad_clip: longest gradient allowed.
+        drop_rate: share of the blocks' weights left out at random in every step.
+        eval_every: steps between two looks at the validation text.
+        seed: the same seed gives the same run.
+        dtype: float32 or float16, of the weights on the disk.
+    """
+    counts = {"n_layer": n_layer, "n_ctx": n_ctx, "batch_size": batch_size, "n_steps": n_steps}
+    check_flags(n_head, n_embd, drop_rate, **counts, n_warmup=n_warmup, eval_every=eval_every)
+    encoder = Encoder([])
+    ids, windows = split_tokens(encoder.encode(load_text(data)), n_ctx)
+    sizes = {"n_vocab": encoder.n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_layer": n_layer}
+    params = init_params(jax.random.key(seed), **sizes)
+    n_params = sum(x.size for x in jax.tree.leaves(params))
+    print(f"{n_params} parameters, {len(ids)} training and {windows[:, 1:].size} validation tokens")
+
+    optimizer = make_optimizer(n_steps, learning_rate, n_warmup, weight_decay, grad_clip)
+    train_steps = make_train_steps(optimizer, n_head, n_ctx, batch_size, drop_rate, seed)
+    state = params, optimizer.init(params), jnp.int32(0)
+
+    def keep(params):
+        save_model(out, encoder, {**sizes, "n_head": n_head}, params, dtype)
+
+    train(state, train_steps, jnp.asarray(ids), windows, n_head, n_steps, eval_every, keep)
+    print(f"the best model is in {out}; a sample of it:\n")
+    encoder, hparams, params = load_encoder_hparams_and_params(out, ".")
+    new_ids = generate(encoder.encode("\n"), params, n_head, n_ctx - 1, temperature=0.8, seed=seed)
+    print(encoder.decode(new_ids))
+
+
+if __name__ == "__main__":
+    run_cli(main)
