@@ -160,7 +160,7 @@ def make_optimizer(n_steps, learning_rate, n_warmup, weight_decay, grad_clip):
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=learning_rate / n_warmup,  # not 0: the first step should learn something
         peak_value=learning_rate,
-        warmup_steps=n_warmup,
+        warmup_steps=min(n_warmup, n_steps // 2),
         decay_steps=n_steps,
         end_value=learning_rate / 100,
     )
@@ -220,22 +220,22 @@ def train(state, train_steps, tokens, windows, n_head, n_steps, eval_every, keep
     """Run the steps and show progress. `keep(params)` gets every set of parameters that is the best
     on the validation text so far, and at Ctrl-C the last set if none was kept before.
     """
-    best = math.inf
+    n_done, best = 0, math.inf
     with tqdm(total=n_steps, unit="step", disable=None) as bar:
         try:
-            while bar.n < n_steps:
-                n_at_eval = min(n_steps, (bar.n // eval_every + 1) * eval_every)
-                n = min(STEPS_PER_CALL, n_at_eval - bar.n)
+            while n_done < n_steps:
+                n = min(STEPS_PER_CALL, n_steps - n_done, eval_every - n_done % eval_every)
                 state, train_loss = train_steps(state, tokens, n)
+                n_done += n
                 if not math.isfinite(train_loss):
-                    raise ValueError(
-                        f"the loss is {train_loss} after {bar.n + n} steps: learn slower"
-                    )
+                    raise ValueError(f"the loss is {train_loss} after {n_done} steps: learn slower")
                 bar.update(n)
                 bar.set_postfix(loss=f"{train_loss:.3f}")
-                if bar.n == n_at_eval:
+                if n_done % eval_every == 0 or n_done == n_steps:
                     validation = float(evaluate(state[0], windows, n_head))
-                    tqdm.write(f"step {bar.n}: train {train_loss:.4f}, validation {validation:.4f}")
+                    tqdm.write(
+                        f"step {n_done}: train {train_loss:.4f}, validation {validation:.4f}"
+                    )
                     if validation < best:
                         best = validation
                         keep(state[0])
