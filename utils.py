@@ -11,12 +11,12 @@ here unpickles, and no length, shape or name found in a file is believed before 
 
 import base64
 import contextlib
+import errno
 import functools
 import hashlib
 import inspect
 import io
 import json
-import math
 import mmap
 import os
 import re
@@ -25,10 +25,11 @@ import sys
 import tempfile
 import time
 import typing
+from pathlib import Path
 
 import numpy as np
 
-from encoder import get_encoder
+from encoder import get_encoder, write_whole
 
 try:
     import fcntl
@@ -76,7 +77,10 @@ def load_encoder_hparams_and_params(model_size, models_dir="models"):
     hparams = read_hparams(model_dir)
     encoder = get_encoder(os.path.basename(model_dir), os.path.dirname(model_dir))
     check_vocabulary(encoder, hparams, model_dir)
-    return encoder, hparams, load_params(model_dir, hparams)
+    params = load_params(model_dir, hparams)
+    # Rows beyond the tokenizer's ids only pad the matrix to a rounder size: they must not be drawn.
+    params["wte"] = params["wte"][: encoder.n_vocab]
+    return encoder, hparams | {"n_vocab": encoder.n_vocab}, params
 
 
 def find_model(model_size, models_dir="models"):  # -> the folder's absolute path
@@ -244,35 +248,23 @@ def read_weights(model_dir, hparams):
 # 8 bytes n, n bytes of JSON {key: {dtype, shape, data_offsets}}, then the numbers; see
 # https://github.com/huggingface/safetensors, whose NumPy reader copies where this one maps.
 
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-
 
 def read_safetensors(path):
     """{key: (dtype, shape, read-only uint8 view of the mapped file)}; ValueError if it lies."""
-    with open(path, "rb") as f:
-        n_file = os.fstat(f.fileno()).st_size
-        n_header = int.from_bytes(f.read(8), "little")
-        if n_file < 8 or n_header > min(n_file - 8, 100_000_000):  # the format's own limit
-            raise ValueError(f"{path}: cut short, or no safetensors file at all")
-        header = parse_json(f.read(n_header), path)
-        data = np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    data = data[8 + n_header :]
-    header.pop("__metadata__", None)
-    tensors, end = {}, 0
+    from safetensors import SafetensorError, safe_open
+
     try:
-        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)) or len(shape) > 8:
-                raise ValueError(key)
-            n_bytes = math.prod(shape) * ITEM_BYTES.get(dtype, 0)  # other types: never looked at
-            if start != end or stop < start or (dtype in ITEM_BYTES and n_bytes != stop - start):
-                raise ValueError(key)
-            tensors[key] = dtype, tuple(shape), data[start:stop]
-            end = stop
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: corrupt header, at {error}") from None
-    if end != len(data):
-        raise ValueError(f"{path}: {len(data)} bytes of weights where the header counts {end}")
+        with open(path, "rb") as f, safe_open(path, "np"):  # which checks the header
+            n_header = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(n_header))
+            data = np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cut short or corrupt ({error})") from None
+    header.pop("__metadata__", None)
+    tensors = {}
+    for key, entry in header.items():
+        start, stop = (8 + n_header + offset for offset in entry["data_offsets"])
+        tensors[key] = entry["dtype"], tuple(entry["shape"]), data[start:stop]
     return tensors
 
 
@@ -291,30 +283,23 @@ def to_float32(dtype, data, source):
 
 
 def write_safetensors(path, tensors):
-    """Write {key: C-contiguous float32 or float16 array} in the given order."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for key, array in tensors.items():
-        dtype = {"float32": "F32", "float16": "F16"}[array.dtype.name]
-        offsets = [end, end + array.nbytes]
-        header[key] = {"dtype": dtype, "shape": array.shape, "data_offsets": offsets}
-        end += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # so that the numbers begin on a cache line
-    write_file(path, [len(text).to_bytes(8, "little"), text, *tensors.values()])
+    """Write {key: C-contiguous float32 or float16 array}: a complete file, or none."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
 
-
-def write_file(path, chunks):
-    """Write bytes-like chunks to `path`: complete and on the disk, or not there at all."""
-    temporary = f"{path}.{os.urandom(4).hex()}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "xb") as f:
-            f.writelines(chunks)
-            f.flush()
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.chmod(temporary, 0o644)  # the library lets nobody else read it
+        with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except SafetensorError as error:  # it tells a full disk by its text alone
+        found = re.search(r"os error (\d+)", str(error))
+        code = int(found[1]) if found else errno.EIO
+        raise OSError(code, os.strerror(code)) from None
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        remove(temporary)
 
 
 # --- OpenAI's TensorFlow checkpoint -------------------------------------------------------------
@@ -385,7 +370,7 @@ def save_model(model_dir, encoder, hparams, params, dtype="float32"):
         stage = tempfile.mkdtemp(prefix=".saving-", dir=model_dir)
         encoder.save(stage)
         config = json.dumps(hugging_face_config(encoder, hparams, dtype), indent=2) + "\n"
-        write_file(os.path.join(stage, "config.json"), [config.encode()])
+        write_whole(Path(stage, "config.json"), config)
         write_safetensors(os.path.join(stage, "model.safetensors"), tensors)
         for name in sorted(os.listdir(stage), key=lambda name: name == "model.safetensors"):
             os.replace(os.path.join(stage, name), os.path.join(model_dir, name))

@@ -18,7 +18,7 @@ import utils
 from encoder import Encoder
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-HPARAMS = {"n_vocab": 300, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
+HPARAMS = {"n_vocab": 257, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
 
 
 @pytest.fixture
@@ -160,6 +160,17 @@ def test_saved_files_are_as_readable_as_any_other(saved):
     assert {os.stat(folder / n).st_mode & 0o777 for n in os.listdir(folder)} == {0o666 & ~umask}
 
 
+def test_rows_that_only_pad_the_vocabulary_are_left_out(saved, tmp_path):
+    folder, params = saved
+    encoder = load(folder)[0]
+    padding = np.ones((7, HPARAMS["n_embd"]), np.float32)
+    padded = params | {"wte": np.concatenate([params["wte"], padding])}
+    utils.save_model(tmp_path / "padded", encoder, HPARAMS | {"n_vocab": 264}, padded)
+    _, hparams, loaded = load(tmp_path / "padded")
+    assert hparams["n_vocab"] == 257
+    assert np.array_equal(loaded["wte"], params["wte"])
+
+
 def test_the_safetensors_library_reads_what_we_write(saved):
     numpy = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
     folder, params = saved
@@ -185,7 +196,7 @@ def test_transformers_opens_what_we_save(saved, rng):
     for name, array in leaves(params, HPARAMS).items():
         key = "transformer." + utils.hugging_face_name(name)
         np.testing.assert_array_equal(state[key].numpy(), array)
-    ids = rng.integers(0, 300, size=16)
+    ids = rng.integers(0, 257, size=16)
     with torch.no_grad():
         theirs = model(torch.tensor(ids)[None]).logits[0].numpy()
     np.testing.assert_allclose(gpt2(ids, **params, n_head=2), theirs, rtol=1e-3, atol=1e-3)
@@ -199,7 +210,7 @@ def test_transformers_opens_what_we_save(saved, rng):
 def test_we_load_what_transformers_saves(tmp_path, dtype, form):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    sizes = {"vocab_size": 300, "n_positions": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
+    sizes = {"vocab_size": 257, "n_positions": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     model = model.to(getattr(torch, dtype))
     body = model.transformer if form == "no prefix" else model
@@ -325,13 +336,13 @@ LIES = {
     "overlap": lambda h: h["transformer.wpe.weight"].update(data_offsets=[0, 512]),
     "a hole": lambda h: h.pop(WTE) and None,
     "wrong product": lambda h: h[WTE].update(shape=[301, 8]),
-    "negative shape": lambda h: h[WTE].update(shape=[-300, -8]),
-    "swapped shape": lambda h: h[WTE].update(shape=[8, 300]),
+    "negative shape": lambda h: h[WTE].update(shape=[-257, -8]),
+    "swapped shape": lambda h: h[WTE].update(shape=[8, 257]),
     "huge shape": lambda h: h[WTE].update(shape=[2**62, 2**62]),
     "string bomb": lambda h: h[WTE].update(shape=[10**10, "aaaa"]),
-    "float shape": lambda h: h[WTE].update(shape=[300.0, 8]),
+    "float shape": lambda h: h[WTE].update(shape=[257.0, 8]),
     "true shape": lambda h: h[WTE].update(shape=[True, 2400]),
-    "deep shape": lambda h: h[WTE].update(shape=[1] * 100 + [300, 8]),
+    "deep shape": lambda h: h[WTE].update(shape=[1] * 100 + [257, 8]),
     "integers": lambda h: h[WTE].update(dtype="I32"),
     "doubles": lambda h: h[WTE].update(dtype="F64"),
     "no dtype": lambda h: h[WTE].pop("dtype") and None,
@@ -524,7 +535,7 @@ def test_a_conversion_is_quiet_and_alike_in_two_processes(rng, tmp_path):
 def test_a_checkpoint_that_is_not_as_hparams_say_is_refused_unconverted(rng, tmp_path):
     params = random_params(rng, HPARAMS)
     write_checkpoint(tmp_path / "tf", HPARAMS, params)
-    for change in ({"n_layer": 1}, {"n_layer": 3}, {"n_embd": 16}, {"n_vocab": 301}, {"n_ctx": 8}):
+    for change in ({"n_layer": 1}, {"n_layer": 3}, {"n_embd": 16}, {"n_vocab": 258}, {"n_ctx": 8}):
         edit_json(tmp_path / "tf" / "hparams.json", **(HPARAMS | change))
         assert "model.ckpt" in refusal(tmp_path / "tf")
     edit_json(tmp_path / "tf" / "hparams.json", **HPARAMS)
