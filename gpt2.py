@@ -162,7 +162,7 @@ def sample(logits, rng, temperature=0.0, top_k=0, top_p=1.0):  # [n_vocab] -> on
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
 
-def check_generation(n_prompt, n_ctx, n_tokens_to_generate, temperature=0.0, top_k=0, top_p=1.0):
+def check_generation(n_prompt, n_ctx, n_tokens_to_generate, temperature, top_k, top_p, seed):
     """Raises ValueError, one clear line, for what cannot be generated."""
     if n_prompt == 0:
         raise ValueError("the prompt has no tokens: start from <|endoftext|> instead")
@@ -179,6 +179,8 @@ def check_generation(n_prompt, n_ctx, n_tokens_to_generate, temperature=0.0, top
         raise ValueError(f"top_k must be 1 or more, or 0 to keep every token, not {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed must be 0 or more, not {seed}")
 
 
 def generate_stream(
@@ -190,9 +192,8 @@ def generate_stream(
     Autoregression: run the model, choose a token from the last position's logits, append, repeat.
     Each step runs the whole sequence again, which is the plain way; kv_cache.py has the fast one.
     """
-    check_generation(
-        len(inputs), len(params["wpe"]), n_tokens_to_generate, temperature, top_k, top_p
-    )
+    n_ctx = len(params["wpe"])
+    check_generation(len(inputs), n_ctx, n_tokens_to_generate, temperature, top_k, top_p, seed)
     inputs = list(inputs)  # a copy: the caller's list stays as it is
     rng = np.random.default_rng(seed)
     for _ in range(n_tokens_to_generate):

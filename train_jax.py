@@ -150,20 +150,24 @@ def drop_weights(key, params, drop_rate):
 # --- Training -----------------------------------------------------------------------------------
 
 
-def make_optimizer(n_steps, learning_rate, n_warmup, weight_decay, grad_clip):
-    """Muon for the blocks' matrices, Adam for the rest; warmup, then a cosine down to a hundredth.
-
-    Muon (Jordan 2024) replaces a matrix's momentum by the orthogonal matrix nearest to it, so that
-    all directions learn at one pace. `consistent_rms` gives its steps the size of Adam's (Liu et
-    al. 2025, arXiv:2502.16982), so that one learning rate serves both.
-    """
-    schedule = optax.warmup_cosine_decay_schedule(
+def make_schedule(n_steps, learning_rate, n_warmup):  # -> a function of the steps done
+    """Linear warmup, then half a cosine down to a hundredth of the learning rate."""
+    return optax.warmup_cosine_decay_schedule(
         init_value=learning_rate / n_warmup,  # not 0: the first step should learn something
         peak_value=learning_rate,
         warmup_steps=min(n_warmup, n_steps // 2),
         decay_steps=n_steps,
         end_value=learning_rate / 100,
     )
+
+
+def make_optimizer(schedule, weight_decay, grad_clip):
+    """Muon for the blocks' matrices, Adam for the rest; weight decay for the matrices only.
+
+    Muon (Jordan 2024) replaces a matrix's momentum by the orthogonal matrix nearest to it, so that
+    all directions learn at one pace. `consistent_rms` gives its steps the size of Adam's (Liu et
+    al. 2025, arXiv:2502.16982), so that one learning rate serves both.
+    """
     muon = optax.contrib.MuonDimensionNumbers()
 
     def for_muon(params):
@@ -245,7 +249,7 @@ def train(state, train_steps, tokens, windows, n_head, n_steps, eval_every, keep
             raise
 
 
-def check_flags(n_head, n_embd, drop_rate, **counts):
+def check_flags(n_head, n_embd, drop_rate, dtype, **counts):
     """Raises ValueError, one clear line, for a model or a run that cannot be."""
     for name, count in (("n_head", n_head), ("n_embd", n_embd), *counts.items()):
         if count < 1:
@@ -254,6 +258,8 @@ def check_flags(n_head, n_embd, drop_rate, **counts):
         raise ValueError(f"n_embd {n_embd} must be a multiple of n_head {n_head}")
     if not 0 <= drop_rate <= 0.9:
         raise ValueError(f"drop_rate must be from 0 to 0.9, not {drop_rate}")
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f"dtype must be float32 or float16, not {dtype}")
 
 
 def main(
@@ -298,15 +304,18 @@ def main(
         dtype: float32 or float16, of the weights on the disk.
     """
     counts = {"n_layer": n_layer, "n_ctx": n_ctx, "batch_size": batch_size, "n_steps": n_steps}
-    check_flags(n_head, n_embd, drop_rate, **counts, n_warmup=n_warmup, eval_every=eval_every)
+    counts |= {"n_warmup": n_warmup, "eval_every": eval_every}
+    check_flags(n_head, n_embd, drop_rate, dtype, **counts)
     encoder = Encoder([])
     ids, windows = split_tokens(encoder.encode(load_text(data)), n_ctx)
     sizes = {"n_vocab": encoder.n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_layer": n_layer}
+    os.makedirs(out, exist_ok=True)  # better to fail now than after the first steps
     params = init_params(jax.random.key(seed), **sizes)
     n_params = sum(x.size for x in jax.tree.leaves(params))
     print(f"{n_params} parameters, {len(ids)} training and {windows[:, 1:].size} validation tokens")
 
-    optimizer = make_optimizer(n_steps, learning_rate, n_warmup, weight_decay, grad_clip)
+    schedule = make_schedule(n_steps, learning_rate, n_warmup)
+    optimizer = make_optimizer(schedule, weight_decay, grad_clip)
     train_steps = make_train_steps(optimizer, n_head, n_ctx, batch_size, drop_rate, seed)
     state = params, optimizer.init(params), jnp.int32(0)
 

@@ -1,0 +1,173 @@
+"""gpt2.py and gpt2_pico.py as a person runs them: processes, streams, exit codes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpt2
+import utils
+from encoder import Encoder
+
+REPO = Path(__file__).parent.parent
+HPARAMS = {"n_vocab": 257, "n_ctx": 48, "n_embd": 16, "n_head": 2, "n_layer": 2}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A models folder with one random model, "tiny", and that model's parameters."""
+    seed = np.random.SeedSequence().entropy % 2**32
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    arrays = {
+        name: rng.standard_normal(shape, dtype=np.float32)
+        for name, shape in utils.tensor_shapes(HPARAMS)
+    }
+    folder = tmp_path_factory.mktemp("models")
+    params = utils.nest(arrays)
+    utils.save_model(folder / "tiny", Encoder([]), HPARAMS, params)
+    return folder, params
+
+
+def run(script, *args, models_dir=None, **kwargs):
+    where = [] if models_dir is None else ["--models_dir", str(models_dir)]
+    command = [sys.executable, str(REPO / script), *args, *where]
+    done = subprocess.run(command, capture_output=True, timeout=120, **kwargs)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def expected(params, prompt, n_tokens, **sampling):
+    """What the command line should print, by the functions that it calls."""
+    encoder = Encoder([])
+    ids = encoder.encode(prompt) or [encoder.endoftext]
+    sampling |= {"endoftext": encoder.endoftext}
+    return encoder.decode(gpt2.generate(ids, params, 2, n_tokens, **sampling)) + "\n"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Alan Turing", "1984", "None", "[1, 2]", "", " ", "-", "héllo 🙂", "'\"", "a\nb"]
+)
+def test_a_prompt_is_text_whatever_it_looks_like(models, prompt):
+    folder, params = models
+    flags = ["--model_size", "tiny", "--n_tokens_to_generate", "20"]
+    code, out, err = run("gpt2.py", prompt, *flags, models_dir=folder)
+    assert (code, out, err) == (0, expected(params, prompt, 20), "")
+
+
+@pytest.mark.parametrize("prompt", ["Alan Turing", "1984", ""])
+def test_pico_writes_the_same(models, prompt):
+    folder, params = models
+    flags = ["--model_size", "tiny", "--n_tokens_to_generate", "12"]
+    code, out, err = run("gpt2_pico.py", prompt, *flags, models_dir=folder)
+    assert (code, err) == (0, "")
+    encoder = Encoder([])
+    ids = gpt2.generate(encoder.encode(prompt) or [encoder.endoftext], params, 2, 12)
+    assert out == encoder.decode(ids) + "\n"
+
+
+def test_sampling_flags_reach_the_sampler(models):
+    folder, params = models
+    flags = [
+        "--n_tokens_to_generate",
+        "20",
+        "--temperature",
+        "0.8",
+        "--top_k",
+        "40",
+        "--top_p",
+        "0.9",
+        "--seed",
+        "7",
+    ]
+    code, out, err = run("gpt2.py", "Once", "--model_size", "tiny", *flags, models_dir=folder)
+    assert (code, err) == (0, "")
+    sampling = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 7}
+    assert out == expected(params, "Once", 20, **sampling)
+
+
+def test_prompt_and_new_tokens_may_fill_the_context_exactly(models):
+    folder, params = models
+    flags = ["--model_size", "tiny", "--n_tokens_to_generate", "44"]
+    assert run("gpt2.py", "Once", *flags, models_dir=folder)[1] == expected(params, "Once", 44)
+
+
+BAD = {
+    "beyond n_ctx": (["Once", "--n_tokens_to_generate", "45"], "48 positions (n_ctx)"),
+    "a long prompt": (["x" * 49, "--n_tokens_to_generate", "0"], "49 prompt tokens"),
+    "a negative count": (["Once", "--n_tokens_to_generate", "-1"], "must be 0 or more, not -1"),
+    "no number": (["Once", "--n_tokens_to_generate", "many"], "expected a whole number"),
+    "top_p 0": (["Once", "--top_p", "0"], "top_p must be above 0"),
+    "top_p 1.5": (["Once", "--top_p", "1.5"], "top_p must be above 0"),
+    "top_k -1": (["Once", "--top_k", "-1"], "top_k must be"),
+    "temperature -1": (["Once", "--temperature", "-1"], "temperature must be"),
+    "temperature nan": (["Once", "--temperature", "nan"], "temperature must be"),
+    "seed -1": (["Once", "--temperature", "1", "--seed", "-1"], "seed must be"),
+    "an unknown flag": (["Once", "--temprature", "1"], "--temprature"),
+    "no prompt": ([], "prompt"),
+    "an unknown model": (["Once", "--model_size", "huge"], "no model 'huge'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_ends_in_one_line_and_exit_code_2(models, case):
+    args, words = BAD[case]
+    size = [] if "--model_size" in args else ["--model_size", "tiny"]
+    code, out, err = run("gpt2.py", *args, *size, models_dir=models[0])
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_pico_refuses_what_does_not_fit(models):
+    code, out, err = run("gpt2_pico.py", "x" * 40, "--model_size", "tiny", models_dir=models[0])
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "n_ctx 48" in err
+
+
+def test_without_a_network_one_line_names_the_model_that_needs_none(tmp_path):
+    env = os.environ | {"SIXTYGPT_DOWNLOAD_URL": "http://127.0.0.1:9"}
+    code, out, err = run("gpt2.py", "Once", models_dir=tmp_path, env=env)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and "--model_size shakespeare" in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_text_appears_while_it_is_made_and_ctrl_c_ends_it_quietly(models):
+    """A model big enough to be slow: its first words must come long before its last."""
+    hparams = HPARAMS | {"n_ctx": 1024, "n_embd": 256, "n_layer": 8}
+    arrays = {n: np.ones(shape, np.float32) for n, shape in utils.tensor_shapes(hparams)}
+    utils.save_model(models[0] / "slow", Encoder([]), hparams, utils.nest(arrays))
+    flags = ["--model_size", "slow", "--n_tokens_to_generate", "1000"]
+    command = [sys.executable, str(REPO / "gpt2.py"), "Once", *flags, "--models_dir", models[0]]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(3) == b"!!!"  # equal logits: the first id, whose byte is "!"
+    assert process.poll() is None
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == b"" and len(out) < 990
+
+
+@pytest.mark.skipif(
+    not (REPO / "models" / "shakespeare" / "model.safetensors").exists(),
+    reason="models/shakespeare is not there",
+)
+def test_the_shipped_model_writes_like_a_play():
+    flags = [
+        "--model_size",
+        "shakespeare",
+        "--n_tokens_to_generate",
+        "150",
+        "--temperature",
+        "0.8",
+        "--seed",
+        "1",
+    ]
+    code, out, err = run("gpt2.py", "ROMEO:", *flags, cwd="/")
+    assert (code, err) == (0, "")
+    words = out.replace("\n", " ").split()
+    assert sum(word.strip(".,;:!?'").islower() for word in words) > 15
+    assert {"the", "and", "to", "I", "of", "you", "my", "that", "in", "is"} & set(words)

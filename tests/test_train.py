@@ -1,0 +1,240 @@
+"""train_jax.py against plain restatements, PyTorch, and a run from text to a model folder."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+import train_jax
+from encoder import Encoder
+
+REPO = Path(__file__).parent.parent
+SIZES = {"n_vocab": 257, "n_ctx": 16, "n_embd": 24, "n_layer": 2}
+
+
+@pytest.fixture
+def seed():
+    seed = int(np.random.SeedSequence().entropy % 2**31)
+    print("seed", seed)
+    return seed
+
+
+def run(*args, timeout=300):
+    command = [sys.executable, str(REPO / "train_jax.py"), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    return done.returncode, done.stdout, done.stderr
+
+
+def names(tree):
+    paths = jax.tree.leaves_with_path(tree)
+    return {".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in p): x for p, x in paths}
+
+
+def test_initial_parameters_have_the_right_sizes_and_deviations(seed):
+    params = names(train_jax.init_params(jax.random.key(seed), 257, 64, 128, 8))
+    assert {x.dtype for x in params.values()} == {jnp.dtype("float32")}
+    for name, x in params.items():
+        if name.endswith(".b"):
+            assert (x == 0).all()
+        elif name.endswith(".g"):
+            assert (x == 1).all()
+        else:
+            wanted = 0.02 / 4 if name.endswith("c_proj.w") else 0.02  # sqrt(2 * 8 layers) is 4
+            assert abs(x.std() / wanted - 1) < 0.05, name
+    loss = train_jax.loss(
+        train_jax.init_params(jax.random.key(seed), 257, 64, 128, 8),
+        jax.random.randint(jax.random.key(seed), (4, 65), 0, 257),
+        n_head=4,
+    )
+    assert abs(loss - np.log(257)) < 0.1  # it knows nothing yet
+
+
+def test_loss_is_the_mean_surprise(seed):
+    params = train_jax.init_params(jax.random.key(seed), **SIZES)
+    params = jax.tree.map(lambda x: x * 5, params)
+    tokens = jax.random.randint(jax.random.key(seed + 1), (3, 17), 0, 257)
+    logits = np.asarray(train_jax.gpt2(tokens[:, :-1], **params, n_head=3), np.float64)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    surprise = [-np.log(p[i, t, tokens[i, t + 1]]) for i in range(3) for t in range(16)]
+    assert abs(train_jax.loss(params, tokens, 3) / np.mean(surprise) - 1) < 1e-5
+
+
+def test_only_the_matrices_of_the_blocks_decay_and_drop():
+    params = train_jax.init_params(jax.random.key(0), **SIZES)
+    chosen = {
+        name for name, is_matrix in names(train_jax.is_hidden_matrix(params)).items() if is_matrix
+    }
+    layers = ("attn.c_attn.w", "attn.c_proj.w", "mlp.c_fc.w", "mlp.c_proj.w")
+    assert chosen == {f"blocks.{i}.{layer}" for i in range(2) for layer in layers}
+
+
+def test_weight_decay_shrinks_only_them():
+    params = jax.tree.map(jnp.ones_like, train_jax.init_params(jax.random.key(0), **SIZES))
+    optimizer = train_jax.make_optimizer(lambda _: 0.5, weight_decay=0.1, grad_clip=1.0)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    chosen = names(train_jax.is_hidden_matrix(params))
+    for name, update in names(updates).items():
+        assert np.allclose(update, -0.05 if chosen[name] else 0, atol=1e-7), name
+
+
+def test_schedule_warms_up_from_above_zero_and_ends_at_a_hundredth():
+    schedule = train_jax.make_schedule(n_steps=1000, learning_rate=1.0, n_warmup=100)
+    assert np.isclose(schedule(0), 0.01)
+    assert np.isclose(schedule(50), 0.01 + 0.99 * 0.5)
+    assert np.isclose(schedule(100), 1)
+    assert np.isclose(schedule(550), (1 + 0.01) / 2)  # half of the cosine's way
+    assert np.isclose(schedule(1000), 0.01)
+    assert train_jax.make_schedule(n_steps=1, learning_rate=1.0, n_warmup=100)(0) > 0
+
+
+def test_dropped_weights_are_the_asked_share_and_the_rest_is_scaled_up(seed):
+    params = train_jax.init_params(jax.random.key(seed), 257, 64, 128, 2)
+    params = jax.tree.map(lambda x: x + 1, params)  # no weight is 0 by itself
+    dropped = names(train_jax.drop_weights(jax.random.key(seed), params, 0.25))
+    chosen = names(train_jax.is_hidden_matrix(params))
+    for name, x in names(params).items():
+        if not chosen[name]:
+            assert (dropped[name] == x).all()
+            continue
+        gone = dropped[name] == 0
+        assert abs(gone.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / x.size)
+        assert np.allclose(dropped[name], np.where(gone, 0, x / 0.75), rtol=1e-6)
+        assert dropped[name].dtype == jnp.float32
+
+
+def test_batches_are_stretches_of_the_text_from_anywhere_in_it(seed):
+    tokens = jnp.arange(20)
+    batch = np.asarray(train_jax.sample_batch(jax.random.key(seed), tokens, 500, 16))
+    assert batch.shape == (500, 17)
+    assert (np.diff(batch) == 1).all()
+    assert set(batch[:, 0]) == {0, 1, 2, 3}  # the last stretch ends with the last token
+
+
+def test_validation_predicts_each_token_of_the_last_tenth_once():
+    train, windows = train_jax.split_tokens(range(1000), n_ctx=16)
+    assert list(train) == list(range(900))
+    assert list(windows[:, 1:].flat) == list(range(901, 901 + 6 * 16))
+    assert (windows[:, :-1] + 1 == windows[:, 1:]).all()
+    assert train_jax.split_tokens(range(170), n_ctx=16)[1].shape == (1, 17)
+    with pytest.raises(ValueError, match="too few"):
+        train_jax.split_tokens(range(160), n_ctx=16)
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.1])
+def test_many_steps_a_call_are_the_same_as_one_a_call(seed, drop_rate):
+    tokens = jax.random.randint(jax.random.key(seed), (2000,), 0, 257)
+    schedule = train_jax.make_schedule(6, 1e-3, 2)
+    optimizer = train_jax.make_optimizer(schedule, weight_decay=0.1, grad_clip=1.0)
+    steps = train_jax.make_train_steps(optimizer, 3, 16, 4, drop_rate, seed)
+
+    def start():
+        params = train_jax.init_params(jax.random.key(seed), **SIZES)
+        return params, optimizer.init(params), jnp.int32(0)
+
+    together, mean = steps(start(), tokens, 6)
+    alone, losses = start(), []
+    for _ in range(6):
+        alone, value = steps(alone, tokens, 1)
+        losses.append(float(value))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), together, alone))
+    assert np.isclose(mean, np.mean(losses), rtol=1e-6) and len(set(losses)) == 6
+    assert {x.dtype.name for x in jax.tree.leaves(together)} == {"float32", "int32"}
+
+
+BAD = {
+    "heads": (["--n_embd", "100", "--n_head", "3"], "multiple of n_head"),
+    "no steps": (["--n_steps", "0"], "n_steps must be 1 or more"),
+    "drop": (["--drop_rate", "1"], "drop_rate must be"),
+    "dtype": (["--dtype", "int8"], "dtype must be"),
+    "no text": (["--data", "nowhere.txt"], "no text at nowhere.txt"),
+    "a folder": (["--data", "."], "no text at ."),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_ends_in_one_line_before_any_training(tmp_path, case):
+    args, words = BAD[case]
+    data = [] if "--data" in args else ["--data", "python-docs"]
+    code, out, err = run(*args, *data, "--out", tmp_path / "out")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and words in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["", "too short"])
+def test_too_little_text_is_refused(tmp_path, text):
+    (tmp_path / "text").write_text(text)
+    code, out, err = run("--data", tmp_path / "text", "--out", tmp_path / "out")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "too few" in err
+
+
+def test_ctrl_c_keeps_the_model(tmp_path):
+    args = ["--data", "python-docs", "--out", tmp_path / "out", "--n_layer", 1, "--n_embd", 8]
+    command = [sys.executable, str(REPO / "train_jax.py"), *map(str, [*args, "--eval_every", 20])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "parameters" in process.stdout.readline()
+    assert "step 20:" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (130, "")
+    assert GPT2LMHeadModel.from_pretrained(tmp_path / "out").config.n_embd == 8
+
+
+def test_ctrl_c_before_the_first_evaluation_keeps_the_model_too():
+    kept = []
+
+    def train_steps(state, tokens, n):
+        if state == ["params 2"]:
+            raise KeyboardInterrupt
+        return [f"params {int(state[0][-1]) + 1}"], 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        train_jax.train(["params 0"], train_steps, None, None, 1, 10**6, 10**6, kept.append)
+    assert kept == ["params 2"]
+
+
+def bigram_loss(train, validation):
+    """Nats a token when only the one before is known: counts of pairs, each counted once more."""
+    pairs, firsts = Counter(zip(train[:-1], train[1:], strict=True)), Counter(train[:-1])
+    n_seen = len(set(train))
+    p = [
+        (pairs[pair] + 1) / (firsts[pair[0]] + n_seen)
+        for pair in zip(validation[:-1], validation[1:], strict=True)
+    ]
+    return -np.mean(np.log(p))
+
+
+@pytest.mark.slow
+def test_a_run_on_python_docs_learns_more_than_pairs_and_opens_in_transformers(tmp_path):
+    code, out, err = run("--data", "python-docs", "--out", tmp_path / "docs", "--n_steps", 400)
+    assert (code, err) == (0, "")
+    validation = float(re.findall(r"validation (\S+)", out)[-1])
+
+    ids = Encoder([]).encode(train_jax.load_text("python-docs"))
+    train, windows = train_jax.split_tokens(ids, n_ctx=64)
+    assert validation < bigram_loss(train.tolist(), ids[len(train) :]) - 0.1
+
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "docs")
+    windows = torch.from_numpy(windows).long()
+    with torch.inference_mode():
+        logits = model(windows[:, :-1]).logits
+    theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert abs(theirs - validation) < 1e-3
+
+    command = [
+        sys.executable,
+        str(REPO / "gpt2.py"),
+        "The ",
+        "--model_size",
+        str(tmp_path / "docs"),
+    ]
+    assert len(subprocess.run(command, capture_output=True, text=True).stdout) == 41
