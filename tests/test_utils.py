@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import secrets
 import signal
 import struct
 import subprocess
@@ -13,24 +12,13 @@ import time
 
 import numpy as np
 import pytest
+from conftest import random_params
 
 import utils
 from encoder import Encoder
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HPARAMS = {"n_vocab": 257, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
-
-
-@pytest.fixture
-def rng():
-    seed = secrets.randbits(32)
-    print("seed", seed)  # pytest shows it when the test fails
-    return np.random.default_rng(seed)
-
-
-def random_params(rng, hparams):
-    shapes = utils.tensor_shapes(hparams)
-    return utils.nest({name: rng.normal(size=s).astype(np.float32) for name, s in shapes})
 
 
 def leaves(params, hparams):
