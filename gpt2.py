@@ -41,7 +41,7 @@ def gelu(x):  # [...] -> [...]
     where a NumPy float64 scalar would promote them. x * x * x, because x**3 is many times slower.
     """
     xp = x.__array_namespace__()
-    return 0.5 * x * (1 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
+    return x * (0.5 + 0.5 * xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
 
 
 def softmax(x):  # [...] -> [...], each row of the last axis positive and summing to 1
@@ -52,7 +52,8 @@ def softmax(x):  # [...] -> [...], each row of the last axis positive and summin
     """
     xp = x.__array_namespace__()
     e = xp.exp(x - xp.floor(x.max(-1, keepdims=True)))
-    return e / e.sum(-1, keepdims=True)
+    e /= e.sum(-1, keepdims=True)  # in place where arrays can be changed, which saves a copy
+    return e
 
 
 def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
@@ -79,15 +80,16 @@ def attention(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_head] -> [.
     al. 2017, arXiv:1706.03762, section 3.2.
     """
     xp, n_q, n_seq = q.__array_namespace__(), q.shape[-2], k.shape[-2]
-    if n_q > 128:  # the first half never looks at the second: half of the square need not be made
+    if n_q > 64:  # the first half never looks at the second: half of the square need not be made
         half = n_q // 2
         seen = n_seq - n_q + half
         first = attention(q[..., :half, :], k[..., :seen, :], v[..., :seen, :])
         return xp.concat([first, attention(q[..., half:, :], k, v)], axis=-2)
     scores = q / math.sqrt(q.shape[-1]) @ k.swapaxes(-1, -2)  # [..., n_q, n_seq]
     position = xp.arange(n_seq)
-    hidden = position > position[n_seq - n_q :, None]  # [n_q, n_seq]: a position's future
-    return softmax(xp.where(hidden, -math.inf, scores)) @ v
+    future = position > position[n_seq - n_q :, None]  # [n_q, n_seq]: what a query may not see
+    scores += xp.where(future, -math.inf, 0).astype(scores.dtype)
+    return softmax(scores) @ v
 
 
 def mha(x, c_attn, c_proj, n_head, attend=attention):  # [..., n_seq, n_embd] -> the same
