@@ -1,0 +1,69 @@
+"""What the benchmarks share: a model of GPT-2 124M's shape, and clocks fair to both sides."""
+
+import platform
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import utils  # noqa: E402
+
+HPARAMS = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
+
+
+def random_params(hparams=HPARAMS):
+    """Random weights: what they say is nonsense, how long they take to say it is not."""
+    rng = np.random.default_rng(0)
+    shapes = utils.tensor_shapes(hparams)
+    arrays = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes}
+    return utils.nest({name: array * np.float32(0.02) for name, array in arrays.items()})
+
+
+def hugging_face(params, hparams=HPARAMS):
+    """transformers' GPT-2 with the same weights."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {theirs: hparams[ours] for ours, theirs in utils.HUGGING_FACE_SIZES.items()}
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    state = {
+        "transformer." + utils.hugging_face_name(name): torch.from_numpy(utils.leaf(params, name))
+        for name, _ in utils.tensor_shapes(hparams)
+    }
+    model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]})
+    return model
+
+
+def alternate(rounds, **functions):
+    """{name: median seconds}. The functions take turns, so that a noisy moment hits them alike."""
+    for function in functions.values():
+        function()
+    seconds = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def machine():
+    """One line that names the processor and the versions."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        cpu = f"{len(names)} x {names[0]}"
+    return f"{cpu}, Python {platform.python_version()}, NumPy {np.__version__}"
+
+
+def print_table(title, seconds, baseline):
+    """Milliseconds, and how many times faster than it the baseline's row (ours) is."""
+    print(f"\n{title}\n{'':34}{'ms':>9}{'ours is':>10}")
+    for name, value in seconds.items():
+        ratio = "" if name == baseline else f"{value / seconds[baseline]:9.2f}x"
+        print(f"{name.replace('_', ' '):34}{value * 1e3:9.1f}{ratio:>10}")
