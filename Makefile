@@ -27,7 +27,7 @@ clean:
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed")'
 	@echo "setting up .venv ..." >&2
-	@$(PYTHON) -m venv .venv >&2
+	@$(PYTHON) -m venv .venv >&2 || { rm -rf .venv; exit 1; }
 
 .venv/generate: requirements-generate.txt | .venv/bin/python
 	@$(PIP) -r requirements-generate.txt >&2

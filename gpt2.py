@@ -164,17 +164,10 @@ def sample(logits, rng, temperature=0.0, top_k=0, top_p=1.0):  # [n_vocab] -> on
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
 
-def check_generation(n_prompt, n_ctx, n_tokens_to_generate, temperature, top_k, top_p, seed):
-    """Raises ValueError, one clear line, for what cannot be generated."""
-    if n_prompt == 0:
-        raise ValueError("the prompt has no tokens: start from <|endoftext|> instead")
+def check_sampling(n_tokens_to_generate, temperature=0.0, top_k=0, top_p=1.0, seed=None):
+    """Raises ValueError, one clear line, for what means nothing, whatever the model."""
     if n_tokens_to_generate < 0:
         raise ValueError(f"n_tokens_to_generate must be 0 or more, not {n_tokens_to_generate}")
-    if n_prompt + n_tokens_to_generate > n_ctx:
-        raise ValueError(
-            f"{n_prompt} prompt tokens + {n_tokens_to_generate} to generate = "
-            f"{n_prompt + n_tokens_to_generate}, but this model has only {n_ctx} positions (n_ctx)"
-        )
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
     if top_k < 0:
@@ -185,6 +178,18 @@ def check_generation(n_prompt, n_ctx, n_tokens_to_generate, temperature, top_k, 
         raise ValueError(f"seed must be 0 or more, not {seed}")
 
 
+def check_length(n_prompt, n_tokens_to_generate, n_ctx):
+    """Raises ValueError, one clear line, for a text that has no start or would not fit."""
+    if n_prompt == 0:
+        raise ValueError("the prompt has no tokens, and there is no <|endoftext|> to start from")
+    n_seq = n_prompt + n_tokens_to_generate
+    if n_seq > n_ctx:
+        raise ValueError(
+            f"{n_prompt} prompt tokens + {n_tokens_to_generate} to generate = {n_seq}, "
+            f"but this model has only {n_ctx} positions (n_ctx)"
+        )
+
+
 def generate_stream(
     inputs, params, n_head, n_tokens_to_generate,
     temperature=0.0, top_k=0, top_p=1.0, seed=None, endoftext=None,
@@ -192,10 +197,10 @@ def generate_stream(
     """Yields new token ids one at a time, stopping early (without yielding it) at `endoftext`.
 
     Autoregression: run the model, choose a token from the last position's logits, append, repeat.
-    Each step runs the whole sequence again, which is the plain way; kv_cache.py has the fast one.
+    Each step runs the whole sequence again, although only its last token is new.
     """
-    n_ctx = len(params["wpe"])
-    check_generation(len(inputs), n_ctx, n_tokens_to_generate, temperature, top_k, top_p, seed)
+    check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)
+    check_length(len(inputs), n_tokens_to_generate, n_ctx=len(params["wpe"]))
     inputs = list(inputs)  # a copy: the caller's list stays as it is
     rng = np.random.default_rng(seed)
     for _ in range(n_tokens_to_generate):
@@ -237,8 +242,11 @@ def main(
     """
     from utils import load_encoder_hparams_and_params
 
+    check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)  # before any download
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    inputs = encoder.encode(prompt) or [encoder.endoftext]
+    inputs = encoder.encode(prompt)
+    if not inputs and encoder.endoftext is not None:
+        inputs = [encoder.endoftext]
     new_ids = generate_stream(
         inputs, params, hparams["n_head"], n_tokens_to_generate,
         temperature, top_k, top_p, seed, encoder.endoftext,

@@ -46,8 +46,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_seq] -> [n_seq, n_vocab]
 
 def generate(inputs, params, n_head, n_tokens_to_generate):
     ids, n_ctx = list(inputs), len(params["wpe"])
-    if len(ids) + n_tokens_to_generate > n_ctx:
-        raise ValueError(f"{len(ids)} + {n_tokens_to_generate} tokens are more than n_ctx {n_ctx}")
+    if not 0 <= n_tokens_to_generate <= n_ctx - len(ids):
+        raise ValueError(f"{len(ids)} + {n_tokens_to_generate} tokens do not fit n_ctx {n_ctx}")
     for _ in range(n_tokens_to_generate):
         ids.append(int(gpt2(ids, **params, n_head=n_head)[-1].argmax()))
     return ids[len(inputs) :]
@@ -58,7 +58,8 @@ def main(prompt: str, n_tokens_to_generate: int = 40, model_size="124M", models_
 
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     ids = encoder.encode(prompt) or [encoder.endoftext]
-    print(encoder.decode(generate(ids, params, hparams["n_head"], n_tokens_to_generate)))
+    new_ids = generate(ids, params, hparams["n_head"], n_tokens_to_generate)
+    print(encoder.decode(new_ids).split("<|endoftext|>")[0])
 
 
 if __name__ == "__main__":

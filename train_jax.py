@@ -2,7 +2,7 @@
 
     python train_jax.py                                        # tiny Shakespeare, a minute or two
     python train_jax.py --data my_novel.txt --out models/novel # any text, byte by byte
-    python gpt2.py "ROMEO:" --model_size novel                 # then write with it, in NumPy
+    python gpt2.py "It was" --model_size novel                 # then write with it, in NumPy
 
 There is no second model here: `loss` calls `gpt2.gpt2` on JAX arrays, `jax.jit` compiles it and
 `jax.grad` differentiates it. A training step is a pure function, state in, state out, and the state
@@ -22,13 +22,19 @@ from tqdm import tqdm
 
 from encoder import Encoder
 from gpt2 import generate, gpt2
-from utils import download_file, load_encoder_hparams_and_params, run_cli, save_model
+from utils import (
+    check_target,
+    download_file,
+    load_encoder_hparams_and_params,
+    run_cli,
+    save_model,
+)
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-STEPS_PER_CALL = 20  # steps of the compiled loop between two looks at the clock and the keyboard
+STEPS_PER_CALL = 20  # steps of the compiled loop before Python sees a loss, or Ctrl-C, again
 
 
 # --- The text -----------------------------------------------------------------------------------
@@ -40,10 +46,10 @@ def load_text(data):  # the --data flag -> str
         from pydoc_data.topics import topics
 
         return "\n".join(topics[name] for name in sorted(topics))
-    path = os.path.join("data", "shakespeare.txt") if data == "shakespeare" else data
-    if data == "shakespeare" and not os.path.exists(path):
-        os.makedirs("data", exist_ok=True)
-        download_file(SHAKESPEARE_URL, path, sha256=SHAKESPEARE_SHA256)
+    path = data
+    if data == "shakespeare":
+        path = os.path.join("data", "shakespeare.txt")
+        download_file(SHAKESPEARE_URL, path, sha256=SHAKESPEARE_SHA256)  # unless it is there
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"no text at {path}: --data takes a text file's path, shakespeare or python-docs"
@@ -53,9 +59,10 @@ def load_text(data):  # the --data flag -> str
 
 
 def split_tokens(ids, n_ctx):  # -> train [n_train], validation windows [n_windows, n_ctx + 1]
-    """The last tenth of the text is for validation, in windows that predict each token once.
+    """The last tenth of the text is for validation, in windows side by side.
 
-    A window is one token longer than n_ctx, because its inputs and its targets are one apart.
+    A window is one token longer than n_ctx, because its inputs and its targets are one apart; the
+    next begins with its last token. What is left at the end, less than a window, is not used.
     """
     ids = np.array(ids, np.int32)
     n_train = len(ids) * 9 // 10
@@ -202,7 +209,7 @@ def make_train_steps(optimizer, n_head, n_ctx, batch_size, drop_rate, seed):
         updates, moments = optimizer.update(gradients, moments, params)
         return (optax.apply_updates(params, updates), moments, n_done + 1), value
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @jax.jit
     def train_steps(state, tokens, n):
         def add_step(_, carry):
             state, value = step(tokens, carry[0])
@@ -241,25 +248,33 @@ def train(state, train_steps, tokens, windows, n_head, n_steps, eval_every, keep
                         f"step {n_done}: train {train_loss:.4f}, validation {validation:.4f}"
                     )
                     if validation < best:
-                        best = validation
                         keep(state[0])
+                        best = validation
         except KeyboardInterrupt:
-            if best == math.inf:
+            if n_done and best == math.inf:
                 keep(state[0])
             raise
 
 
-def check_flags(n_head, n_embd, drop_rate, dtype, **counts):
+def check_flags(flags):
     """Raises ValueError, one clear line, for a model or a run that cannot be."""
-    for name, count in (("n_head", n_head), ("n_embd", n_embd), *counts.items()):
-        if count < 1:
-            raise ValueError(f"{name} must be 1 or more, not {count}")
-    if n_embd % n_head:
-        raise ValueError(f"n_embd {n_embd} must be a multiple of n_head {n_head}")
-    if not 0 <= drop_rate <= 0.9:
-        raise ValueError(f"drop_rate must be from 0 to 0.9, not {drop_rate}")
-    if dtype not in ("float32", "float16"):
-        raise ValueError(f"dtype must be float32 or float16, not {dtype}")
+    for name, value in flags.items():
+        if name == "seed":
+            right, wanted = 0 <= value < 2**32, "from 0 to 4294967295"
+        elif name == "drop_rate":
+            right, wanted = 0 <= value <= 0.9, "from 0 to 0.9"
+        elif name == "weight_decay":
+            right, wanted = 0 <= value < math.inf, "0 or more"
+        elif name == "dtype":
+            right, wanted = value in ("float32", "float16"), "float32 or float16"
+        elif isinstance(value, float):
+            right, wanted = 0 < value < math.inf, "more than 0"
+        else:
+            right, wanted = not isinstance(value, int) or value >= 1, "1 or more"
+        if not right:
+            raise ValueError(f"{name} must be {wanted}, not {value}")
+    if flags["n_embd"] % flags["n_head"]:
+        raise ValueError("n_embd {n_embd} must be a multiple of n_head {n_head}".format(**flags))
 
 
 def main(
@@ -282,8 +297,9 @@ def main(
 ):
     """Train a byte-level GPT-2 on a text, and save it as a model folder.
 
-    The last tenth of the text is kept for validation. Whenever the validation loss is the best so
-    far the model is saved to `out`, so that whatever happens later the best one is there.
+    The last tenth of the text is kept for validation. Losses, in nats a byte, are printed as they
+    are measured, and whenever the validation loss is the best so far the model is saved to `out`,
+    in place of what was there: whatever happens later, the best one is kept.
 
     Args:
         data: a text file, shakespeare (downloaded once), or python-docs (on every machine).
@@ -295,21 +311,19 @@ def main(
         batch_size: stretches a step.
         n_steps: steps in all.
         learning_rate: the highest, reached after n_warmup steps.
-        n_warmup: steps of linear warmup; a cosine follows.
+        n_warmup: steps of linear warmup, at most half of all; a cosine follows.
         weight_decay: of the matrices in the blocks.
         grad_clip: longest gradient allowed.
-        drop_rate: share of the blocks' weights left out at random in every step.
+        drop_rate: share of the blocks' weights left out at random in every step, in 256ths.
         eval_every: steps between two looks at the validation text.
         seed: the same seed gives the same run.
         dtype: float32 or float16, of the weights on the disk.
     """
-    counts = {"n_layer": n_layer, "n_ctx": n_ctx, "batch_size": batch_size, "n_steps": n_steps}
-    counts |= {"n_warmup": n_warmup, "eval_every": eval_every}
-    check_flags(n_head, n_embd, drop_rate, dtype, **counts)
+    check_flags(locals())
+    check_target(out)  # better now than after the first steps
     encoder = Encoder([])
     ids, windows = split_tokens(encoder.encode(load_text(data)), n_ctx)
     sizes = {"n_vocab": encoder.n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_layer": n_layer}
-    os.makedirs(out, exist_ok=True)  # better to fail now than after the first steps
     params = init_params(jax.random.key(seed), **sizes)
     n_params = sum(x.size for x in jax.tree.leaves(params))
     print(f"{n_params} parameters, {len(ids)} training and {windows[:, 1:].size} validation tokens")
@@ -322,11 +336,14 @@ def main(
     def keep(params):
         save_model(out, encoder, {**sizes, "n_head": n_head}, params, dtype)
 
-    train(state, train_steps, jnp.asarray(ids), windows, n_head, n_steps, eval_every, keep)
+    try:
+        train(state, train_steps, jnp.asarray(ids), windows, n_head, n_steps, eval_every, keep)
+    except jax.errors.JaxRuntimeError as error:  # out of memory, as a rule
+        raise MemoryError(str(error)) from None
     print(f"the best model is in {out}; a sample of it:\n")
     encoder, hparams, params = load_encoder_hparams_and_params(out, ".")
-    new_ids = generate(encoder.encode("\n"), params, n_head, n_ctx - 1, temperature=0.8, seed=seed)
-    print(encoder.decode(new_ids))
+    sampling = {"temperature": 0.8, "seed": seed, "endoftext": encoder.endoftext}
+    print(encoder.decode(generate(encoder.encode("\n"), params, n_head, n_ctx - 1, **sampling)))
 
 
 if __name__ == "__main__":

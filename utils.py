@@ -314,9 +314,10 @@ def convert_checkpoint(checkpoint, hparams, path):
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         import tensorflow as tf
-    except ImportError:
+    except ImportError as error:
         raise ImportError(
-            f"{checkpoint}: reading it, once, needs tensorflow: pip install -r requirements.txt"
+            f"{checkpoint}: reading it, once, needs tensorflow ({error}): "
+            "pip install -r requirements.txt, with Python 3.13 or older"
         ) from None
     try:
         reader = tf.train.load_checkpoint(checkpoint)
@@ -327,7 +328,8 @@ def convert_checkpoint(checkpoint, hparams, path):
         write_safetensors(path, tensors)
         return read_safetensors(path)
     except OSError as error:
-        print(f"notice: {path} not written: {error.strerror}", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"notice: {path} not written: {error.strerror}", file=sys.stderr)
     return {key: ("F32", a.shape, a.reshape(-1).view(np.uint8)) for key, a in tensors.items()}
 
 
@@ -358,12 +360,11 @@ def save_model(model_dir, encoder, hparams, params, dtype="float32"):
     """Write a folder that GPT2LMHeadModel.from_pretrained and GPT2TokenizerFast open, too.
 
     `params` may be JAX arrays; `dtype` float32 or float16. All is written beside its place first,
-    then renamed: after an error (a full disk, Ctrl-C) the folder is what it was before.
+    then renamed, the weights last: every file is whole, whatever happens (a full disk, Ctrl-C).
     """
     check_vocabulary(encoder, hparams, model_dir)
     tensors = named_tensors(params, hparams, dtype)
-    if os.path.exists(os.path.join(model_dir, "hparams.json")):
-        raise ValueError(f"{model_dir}: holds a model in OpenAI's layout; save to another folder")
+    check_target(model_dir)
     stage = None
     try:
         os.makedirs(model_dir, exist_ok=True)
@@ -381,6 +382,18 @@ def save_model(model_dir, encoder, hparams, params, dtype="float32"):
             shutil.rmtree(stage, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.rmdir(model_dir)  # works only if it is empty: if nothing came of it
+
+
+def check_target(model_dir):
+    """ValueError or OSError where save_model cannot write, or other files would contradict it."""
+    for name in ("hparams.json", "encoder.json", "tokenizer.json"):
+        if os.path.exists(os.path.join(model_dir, name)):
+            raise ValueError(f"{model_dir}: has {name}, of another model; save to another folder")
+    there = next(p for p in (Path(model_dir), *Path(model_dir).absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise PermissionError(
+            errno.EACCES, f"cannot write {model_dir}: {there} is not a folder we may write to"
+        )
 
 
 def named_tensors(params, hparams, dtype):
@@ -503,7 +516,7 @@ def gather(url, f, path, sha256):
                 if size == 0:
                     remove(part, note)
                 raise ConnectionError(f"cannot download {url}: {words}") from None
-            time.sleep(BACKOFF * 2**failures)
+            time.sleep(BACKOFF * 2 ** (failures - 1))
     remove(part, note)
 
 
@@ -614,7 +627,7 @@ def run_cli(main):
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     try:
         args, kwargs = read_arguments(main, sys.argv[1:])
         main(*args, **kwargs)
@@ -625,7 +638,7 @@ def run_cli(main):
         code = 130
     except BrokenPipeError:
         code = 141
-    except (ValueError, OSError, ImportError, MemoryError) as error:
+    except (ValueError, OverflowError, OSError, ImportError, MemoryError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         code = 2
     with contextlib.suppress(AttributeError):  # there may be no stdout

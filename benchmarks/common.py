@@ -57,7 +57,7 @@ def machine():
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        cpu = f"{len(names)} x {names[0]}"
+        cpu = f"{len(names)} x {names[0]}" if names else platform.machine()
     return f"{cpu}, Python {platform.python_version()}, NumPy {np.__version__}"
 
 

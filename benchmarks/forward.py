@@ -6,13 +6,14 @@ Random weights of GPT-2 124M's shape, float32. Two jobs: continue 10 tokens by 8
 sequence for every token; and read 512 tokens at once ("prefill") for the logits of the next.
 """
 
+import math
+
 import numpy as np
 import torch
-from common import HPARAMS, ROOT, alternate, hugging_face, machine, print_table, random_params
+from common import HPARAMS, alternate, hugging_face, machine, print_table, random_params
 
 import gpt2
-
-assert gpt2.__file__.startswith(str(ROOT))
+import utils
 
 
 def pico_gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_seq] -> [n_seq, n_vocab]
@@ -96,18 +97,11 @@ def main():
     )
     a, b = (np.ones(s, np.float32) for s in ((512, 768), (768, 3072)))
     rate = 2 * a.size * b.shape[1] / alternate(20, product=lambda: a @ b)["product"]
-    matrices = sum(w.size for name, w in walk(params) if name == "w")
-    floor = (2 * 512 * matrices + 12 * 2 * 512 * 512 * 768) / rate
+    shapes = utils.tensor_shapes(HPARAMS)
+    per_token = 2 * sum(math.prod(shape) for name, shape in shapes if name.endswith(".w"))
+    attention = 2 * 512 * HPARAMS["n_embd"] * HPARAMS["n_layer"]  # half a square, q @ k and @ v
+    floor = 512 * (per_token + attention) / rate
     print(f"\n512 tokens at the {rate / 1e9:.0f} GFLOP/s of a plain product: {floor * 1e3:.0f} ms")
-
-
-def walk(tree, name=""):
-    """Every array with the last part of its name."""
-    if isinstance(tree, np.ndarray):
-        yield name, tree
-    else:
-        for key, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from walk(child, key)
 
 
 if __name__ == "__main__":

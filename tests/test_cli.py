@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import random_params
 
 import gpt2
 import utils
@@ -24,12 +25,7 @@ def models(tmp_path_factory):
     seed = np.random.SeedSequence().entropy % 2**32
     print("seed", seed)
     rng = np.random.default_rng(seed)
-    arrays = {
-        name: rng.standard_normal(shape, dtype=np.float32)
-        for name, shape in utils.tensor_shapes(HPARAMS)
-    }
-    folder = tmp_path_factory.mktemp("models")
-    params = utils.nest(arrays)
+    folder, params = tmp_path_factory.mktemp("models"), random_params(rng, HPARAMS)
     utils.save_model(folder / "tiny", Encoder([]), HPARAMS, params)
     return folder, params
 
@@ -65,9 +61,30 @@ def test_pico_writes_the_same(models, prompt):
     flags = ["--model_size", "tiny", "--n_tokens_to_generate", "12"]
     code, out, err = run("gpt2_pico.py", prompt, *flags, models_dir=folder)
     assert (code, err) == (0, "")
-    encoder = Encoder([])
-    ids = gpt2.generate(encoder.encode(prompt) or [encoder.endoftext], params, 2, 12)
-    assert out == encoder.decode(ids) + "\n"
+    assert out == expected(params, prompt, 12)
+
+
+def test_both_stop_at_endoftext(models):
+    """A model whose every logit but the end of text's is 0 there."""
+    folder, params = models
+    silent = utils.nest({n: np.zeros(s, np.float32) for n, s in utils.tensor_shapes(HPARAMS)})
+    silent["ln_f"]["b"] += 1
+    silent["wte"][-1] += 1
+    utils.save_model(folder / "silent", Encoder([]), HPARAMS, silent)
+    for script in ("gpt2.py", "gpt2_pico.py"):
+        done = run(script, "Once", "--model_size", "silent", models_dir=folder)
+        assert done == (0, "\n", "")
+
+
+def test_an_empty_prompt_needs_a_tokenizer_with_an_end_of_text(models):
+    folder, params = models
+    vocab = Encoder([]).vocab
+    vocab.pop("<|endoftext|>")
+    hparams = HPARAMS | {"n_vocab": 256}
+    cut = params | {"wte": params["wte"][:256]}
+    utils.save_model(folder / "endless", Encoder([], vocab), hparams, cut)
+    code, out, err = run("gpt2.py", "", "--model_size", "endless", models_dir=folder)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "no <|endoftext|>" in err
 
 
 def test_sampling_flags_reach_the_sampler(models):
@@ -107,6 +124,7 @@ BAD = {
     "temperature -1": (["Once", "--temperature", "-1"], "temperature must be"),
     "temperature nan": (["Once", "--temperature", "nan"], "temperature must be"),
     "seed -1": (["Once", "--temperature", "1", "--seed", "-1"], "seed must be"),
+    "top_p nan, and no model": (["Once", "--top_p", "nan", "--model_size", "huge"], "top_p must"),
     "an unknown flag": (["Once", "--temprature", "1"], "--temprature"),
     "no prompt": ([], "prompt"),
     "an unknown model": (["Once", "--model_size", "huge"], "no model 'huge'"),

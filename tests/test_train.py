@@ -1,5 +1,6 @@
 """train_jax.py against plain restatements, PyTorch, and a run from text to a model folder."""
 
+import os
 import re
 import signal
 import subprocess
@@ -156,6 +157,10 @@ BAD = {
     "no steps": (["--n_steps", "0"], "n_steps must be 1 or more"),
     "drop": (["--drop_rate", "1"], "drop_rate must be"),
     "dtype": (["--dtype", "int8"], "dtype must be"),
+    "seed": (["--seed", "-1"], "seed must be from 0"),
+    "rate": (["--learning_rate", "nan"], "learning_rate must be more than 0"),
+    "decay": (["--weight_decay", "-0.1"], "weight_decay must be 0 or more"),
+    "out": (["--out", "/dev/null/model"], "cannot write /dev/null/model"),
     "no text": (["--data", "nowhere.txt"], "no text at nowhere.txt"),
     "a folder": (["--data", "."], "no text at ."),
 }
@@ -165,7 +170,8 @@ BAD = {
 def test_a_mistake_ends_in_one_line_before_any_training(tmp_path, case):
     args, words = BAD[case]
     data = [] if "--data" in args else ["--data", "python-docs"]
-    code, out, err = run(*args, *data, "--out", tmp_path / "out")
+    to = [] if "--out" in args else ["--out", tmp_path / "out"]
+    code, out, err = run(*args, *data, *to)
     assert (code, out) == (2, "") and err.count("\n") == 1 and words in err
     assert not (tmp_path / "out").exists()
 
@@ -180,7 +186,9 @@ def test_too_little_text_is_refused(tmp_path, text):
 def test_ctrl_c_keeps_the_model(tmp_path):
     args = ["--data", "python-docs", "--out", tmp_path / "out", "--n_layer", 1, "--n_embd", 8]
     command = [sys.executable, str(REPO / "train_jax.py"), *map(str, [*args, "--eval_every", 20])]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
     assert "parameters" in process.stdout.readline()
     assert "step 20:" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -200,6 +208,16 @@ def test_ctrl_c_before_the_first_evaluation_keeps_the_model_too():
     with pytest.raises(KeyboardInterrupt):
         train_jax.train(["params 0"], train_steps, None, None, 1, 10**6, 10**6, kept.append)
     assert kept == ["params 2"]
+
+
+def test_ctrl_c_before_the_first_step_keeps_nothing():
+    def train_steps(state, tokens, n):
+        raise KeyboardInterrupt
+
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        train_jax.train(["params"], train_steps, None, None, 1, 10, 10, kept.append)
+    assert kept == []
 
 
 def bigram_loss(train, validation):
@@ -237,4 +255,5 @@ def test_a_run_on_python_docs_learns_more_than_pairs_and_opens_in_transformers(t
         "--model_size",
         str(tmp_path / "docs"),
     ]
-    assert len(subprocess.run(command, capture_output=True, text=True).stdout) == 41
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, len(done.stdout)) == (0, "", 41)

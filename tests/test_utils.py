@@ -547,6 +547,9 @@ def test_a_read_only_checkpoint_loads_with_a_notice(rng, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(utils, "write_safetensors", read_only)
     assert_same(load(tmp_path / "tf")[2], params, HPARAMS)
+    assert capsys.readouterr().err == ""  # no terminal, no notice
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert_same(load(tmp_path / "tf")[2], params, HPARAMS)
     assert "Read-only file system" in capsys.readouterr().err
     assert "model.safetensors" not in os.listdir(tmp_path / "tf")
 
