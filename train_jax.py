@@ -49,7 +49,10 @@ def load_text(data):  # the --data flag -> str
     path = data
     if data == "shakespeare":
         path = os.path.join("data", "shakespeare.txt")
-        download_file(SHAKESPEARE_URL, path, sha256=SHAKESPEARE_SHA256)  # unless it is there
+        try:
+            download_file(SHAKESPEARE_URL, path, sha256=SHAKESPEARE_SHA256)  # unless it is there
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}; --data python-docs needs no network") from None
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"no text at {path}: --data takes a text file's path, shakespeare or python-docs"
@@ -240,8 +243,8 @@ def train(state, train_steps, tokens, windows, n_head, n_steps, eval_every, keep
                 n_done += n
                 if not math.isfinite(train_loss):
                     raise ValueError(f"the loss is {train_loss} after {n_done} steps: learn slower")
+                bar.set_postfix(loss=f"{train_loss:.3f}", refresh=False)
                 bar.update(n)
-                bar.set_postfix(loss=f"{train_loss:.3f}")
                 if n_done % eval_every == 0 or n_done == n_steps:
                     validation = float(evaluate(state[0], windows, n_head))
                     tqdm.write(
