@@ -4,7 +4,8 @@ usage: python benchmarks/encode.py TEXT TOKENIZER_FOLDER
 
 Encodes a text file with the GPT-2 vocabulary of a folder (encoder.json + vocab.bpe). The three
 take turns in one process, and all must give the same ids. "cold" is the first time that a new
-encoder sees the text, "warm" the second. Without arguments it looks in ../shared/data.
+encoder sees the text, "warm" the second. Without arguments it takes data/shakespeare.txt and
+models/124M, where the trainer and gpt2.py put their downloads.
 """
 
 import sys
@@ -20,8 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import encoder as ours  # noqa: E402
 
-DATA = ROOT.parent / "shared" / "data"
-DEFAULTS = [DATA / "shakespeare" / "input.txt", DATA / "gpt2-tokenizer"]
+DEFAULTS = [ROOT / "data" / "shakespeare.txt", ROOT / "models" / "124M"]
 ROUNDS = 7
 
 

@@ -4,8 +4,8 @@ usage: python benchmarks/startup.py TOKENIZER_FOLDER
 
 Makes a folder of GPT-2 124M's shape in OpenAI's layout, converted already, with random weights and
 the tokenizer of the given folder (encoder.json + vocab.bpe), and runs gpt2.py on it as a process.
-The forward passes alone are timed in another process that is warm. Without an argument it looks in
-../shared/data.
+The forward passes alone are timed in another process that is warm. Without an argument it takes
+models/124M, where gpt2.py puts its download.
 """
 
 import json
@@ -62,7 +62,7 @@ def measure(folder):
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) == 2 else ROOT.parent / "shared/data/gpt2-tokenizer"
+    folder = Path(sys.argv[1]) if len(sys.argv) == 2 else ROOT / "models" / "124M"
     if not (folder / "encoder.json").exists():
         sys.exit("usage: python benchmarks/startup.py TOKENIZER_FOLDER (with encoder.json)")
     main(folder)

@@ -1,11 +1,26 @@
-"""What several test files need: a seed that is printed, random models, and transformers' twin."""
+"""What several test files need: real files, a printed seed, random models, transformers' twin."""
 
+import os
 import secrets
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import utils
+
+REPO = Path(__file__).resolve().parent.parent
+# GPT-2's own tokenizer files and tiny Shakespeare are not part of the project. Tests that want them
+# look here, then where the project's own downloads land, and skip where there are none.
+DATA = Path(os.environ.get("SIXTYGPT_DATA", REPO.parent / "shared" / "data"))
+
+
+def first_there(*paths):
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+GPT2_FILES = first_there(DATA / "gpt2-tokenizer", REPO / "models" / "124M")
+SHAKESPEARE = first_there(DATA / "shakespeare" / "input.txt", REPO / "data" / "shakespeare.txt")
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import GPT2_FILES
 
 import utils
 from encoder import Encoder
@@ -204,12 +205,10 @@ def test_a_stall_in_the_middle_is_resumed(server, tmp_path, monkeypatch):
 
 
 def test_the_checksums_are_those_of_openais_files():
-    data = os.environ.get("SIXTYGPT_DATA", os.path.join(REPO, "..", "shared", "data"))
-    folder = os.path.join(data, "gpt2-tokenizer")
-    if not os.path.isdir(folder):
-        pytest.skip(f"no GPT-2 tokenizer files in {folder} (SIXTYGPT_DATA)")
+    if not GPT2_FILES.is_dir():
+        pytest.skip(f"no GPT-2 tokenizer files in {GPT2_FILES} (SIXTYGPT_DATA)")
     for name, wanted in utils.SHA256.items():
-        with open(os.path.join(folder, name), "rb") as f:
+        with open(GPT2_FILES / name, "rb") as f:
             assert hashlib.file_digest(f, "sha256").hexdigest() == wanted
 
 

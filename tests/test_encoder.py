@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import regex
+from conftest import GPT2_FILES, SHAKESPEARE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,10 +36,6 @@ from encoder import (
     merge_short,
     parse_merges,
 )
-
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("SIXTYGPT_DATA", ROOT.parent / "shared" / "data"))
-GPT2_FILES = DATA / "gpt2-tokenizer"
 
 TEXTS = {
     "empty": "",
@@ -563,10 +560,9 @@ def test_same_ids_for_long_words(gpt2, tiktoken_gpt2, rng):
 
 
 def test_same_ids_for_shakespeare(gpt2, tiktoken_gpt2):
-    path = DATA / "shakespeare" / "input.txt"
-    if not path.is_file():
-        pytest.skip(f"tiny Shakespeare is not at {path} (set SIXTYGPT_DATA)")
-    text = path.read_text("utf-8")
+    if not SHAKESPEARE.is_file():
+        pytest.skip(f"tiny Shakespeare is not at {SHAKESPEARE} (set SIXTYGPT_DATA)")
+    text = SHAKESPEARE.read_text("utf-8")
     expected = tiktoken_gpt2.encode_ordinary(text)
     assert gpt2.encode(text) == gpt2.encode(text) == expected
     assert gpt2.decode(expected) == text
