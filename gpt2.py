@@ -52,19 +52,24 @@ def softmax(x):  # [...] -> [...], each row of the last axis positive and summin
     """
     xp = x.__array_namespace__()
     e = xp.exp(x - xp.floor(x.max(-1, keepdims=True)))
-    e /= e.sum(-1, keepdims=True)  # in place where arrays can be changed, which saves a copy
+    e /= e.sum(-1, keepdims=True)
     return e
 
 
 def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
     """Gives every token's vector mean 0 and variance 1, then a learned gain g and bias b."""
     x = x - x.mean(-1, keepdims=True)
-    variance = (x * x).mean(-1, keepdims=True)
-    return x / (variance + eps) ** 0.5 * g + b
+    x /= ((x * x).mean(-1, keepdims=True) + eps) ** 0.5  # the root of the variance
+    x *= g
+    x += b
+    return x
 
 
 def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
-    return x @ w + b
+    """An affine map. `y += b` changes only the new y: in place in NumPy, a new array in JAX."""
+    y = x @ w
+    y += b
+    return y
 
 
 def ffn(x, c_fc, c_proj):  # [..., n_seq, n_embd] -> [..., n_seq, n_embd]
