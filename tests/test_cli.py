@@ -169,10 +169,6 @@ def test_text_appears_while_it_is_made_and_ctrl_c_ends_it_quietly(models):
     assert process.returncode == 130 and err == b"" and len(out) < 990
 
 
-@pytest.mark.skipif(
-    not (REPO / "models" / "shakespeare" / "model.safetensors").exists(),
-    reason="models/shakespeare is not there",
-)
 def test_the_shipped_model_writes_like_a_play():
     flags = [
         "--model_size",

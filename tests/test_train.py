@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from conftest import SHAKESPEARE
 from transformers import GPT2LMHeadModel
 
 import train_jax
 from encoder import Encoder
+from utils import load_encoder_hparams_and_params
 
 REPO = Path(__file__).parent.parent
 SIZES = {"n_vocab": 257, "n_ctx": 16, "n_embd": 24, "n_layer": 2}
@@ -218,6 +220,20 @@ def test_ctrl_c_before_the_first_step_keeps_nothing():
     with pytest.raises(KeyboardInterrupt):
         train_jax.train(["params"], train_steps, None, None, 1, 10, 10, kept.append)
     assert kept == []
+
+
+@pytest.mark.slow
+def test_the_shipped_model_has_the_validation_loss_that_its_readme_states():
+    if not SHAKESPEARE.is_file():
+        pytest.skip(f"tiny Shakespeare is not at {SHAKESPEARE} (set SIXTYGPT_DATA)")
+    folder = REPO / "models" / "shakespeare"
+    stated = float(re.search(r"\*\*([\d.]+)\*\* nats", (folder / "README.md").read_text())[1])
+    encoder, hparams, params = load_encoder_hparams_and_params(str(folder), "models")
+    _, windows = train_jax.split_tokens(encoder.encode(SHAKESPEARE.read_text()), hparams["n_ctx"])
+    validation = train_jax.evaluate(params, windows, hparams["n_head"])
+    assert abs(validation - stated) < 1e-3 and stated <= 1.5
+    assert sum(x.size for x in jax.tree.leaves(params)) == 2_768_064
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
 
 
 def bigram_loss(train, validation):
