@@ -6,8 +6,6 @@ Random weights of GPT-2 124M's shape, float32. Two jobs: continue 10 tokens by 8
 sequence for every token; and read 512 tokens at once ("prefill") for the logits of the next.
 """
 
-import math
-
 import numpy as np
 import torch
 from common import HPARAMS, alternate, hugging_face, machine, print_table, random_params
@@ -95,13 +93,18 @@ def main():
         ),
         "gpt2",
     )
-    a, b = (np.ones(s, np.float32) for s in ((512, 768), (768, 3072)))
-    rate = 2 * a.size * b.shape[1] / alternate(20, product=lambda: a @ b)["product"]
-    shapes = utils.tensor_shapes(HPARAMS)
-    per_token = 2 * sum(math.prod(shape) for name, shape in shapes if name.endswith(".w"))
-    attention = 2 * 512 * HPARAMS["n_embd"] * HPARAMS["n_layer"]  # half a square, q @ k and @ v
-    floor = 512 * (per_token + attention) / rate
-    print(f"\n512 tokens at the {rate / 1e9:.0f} GFLOP/s of a plain product: {floor * 1e3:.0f} ms")
+    names = [name for name, _ in utils.tensor_shapes(HPARAMS) if name.endswith(".w")]
+    weights = [utils.leaf(params, name) for name in names]
+    x = {n_in: np.ones((512, n_in), np.float32) for n_in in {len(w) for w in weights}}
+
+    def products(rows):
+        return lambda: [x[len(w)][:rows] @ w for w in weights]
+
+    seconds = alternate(9, **{str(rows): products(rows) for rows in (1, 10, 512)})
+    print("\nthe products with the blocks' weights alone (one pass)")
+    for rows, value in seconds.items():
+        rate = 2 * int(rows) * sum(w.size for w in weights) / value
+        print(f"{rows:>3} rows{value * 1e3:36.1f} ms{rate / 1e9:9.0f} GFLOP/s")
 
 
 if __name__ == "__main__":
