@@ -283,7 +283,7 @@ def test_an_unreadable_config_is_refused(saved, text):
 
 def test_missing_pieces_are_named(saved, tmp_path):
     folder, _ = saved
-    assert "124M" in refusal("no-such-model") and "shakespeare" not in refusal("")
+    assert "shakespeare, 124M" in refusal("no-such-model") and "shakespeare, 124M" in refusal("")
     with pytest.raises(ValueError, match="small"):
         utils.load_encoder_hparams_and_params("smal", str(tmp_path))
     for name, error in [
