@@ -1,6 +1,6 @@
 """Train a GPT-2 with JAX and Optax: the functions of gpt2.py, compiled and differentiated.
 
-    python train_jax.py                                        # tiny Shakespeare, a minute or two
+    python train_jax.py                                        # tiny Shakespeare, 2-3 minutes
     python train_jax.py --data my_novel.txt --out models/novel # any text, byte by byte
     python gpt2.py "It was" --model_size novel                 # then write with it, in NumPy
 
