@@ -16,10 +16,9 @@ from statistics import median
 
 import regex
 import tiktoken
+from common import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import encoder as ours  # noqa: E402
+import encoder as ours
 
 DEFAULTS = [ROOT / "data" / "shakespeare.txt", ROOT / "models" / "124M"]
 ROUNDS = 7
