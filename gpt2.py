@@ -91,9 +91,10 @@ def attention(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_head] -> [.
         first = attention(q[..., :half, :], k[..., :seen, :], v[..., :seen, :])
         return xp.concat([first, attention(q[..., half:, :], k, v)], axis=-2)
     scores = q / math.sqrt(q.shape[-1]) @ k.swapaxes(-1, -2)  # [..., n_q, n_seq]
-    position = xp.arange(n_seq)
-    future = position > position[n_seq - n_q :, None]  # [n_q, n_seq]: what a query may not see
-    scores += xp.where(future, -math.inf, 0).astype(scores.dtype)
+    if n_q > 1:  # a single query is the last position's, which may see everything
+        position = xp.arange(n_seq)
+        future = position > position[n_seq - n_q :, None]  # [n_q, n_seq]: what a query may not see
+        scores += xp.where(future, -math.inf, 0).astype(scores.dtype)
     return softmax(scores) @ v
 
 

@@ -39,12 +39,16 @@ def hugging_face(params, hparams=HPARAMS):
 
 
 def alternate(rounds, **functions):
-    """{name: median seconds}. The functions take turns, so that a noisy moment hits them alike."""
+    """{name: median seconds}. The functions take turns, so that a noisy moment hits them alike.
+
+    A pause before each: a library's idle threads spin for up to 0.1 s, at the next one's expense.
+    """
     for function in functions.values():
         function()
     seconds = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
+            time.sleep(0.2)
             start = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - start)

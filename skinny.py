@@ -1,0 +1,196 @@
+"""x @ w for a few rows of x: the product that generation is made of, nearer to memory's speed.
+
+To write one token for each of 8 texts, 8 rows are multiplied by every matrix of the model. That is
+little arithmetic: the time should be that of reading the weights once. But OpenBLAS, which makes
+NumPy's products, first rearranges ("packs") each matrix, as pays for hundreds of rows; so 2 rows of
+GPT-2 124M take it three times as long as 1. Its AVX-512 kernels have a path that packs nothing, for
+products of at most a million multiplications. Hence this file: cut w into slabs so small,
+
+    x @ w  =  x[:, 0:32] @ w[0:32]  +  x[:, 32:64] @ w[32:64]  +  ...
+
+and share them among threads of our own, for that path uses one. A slab of whole rows is contiguous
+in memory, so nothing is copied, and weights mapped from a file stay there.
+
+`wrap(params)` views the matrices as `Matrix`, whose `@` works like that; no function of gpt2.py
+changes. Inside `with own_threads(n_rows):` OpenBLAS leaves all threads to us. On processors
+without AVX-512 everything is a plain product: the kernels there pack less, and gain nothing here.
+"""
+
+import contextlib
+import functools
+import os
+import threading
+from queue import SimpleQueue
+
+import numpy as np
+from numpy._core._multiarray_umath import __cpu_features__
+
+MAX_ROWS = {"rows": 16, "columns": 32}  # of x; with more, packing pays
+MIN_SIZE = 1 << 17  # a smaller matrix is not worth waking a thread
+
+# --------------------------------------------------------------------------------------------------
+# Products
+# --------------------------------------------------------------------------------------------------
+
+
+class Matrix(np.ndarray):
+    """A 2-d array with fast products. What it gives, and its parts, are plain arrays."""
+
+    def __rmatmul__(self, x):  # [..., n_in] @ self, which is [n_in, n_out] -> [..., n_out]
+        w, rows = self.view(np.ndarray), x.reshape(-1, x.shape[-1])
+        return product(rows, w).reshape(*x.shape[:-1], w.shape[-1])
+
+    def __matmul__(self, x):
+        return self.view(np.ndarray) @ x
+
+    def __getitem__(self, index):
+        return self.view(np.ndarray)[index]
+
+
+def wrap(params):
+    """The same tree, every matrix in it a Matrix: views, nothing is copied."""
+    if isinstance(params, dict):
+        return {name: wrap(value) for name, value in params.items()}
+    if isinstance(params, list):
+        return [wrap(value) for value in params]
+    return params.view(Matrix) if params.ndim == 2 else params
+
+
+def product(x, w):  # [rows, n_in], [n_in, n_out] -> [rows, n_out]
+    """x @ w by whichever way is fastest; the same numbers up to float32's rounding."""
+    by_rows, by_columns = w.flags.c_contiguous, w.flags.f_contiguous  # how it lies in memory
+    plain = x.dtype != np.float32 or w.dtype != np.float32 or not (by_rows or by_columns)
+    if plain or w.size < MIN_SIZE or len(x) == 0 or n_threads() == 1:
+        return x @ w
+    if 1 < len(x) <= MAX_ROWS["rows" if by_rows else "columns"]:
+        return sum_of_slabs(x, w) if by_rows else row_of_slabs(x, w)
+    return halves(x, w) if n_users and (by_columns or len(x) > 1) else x @ w
+
+
+def sum_of_slabs(x, w):  # slabs of w's rows, whose products add up
+    (rows, n_in), n_out = x.shape, w.shape[1]
+    height = max(1, min(1_000_000 // (rows * n_out), n_in // 24))
+    n_slabs = n_in // height
+    cut = height * n_slabs
+    parts = x[:, :cut].reshape(rows, n_slabs, height).swapaxes(0, 1)
+    slabs = w[:cut].reshape(n_slabs, height, n_out)
+    y, *others = in_threads(lambda mine: (parts[mine] @ slabs[mine]).sum(0), n_slabs)
+    for other in others:
+        y += other
+    if cut < n_in:
+        y += x[:, cut:] @ w[cut:]
+    return y
+
+
+def row_of_slabs(x, w):  # slabs of w's columns, whose products stand side by side
+    (rows, n_in), n_out = x.shape, w.shape[1]
+    width = max(1, min(64, n_out, 800_000 // (rows * n_in)))
+    n_slabs = n_out // width
+    cut = width * n_slabs
+    slabs = w.T[:cut].reshape(n_slabs, width, n_in).swapaxes(1, 2)
+    y = np.empty((rows, n_out), np.float32)
+    parts = y[:, :cut].reshape(rows, n_slabs, width).swapaxes(0, 1)
+    in_threads(lambda mine: np.matmul(x, slabs[mine], out=parts[mine]), n_slabs)
+    y[:, cut:] = x @ w[:, cut:]
+    return y
+
+
+def halves(x, w):  # each thread some of the columns, packed as usual
+    y = np.empty((len(x), w.shape[1]), np.float32)
+    in_threads(lambda mine: np.matmul(x, w[:, mine], out=y[:, mine]), w.shape[1])
+    return y
+
+
+# --------------------------------------------------------------------------------------------------
+# Threads
+# --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def blas():
+    """[(OpenBLAS as threadpoolctl controls it, its number of threads)]; [] where it has no use."""
+    if not __cpu_features__.get("AVX512_SKX") or "OPENBLAS_CORETYPE" in os.environ:
+        return []
+    from threadpoolctl import ThreadpoolController
+
+    found = ThreadpoolController().select(internal_api="openblas").lib_controllers
+    return [(lib, lib.num_threads) for lib in found]
+
+
+def n_threads():
+    """As many as OpenBLAS was given, so that OMP_NUM_THREADS and its like are obeyed."""
+    return max((n for _, n in blas()), default=1)
+
+
+def limit_blas():
+    """One thread for OpenBLAS while anyone is inside own_threads, all of its own otherwise."""
+    for lib, n in blas():
+        lib.set_num_threads(1 if n_users else n)
+        lib.clear_controlling_thread(force=True)  # the next to set it may be another thread
+
+
+n_users, lock = 0, threading.Lock()
+
+
+@contextlib.contextmanager
+def own_threads(n_rows):
+    """Inside, OpenBLAS stays on the calling thread: its idle threads spin, and ours would wait.
+
+    Not for a single row, a product of which (GEMV) OpenBLAS splits among its threads faster.
+    """
+    global n_users
+    if n_rows == 1:
+        yield
+        return
+    with lock:
+        n_users += 1
+        limit_blas()
+    try:
+        yield
+    finally:
+        with lock:
+            n_users -= 1
+            limit_blas()
+
+
+def in_threads(work, n):
+    """[work(slice), ...]: 0 .. n cut into a slice for each thread, this one's first."""
+    n_parts = max(1, min(n_threads(), n))
+    lead = 0.08  # this thread takes a little more, for the others must wake first
+    ends = [0, *(round(n * (i + lead) / (n_parts + lead)) for i in range(1, n_parts + 1))]
+    slices, done = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)], SimpleQueue()
+    for i in range(1, n_parts):
+        workers().put((i, work, slices[i], done))
+    results = [work(slices[0])] + [None] * (n_parts - 1)
+    for _ in range(1, n_parts):
+        i, results[i] = done.get()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+@functools.cache
+def workers():
+    """The queue that the worker threads take from; they start with its first use."""
+    tasks = SimpleQueue()
+    for _ in range(1, n_threads()):
+        threading.Thread(target=serve, args=(tasks,), daemon=True).start()
+    return tasks
+
+
+def serve(tasks):
+    """A worker's life. A SimpleQueue wakes it several times faster than concurrent.futures does."""
+    while True:
+        do(*tasks.get())  # which forgets its arguments: they may hold large arrays
+
+
+def do(i, work, mine, done):
+    try:
+        done.put((i, work(mine)))
+    except BaseException as error:  # raised again by whoever waits for the result
+        done.put((i, error))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=workers.cache_clear)  # threads do not survive a fork

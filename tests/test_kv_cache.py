@@ -1,0 +1,540 @@
+"""kv_cache.py: the same text as without a cache, alone or in any company, within its memory."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import weakref
+
+import numpy as np
+import pytest
+from conftest import REPO, hugging_face, random_params
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gpt2
+import kv_cache
+import utils
+from encoder import Encoder
+
+N_HEAD = 2
+HPARAMS = {"n_vocab": 61, "n_ctx": 37, "n_embd": 24, "n_head": N_HEAD, "n_layer": 3}
+
+
+@pytest.fixture
+def params(rng):
+    return random_params(rng, HPARAMS)
+
+
+def random_prompts(rng, lengths, n_vocab=HPARAMS["n_vocab"]):
+    return [rng.integers(0, n_vocab, n).tolist() for n in lengths]
+
+
+def alone(prompts, params, n_tokens, **options):
+    """The slow twin: each prompt by itself, every step over the whole text."""
+    return [gpt2.generate(ids, params, N_HEAD, n_tokens, **options) for ids in prompts]
+
+
+def assert_same_logits(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# The cache itself
+# --------------------------------------------------------------------------------------------------
+
+
+def test_every_step_has_the_logits_of_the_whole_text(rng, params):
+    ids = rng.integers(0, 61, 37).tolist()  # as many as there are positions
+    plain = gpt2.gpt2(ids, **params, n_head=N_HEAD)
+    for n_prompt in range(1, 38):
+        cache = kv_cache.new_cache(params, N_HEAD, capacity=1)
+        logits = kv_cache.prefill(cache, ids[:n_prompt], params, N_HEAD)
+        assert_same_logits(logits, plain[n_prompt - 1])
+        for n, token in enumerate(ids[n_prompt : n_prompt + 3], n_prompt):
+            logits = kv_cache.step([cache], [token], params, N_HEAD)
+            assert_same_logits(logits[0], plain[n])
+
+
+def test_chunks_of_every_size_read_the_same(rng, params):
+    ids = rng.integers(0, 61, 37).tolist()
+    plain = gpt2.gpt2(ids, **params, n_head=N_HEAD)[-1]
+    whole = kv_cache.new_cache(params, N_HEAD)
+    kv_cache.prefill(whole, ids, params, N_HEAD)
+    for chunk in range(1, 39):
+        cache = kv_cache.new_cache(params, N_HEAD)
+        assert_same_logits(kv_cache.prefill(cache, ids, params, N_HEAD, chunk), plain)
+        assert cache["n_seq"] == 37
+        assert_same_logits(cache["kv"], whole["kv"])
+
+
+def test_rows_of_one_pass_do_not_see_each_other(rng, params):
+    """Reading and writing in one pass, rows of all lengths; each against the plain function."""
+    for _ in range(20):
+        n_rows = rng.integers(1, 8)
+        texts = random_prompts(rng, rng.integers(1, 38, n_rows))
+        cuts = [int(rng.integers(0, len(ids))) for ids in texts]
+        caches = [kv_cache.new_cache(params, N_HEAD, capacity=2) for _ in texts]
+        for cache, ids, cut in zip(caches, texts, cuts, strict=True):
+            if cut:
+                kv_cache.extend([cache], [ids[:cut]], params, N_HEAD)
+        rest = [ids[cut:] for ids, cut in zip(texts, cuts, strict=True)]
+        x = kv_cache.extend(caches, rest, params, N_HEAD)
+        logits = kv_cache.next_logits(x, params)
+        for row, ids in zip(logits, texts, strict=True):
+            assert_same_logits(row, gpt2.gpt2(ids, **params, n_head=N_HEAD)[-1])
+
+
+def test_float32_all_through(rng, params):
+    cache = kv_cache.new_cache(params, N_HEAD)
+    x = kv_cache.extend([cache, kv_cache.copy_cache(cache)], [[1, 2], [3]], params, N_HEAD)
+    logits = kv_cache.next_logits(x, params)
+    assert x.dtype == logits.dtype == cache["kv"].dtype == np.float32
+    assert type(x) is type(logits) is np.ndarray
+
+
+def test_room_doubles_up_to_n_ctx_and_costs_what_the_docstring_says(params):
+    cache, sizes = kv_cache.new_cache(params, N_HEAD, capacity=4), []
+    for n in range(1, 38):
+        kv_cache.step([cache], [n], params, N_HEAD)
+        sizes.append(cache["kv"].shape[3])
+        assert cache["kv"].nbytes == 2 * 3 * 24 * 4 * sizes[-1]
+    assert sizes == [4] * 4 + [8] * 4 + [16] * 8 + [32] * 16 + [37] * 5
+    before = cache["kv"].copy()
+    with pytest.raises(ValueError, match=r"38 tokens, but this model has only 37 positions"):
+        kv_cache.step([cache], [0], params, N_HEAD)
+    assert cache["n_seq"] == 37 and np.array_equal(cache["kv"], before)
+    assert kv_cache.new_cache(params, N_HEAD, capacity=1000)["kv"].shape[3] == 37
+
+
+def test_the_arithmetic_for_124m():
+    sizes = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
+    shapes = dict(utils.tensor_shapes(sizes))
+    wide = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    cache = kv_cache.new_cache(utils.nest(wide), 12, capacity=1024)
+    assert cache["kv"].nbytes == 72 * 2**20 == 72 * 1024 * 1024
+    assert round(sum(array.nbytes for array in wide.values()) / 2**20) == 475
+    assert "72 KiB a token, 72 MiB for a full context of 1024, beside 475" in kv_cache.__doc__
+
+
+def test_a_copy_goes_its_own_way(rng, params):
+    cache = kv_cache.new_cache(params, N_HEAD)
+    kv_cache.prefill(cache, [1, 2, 3], params, N_HEAD)
+    other = kv_cache.copy_cache(cache)
+    kv_cache.step([other], [4], params, N_HEAD)
+    logits = kv_cache.step([cache], [5], params, N_HEAD)[0]
+    assert_same_logits(logits, gpt2.gpt2([1, 2, 3, 5], **params, n_head=N_HEAD)[-1])
+    logits = kv_cache.step([other], [6], params, N_HEAD)[0]
+    assert_same_logits(logits, gpt2.gpt2([1, 2, 3, 4, 6], **params, n_head=N_HEAD)[-1])
+
+
+def test_an_interrupted_pass_leaves_the_rows_as_they_were(params, monkeypatch):
+    caches = [kv_cache.new_cache(params, N_HEAD, capacity=3) for _ in range(2)]
+    for cache in caches:
+        kv_cache.prefill(cache, [1, 2, 3], params, N_HEAD)
+    calls = []
+
+    def stumble(*args):
+        calls.append(1)
+        if len(calls) == 4:  # in the second layer, for the second row
+            raise KeyboardInterrupt
+        return gpt2.attention(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(kv_cache, "attention", stumble)
+        with pytest.raises(KeyboardInterrupt):
+            kv_cache.step(caches, [7, 8], params, N_HEAD)
+    logits = kv_cache.step(caches, [4, 5], params, N_HEAD)
+    for row, token in zip(logits, (4, 5), strict=True):
+        assert_same_logits(row, gpt2.gpt2([1, 2, 3, token], **params, n_head=N_HEAD)[-1])
+
+
+def test_weights_are_used_where_they_lie(params, monkeypatch):
+    """A model mapped from disk stays there: what reaches the forward pass shares its memory."""
+    seen, plain = [], kv_cache.hidden_state
+
+    def look(tokens, wte, wpe, blocks, ln_f, n_head):
+        seen.append(np.shares_memory(wte, params["wte"]))
+        seen.append(np.shares_memory(blocks[0]["mlp"]["c_fc"]["w"], first["mlp"]["c_fc"]["w"]))
+        return plain(tokens, wte, wpe, blocks, ln_f, n_head)
+
+    first = params["blocks"][0]
+    monkeypatch.setattr(kv_cache, "hidden_state", look)
+    kv_cache.generate([[1]], params, N_HEAD, 2)
+    assert seen == [True] * 4
+
+
+# --------------------------------------------------------------------------------------------------
+# Many rows
+# --------------------------------------------------------------------------------------------------
+
+
+def test_greedy_rows_are_the_same_in_any_company_and_order(rng, params):
+    prompts = random_prompts(rng, [1, 30, 7, 1, 12, 22, 3, 9, 29])
+    expected = alone(prompts, params, 7)
+    for batch_size in (1, 2, 3, 8, 9, 50):
+        order = rng.permutation(len(prompts))
+        chunk = int(rng.integers(1, 60))
+        shuffled = [prompts[i] for i in order]
+        ours = kv_cache.generate(shuffled, params, N_HEAD, 7, batch_size=batch_size, chunk=chunk)
+        assert ours == [expected[i] for i in order]
+    assert [kv_cache.generate([ids], params, N_HEAD, 7)[0] for ids in prompts] == expected
+
+
+def test_as_hugging_face_generates(rng):
+    torch = pytest.importorskip("torch")
+    hparams = {"n_vocab": 301, "n_ctx": 64, "n_embd": 48, "n_head": 4, "n_layer": 2}
+    params = random_params(rng, hparams)
+    model = hugging_face(params, hparams)
+    prompts = random_prompts(rng, [1, 40, 17, 5, 44], n_vocab=301)
+    theirs = [
+        model.generate(
+            torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=0,
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+        )[0, len(ids) :].tolist()
+        for ids in prompts
+    ]  # fmt: skip
+    assert kv_cache.generate(prompts, params, 4, 20, batch_size=3) == theirs
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_mixture_is_like_one_by_one(data):
+    """Lengths, batch, chunk, samples and stops at will; tokens are compared one by one."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    params = random_params(rng, HPARAMS)
+    lengths = data.draw(st.lists(st.integers(1, 25), min_size=1, max_size=7), label="lengths")
+    n_tokens = data.draw(st.integers(0, 12), label="n_tokens")
+    n_samples = data.draw(st.integers(1, 3), label="n_samples")
+    batch_size = data.draw(st.integers(1, 9), label="batch_size")
+    chunk = data.draw(st.integers(1, 80), label="chunk")
+    endoftext = data.draw(st.sampled_from([None, *range(61)]), label="endoftext")
+    stop_at = data.draw(st.sampled_from([None, *range(61)]), label="stop_at")
+    temperature = data.draw(st.sampled_from([0.0, 1.0]), label="temperature")
+    prompts = random_prompts(rng, lengths)
+    rows = {}
+    for row, ids, why in kv_cache.generate_stream(
+        prompts, params, N_HEAD, n_tokens, temperature=temperature, seed=7, endoftext=endoftext,
+        stop=lambda ids: ids[-1] == stop_at, n_samples=n_samples, batch_size=batch_size,
+        chunk=chunk,
+    ):  # fmt: skip
+        assert rows.get(row, ([], None))[1] is None, "a row went on after its end"
+        rows[row] = list(ids), why
+    assert sorted(rows) == list(range(len(prompts) * n_samples))
+    for row, (ids, why) in rows.items():
+        plain = one_row(prompts[row // n_samples], params, n_tokens, temperature, row)
+        expected, reason = [], "length"
+        for token in plain:
+            if token == endoftext:
+                reason = "endoftext"
+                break
+            expected.append(token)
+            if token == stop_at:
+                reason = "stop"
+                break
+        assert (ids, why) == (expected, reason)
+
+
+def one_row(prompt, params, n_tokens, temperature, row):
+    """What the row draws by its own generator, without a cache."""
+    rng, ids = kv_cache.row_rng(7, row), list(prompt)
+    for _ in range(n_tokens):
+        logits = gpt2.gpt2(ids, **params, n_head=N_HEAD)[-1]
+        ids.append(gpt2.sample(logits, rng, temperature))
+    return ids[len(prompt) :]
+
+
+def test_a_sampled_row_depends_on_the_seed_and_its_number_alone(rng, params):
+    sampling = {"temperature": 1.0, "top_k": 20, "top_p": 0.95, "seed": 7}
+    prompts = random_prompts(rng, [3, 8, 1, 15, 4])
+    rows = kv_cache.generate(prompts, params, N_HEAD, 12, **sampling)
+    assert rows[:1] == alone(prompts[:1], params, 12, **sampling)  # the first as gpt2.py draws
+    for batch_size in (1, 2, 4):
+        again = kv_cache.generate(prompts, params, N_HEAD, 12, batch_size=batch_size, **sampling)
+        assert again == rows
+    others = random_prompts(rng, [30, 1, 1, 15, 9])
+    others[3] = prompts[3]
+    assert kv_cache.generate(others, params, N_HEAD, 7, **sampling)[3] == rows[3][:7]
+    same = kv_cache.generate([prompts[0]] * 6, params, N_HEAD, 12, **sampling)
+    assert len(set(map(tuple, same))) > 1  # rows differ though prompts do not
+    samples = kv_cache.generate(prompts[:1], params, N_HEAD, 12, n_samples=6, **sampling)
+    assert samples == same
+    unseeded = [kv_cache.generate(prompts, params, N_HEAD, 12, temperature=1.0) for _ in "ab"]
+    assert unseeded[0] != unseeded[1]
+
+
+def test_samples_share_one_reading_of_the_prompt(rng, params, monkeypatch):
+    n_run, plain = [], kv_cache.extend
+    monkeypatch.setattr(
+        kv_cache, "extend", lambda c, new, *a: n_run.append(sum(map(len, new))) or plain(c, new, *a)
+    )
+    prompts = random_prompts(rng, [20, 11])
+    kv_cache.generate(prompts, params, N_HEAD, 5, n_samples=4, temperature=1.0, batch_size=3)
+    assert sum(n_run) == 20 + 11 + 2 * 4 * (5 - 1)
+
+
+def test_the_batch_stays_full_and_within_its_memory(rng, params, monkeypatch):
+    """The bound on caches and on a pass; done rows leave; waiting ones do not wait for the rest."""
+    alive, passes, plain = weakref.WeakSet(), [], kv_cache.extend
+
+    class Counted(dict):
+        __hash__ = object.__hash__
+
+    def counting(function):
+        def make(*args, **kwargs):
+            cache = Counted(function(*args, **kwargs))
+            alive.add(cache)
+            return cache
+
+        return make
+
+    def extend(caches, new_ids, *args):
+        gc.collect()
+        passes.append((len(caches), sum(map(len, new_ids)), len(alive)))
+        return plain(caches, new_ids, *args)
+
+    monkeypatch.setattr(kv_cache, "new_cache", counting(kv_cache.new_cache))
+    monkeypatch.setattr(kv_cache, "copy_cache", counting(kv_cache.copy_cache))
+    monkeypatch.setattr(kv_cache, "extend", extend)
+    prompts = random_prompts(rng, rng.integers(1, 30, 12))
+    kv_cache.generate(prompts, params, N_HEAD, 7, n_samples=2, batch_size=4, chunk=16)
+    n_rows, n_tokens, n_alive = map(max, zip(*passes, strict=True))
+    assert n_rows == 4 and n_tokens <= 16 and n_alive <= 5
+    passes.clear()
+    kv_cache.generate([[1]] * 9, params, N_HEAD, 7, batch_size=4)
+    # 4 rows read and write 7 tokens in 7 passes, 4 more the same, and the last one is alone.
+    assert [rows for rows, _, _ in passes] == [4] * 14 + [1] * 7
+
+
+def test_long_prompts_do_not_hold_up_those_that_write(rng, params, monkeypatch):
+    prompts = random_prompts(rng, [1, 30])
+    order = [row for row, _, _ in kv_cache.generate_stream(prompts, params, N_HEAD, 7, chunk=4)]
+    assert order[:7] == [0] * 7 and order[7:] == [1] * 7
+
+
+def test_nothing_to_write_is_legal_and_runs_nothing(params, monkeypatch):
+    monkeypatch.setattr(kv_cache, "extend", None)
+    assert kv_cache.generate([[1], [2, 3]], params, N_HEAD, 0, n_samples=2) == [[]] * 4
+    stream = kv_cache.generate_stream([[1]], params, N_HEAD, 0)
+    assert list(stream) == [(0, [], "length")]
+
+
+def test_a_full_context_is_legal_and_the_callers_lists_stay(rng, params):
+    prompts = random_prompts(rng, [30, 1])
+    before = [list(ids) for ids in prompts]
+    assert kv_cache.generate(prompts, params, N_HEAD, 7) == alone(prompts, params, 7)
+    assert prompts == before
+    tuples = [tuple(ids) for ids in prompts]
+    assert kv_cache.generate(tuples, params, N_HEAD, 7) == alone(prompts, params, 7)
+
+
+WRONG = {
+    "no prompts": ([], {}, "no prompts"),
+    "a long row": ([[1], [1] * 30, [1]], {}, "prompt 2 of 3: 30 prompt tokens + 8 to generate"),
+    "an empty row": ([[1], [1], []], {}, "prompt 3 of 3: the prompt has no tokens"),
+    "batch_size": ([[1]], {"batch_size": 0}, "batch_size must be 1 or more, not 0"),
+    "n_samples": ([[1]], {"n_samples": 0}, "n_samples must be 1 or more"),
+    "chunk": ([[1]], {"chunk": 0}, "chunk must be 1 or more"),
+    "temperature": ([[1]], {"temperature": -1.0}, "temperature must be"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_is_one_clear_error_before_any_work(params, monkeypatch, case):
+    monkeypatch.setattr(kv_cache, "extend", None)
+    prompts, options, words = WRONG[case]
+    with pytest.raises(ValueError) as raised:
+        kv_cache.generate(prompts, params, N_HEAD, 8, **options)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Stop strings
+# --------------------------------------------------------------------------------------------------
+
+
+@given(pieces=st.lists(st.text("ab\n", max_size=4), max_size=12), stop=st.text("ab\n", min_size=1))
+def test_cut_ends_before_the_stop_wherever_the_pieces_break(pieces, stop):
+    text = "".join(pieces)
+    shown = list(kv_cache.cut(iter(pieces), stop))
+    assert "".join(shown) == text.split(stop)[0]
+    assert "".join(kv_cache.cut(iter(pieces), None)) == text
+
+
+def test_cut_shows_text_as_soon_as_it_is_sure(rng):
+    taken = []
+
+    def pieces():
+        for piece in ("Hel", "lo, E", "nough E", "ND of", " it"):
+            taken.append(piece)
+            yield piece
+
+    stream = kv_cache.cut(pieces(), "END")
+    assert next(stream) == "Hel" and taken == ["Hel"]
+    assert next(stream) == "lo, " and next(stream) == "Enough " and list(stream) == [""]
+    assert taken[-1] == "ND of"  # nothing after the stop is even asked for
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------
+
+CLI_HPARAMS = {"n_vocab": 257, "n_ctx": 48, "n_embd": 16, "n_head": N_HEAD, "n_layer": 2}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A models folder with one random model, "tiny", and that model's parameters."""
+    seed = np.random.SeedSequence().entropy % 2**32
+    print("seed", seed)
+    params = random_params(np.random.default_rng(seed), CLI_HPARAMS)
+    folder = tmp_path_factory.mktemp("models")
+    utils.save_model(folder / "tiny", Encoder([]), CLI_HPARAMS, params)
+    return folder, params
+
+
+def command(models_dir, args, model="tiny"):
+    where = ["--model_size", model, "--models_dir", str(models_dir)]
+    return [sys.executable, str(REPO / "kv_cache.py"), *args, *where]
+
+
+def run(models_dir, *args, stdin=b""):
+    done = subprocess.run(command(models_dir, args), capture_output=True, input=stdin, timeout=120)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def expected(params, prompt, n_tokens, **options):
+    encoder = Encoder([])
+    ids = encoder.encode(prompt) or [encoder.endoftext]
+    options |= {"endoftext": encoder.endoftext}
+    return gpt2.generate(ids, params, N_HEAD, n_tokens, **options)
+
+
+@pytest.mark.parametrize("prompt", ["Alan Turing", "1984", "None", "", "-", "héllo 🙂"])
+def test_one_prompt_prints_what_gpt2_prints(models, prompt):
+    text = Encoder([]).decode(expected(models[1], prompt, 20)) + "\n"
+    assert run(models[0], prompt, "--n_tokens_to_generate", "20") == (0, text, "")
+    sampling = ["--temperature", "0.8", "--top_k", "40", "--top_p", "0.9", "--seed", "7"]
+    options = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 7}
+    text = Encoder([]).decode(expected(models[1], prompt, 20, **options)) + "\n"
+    assert run(models[0], prompt, "--n_tokens_to_generate", "20", *sampling) == (0, text, "")
+
+
+def test_several_prompts_come_in_order_and_marked(models):
+    prompts = ["One", "A second, longer one", "", 'a "third"\nof two lines']
+    code, out, err = run(models[0], *prompts, "--n_tokens_to_generate", "9", "--batch_size", "2")
+    texts = [Encoder([]).decode(expected(models[1], prompt, 9)) for prompt in prompts]
+    titles = ['"One"', '"A second, longer one"', '""', '"a \\"third\\"\\nof two lines"']
+    entries = [f"==> {title} <==\n{text}\n\n" for title, text in zip(titles, texts, strict=True)]
+    assert (code, out, err) == (0, "".join(entries), "")
+
+
+def test_jsonl_is_for_programs(models):
+    prompts = ["One", "A second, longer one", "ünï"]
+    code, out, err = run(models[0], *prompts, "--n_tokens_to_generate", "9", "--jsonl")
+    entries = [json.loads(line) for line in out.splitlines()]
+    assert (code, err, len(entries)) == (0, "", 3)
+    for prompt, entry in zip(prompts, entries, strict=True):
+        ids = expected(models[1], prompt, 9)
+        why = "length" if len(ids) == 9 else "endoftext"
+        text = Encoder([]).decode(ids)
+        assert entry == {"prompt": prompt, "text": text, "ids": ids, "stop": why}
+
+
+def test_a_stop_string_ends_a_row_before_it(models):
+    full = Encoder([]).decode(expected(models[1], "Once", 30))
+    stop = full[5:7]
+    wanted = full[: full.index(stop)]
+    args = ["Once", "--n_tokens_to_generate", "30", f"--stop={stop}"]
+    if not (stop.isprintable() and "�" not in stop):
+        pytest.skip("this random model's text holds no plain characters there")
+    assert run(models[0], *args) == (0, wanted + "\n", "")
+    entry = json.loads(run(models[0], *args, "--jsonl")[1])
+    assert (entry["text"], entry["stop"]) == (wanted, "stop")
+    assert len(entry["ids"]) < 30
+
+
+@pytest.mark.parametrize("where", ["a file", "standard input"])
+def test_prompts_from_a_file_a_line_each(models, tmp_path, where):
+    lines = "One\n\nA third, \r\nünï\u2028still one\n".encode()  # \u2028 does not end a line
+    prompts = ["One", "", "A third, ", "ünï\u2028still one"]
+    (tmp_path / "prompts.txt").write_bytes(lines)
+    path = "-" if where == "standard input" else str(tmp_path / "prompts.txt")
+    args = ["--prompts_file", path, "--n_tokens_to_generate", "4", "--jsonl"]
+    code, out, err = run(models[0], *args, stdin=lines)
+    assert (code, err) == (0, "")
+    entries = [json.loads(line) for line in out.split("\n")[:-1]]
+    assert [entry["prompt"] for entry in entries] == prompts
+    assert [entry["ids"] for entry in entries] == [expected(models[1], p, 4) for p in prompts]
+
+
+def test_samples_of_one_prompt(models):
+    args = ["Once", "--n_tokens_to_generate", "9", "--temperature", "1", "--seed", "3"]
+    code, out, err = run(models[0], *args, "--n_samples", "3")
+    texts = [
+        Encoder([]).decode(ids)
+        for ids in kv_cache.generate(
+            [Encoder([]).encode("Once")], models[1], N_HEAD, 9, temperature=1.0, seed=3,
+            endoftext=256, n_samples=3,
+        )
+    ]  # fmt: skip
+    entries = [f'==> "Once" (sample {i} of 3) <==\n{text}\n\n' for i, text in enumerate(texts, 1)]
+    assert (code, out, err) == (0, "".join(entries), "") and len(set(texts)) > 1
+
+
+def test_no_tokens_are_legal(models):
+    assert run(models[0], "Once", "--n_tokens_to_generate", "0") == (0, "\n", "")
+    code, out, err = run(models[0], "Once", "--n_tokens_to_generate", "0", "--jsonl")
+    entry = {"prompt": "Once", "text": "", "ids": [], "stop": "length"}
+    assert (code, json.loads(out), err) == (0, entry, "")
+
+
+BAD = {
+    "no prompts": ([], "no prompts"),
+    "an empty file": (["--prompts_file", os.devnull], "no prompts"),
+    "no such file": (["--prompts_file", "nowhere.txt"], "nowhere.txt"),
+    "a folder": (["--prompts_file", "."], "."),
+    "a long row": (["One", "x" * 45], "prompt 2 of 2: 45 prompt tokens"),
+    "a long row alone": (["x" * 45], "45 prompt tokens"),
+    "batch_size": (["One", "--batch_size", "0"], "batch_size must be"),
+    "n_samples": (["One", "--n_samples", "-1"], "n_samples must be"),
+    "stop": (["One", "--stop", ""], "stop must not be empty"),
+    "temperature": (["One", "--temperature", "nan"], "temperature must be"),
+    "a number": (["One", "--batch_size", "many"], "--batch_size: expected a whole number"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_ends_in_one_line_and_exit_code_2(models, case):
+    args, words = BAD[case]
+    code, out, err = run(models[0], *args)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+@pytest.mark.parametrize("jsonl", [False, True])
+def test_ctrl_c_prints_what_there_is(models, jsonl):
+    """Equal logits always give id 0, whose byte is "!"; the model is big enough to be slow."""
+    hparams = CLI_HPARAMS | {"n_ctx": 4096, "n_embd": 256, "n_layer": 8}
+    arrays = {n: np.ones(shape, np.float32) for n, shape in utils.tensor_shapes(hparams)}
+    utils.save_model(models[0] / "slow", Encoder([]), hparams, utils.nest(arrays))
+    args = ["One", "Two", "Three", "--n_tokens_to_generate", "4000", "--batch_size", "2"]
+    args += ["--jsonl"] if jsonl else []
+    process = subprocess.Popen(
+        command(models[0], args, "slow"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=4)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, b"")
+    if jsonl:
+        entries = [json.loads(line) for line in out.splitlines()]
+        assert [entry["prompt"] for entry in entries] == ["One", "Two"]  # "Three" never began
+        for entry in entries:
+            assert entry["stop"] == "interrupted" and set(entry["text"]) == {"!"}
+            assert 0 < len(entry["ids"]) == len(entry["text"]) < 4000
+    else:
+        assert out.startswith(b'==> "One" <==\n!!!') and b'\n==> "Two" <==\n!!!' in out

@@ -1,0 +1,166 @@
+"""skinny.py: every way to multiply gives the product, on any number of threads."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+
+import skinny
+
+
+@pytest.fixture(params=[1, 2, 3, 5])
+def threads(request, monkeypatch):
+    """Pretends that OpenBLAS had this many threads, whatever this machine is."""
+    monkeypatch.setattr(skinny, "n_threads", lambda: request.param)
+    skinny.workers.cache_clear()
+    yield request.param
+    skinny.workers.cache_clear()
+
+
+def close(y, x, w):
+    """Against float64, within what summing n_in float32 products in any order may lose."""
+    exact = x.astype(np.float64) @ w.astype(np.float64)
+    return y.shape == exact.shape and np.abs(y - exact).max(initial=0) < 1e-5 * len(w) ** 0.5
+
+
+@pytest.mark.parametrize("order", ["C", "F", "neither"])
+@pytest.mark.parametrize("n_rows", [0, 1, 2, 3, 7, 8, 16, 17, 32, 33, 70])
+def test_every_product_equals_the_plain_one(rng, threads, n_rows, order):
+    for n_in, n_out in [(768, 700), (257, 1031), (2048, 65), (64, 2049), (131073, 1), (1, 131072)]:
+        w = rng.standard_normal((n_in, n_out), dtype=np.float32)
+        w = {"C": w, "F": np.asfortranarray(w), "neither": np.repeat(w, 2, axis=1)[:, ::2]}[order]
+        x = rng.standard_normal((n_rows, n_in), dtype=np.float32)
+        for where in (skinny.own_threads(1), skinny.own_threads(2)):
+            with where:
+                y = x @ w.view(skinny.Matrix)
+            assert type(y) is np.ndarray and y.dtype == np.float32
+            assert close(y, x, w), (n_in, n_out)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_the_parts_themselves(rng, threads, order):
+    """Each way by name, for sizes that `product` would not choose it for, too."""
+    ways = {"C": [skinny.sum_of_slabs, skinny.halves], "F": [skinny.row_of_slabs, skinny.halves]}
+    for _ in range(40):
+        n_rows, n_in, n_out = rng.integers(1, [40, 300, 300])
+        w = np.asarray(rng.standard_normal((n_in, n_out), dtype=np.float32), order=order)
+        x = rng.standard_normal((n_rows, n_in), dtype=np.float32)
+        for way in ways[order]:
+            assert close(way(x, w), x, w), (way.__name__, n_rows, n_in, n_out)
+
+
+def test_the_same_product_is_the_same_to_the_last_bit(rng, threads):
+    x = rng.standard_normal((8, 768), dtype=np.float32)
+    w = rng.standard_normal((768, 700), dtype=np.float32).view(skinny.Matrix)
+    first = x @ w
+    assert all(np.array_equal(first, x @ w) for _ in range(20))
+
+
+def test_leading_axes_and_vectors(rng, threads):
+    w = rng.standard_normal((512, 300), dtype=np.float32)
+    for shape in [(512,), (1, 512), (3, 4, 512), (2, 3, 5, 512)]:
+        x = rng.standard_normal(shape, dtype=np.float32)
+        np.testing.assert_allclose(x @ w.view(skinny.Matrix), x @ w, rtol=1e-4, atol=1e-4)
+
+
+def test_other_dtypes_are_left_to_numpy(rng, threads):
+    x, w = rng.standard_normal((4, 512)), rng.standard_normal((512, 512))
+    assert np.array_equal(x @ w.view(skinny.Matrix), x @ w)
+    half = x.astype(np.float16)
+    assert (half @ w.astype(np.float16).view(skinny.Matrix)).dtype == np.float16
+    assert (x.astype(np.float32) @ w.view(skinny.Matrix)).dtype == np.float64
+
+
+def test_wrap_copies_nothing_and_leaks_nothing(rng):
+    params = {"wte": rng.standard_normal((9, 4)), "blocks": [{"b": np.ones(3), "w": np.eye(4)}]}
+    wrapped = skinny.wrap(params)
+    assert type(params["wte"]) is np.ndarray
+    for before, after in [(params["wte"], wrapped["wte"]), *zip(
+        params["blocks"][0].values(), wrapped["blocks"][0].values(), strict=True
+    )]:  # fmt: skip
+        assert np.shares_memory(before, after) and before.strides == after.strides
+    wte = wrapped["wte"]
+    assert type(wte) is type(wte.swapaxes(0, 1)) is skinny.Matrix
+    for plain in (wte[1], wte[[1, 2]], wte[2:], wte @ np.ones(4), np.ones(9) @ wte):
+        assert type(plain) is np.ndarray
+    assert type(wrapped["blocks"][0]["b"]) is np.ndarray
+
+
+def test_in_threads_keeps_order_and_covers_everything(threads):
+    for n in (1, 2, 3, 4, 24, 100):
+        parts = skinny.in_threads(lambda mine, n=n: list(range(n))[mine], n)
+        assert sum(parts, []) == list(range(n)) and all(parts)
+    seen = skinny.in_threads(lambda mine: threading.get_ident(), threads)
+    assert seen[0] == threading.get_ident() and len(seen) == threads
+
+
+def test_an_error_in_a_worker_is_raised_by_the_caller(threads):
+    def work(mine):
+        if mine.start > 0:
+            raise MemoryError(f"at {mine.start}")
+        return "fine"
+
+    if threads > 1:
+        with pytest.raises(MemoryError, match="at "):
+            skinny.in_threads(work, 100)
+    assert skinny.in_threads(lambda mine: "fine", threads) == ["fine"] * threads
+
+
+def test_own_threads_gives_openblas_its_threads_back():
+    def counts():
+        return [lib.num_threads for lib, _ in skinny.blas()]
+
+    before = counts()
+    with skinny.own_threads(1):
+        assert counts() == before
+    with skinny.own_threads(2):
+        assert counts() == [1] * len(before)
+        with skinny.own_threads(2):
+            pass
+        assert counts() == [1] * len(before)
+    with pytest.raises(RuntimeError), skinny.own_threads(2):
+        raise RuntimeError
+    assert counts() == before
+
+    entered, leave = threading.Barrier(2), threading.Event()
+
+    def other():
+        with skinny.own_threads(2):
+            entered.wait()
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    with skinny.own_threads(2):
+        thread.start()
+        entered.wait()
+    assert counts() == [1] * len(before)  # the other is still inside
+    leave.set()
+    thread.join()
+    assert counts() == before
+
+
+def test_several_callers_at_once(rng, threads):
+    w = rng.standard_normal((768, 700), dtype=np.float32)
+    xs = [rng.standard_normal((n, 768), dtype=np.float32) for n in (2, 5, 8, 16)]
+    right = []
+
+    def call(x):
+        right.append(all(close(x @ w.view(skinny.Matrix), x, w) for _ in range(30)))
+
+    callers = [threading.Thread(target=call, args=(x,)) for x in xs]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    assert right == [True] * len(xs)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_starts_its_own_workers(threads):
+    assert skinny.in_threads(lambda mine: 1, threads) == [1] * threads
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if skinny.in_threads(lambda mine: 1, threads) == [1] * threads else 1)
+    assert os.waitpid(child, 0)[1] == 0
