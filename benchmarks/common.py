@@ -1,7 +1,10 @@
 """What the benchmarks share: a model of GPT-2 124M's shape, and clocks fair to both sides."""
 
+import contextlib
+import itertools
 import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -10,6 +13,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import encoder  # noqa: E402
 import utils  # noqa: E402
 
 HPARAMS = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
@@ -23,6 +27,17 @@ def random_params(hparams=HPARAMS):
     return utils.nest({name: array * np.float32(0.02) for name, array in arrays.items()})
 
 
+@contextlib.contextmanager
+def model_folder(hparams=HPARAMS):
+    """A temporary folder in Hugging Face's layout, with a made-up tokenizer: what a user loads."""
+    characters = list(encoder.CHAR_OF_BYTE.values())
+    pairs = itertools.product(characters, characters)
+    tokenizer = encoder.Encoder(list(itertools.islice(pairs, hparams["n_vocab"] - 257)))
+    with tempfile.TemporaryDirectory() as folder:
+        utils.save_model(folder, tokenizer, hparams, random_params(hparams))
+        yield folder
+
+
 def hugging_face(params, hparams=HPARAMS):
     """transformers' GPT-2 with the same weights."""
     import torch
@@ -31,7 +46,7 @@ def hugging_face(params, hparams=HPARAMS):
     sizes = {theirs: hparams[ours] for ours, theirs in utils.HUGGING_FACE_SIZES.items()}
     model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
     state = {
-        "transformer." + utils.hugging_face_name(name): torch.from_numpy(utils.leaf(params, name))
+        "transformer." + utils.hugging_face_name(name): torch.tensor(utils.leaf(params, name))
         for name, _ in utils.tensor_shapes(hparams)
     }
     model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]})

@@ -1,0 +1,142 @@
+"""How fast does the cached engine write, beside Hugging Face and CTranslate2?
+
+usage: pip install -r requirements-benchmarks.txt; python benchmarks/decode.py
+
+Random weights of GPT-2 124M's shape, greedy, from one model folder that all of them read: float32
+memory-mapped here, float32 in PyTorch, CTranslate2's conversion to float32 and to int8. A step
+writes one token for every row of the batch: the difference between writing 40 and 8 tokens after
+16, by 32. The floor is the time of reading the weights once, at the rate of NumPy's product of a
+vector with a matrix of their size (GEMV), measured in the same run.
+"""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import ctranslate2
+import numpy as np
+import torch
+import transformers
+from common import HPARAMS, alternate, hugging_face, machine, model_folder, print_table
+
+import gpt2
+import kv_cache
+import utils
+
+N_HEAD, N_VOCAB = HPARAMS["n_head"], HPARAMS["n_vocab"]
+N_PROMPT, SHORT, LONG, ROUNDS = 16, 8, 40, 5
+
+
+def ctranslate2_generator(folder, kind, temporary):
+    out = str(Path(temporary, kind))
+    ctranslate2.converters.TransformersConverter(folder).convert(out, quantization=kind)
+    return ctranslate2.Generator(out, compute_type=kind, intra_threads=torch.get_num_threads())
+
+
+def engines(folder, params, temporary):
+    """{name: function of (ids, n_tokens) -> lists of new ids}"""
+    model = hugging_face(params)
+    vocab = json.loads(Path(folder, "vocab.json").read_text(encoding="utf-8"))
+    pieces = {id: piece for piece, id in vocab.items()}
+
+    @torch.inference_mode()
+    def theirs(ids, n):
+        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        out = model.generate(torch.tensor(ids), max_new_tokens=n, **options)
+        return out[:, len(ids[0]) :].tolist()
+
+    def translator(generator):
+        def write(ids, n):
+            prompts = [[pieces[i] for i in row] for row in ids]
+            done = generator.generate_batch(
+                prompts, max_length=n, min_length=n, sampling_topk=1, end_token=[],
+                max_batch_size=len(ids), include_prompt_in_result=False,
+            )  # fmt: skip
+            return [row.sequences_ids[0] for row in done]
+
+        return write
+
+    kinds = {kind: ctranslate2_generator(folder, kind, temporary) for kind in ("float32", "int8")}
+    return {
+        "kv_cache": lambda ids, n: kv_cache.generate(ids, params, N_HEAD, n, batch_size=32),
+        "Hugging_Face": theirs,
+        **{f"CTranslate2_{kind}": translator(generator) for kind, generator in kinds.items()},
+    }
+
+
+def seconds_a_step(engines, n_rows):
+    ids = np.random.default_rng(n_rows).integers(0, N_VOCAB - 1, (n_rows, N_PROMPT)).tolist()
+    texts = {name: write(ids, LONG) for name, write in engines.items()}
+    assert all(len(row) == LONG for text in texts.values() for row in text)
+    assert texts["kv_cache"] == texts["Hugging_Face"]
+    runs = {
+        f"{name}/{n}": lambda write=write, n=n: write(ids, n)
+        for name, write in engines.items()
+        for n in (SHORT, LONG)
+    }
+    seconds = alternate(ROUNDS, **runs)
+    return {
+        name: (seconds[f"{name}/{LONG}"] - seconds[f"{name}/{SHORT}"]) / (LONG - SHORT)
+        for name in engines
+    }
+
+
+def floor(params):
+    """(seconds to read the weights once, bytes a second), by NumPy's GEMV."""
+    names = [name for name, _ in utils.tensor_shapes(HPARAMS) if name != "wpe"]
+    n_bytes = sum(utils.leaf(params, name).nbytes for name in names)
+    x, w = np.ones(768, np.float32), np.ones((768, n_bytes // 4 // 768), np.float32)
+    seconds = alternate(ROUNDS, gemv=lambda: x @ w)["gemv"]
+    return seconds, n_bytes / seconds
+
+
+def one_more(params, n):
+    """(seconds with the cache, seconds without, the cache) for one more token after n, one row."""
+    ids = np.random.default_rng(n).integers(0, N_VOCAB, n).tolist()
+    cache = kv_cache.new_cache(params, N_HEAD)
+    if n > 1:
+        kv_cache.prefill(cache, ids[:-1], params, N_HEAD)
+
+    def cached():
+        for _ in range(5):
+            cache["n_seq"] = n - 1  # forgets the token that the last step appended
+            kv_cache.step([cache], ids[-1:], params, N_HEAD)
+
+    def plain():
+        gpt2.generate(ids, params, N_HEAD, 1)
+
+    seconds = alternate(ROUNDS, cached=cached, plain=plain)
+    return seconds["cached"] / 5, seconds["plain"], cache
+
+
+def by_length(params):
+    """What a cache buys, and what it costs in memory."""
+    print("\none more token after n, one row, and the cache's size")
+    print(f"{'n':>6}{'cached ms':>12}{'without ms':>12}{'':8}{'MiB':>8}{'docstring: MiB':>17}")
+    for n in (10, 100, 1000):
+        cached, plain, cache = one_more(params, n)
+        room = cache["kv"].shape[3]
+        print(f"{n:>6}{cached * 1e3:12.1f}{plain * 1e3:12.1f}{plain / cached:7.1f}x", end="")
+        print(f"{cache['kv'].nbytes / 2**20:8.2f}{room * 72 / 2**10:17.2f}")
+
+
+def main():
+    logging.disable()  # transformers on generation settings
+    transformers.utils.logging.disable_progress_bar()
+    with model_folder() as folder, tempfile.TemporaryDirectory() as temporary:
+        _, _, params = utils.load_encoder_hparams_and_params(folder)
+        contestants = engines(folder, params, temporary)
+        versions = f"PyTorch {torch.__version__}, CTranslate2 {ctranslate2.__version__}"
+        print(f"{machine()}, {versions}")
+        for n_rows in (1, 8, 32):
+            seconds = seconds_a_step(contestants, n_rows)
+            if n_rows == 1:
+                least, rate = floor(params)
+                seconds[f"the floor, at {rate / 1e9:.1f} GB/s"] = least
+            print_table(f"a step of {n_rows} row{'s' * (n_rows > 1)}", seconds, "kv_cache")
+        by_length(params)
+
+
+if __name__ == "__main__":
+    main()

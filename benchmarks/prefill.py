@@ -1,0 +1,66 @@
+"""How fast does the cached engine read a prompt, beside Hugging Face and CTranslate2?
+
+usage: pip install -r requirements-benchmarks.txt; python benchmarks/prefill.py
+
+Random weights of GPT-2 124M's shape: 512 tokens, for the logits of the next one, and 8 prompts of
+different lengths, together and one by one. Also how much memory the chunks save.
+"""
+
+import logging
+import tempfile
+
+import numpy as np
+import torch
+import transformers
+from common import HPARAMS, alternate, machine, model_folder, print_table
+from decode import N_HEAD, N_VOCAB, engines
+
+import kv_cache
+import skinny
+import utils
+
+ROUNDS = 7
+
+
+def main():
+    logging.disable()
+    transformers.utils.logging.disable_progress_bar()
+    with model_folder() as folder, tempfile.TemporaryDirectory() as temporary:
+        _, _, params = utils.load_encoder_hparams_and_params(folder)
+        contestants = engines(folder, params, temporary)
+        print(f"{machine()}, PyTorch {torch.__version__}")
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, N_VOCAB, 512).tolist()
+        assert contestants["kv_cache"]([ids], 1) == contestants["Hugging_Face"]([ids], 1)
+        runs = {name: lambda read=read: read([ids], 1) for name, read in contestants.items()}
+        print_table("512 tokens and the next", alternate(ROUNDS, **runs), "kv_cache")
+
+        lengths = [20, 35, 50, 64, 80, 100, 40, 123]
+        prompts = [rng.integers(0, N_VOCAB, n).tolist() for n in lengths]
+        seconds = alternate(
+            ROUNDS,
+            together=lambda: kv_cache.generate(prompts, params, N_HEAD, 1, batch_size=8),
+            one_by_one=lambda: [kv_cache.generate([p], params, N_HEAD, 1) for p in prompts],
+        )
+        print_table(f"8 prompts of {sum(lengths)} tokens in all", seconds, "together")
+
+        matrices = skinny.wrap(params)
+        seconds = {
+            f"chunks of {chunk}": alternate(
+                3, read=lambda c=chunk: read_once(long_prompt(rng), matrices, c)
+            )["read"]
+            for chunk in (64, 128, 256, 512, 1024)
+        }
+        print_table("1024 tokens, by the size of the chunks", seconds, "chunks of 512")
+
+
+def long_prompt(rng):
+    return rng.integers(0, N_VOCAB, HPARAMS["n_ctx"]).tolist()
+
+
+def read_once(ids, params, chunk):
+    kv_cache.prefill(kv_cache.new_cache(params, N_HEAD), ids, params, N_HEAD, chunk)
+
+
+if __name__ == "__main__":
+    main()
