@@ -41,7 +41,8 @@ CHUNK = 512  # tokens that a pass runs at most, which bounds its scratch memory
 def new_cache(params, n_head, capacity=32):
     """An empty cache, float32, with room for `capacity` tokens until it grows."""
     n_ctx, n_embd = params["wpe"].shape
-    shape = (len(params["blocks"]), 2, n_head, min(capacity, n_ctx), n_embd // n_head)
+    capacity = max(1, min(capacity, n_ctx))
+    shape = (len(params["blocks"]), 2, n_head, capacity, n_embd // n_head)
     return {"kv": np.zeros(shape, np.float32), "n_seq": 0}
 
 
@@ -66,8 +67,11 @@ def make_room(cache, n_seq, n_ctx):
 def extend(caches, new_ids, params, n_head):  # n_rows caches and id lists -> [n_rows, n_embd]
     """Runs each row's new ids, one or more; their keys and values join its cache, in place.
 
-    Returns the hidden state of each row's last token. ValueError where a row outgrows n_ctx.
+    Returns the hidden state of each row's last token. ValueError where a row has no new id, or
+    outgrows n_ctx.
     """
+    if not all(len(ids) for ids in new_ids):
+        raise ValueError("every row needs at least one new id")
     starts = [cache["n_seq"] for cache in caches]
     stops = [start + len(ids) for start, ids in zip(starts, new_ids, strict=True)]
     for cache, stop in zip(caches, stops, strict=True):
@@ -75,26 +79,27 @@ def extend(caches, new_ids, params, n_head):  # n_rows caches and id lists -> [n
     tokens = np.concatenate(new_ids)  # [n_tokens], all rows' in one flat sequence
     positions = np.concatenate([np.arange(*ends) for ends in zip(starts, stops, strict=True)])
     ends = np.cumsum([len(ids) for ids in new_ids])  # where each row's tokens end in it
-
+    # Attention is done row by row; a prompt that is alone, by groups of heads, a thread each.
+    group = -(-n_head // skinny.n_threads()) if len(caches) == 1 < len(tokens) else n_head
+    heads = [slice(first, first + group) for first in range(0, n_head, group)]
+    pieces = [(i, some) for i in range(len(caches)) for some in heads]
     n_scores = sum(stop * len(ids) for stop, ids in zip(stops, new_ids, strict=True))
 
     def attend(q, k, v, layer):  # [n_head, n_tokens, d_head] each -> [n_head, n_tokens, d_head]
         out = np.empty((q.shape[1], n_head, q.shape[2]), q.dtype).swapaxes(0, 1)
 
-        def work(part):  # some of the rows, or of the heads where there is one row
-            heads = part if len(caches) == 1 else slice(n_head)
-            for i in range(len(caches))[part] if len(caches) > 1 else [0]:
+        def work(mine):
+            for i, some in pieces[mine]:
                 start, stop = starts[i], stops[i]
                 row = slice(ends[i] - (stop - start), ends[i])
-                keys, values = caches[i]["kv"][layer][:, heads]  # [n_heads, capacity, d_head] each
-                keys[:, start:stop], values[:, start:stop] = k[heads, row], v[heads, row]
-                out[heads, row] = attention(q[heads, row], keys[:, :stop], values[:, :stop])
+                keys, values = caches[i]["kv"][layer][:, some]  # [n_heads, capacity, d_head] each
+                keys[:, start:stop], values[:, start:stop] = k[some, row], v[some, row]
+                out[some, row] = attention(q[some, row], keys[:, :stop], values[:, :stop])
 
-        n_parts = n_head if len(caches) == 1 else len(caches)
-        if len(tokens) > 1 and n_scores > 64 * len(caches):  # else waking a thread takes longer
-            skinny.in_threads(work, n_parts)
+        if len(pieces) > 1 and n_scores > 64 * len(pieces):  # else waking a thread takes longer
+            skinny.in_threads(work, len(pieces))
         else:
-            work(slice(n_parts))
+            work(slice(None))
         return out
 
     blocks = [b | {"attend": partial(attend, layer=i)} for i, b in enumerate(params["blocks"])]
@@ -119,7 +124,7 @@ def step(caches, tokens, params, n_head):  # n_rows caches and ids -> [n_rows, n
 
 def prefill(cache, ids, params, n_head, chunk=CHUNK):  # one row's prompt -> [n_vocab]
     """Reads a prompt, `chunk` tokens a pass; returns the logits of the next token."""
-    for start in range(0, len(ids), chunk):
+    for start in range(0, max(1, len(ids)), chunk):
         x = extend([cache], [ids[start : start + chunk]], params, n_head)
     return next_logits(x, params)[0]
 
@@ -147,7 +152,6 @@ def generate_stream(
     check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)
     check_batch(prompts, n_tokens_to_generate, len(params["wpe"]), n_samples, batch_size, chunk)
     params, sampling = skinny.wrap(params), (temperature, top_k, top_p)
-    params, sampling = skinny.wrap(params), (temperature, top_k, top_p)
     waiting, rows, kept = deque(range(len(prompts) * n_samples)), [], None
     while waiting and n_tokens_to_generate == 0:
         yield waiting.popleft(), [], "length"
@@ -157,7 +161,11 @@ def generate_stream(
             if number > 0 and kept is None:
                 break  # the prompt's first sample is still reading it
             row = {"index": waiting.popleft(), "cache": new_cache(params, n_head), "ids": []}
-            row |= {"new": prompts[prompt], "logits": None, "rng": row_rng(seed, row["index"])}
+            row |= {
+                "new": list(prompts[prompt]),
+                "logits": None,
+                "rng": row_rng(seed, row["index"]),
+            }
             rows.append(row | copy_of(kept) if number > 0 else row)
             kept = None if number == n_samples - 1 else kept
         run(rows, params, n_head, chunk)

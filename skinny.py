@@ -64,12 +64,12 @@ def product(x, w):  # [rows, n_in], [n_in, n_out] -> [rows, n_out]
         return x @ w
     if 1 < len(x) <= MAX_ROWS["rows" if by_rows else "columns"]:
         return sum_of_slabs(x, w) if by_rows else row_of_slabs(x, w)
-    return halves(x, w) if n_users and (by_columns or len(x) > 1) else x @ w
+    return split_columns(x, w) if n_users and (by_columns or len(x) > 1) else x @ w
 
 
 def sum_of_slabs(x, w):  # slabs of w's rows, whose products add up
     (rows, n_in), n_out = x.shape, w.shape[1]
-    height = max(1, min(1_000_000 // (rows * n_out), n_in // 24))
+    height = max(1, min(1_000_000 // (rows * n_out), n_in // (12 * n_threads())))
     n_slabs = n_in // height
     cut = height * n_slabs
     parts = x[:, :cut].reshape(rows, n_slabs, height).swapaxes(0, 1)
@@ -95,7 +95,7 @@ def row_of_slabs(x, w):  # slabs of w's columns, whose products stand side by si
     return y
 
 
-def halves(x, w):  # each thread some of the columns, packed as usual
+def split_columns(x, w):  # each thread some of the columns, packed as usual
     y = np.empty((len(x), w.shape[1]), np.float32)
     in_threads(lambda mine: np.matmul(x, w[:, mine], out=y[:, mine]), w.shape[1])
     return y
@@ -161,9 +161,12 @@ def in_threads(work, n):
     slices, done = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)], SimpleQueue()
     for i in range(1, n_parts):
         workers().put((i, work, slices[i], done))
-    results = [work(slices[0])] + [None] * (n_parts - 1)
-    for _ in range(1, n_parts):
-        i, results[i] = done.get()
+    results = [None] * n_parts
+    try:
+        results[0] = work(slices[0])
+    finally:  # even after Ctrl-C nobody goes on writing
+        for _ in range(1, n_parts):
+            i, results[i] = done.get()
     for result in results:
         if isinstance(result, BaseException):
             raise result

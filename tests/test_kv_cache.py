@@ -119,6 +119,36 @@ def test_the_arithmetic_for_124m():
     assert "72 KiB a token, 72 MiB for a full context of 1024, beside 475" in kv_cache.__doc__
 
 
+def test_no_new_ids_are_refused(params):
+    cache = kv_cache.new_cache(params, N_HEAD, capacity=0)
+    for call in (
+        lambda: kv_cache.prefill(cache, [], params, N_HEAD),
+        lambda: kv_cache.extend([cache, cache], [[1], []], params, N_HEAD),
+    ):
+        with pytest.raises(ValueError, match="every row needs at least one new id"):
+            call()
+    assert cache["n_seq"] == 0 and cache["kv"].shape[3] == 1
+
+
+def test_wide_rows_and_long_prompts_take_the_fast_paths(rng, monkeypatch):
+    """Sizes for which threads and slabs come into play, wherever this machine would use them."""
+    monkeypatch.setattr(kv_cache.skinny, "n_threads", lambda: 3)
+    kv_cache.skinny.workers.cache_clear()
+    hparams = {"n_vocab": 401, "n_ctx": 300, "n_embd": 512, "n_head": 4, "n_layer": 2}
+    params = random_params(rng, hparams)
+    prompts = random_prompts(rng, [290, 3, 120, 64, 1], n_vocab=401)
+    wrapped = kv_cache.skinny.wrap(params)
+    caches = [kv_cache.new_cache(params, 4) for _ in prompts]
+    for cache, ids in zip(caches, prompts, strict=True):
+        logits = kv_cache.prefill(cache, ids, wrapped, 4, chunk=100)
+        assert_same_logits(logits, gpt2.gpt2(ids, **params, n_head=4)[-1])
+    tokens = rng.integers(0, 401, len(prompts)).tolist()
+    logits = kv_cache.step(caches, tokens, wrapped, 4)
+    for row, ids, token in zip(logits, prompts, tokens, strict=True):
+        assert_same_logits(row, gpt2.gpt2([*ids, token], **params, n_head=4)[-1])
+    kv_cache.skinny.workers.cache_clear()
+
+
 def test_a_copy_goes_its_own_way(rng, params):
     cache = kv_cache.new_cache(params, N_HEAD)
     kv_cache.prefill(cache, [1, 2, 3], params, N_HEAD)
@@ -308,10 +338,35 @@ def test_the_batch_stays_full_and_within_its_memory(rng, params, monkeypatch):
     assert [rows for rows, _, _ in passes] == [4] * 14 + [1] * 7
 
 
-def test_long_prompts_do_not_hold_up_those_that_write(rng, params, monkeypatch):
-    prompts = random_prompts(rng, [1, 30])
-    order = [row for row, _, _ in kv_cache.generate_stream(prompts, params, N_HEAD, 7, chunk=4)]
-    assert order[:7] == [0] * 7 and order[7:] == [1] * 7
+def test_long_prompts_do_not_hold_up_those_that_write(rng, params):
+    for lengths, first in [([1, 30], 0), ([30, 1], 1)]:
+        stream = kv_cache.generate_stream(random_prompts(rng, lengths), params, N_HEAD, 7, chunk=4)
+        assert [row for row, _, _ in stream] == [first] * 7 + [1 - first] * 7
+
+
+def test_the_last_token_may_be_the_stop(params):
+    stream = kv_cache.generate_stream([[1]], params, N_HEAD, 4, stop=lambda ids: len(ids) == 4)
+    assert list(stream)[-1][2] == "stop"
+
+
+def test_a_row_that_has_ended_holds_no_cache(params, monkeypatch):
+    caches, plain = [], kv_cache.new_cache
+
+    class Weak(dict):
+        __hash__ = object.__hash__
+
+    def make(*args):
+        cache = Weak(plain(*args))
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(kv_cache, "new_cache", make)
+    ended = 0
+    for _, _, why in kv_cache.generate_stream([[1], [2]], params, N_HEAD, 3, batch_size=1):
+        gc.collect()
+        assert (caches[-1]() is None) == (why is not None)
+        ended += why is not None
+    assert ended == 2
 
 
 def test_nothing_to_write_is_legal_and_runs_nothing(params, monkeypatch):
@@ -443,17 +498,20 @@ def test_jsonl_is_for_programs(models):
         assert entry == {"prompt": prompt, "text": text, "ids": ids, "stop": why}
 
 
-def test_a_stop_string_ends_a_row_before_it(models):
-    full = Encoder([]).decode(expected(models[1], "Once", 30))
-    stop = full[5:7]
+def test_a_stop_string_ends_a_row_before_it():
+    """With the shipped model, whose greedy text is made of letters; 3 of them end it."""
+    where = ["--model_size", "shakespeare", "--n_tokens_to_generate", "60"]
+    encoder, hparams, params = utils.load_encoder_hparams_and_params("shakespeare")
+    full = encoder.decode(gpt2.generate(encoder.encode("ROMEO:"), params, hparams["n_head"], 60))
+    stop = full[20:23]
     wanted = full[: full.index(stop)]
-    args = ["Once", "--n_tokens_to_generate", "30", f"--stop={stop}"]
-    if not (stop.isprintable() and "�" not in stop):
-        pytest.skip("this random model's text holds no plain characters there")
-    assert run(models[0], *args) == (0, wanted + "\n", "")
-    entry = json.loads(run(models[0], *args, "--jsonl")[1])
+    command = [sys.executable, REPO / "kv_cache.py", "ROMEO:", *where, f"--stop={stop}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, wanted + "\n", "")
+    done = subprocess.run([*command, "--jsonl"], capture_output=True, text=True, timeout=120)
+    entry = json.loads(done.stdout)
     assert (entry["text"], entry["stop"]) == (wanted, "stop")
-    assert len(entry["ids"]) < 30
+    assert encoder.decode(entry["ids"]).endswith(stop)
 
 
 @pytest.mark.parametrize("where", ["a file", "standard input"])
@@ -482,6 +540,20 @@ def test_samples_of_one_prompt(models):
     ]  # fmt: skip
     entries = [f'==> "Once" (sample {i} of 3) <==\n{text}\n\n' for i, text in enumerate(texts, 1)]
     assert (code, out, err) == (0, "".join(entries), "") and len(set(texts)) > 1
+
+
+def test_samples_of_several_prompts_name_their_own(models):
+    args = ["One", "Two", "--n_samples", "2", "--n_tokens_to_generate", "2", "--jsonl"]
+    entries = [json.loads(line) for line in run(models[0], *args)[1].splitlines()]
+    assert [entry["prompt"] for entry in entries] == ["One", "One", "Two", "Two"]
+
+
+def test_rows_that_end_out_of_order_are_all_printed(capsys):
+    steps = [(1, [5], None), (0, [6], None), (2, [7], "stop")]
+    steps += [(1, [5, 5], "length"), (0, [6, 6], "length")]
+    kv_cache.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), None, True, bar=False)
+    entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [entry["prompt"] for entry in entries] == ["a", "b", "c"]
 
 
 def test_no_tokens_are_legal(models):

@@ -1,7 +1,10 @@
 """skinny.py: every way to multiply gives the product, on any number of threads."""
 
 import os
+import signal
 import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -41,7 +44,10 @@ def test_every_product_equals_the_plain_one(rng, threads, n_rows, order):
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_the_parts_themselves(rng, threads, order):
     """Each way by name, for sizes that `product` would not choose it for, too."""
-    ways = {"C": [skinny.sum_of_slabs, skinny.halves], "F": [skinny.row_of_slabs, skinny.halves]}
+    ways = {
+        "C": [skinny.sum_of_slabs, skinny.split_columns],
+        "F": [skinny.row_of_slabs, skinny.split_columns],
+    }
     for _ in range(40):
         n_rows, n_in, n_out = rng.integers(1, [40, 300, 300])
         w = np.asarray(rng.standard_normal((n_in, n_out), dtype=np.float32), order=order)
@@ -64,12 +70,14 @@ def test_leading_axes_and_vectors(rng, threads):
         np.testing.assert_allclose(x @ w.view(skinny.Matrix), x @ w, rtol=1e-4, atol=1e-4)
 
 
-def test_other_dtypes_are_left_to_numpy(rng, threads):
-    x, w = rng.standard_normal((4, 512)), rng.standard_normal((512, 512))
-    assert np.array_equal(x @ w.view(skinny.Matrix), x @ w)
-    half = x.astype(np.float16)
-    assert (half @ w.astype(np.float16).view(skinny.Matrix)).dtype == np.float16
-    assert (x.astype(np.float32) @ w.view(skinny.Matrix)).dtype == np.float64
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_other_dtypes_are_left_to_numpy(rng, threads, order):
+    for kinds in [("f4", "f8"), ("f8", "f4"), ("f8", "f8"), ("f2", "f2")]:
+        x = rng.standard_normal((4, 512)).astype(kinds[0])
+        w = np.asarray(rng.standard_normal((512, 512)), kinds[1], order=order)
+        with skinny.own_threads(4):
+            y = x @ w.view(skinny.Matrix)
+            assert y.dtype == np.result_type(x, w) and np.array_equal(y, x @ w)
 
 
 def test_wrap_copies_nothing_and_leaks_nothing(rng):
@@ -91,6 +99,12 @@ def test_in_threads_keeps_order_and_covers_everything(threads):
     for n in (1, 2, 3, 4, 24, 100):
         parts = skinny.in_threads(lambda mine, n=n: list(range(n))[mine], n)
         assert sum(parts, []) == list(range(n)) and all(parts)
+
+    def slower_when_earlier(mine):
+        time.sleep(0.02 * (threads - mine.start))
+        return mine.start
+
+    assert skinny.in_threads(slower_when_earlier, threads) == list(range(threads))
     seen = skinny.in_threads(lambda mine: threading.get_ident(), threads)
     assert seen[0] == threading.get_ident() and len(seen) == threads
 
@@ -107,11 +121,37 @@ def test_an_error_in_a_worker_is_raised_by_the_caller(threads):
     assert skinny.in_threads(lambda mine: "fine", threads) == ["fine"] * threads
 
 
+def test_ctrl_c_waits_for_the_workers(threads):
+    written = []
+
+    def work(mine):
+        if mine.start == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.1)
+        written.append(mine)
+
+    with pytest.raises(KeyboardInterrupt):
+        skinny.in_threads(work, 100)
+    assert len(written) == threads - 1
+
+
+def test_workers_keep_nothing_alive(threads):
+    large = np.ones(9)
+    alive = weakref.ref(large)
+    skinny.in_threads(lambda mine, large=large: large[0], threads)
+    del large
+    deadline = time.monotonic() + 5
+    while alive() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert alive() is None
+
+
 def test_own_threads_gives_openblas_its_threads_back():
     def counts():
         return [lib.num_threads for lib, _ in skinny.blas()]
 
-    before = counts()
+    before = [n for _, n in skinny.blas()]
+    assert counts() == before
     with skinny.own_threads(1):
         assert counts() == before
     with skinny.own_threads(2):
@@ -162,5 +202,6 @@ def test_a_forked_process_starts_its_own_workers(threads):
     assert skinny.in_threads(lambda mine: 1, threads) == [1] * threads
     child = os.fork()
     if child == 0:
+        signal.alarm(20)  # ends a child that waits for workers it does not have
         os._exit(0 if skinny.in_threads(lambda mine: 1, threads) == [1] * threads else 1)
     assert os.waitpid(child, 0)[1] == 0
