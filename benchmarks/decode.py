@@ -22,6 +22,7 @@ from common import HPARAMS, alternate, hugging_face, machine, model_folder, prin
 
 import gpt2
 import kv_cache
+import skinny
 import utils
 
 N_HEAD, N_VOCAB = HPARAMS["n_head"], HPARAMS["n_vocab"]
@@ -91,6 +92,28 @@ def floor(params):
     return seconds, n_bytes / seconds
 
 
+def products(params):
+    """The products with the blocks' matrices alone: what skinny.py is for."""
+    names = [name for name, _ in utils.tensor_shapes(HPARAMS) if name.endswith(".w")]
+    weights = [utils.leaf(params, name) for name in names]
+    matrices = [w.view(skinny.Matrix) for w in weights]
+    print(f"\nthe blocks' products alone, ms\n{'rows':>6}{'NumPy':>10}{'skinny':>10}")
+    for n_rows in (1, 2, 8, 16, 32):
+        x = {n_in: np.ones((n_rows, n_in), np.float32) for n_in in {len(w) for w in weights}}
+
+        def fast(x=x, n_rows=n_rows):
+            with skinny.own_threads(n_rows):
+                for w in matrices * 10:
+                    x[len(w)] @ w
+
+        def plain(x=x):
+            for w in weights * 10:
+                x[len(w)] @ w
+
+        seconds = alternate(ROUNDS, plain=plain, fast=fast)
+        print(f"{n_rows:>6}{seconds['plain'] * 100:10.1f}{seconds['fast'] * 100:10.1f}")
+
+
 def one_more(params, n):
     """(seconds with the cache, seconds without, the cache) for one more token after n, one row."""
     ids = np.random.default_rng(n).integers(0, N_VOCAB, n).tolist()
@@ -135,6 +158,7 @@ def main():
                 least, rate = floor(params)
                 seconds[f"the floor, at {rate / 1e9:.1f} GB/s"] = least
             print_table(f"a step of {n_rows} row{'s' * (n_rows > 1)}", seconds, "kv_cache")
+        products(params)
         by_length(params)
 
 
