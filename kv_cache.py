@@ -67,11 +67,14 @@ def make_room(cache, n_seq, n_ctx):
 def extend(caches, new_ids, params, n_head):  # n_rows caches and id lists -> [n_rows, n_embd]
     """Runs each row's new ids, one or more; their keys and values join its cache, in place.
 
-    Returns the hidden state of each row's last token. ValueError where a row has no new id, or
-    outgrows n_ctx.
+    Returns the hidden state of each row's last token. ValueError where a row has no new id or
+    outgrows n_ctx, and where two rows have the same cache (see copy_cache).
     """
+    if len({id(cache) for cache in caches}) < len(caches):
+        raise ValueError("two rows have the same cache: give the second a copy_cache of it")
     if not all(len(ids) for ids in new_ids):
         raise ValueError("every row needs at least one new id")
+    params = skinny.wrap(params)
     starts = [cache["n_seq"] for cache in caches]
     stops = [start + len(ids) for start, ids in zip(starts, new_ids, strict=True)]
     for cache, stop in zip(caches, stops, strict=True):
@@ -114,7 +117,7 @@ def extend(caches, new_ids, params, n_head):  # n_rows caches and id lists -> [n
 def next_logits(x, params):  # [n_rows, n_embd] -> [n_rows, n_vocab]
     """The logits of the token after each row's last."""
     with skinny.own_threads(len(x)):
-        return x @ params["wte"].swapaxes(0, 1)
+        return x @ skinny.wrap(params)["wte"].swapaxes(0, 1)
 
 
 def step(caches, tokens, params, n_head):  # n_rows caches and ids -> [n_rows, n_vocab]
@@ -124,6 +127,7 @@ def step(caches, tokens, params, n_head):  # n_rows caches and ids -> [n_rows, n
 
 def prefill(cache, ids, params, n_head, chunk=CHUNK):  # one row's prompt -> [n_vocab]
     """Reads a prompt, `chunk` tokens a pass; returns the logits of the next token."""
+    make_room(cache, cache["n_seq"] + len(ids), n_ctx=len(params["wpe"]))
     for start in range(0, max(1, len(ids)), chunk):
         x = extend([cache], [ids[start : start + chunk]], params, n_head)
     return next_logits(x, params)[0]
@@ -139,18 +143,20 @@ def generate_stream(
     temperature=0.0, top_k=0, top_p=1.0, seed=None, endoftext=None,
     stop=None, n_samples=1, batch_size=8, chunk=CHUNK,
 ):  # fmt: skip
-    """Yields (row, its new ids so far, None or why it ends), once for each token of each row.
+    """Yields (row, its new ids so far, None or why it ends), once for each token of each row drawn.
 
     Row i * n_samples + j is sample j of prompts[i]. Row 0 draws what gpt2.py draws with that seed,
     every other row from the seed and its own number. A row ends by its "length", by "endoftext"
     (which is not among its ids), or by "stop": where stop(ids) is true.
 
     Memory: batch_size rows have a cache, and one prompt that waits for its samples; so at most
-    (batch_size + 1) * 8 * n_layer * n_embd * n_ctx bytes, and what a pass of `chunk` tokens needs.
-    ValueError says which prompt does not fit.
+    (batch_size + 1) * 8 * n_layer * n_embd * n_ctx bytes, half a cache more while one grows, and
+    what a pass of `chunk` tokens needs (of batch_size tokens, if that is more). The first next()
+    raises ValueError for what is wrong, and says in which prompt.
     """
     check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)
-    check_batch(prompts, n_tokens_to_generate, len(params["wpe"]), n_samples, batch_size, chunk)
+    prompts = [list(ids) for ids in prompts]  # copies: the caller may change theirs meanwhile
+    check_batch(prompts, n_tokens_to_generate, params, n_samples, batch_size, chunk)
     params, sampling = skinny.wrap(params), (temperature, top_k, top_p)
     waiting, rows, kept = deque(range(len(prompts) * n_samples)), [], None
     while waiting and n_tokens_to_generate == 0:
@@ -162,13 +168,13 @@ def generate_stream(
                 break  # the prompt's first sample is still reading it
             row = {"index": waiting.popleft(), "cache": new_cache(params, n_head), "ids": []}
             row |= {
-                "new": list(prompts[prompt]),
+                "new": prompts[prompt],
                 "logits": None,
                 "rng": row_rng(seed, row["index"]),
             }
             rows.append(row | copy_of(kept) if number > 0 else row)
             kept = None if number == n_samples - 1 else kept
-        run(rows, params, n_head, chunk)
+        run(rows, params, n_head, max(chunk, batch_size))
         for row in rows:
             if row["logits"] is None:  # it has not read all of its prompt
                 continue
@@ -177,7 +183,7 @@ def generate_stream(
             row["end"] = write(row, n_tokens_to_generate, sampling, endoftext, stop)
             if row["end"]:
                 del row["cache"]
-            yield row["index"], row["ids"], row["end"]
+            yield row["index"], list(row["ids"]), row["end"]
         rows = [row for row in rows if not row.get("end")]
 
 
@@ -218,8 +224,9 @@ def run(rows, params, n_head, chunk):
             batch[i][0]["logits"] = logits
 
 
-def check_batch(prompts, n_tokens_to_generate, n_ctx, n_samples, batch_size, chunk):
+def check_batch(prompts, n_tokens_to_generate, params, n_samples, batch_size, chunk):
     """Raises ValueError, one clear line, for numbers below 1 and prompts that do not fit."""
+    n_vocab, n_ctx = len(params["wte"]), len(params["wpe"])
     for name, value in {"n_samples": n_samples, "batch_size": batch_size, "chunk": chunk}.items():
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, not {value}")
@@ -230,6 +237,8 @@ def check_batch(prompts, n_tokens_to_generate, n_ctx, n_samples, batch_size, chu
             check_length(len(prompt), n_tokens_to_generate, n_ctx)
         except ValueError as error:
             raise ValueError(f"prompt {i} of {len(prompts)}: {error}") from None
+        if prompt and not 0 <= min(prompt) <= max(prompt) < n_vocab:
+            raise ValueError(f"prompt {i} of {len(prompts)}: an id is not in 0 .. {n_vocab - 1}")
 
 
 def generate(prompts, params, n_head, n_tokens_to_generate, **options):
@@ -268,7 +277,7 @@ def main(
         n_tokens_to_generate: how many tokens to add to each at most.
         n_samples: how many continuations of each prompt (with a temperature above 0).
         batch_size: how many to write at the same time; each needs memory for its cache.
-        stop: end a continuation before this text.
+        stop: end a continuation before this text (the ids of --jsonl keep its tokens).
         jsonl: print a JSON object a line (prompt, text, ids, stop) instead.
         model_size: 124M, 355M, 774M or 1558M (downloaded once), a folder in models_dir, or a path.
         models_dir: the folder that holds the models.
@@ -351,7 +360,8 @@ def print_rows(rows, prompts, n_samples, n_tokens_to_generate, encoder, stop, js
                 if why:  # what it leaves unwritten is not to come
                     progress.total -= n_tokens_to_generate - len(ids)
                 while n_shown in begun and begun[n_shown][1]:
-                    show(n_shown, *begun.pop(n_shown))
+                    show(n_shown, *begun[n_shown])
+                    del begun[n_shown]
                     n_shown += 1
         except KeyboardInterrupt:
             for row, (ids, why) in sorted(begun.items()):

@@ -20,6 +20,7 @@ import contextlib
 import functools
 import os
 import threading
+import time
 from queue import SimpleQueue
 
 import numpy as np
@@ -34,7 +35,7 @@ MIN_SIZE = 1 << 17  # a smaller matrix is not worth waking a thread
 
 
 class Matrix(np.ndarray):
-    """A 2-d array with fast products. What it gives, and its parts, are plain arrays."""
+    """A 2-d array with fast products. These and its rows are plain arrays, its .T is a Matrix."""
 
     def __rmatmul__(self, x):  # [..., n_in] @ self, which is [n_in, n_out] -> [..., n_out]
         w, rows = self.view(np.ndarray), x.reshape(-1, x.shape[-1])
@@ -48,7 +49,9 @@ class Matrix(np.ndarray):
 
 
 def wrap(params):
-    """The same tree, every matrix in it a Matrix: views, nothing is copied."""
+    """The same tree, every matrix in it a Matrix: views, nothing is copied. Done twice is once."""
+    if isinstance(params, dict) and isinstance(params.get("wte"), Matrix):
+        return params
     if isinstance(params, dict):
         return {name: wrap(value) for name, value in params.items()}
     if isinstance(params, list):
@@ -69,7 +72,7 @@ def product(x, w):  # [rows, n_in], [n_in, n_out] -> [rows, n_out]
 
 def sum_of_slabs(x, w):  # slabs of w's rows, whose products add up
     (rows, n_in), n_out = x.shape, w.shape[1]
-    height = max(1, min(1_000_000 // (rows * n_out), n_in // (12 * n_threads())))
+    height = max(1, min(1_000_000 // (rows * n_out), max(16, n_in // (12 * n_threads()))))
     n_slabs = n_in // height
     cut = height * n_slabs
     parts = x[:, :cut].reshape(rows, n_slabs, height).swapaxes(0, 1)
@@ -106,9 +109,18 @@ def split_columns(x, w):  # each thread some of the columns, packed as usual
 # --------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+lock = threading.RLock()  # for what follows: callers may have threads of their own
+n_users, restore = 0, []  # of own_threads; and [(OpenBLAS, the number of threads it had outside)]
+
+
 def blas():
-    """[(OpenBLAS as threadpoolctl controls it, its number of threads)]; [] where it has no use."""
+    """[(OpenBLAS as threadpoolctl controls it, its threads at first)]; [] where it has no use."""
+    with lock:
+        return find_blas()
+
+
+@functools.cache
+def find_blas():
     if not __cpu_features__.get("AVX512_SKX") or "OPENBLAS_CORETYPE" in os.environ:
         return []
     from threadpoolctl import ThreadpoolController
@@ -118,39 +130,40 @@ def blas():
 
 
 def n_threads():
-    """As many as OpenBLAS was given, so that OMP_NUM_THREADS and its like are obeyed."""
+    """As many as OpenBLAS had at first, so that OMP_NUM_THREADS and its like are obeyed."""
     return max((n for _, n in blas()), default=1)
 
 
-def limit_blas():
-    """One thread for OpenBLAS while anyone is inside own_threads, all of its own otherwise."""
-    for lib, n in blas():
-        lib.set_num_threads(1 if n_users else n)
+def limit(counts):
+    for lib, n in counts:
+        lib.set_num_threads(n)
         lib.clear_controlling_thread(force=True)  # the next to set it may be another thread
-
-
-n_users, lock = 0, threading.Lock()
 
 
 @contextlib.contextmanager
 def own_threads(n_rows):
     """Inside, OpenBLAS stays on the calling thread: its idle threads spin, and ours would wait.
 
-    Not for a single row, a product of which (GEMV) OpenBLAS splits among its threads faster.
+    That holds for the whole process until the last user leaves. Not for a single row, a product of
+    which (GEMV) OpenBLAS splits among its threads faster.
     """
-    global n_users
+    global n_users, restore
     if n_rows == 1:
         yield
         return
-    with lock:
-        n_users += 1
-        limit_blas()
+    entered = False
     try:
+        with lock:
+            if n_users == 0:
+                restore = [(lib, lib.num_threads) for lib, _ in blas()]
+            n_users, entered = n_users + 1, True
+            limit([(lib, 1) for lib, _ in restore])
         yield
     finally:
         with lock:
-            n_users -= 1
-            limit_blas()
+            n_users -= entered
+            if n_users == 0:
+                limit(restore)
 
 
 def in_threads(work, n):
@@ -158,24 +171,36 @@ def in_threads(work, n):
     n_parts = max(1, min(n_threads(), n))
     lead = 0.08  # this thread takes a little more, for the others must wake first
     ends = [0, *(round(n * (i + lead) / (n_parts + lead)) for i in range(1, n_parts + 1))]
-    slices, done = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)], SimpleQueue()
-    for i in range(1, n_parts):
-        workers().put((i, work, slices[i], done))
-    results = [None] * n_parts
+    slices = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+    results, done, asked = [UNSET] * n_parts, SimpleQueue(), 0
     try:
+        for i in range(1, n_parts):
+            asked = i
+            workers().put((i, work, slices[i], results, done))
         results[0] = work(slices[0])
-    finally:  # even after Ctrl-C nobody goes on writing
         for _ in range(1, n_parts):
-            i, results[i] = done.get()
+            done.get()
+    except BaseException:  # Ctrl-C, say: nobody may go on writing into the caller's arrays
+        while any(result is UNSET for result in results[1 : asked + 1]):
+            time.sleep(0.001)
+        raise
     for result in results:
         if isinstance(result, BaseException):
             raise result
     return results
 
 
-@functools.cache
+UNSET = object()
+
+
 def workers():
     """The queue that the worker threads take from; they start with its first use."""
+    with lock:
+        return start_workers()
+
+
+@functools.cache
+def start_workers():
     tasks = SimpleQueue()
     for _ in range(1, n_threads()):
         threading.Thread(target=serve, args=(tasks,), daemon=True).start()
@@ -188,12 +213,23 @@ def serve(tasks):
         do(*tasks.get())  # which forgets its arguments: they may hold large arrays
 
 
-def do(i, work, mine, done):
+def do(i, work, mine, results, done):
     try:
-        done.put((i, work(mine)))
+        results[i] = work(mine)
     except BaseException as error:  # raised again by whoever waits for the result
-        done.put((i, error))
+        results[i] = error
+    done.put(i)
+
+
+def after_fork():
+    """Threads do not survive a fork; a lock that another thread held would never be released."""
+    global lock, n_users
+    lock = threading.RLock()
+    start_workers.cache_clear()
+    if n_users:
+        n_users = 0
+        limit(restore)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=workers.cache_clear)  # threads do not survive a fork
+    os.register_at_fork(after_in_child=after_fork)

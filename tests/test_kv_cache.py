@@ -123,17 +123,56 @@ def test_no_new_ids_are_refused(params):
     cache = kv_cache.new_cache(params, N_HEAD, capacity=0)
     for call in (
         lambda: kv_cache.prefill(cache, [], params, N_HEAD),
-        lambda: kv_cache.extend([cache, cache], [[1], []], params, N_HEAD),
+        lambda: kv_cache.extend([cache, kv_cache.copy_cache(cache)], [[1], []], params, N_HEAD),
     ):
         with pytest.raises(ValueError, match="every row needs at least one new id"):
             call()
     assert cache["n_seq"] == 0 and cache["kv"].shape[3] == 1
 
 
+def test_a_cache_serves_one_row(params):
+    cache = kv_cache.new_cache(params, N_HEAD)
+    with pytest.raises(ValueError, match="two rows have the same cache"):
+        kv_cache.step([cache, cache], [1, 2], params, N_HEAD)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_its_first_chunk(params):
+    cache = kv_cache.new_cache(params, N_HEAD)
+    with pytest.raises(ValueError, match="38 tokens"):
+        kv_cache.prefill(cache, [1] * 38, params, N_HEAD, chunk=5)
+    assert cache["n_seq"] == 0
+
+
+def test_the_plain_functions_use_the_fast_products_too(params, monkeypatch):
+    kinds, plain = [], kv_cache.hidden_state
+
+    def look(tokens, wte, **rest):
+        kinds.append(type(wte))
+        return plain(tokens, wte, **rest)
+
+    monkeypatch.setattr(kv_cache, "hidden_state", look)
+    kv_cache.prefill(kv_cache.new_cache(params, N_HEAD), [1, 2], params, N_HEAD)
+    assert kinds == [kv_cache.skinny.Matrix]
+
+
+def test_what_the_caller_does_with_its_lists_changes_nothing(rng, params):
+    prompts = random_prompts(rng, [3, 4, 5])
+    expected = alone(prompts, params, 4)
+    rows = {}
+    for row, ids, why in kv_cache.generate_stream(prompts, params, N_HEAD, 4, batch_size=1):
+        if why:
+            rows[row] = list(ids)
+        ids.clear()
+        prompts.clear()
+    assert [rows[row] for row in range(3)] == expected
+    arrays = rng.integers(0, 61, (2, 4))
+    assert kv_cache.generate(arrays, params, N_HEAD, 4) == alone(arrays.tolist(), params, 4)
+
+
 def test_wide_rows_and_long_prompts_take_the_fast_paths(rng, monkeypatch):
     """Sizes for which threads and slabs come into play, wherever this machine would use them."""
     monkeypatch.setattr(kv_cache.skinny, "n_threads", lambda: 3)
-    kv_cache.skinny.workers.cache_clear()
+    kv_cache.skinny.start_workers.cache_clear()
     hparams = {"n_vocab": 401, "n_ctx": 300, "n_embd": 512, "n_head": 4, "n_layer": 2}
     params = random_params(rng, hparams)
     prompts = random_prompts(rng, [290, 3, 120, 64, 1], n_vocab=401)
@@ -146,7 +185,7 @@ def test_wide_rows_and_long_prompts_take_the_fast_paths(rng, monkeypatch):
     logits = kv_cache.step(caches, tokens, wrapped, 4)
     for row, ids, token in zip(logits, prompts, tokens, strict=True):
         assert_same_logits(row, gpt2.gpt2([*ids, token], **params, n_head=4)[-1])
-    kv_cache.skinny.workers.cache_clear()
+    kv_cache.skinny.start_workers.cache_clear()
 
 
 def test_a_copy_goes_its_own_way(rng, params):
@@ -340,7 +379,8 @@ def test_the_batch_stays_full_and_within_its_memory(rng, params, monkeypatch):
 
 def test_long_prompts_do_not_hold_up_those_that_write(rng, params):
     for lengths, first in [([1, 30], 0), ([30, 1], 1)]:
-        stream = kv_cache.generate_stream(random_prompts(rng, lengths), params, N_HEAD, 7, chunk=4)
+        prompts = random_prompts(rng, lengths)
+        stream = kv_cache.generate_stream(prompts, params, N_HEAD, 7, batch_size=2, chunk=4)
         assert [row for row, _, _ in stream] == [first] * 7 + [1 - first] * 7
 
 
@@ -389,6 +429,8 @@ WRONG = {
     "no prompts": ([], {}, "no prompts"),
     "a long row": ([[1], [1] * 30, [1]], {}, "prompt 2 of 3: 30 prompt tokens + 8 to generate"),
     "an empty row": ([[1], [1], []], {}, "prompt 3 of 3: the prompt has no tokens"),
+    "a negative id": ([[1], [-1]], {}, "prompt 2 of 2: an id is not in 0 .. 60"),
+    "a large id": ([[1, 61]], {}, "prompt 1 of 1: an id is not in 0 .. 60"),
     "batch_size": ([[1]], {"batch_size": 0}, "batch_size must be 1 or more, not 0"),
     "n_samples": ([[1]], {"n_samples": 0}, "n_samples must be 1 or more"),
     "chunk": ([[1]], {"chunk": 0}, "chunk must be 1 or more"),

@@ -2,12 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
 
 import numpy as np
 import pytest
+from conftest import REPO
 
 import skinny
 
@@ -16,9 +19,9 @@ import skinny
 def threads(request, monkeypatch):
     """Pretends that OpenBLAS had this many threads, whatever this machine is."""
     monkeypatch.setattr(skinny, "n_threads", lambda: request.param)
-    skinny.workers.cache_clear()
+    skinny.start_workers.cache_clear()
     yield request.param
-    skinny.workers.cache_clear()
+    skinny.start_workers.cache_clear()
 
 
 def close(y, x, w):
@@ -205,3 +208,28 @@ def test_a_forked_process_starts_its_own_workers(threads):
         signal.alarm(20)  # ends a child that waits for workers it does not have
         os._exit(0 if skinny.in_threads(lambda mine: 1, threads) == [1] * threads else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_two_first_callers_at_once_lose_no_threads():
+    """In a new process, where nothing has been looked up yet."""
+    script = """
+import threading, numpy as np, skinny
+barrier = threading.Barrier(4)
+def call():
+    barrier.wait()
+    with skinny.own_threads(2):
+        np.ones((2, 512), np.float32) @ np.ones((512, 512), np.float32).view(skinny.Matrix)
+callers = [threading.Thread(target=call) for _ in range(4)]
+for c in callers: c.start()
+for c in callers: c.join()
+counts = [(lib.num_threads, n) for lib, n in skinny.blas()]
+from threadpoolctl import ThreadpoolController
+print(counts, skinny.n_users)
+assert all(now == first for now, first in counts) and skinny.n_users == 0
+assert not counts or skinny.n_threads() == max(n for _, n in counts)
+import os
+assert not counts or max(n for _, n in counts) == min(64, len(os.sched_getaffinity(0)))
+"""
+    env = {k: v for k, v in os.environ.items() if not k.endswith("NUM_THREADS")}
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", script], check=True, cwd=REPO, env=env, timeout=60)
