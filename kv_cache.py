@@ -166,13 +166,13 @@ def generate_stream(
             prompt, number = divmod(waiting[0], n_samples)
             if number > 0 and kept is None:
                 break  # the prompt's first sample is still reading it
-            row = {"index": waiting.popleft(), "cache": new_cache(params, n_head), "ids": []}
-            row |= {
-                "new": prompts[prompt],
-                "logits": None,
-                "rng": row_rng(seed, row["index"]),
-            }
-            rows.append(row | copy_of(kept) if number > 0 else row)
+            index = waiting.popleft()
+            row = {"index": index, "ids": [], "rng": row_rng(seed, index)}
+            if number > 0:
+                row |= copy_of(kept)
+            else:
+                row |= {"cache": new_cache(params, n_head), "new": prompts[prompt], "logits": None}
+            rows.append(row)
             kept = None if number == n_samples - 1 else kept
         run(rows, params, n_head, max(chunk, batch_size))
         for row in rows:

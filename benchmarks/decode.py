@@ -118,8 +118,7 @@ def one_more(params, n):
     """(seconds with the cache, seconds without, the cache) for one more token after n, one row."""
     ids = np.random.default_rng(n).integers(0, N_VOCAB, n).tolist()
     cache = kv_cache.new_cache(params, N_HEAD)
-    if n > 1:
-        kv_cache.prefill(cache, ids[:-1], params, N_HEAD)
+    kv_cache.prefill(cache, ids[:-1], params, N_HEAD)
 
     def cached():
         for _ in range(5):

@@ -3,7 +3,7 @@
 usage: pip install -r requirements-benchmarks.txt; python benchmarks/prefill.py
 
 Random weights of GPT-2 124M's shape: 512 tokens, for the logits of the next one, and 8 prompts of
-different lengths, together and one by one. Also how much memory the chunks save.
+different lengths, together and one by one. Also what smaller chunks, which bound memory, cost.
 """
 
 import logging

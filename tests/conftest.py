@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import utils
+from encoder import Encoder
 
 REPO = Path(__file__).resolve().parent.parent
 # GPT-2's own tokenizer files and tiny Shakespeare are not part of the project. Tests that want them
@@ -56,3 +57,17 @@ def hugging_face(params, hparams):
     }
     model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]})
     return model
+
+
+TINY = {"n_vocab": 257, "n_ctx": 48, "n_embd": 16, "n_head": 2, "n_layer": 2}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A models folder with one random byte-level model, "tiny", and that model's parameters."""
+    seed = secrets.randbits(32)
+    print("seed", seed)
+    folder = tmp_path_factory.mktemp("models")
+    params = random_params(np.random.default_rng(seed), TINY)
+    utils.save_model(folder / "tiny", Encoder([]), TINY, params)
+    return folder, params

@@ -5,29 +5,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import REPO, TINY
 
 import gpt2
 import utils
 from encoder import Encoder
-
-REPO = Path(__file__).parent.parent
-HPARAMS = {"n_vocab": 257, "n_ctx": 48, "n_embd": 16, "n_head": 2, "n_layer": 2}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A models folder with one random model, "tiny", and that model's parameters."""
-    seed = np.random.SeedSequence().entropy % 2**32
-    print("seed", seed)
-    rng = np.random.default_rng(seed)
-    folder, params = tmp_path_factory.mktemp("models"), random_params(rng, HPARAMS)
-    utils.save_model(folder / "tiny", Encoder([]), HPARAMS, params)
-    return folder, params
 
 
 def run(script, *args, models_dir=None, **kwargs):
@@ -67,10 +52,10 @@ def test_pico_writes_the_same(models, prompt):
 def test_both_stop_at_endoftext(models):
     """A model whose every logit but the end of text's is 0 there."""
     folder, params = models
-    silent = utils.nest({n: np.zeros(s, np.float32) for n, s in utils.tensor_shapes(HPARAMS)})
+    silent = utils.nest({n: np.zeros(s, np.float32) for n, s in utils.tensor_shapes(TINY)})
     silent["ln_f"]["b"] += 1
     silent["wte"][-1] += 1
-    utils.save_model(folder / "silent", Encoder([]), HPARAMS, silent)
+    utils.save_model(folder / "silent", Encoder([]), TINY, silent)
     for script in ("gpt2.py", "gpt2_pico.py"):
         done = run(script, "Once", "--model_size", "silent", models_dir=folder)
         assert done == (0, "\n", "")
@@ -80,7 +65,7 @@ def test_an_empty_prompt_needs_a_tokenizer_with_an_end_of_text(models):
     folder, params = models
     vocab = Encoder([]).vocab
     vocab.pop("<|endoftext|>")
-    hparams = HPARAMS | {"n_vocab": 256}
+    hparams = TINY | {"n_vocab": 256}
     cut = params | {"wte": params["wte"][:256]}
     utils.save_model(folder / "endless", Encoder([], vocab), hparams, cut)
     code, out, err = run("gpt2.py", "", "--model_size", "endless", models_dir=folder)
@@ -155,7 +140,7 @@ def test_without_a_network_one_line_names_the_model_that_needs_none(tmp_path):
 
 def test_text_appears_while_it_is_made_and_ctrl_c_ends_it_quietly(models):
     """A model big enough to be slow: its first words must come long before its last."""
-    hparams = HPARAMS | {"n_ctx": 1024, "n_embd": 256, "n_layer": 8}
+    hparams = TINY | {"n_ctx": 1024, "n_embd": 256, "n_layer": 8}
     arrays = {n: np.ones(shape, np.float32) for n, shape in utils.tensor_shapes(hparams)}
     utils.save_model(models[0] / "slow", Encoder([]), hparams, utils.nest(arrays))
     flags = ["--model_size", "slow", "--n_tokens_to_generate", "1000"]

@@ -10,7 +10,7 @@ import weakref
 
 import numpy as np
 import pytest
-from conftest import REPO, hugging_face, random_params
+from conftest import REPO, TINY, hugging_face, random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -478,19 +478,6 @@ def test_cut_shows_text_as_soon_as_it_is_sure(rng):
 # The command line
 # --------------------------------------------------------------------------------------------------
 
-CLI_HPARAMS = {"n_vocab": 257, "n_ctx": 48, "n_embd": 16, "n_head": N_HEAD, "n_layer": 2}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A models folder with one random model, "tiny", and that model's parameters."""
-    seed = np.random.SeedSequence().entropy % 2**32
-    print("seed", seed)
-    params = random_params(np.random.default_rng(seed), CLI_HPARAMS)
-    folder = tmp_path_factory.mktemp("models")
-    utils.save_model(folder / "tiny", Encoder([]), CLI_HPARAMS, params)
-    return folder, params
-
 
 def command(models_dir, args, model="tiny"):
     where = ["--model_size", model, "--models_dir", str(models_dir)]
@@ -631,7 +618,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(models, case):
 @pytest.mark.parametrize("jsonl", [False, True])
 def test_ctrl_c_prints_what_there_is(models, jsonl):
     """Equal logits always give id 0, whose byte is "!"; the model is big enough to be slow."""
-    hparams = CLI_HPARAMS | {"n_ctx": 4096, "n_embd": 256, "n_layer": 8}
+    hparams = TINY | {"n_ctx": 4096, "n_embd": 256, "n_layer": 8}
     arrays = {n: np.ones(shape, np.float32) for n, shape in utils.tensor_shapes(hparams)}
     utils.save_model(models[0] / "slow", Encoder([]), hparams, utils.nest(arrays))
     args = ["One", "Two", "Three", "--n_tokens_to_generate", "4000", "--batch_size", "2"]
