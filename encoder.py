@@ -11,8 +11,8 @@ With GPT-2's list of 50000 merges:
 
     "Hello world"  ->  "Hello", " world"  ->  15496, 995
 
-The list is learned from text by joining, again and again, the pair that is most frequent. With
-an empty list every byte stays a token of its own: the byte model.
+The list is learned from text (`train`) by joining, again and again, the pair that is most frequent.
+With an empty list every byte stays a token of its own: the byte model.
 
 After Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909), for the merges; Radford et al. 2019
 and https://github.com/openai/gpt-2/blob/master/src/encoder.py, for the bytes, the pattern and the
@@ -24,6 +24,7 @@ import codecs
 import json
 import os
 import re
+from collections import Counter, defaultdict
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from operator import index
@@ -78,6 +79,7 @@ def printable_bytes():
 
 CHAR_OF_BYTE = printable_bytes()
 BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
+MIRROR = bytes(range(255, -1, -1))  # translates byte b to 255 - b
 
 
 def merge_short(ids, ranks, merged):
@@ -242,6 +244,104 @@ class Encoder:
         except KeyError as unknown:
             raise ValueError(f"id {unknown} is not in the vocabulary of {self.n_vocab}") from None
         return bytes([BYTE_OF_CHAR[char] for char in printable])
+
+
+def train(texts, n_vocab):
+    """Learn an Encoder of n_vocab entries from a string, or from an iterable of strings.
+
+    The entries are the 256 bytes, <|endoftext|>, and what the merges make: fewer where the text
+    runs out of pairs. Each merge joins the two neighbours that come most often at that point; of
+    pairs that come equally often, the one whose bytes are greater. Nothing is merged across the
+    pieces that encode() cuts, nor across texts, nor with <|endoftext|>, which parts documents.
+    Memory grows with the number of different pieces, not with the text. ValueError if n_vocab is
+    below 257. Sennrich et al. 2016, algorithm 1.
+
+    In "low lower lowest", (l, o) and (o, w) come three times each, and o is the greater byte: "ow"
+    is the first merge, "low" the second. Then (" ", low) and (low, e) come twice each.
+
+    >>> train("low lower lowest", 260).merges
+    [('o', 'w'), ('l', 'ow'), ('low', 'e')]
+    """
+    if n_vocab < 257:
+        raise ValueError(f"n_vocab is {n_vocab}, but 256 bytes and {ENDOFTEXT} are 257 entries")
+    pieces = count_pieces([texts] if isinstance(texts, str) else texts)
+    return Encoder(learn_merges(pieces, n_vocab - 257))
+
+
+def count_pieces(texts):  # -> {piece: how often it comes}
+    """Count the words, then cut each word into its pieces once."""
+    words, pieces = Counter(), Counter()
+    for text in texts:
+        for document in mend_surrogates(text).split(ENDOFTEXT):
+            words.update(WORD.findall(document))
+    for word, n in words.items():
+        for piece in PIECE.findall(word):
+            pieces[piece] += n
+    return pieces
+
+
+def learn_merges(pieces, n_new):  # {piece: how often it comes} -> [(left, right), ...], printable
+    """Merge until n_new symbols are made, or all pieces are single symbols.
+
+    A merge changes only the pieces that hold its pair: `where` finds them, so that nothing else is
+    counted again, and a heap finds the best pair. Its entries go out of date as counts fall; each
+    is checked when it comes up, and goes back with the right count.
+    """
+    split, n_times = [[bytes([b]) for b in piece.encode()] for piece in pieces], [*pieces.values()]
+    counts, where = Counter(), defaultdict(set)  # of each pair: how often, and in which pieces
+    for i, symbols in enumerate(split):
+        for pair in pairwise(symbols):
+            counts[pair] += n_times[i]
+            where[pair].add(i)
+    heap = [heap_entry(pair, n) for pair, n in counts.items()]
+    heapify(heap)
+    merges, made = {}, set()  # a dict, because a pair may come up again: two may make one symbol
+    while heap and len(made) < n_new:
+        n, _, _, pair = heappop(heap)
+        if counts[pair] != -n:
+            if counts[pair]:
+                heappush(heap, heap_entry(pair, counts[pair]))
+            continue
+        symbol = pair[0] + pair[1]
+        merges[pair] = None
+        made.add(symbol)
+        touched = set()
+        for i in where.pop(pair):
+            for old in pairwise(split[i]):
+                counts[old] -= n_times[i]
+            split[i] = join(split[i], pair, symbol)
+            for new in pairwise(split[i]):
+                counts[new] += n_times[i]
+                if symbol in new:
+                    where[new].add(i)
+                    touched.add(new)
+        for new in touched:
+            heappush(heap, heap_entry(new, counts[new]))
+    return [tuple("".join(map(CHAR_OF_BYTE.get, half)) for half in pair) for pair in merges]
+
+
+def join(symbols, pair, symbol):
+    """Replace every occurrence of a pair, from the left, by one symbol.
+
+    >>> join([b"a", b"a", b"a", b"b"], (b"a", b"a"), b"aa")
+    [b'aa', b'a', b'b']
+    """
+    joined = []
+    for right in symbols:
+        if joined and (joined[-1], right) == pair:
+            joined[-1] = symbol
+        else:
+            joined.append(right)
+    return joined
+
+
+def heap_entry(pair, n):
+    """What sorts first for the most frequent pair and, among equals, for that of greater bytes.
+
+    A heap hands out its smallest entry, so all is turned round: -n, and 255 - byte. The end of a
+    symbol must then sort last, since of b"a" and b"ab" the longer is the greater.
+    """
+    return -n, *[half.translate(MIRROR).decode("latin-1") + "\u0100" for half in pair], pair
 
 
 def number_pieces(merges):

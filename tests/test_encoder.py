@@ -9,6 +9,7 @@ import re
 import shutil
 import string
 import unicodedata
+import weakref
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +36,7 @@ from encoder import (
     merge_long,
     merge_short,
     parse_merges,
+    train,
 )
 
 TEXTS = {
@@ -106,19 +108,28 @@ def hugging_face_gpt2(tmp_path_factory):
     return transformers.GPT2TokenizerFast.from_pretrained(folder)
 
 
-def learn_merges(text, n_merges):
-    """Learn merges in the plainest way: join the most frequent pair, n_merges times."""
-    words = Counter(tuple(CHAR_OF_BYTE[b] for b in p.encode()) for p in PIECE.findall(text))
-    merges = []
-    for _ in range(n_merges):
+def train_plainly(texts, n_vocab):
+    """Learn merges in the plainest way: count every pair anew for each of them."""
+    documents = [document for text in texts for document in text.split(ENDOFTEXT)]
+    pieces = [piece for document in documents for piece in PIECE.findall(document)]
+    words = Counter(tuple(CHAR_OF_BYTE[byte] for byte in piece.encode()) for piece in pieces)
+    merges, made = [], set()
+    while len(made) < n_vocab - 257:
         pairs = Counter()
         for word, count in words.items():
             for pair in pairwise(word):
                 pairs[pair] += count
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], *map(bytes_of, pair)))
         words = Counter({tuple(join_pair(word, best)): n for word, n in words.items()})
-        merges.append(best)
+        merges += [] if best in merges else [best]
+        made.add("".join(best))
     return merges
+
+
+def bytes_of(piece):
+    return bytes(BYTE_OF_CHAR[char] for char in piece)
 
 
 def join_pair(symbols, pair):
@@ -158,8 +169,8 @@ def mended(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# A small vocabulary of 400 merges, learned from the module's own source.
-small = Encoder(learn_merges(Path(encoder_module.__file__).read_text("utf-8"), 400))
+# A small vocabulary, 400 merges, learned from the module's own source.
+small = Encoder(train_plainly([Path(encoder_module.__file__).read_text("utf-8")], 657))
 bytes_only = Encoder([])
 both = pytest.mark.parametrize("encoder", [small, bytes_only], ids=["small", "bytes"])
 
@@ -322,6 +333,82 @@ def test_what_a_caller_does_to_the_ids_stays_with_the_caller():
 def test_an_encoder_travels_to_another_process():
     small.encode("warm words")
     assert pickle.loads(pickle.dumps(small)).encode("warm words") == small.encode("warm words")
+
+
+# Learning a vocabulary
+
+
+def test_the_textbook_example():
+    """Of Sennrich et al. 2016, by hand: es, est; then lo, low; and ties to the greater bytes."""
+    text = " ".join(["low"] * 5 + ["lower"] * 2 + ["newest"] * 6 + ["widest"] * 3)
+    # (e,s), (s,t): 9 each, so (s,t) goes first; then (e,st) 9; (w,e) 8 is (w,e)r 2 + ne(w,est)...
+    merges = train(text, 257 + 4).merges
+    assert merges[:2] == [("s", "t"), ("e", "st")]
+    assert merges == train_plainly([text], 257 + 4)
+
+
+def test_ties_go_to_the_greater_bytes():
+    assert train("ab cd", 258).merges == [("c", "d")]  # not ("a", "b"), nor (" ", "c")
+    assert train("é ~~", 258).merges == [("Ã", "©")]  # bytes C3 A9 against 7E 7E
+    assert train("\x00a !a", 258).merges == [("Ġ", "!")]  # bytes, not their printable characters
+    # (b, aa) and (b, a) come twice each in this order of merges: the longer is the greater
+    assert train("baa baa ba ba aa aa aa", 260).merges == train_plainly(
+        ["baa baa ba ba aa aa aa"], 260
+    )
+
+
+def test_nothing_is_merged_across_texts_documents_or_into_endoftext():
+    assert train(["ab", "ab"], 300).merges == [("a", "b")]
+    assert train(f"ab{ENDOFTEXT}ab{ENDOFTEXT}", 300).merges == [("a", "b")]
+    assert train([ENDOFTEXT] * 9, 300).merges == []
+
+
+def test_a_text_without_pairs_gives_the_byte_model():
+    for nothing in ("", [], ["a", "b"], " a b c"[:1]):
+        assert train(nothing, 1000).n_vocab == 257
+    assert train("abcd" * 9, 257).merges == []
+    with pytest.raises(ValueError, match="n_vocab is 256, but 256 bytes and .* are 257 entries"):
+        train("abc", 256)
+
+
+@given(st.lists(st.text("aab b'\né", max_size=40), max_size=4), st.integers(257, 300))
+@fuzz
+def test_training_is_the_plain_algorithms(texts, n_vocab):
+    learned = train(iter(texts), n_vocab)
+    assert learned.merges == train_plainly(texts, n_vocab)
+    assert learned.n_vocab <= n_vocab
+    for text in texts:
+        assert learned.encode(text) == encode_plainly(learned, text)
+
+
+def test_training_on_prose_is_the_plain_algorithms(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    prose = Path(encoder_module.__file__).read_text("utf-8") + " ".join(TEXTS.values())
+    learned = train(prose, 500)
+    assert learned.n_vocab == 500
+    assert learned.merges == train_plainly([mended(prose)], 500)
+    learned.save(tmp_path)
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(tmp_path)
+    for text in map(mended, [*TEXTS.values(), prose]):
+        assert theirs(text, split_special_tokens=True)["input_ids"] == learned.encode(text)
+
+
+def test_training_holds_one_text_at_a_time():
+    """A generator's texts are gone before the next one comes."""
+    alive = weakref.WeakSet()
+
+    class Text(str):  # a plain str cannot be weakly referred to
+        pass
+
+    def texts():
+        for i in range(5):
+            assert len(alive) <= 1
+            text = Text(f"text {i} " * 3)
+            alive.add(text)
+            yield text
+            del text
+
+    assert train(texts(), 260).n_vocab == 260
 
 
 # Decoding
