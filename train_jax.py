@@ -24,16 +24,12 @@ from encoder import Encoder
 from gpt2 import generate, gpt2
 from utils import (
     check_target,
-    download_file,
+    download_shakespeare,
     load_encoder_hparams_and_params,
     run_cli,
     save_model,
 )
 
-SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 STEPS_PER_CALL = 20  # steps of the compiled loop before Python sees a loss, or Ctrl-C, again
 
 
@@ -48,9 +44,8 @@ def load_text(data):  # the --data flag -> str
         return "\n".join(topics[name] for name in sorted(topics))
     path = data
     if data == "shakespeare":
-        path = os.path.join("data", "shakespeare.txt")
         try:
-            download_file(SHAKESPEARE_URL, path, sha256=SHAKESPEARE_SHA256)  # unless it is there
+            path = download_shakespeare()
         except ConnectionError as error:
             raise ConnectionError(f"{error}; --data python-docs needs no network") from None
     if not os.path.isfile(path):

@@ -44,6 +44,10 @@ SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 HUGGING_FACE_SIZES = {
     "n_vocab": "vocab_size",
     "n_ctx": "n_positions",
@@ -83,7 +87,7 @@ def load_encoder_hparams_and_params(model_size, models_dir="models"):
     return encoder, hparams | {"n_vocab": encoder.n_vocab}, params
 
 
-def find_model(model_size, models_dir="models"):  # -> the folder's absolute path
+def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an absolute path
     """The folder `model_size` means; a released size is downloaded if any of its files is missing.
 
     The project's own `models` stands in for a default `models_dir` that is not in this directory.
@@ -91,7 +95,7 @@ def find_model(model_size, models_dir="models"):  # -> the folder's absolute pat
     if models_dir == "models" and not os.path.isdir(models_dir):
         models_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
     if model_size in SIZES:
-        download(model_size, models_dir)
+        download(model_size, models_dir, only_tokenizer)
     for folder in (os.path.join(models_dir, model_size), model_size):
         if model_size and os.path.isdir(folder):
             return os.path.abspath(folder)
@@ -441,8 +445,8 @@ def hugging_face_config(encoder, hparams, dtype):
 # --- Downloading --------------------------------------------------------------------------------
 
 
-def download(model_size, models_dir="models"):
-    """Fetch those files of a released model that its folder lacks (124M: 0.5 GB).
+def download(model_size, models_dir="models", only_tokenizer=False):
+    """Fetch those files of a released model that its folder lacks (124M: 0.5 GB, tokenizer 1.5 MB).
 
     SIXTYGPT_DOWNLOAD_URL may name another server that holds {model_size}/{file}.
     """
@@ -452,16 +456,25 @@ def download(model_size, models_dir="models"):
     have = os.listdir(folder) if os.path.isdir(folder) else []
     if "config.json" in have:  # somebody put Hugging Face's there
         return
-    converted = "model.safetensors" in have
+    names = [*TEXT_FILES, "checkpoint", *CKPT_FILES]
+    if only_tokenizer or "model.safetensors" in have:
+        names = TEXT_FILES
     server = os.environ.get("SIXTYGPT_DOWNLOAD_URL", RELEASED).rstrip("/")
     try:
-        for name in TEXT_FILES if converted else (*TEXT_FILES, "checkpoint", *CKPT_FILES):
+        for name in names:
             url = f"{server}/{model_size}/{name}"
             download_file(url, os.path.join(folder, name), SHA256.get(name))
     except ConnectionError as error:
         with contextlib.suppress(OSError):
             os.rmdir(folder)  # if it is empty
         raise ConnectionError(f"{error}; --model_size shakespeare needs no network") from None
+
+
+def download_shakespeare():  # -> its path
+    """Fetch tiny Shakespeare (1.1 MB) to data/shakespeare.txt, unless it is there."""
+    path = os.path.join("data", "shakespeare.txt")
+    download_file(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
+    return path
 
 
 def download_file(url, path, sha256=None):
@@ -482,12 +495,15 @@ def download_file(url, path, sha256=None):
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
 
 
-def open_locked(part):
-    """`part`, opened to append, and ours alone until it is closed or we are killed."""
+def open_locked(part, wait=True):
+    """`part`, opened to append, and ours alone until it is closed or we are killed.
+
+    BlockingIOError if it is another's, and we shall not wait.
+    """
     while True:
         f = open(part, "ab+")  # noqa: SIM115
         if fcntl:
-            fcntl.flock(f, fcntl.LOCK_EX)
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         with contextlib.suppress(FileNotFoundError):  # renamed by its owner while we waited
             if os.path.samestat(os.fstat(f.fileno()), os.stat(part)):
                 return f

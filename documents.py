@@ -1,0 +1,363 @@
+"""Files to documents, for prepare.py: of any size, in a few formats, a megabyte at a time.
+
+A source is a file: text, JSON lines or Parquet, plain or compressed. `cut_source` cuts it into
+spans that end where a document ends, reading little of it; `read_span` yields the documents of a
+span. Several processes may thus read one file, each its own spans, and none holds much of it.
+
+A document, or a part of one that is long, is a tuple (position, text, ends): where the whole
+document begins in its file, the bytes of this part, and whether the document ends with it.
+"""
+
+import codecs
+import contextlib
+import glob
+import gzip
+import itertools
+import json
+import os
+import re
+import sys
+import uuid
+import zlib
+from pathlib import Path
+
+import regex
+
+from encoder import mend_surrogates
+
+BLOCK = 2**20  # bytes that are read at a time
+FORMATS = {
+    "text": [".txt", ".text", ".md"],
+    "json": [".jsonl", ".ndjson", ".json"],
+    "parquet": [".parquet"],
+}
+PACKED = [".gz", ".zst"]
+
+# Where a long text may be cut so that its parts have the ids of the whole: between a sign and the
+# white space before a word, or a letter and a sign that follows it. Searched from the end.
+CUT = regex.compile(r"(?r)(?<=\S)(?=\s\S)|(?<=\p{L})(?=[^\s\p{L}\p{N}])")
+
+# --- From words of the command line to files, and from files to spans --------------------------
+
+
+def find_files(inputs):  # words of the command line -> [paths]
+    """The files that are meant, in the order of the words; those of a folder or a glob by name."""
+    files, left_out = [], []
+    for name in inputs:
+        if name == "-" or os.path.isfile(name):
+            files.append(name)
+        elif os.path.isdir(name):
+            inside = sorted(map(str, Path(name).rglob("*")))
+            shown = [p for p in inside if os.sep + "." not in p[len(name) :] and os.path.isfile(p)]
+            files += filter(format_of, shown)
+            left_out += itertools.filterfalse(format_of, shown)
+        elif found := sorted(filter(os.path.isfile, glob.glob(name, recursive=True))):
+            files += found
+        else:
+            raise FileNotFoundError(f"{name}: no such file, folder or pattern")
+    if left_out:
+        ends = ", ".join(sorted({Path(p).suffix or Path(p).name for p in left_out})[:8])
+        notice(f"left out {len(left_out)} files of other kinds ({ends}): name them to include them")
+    if not files:
+        kinds = " ".join(itertools.chain(*FORMATS.values()))
+        raise ValueError(
+            f"nothing to prepare: name files, or folders that hold {kinds} [.gz, .zst]"
+        )
+    return files
+
+
+def format_of(path):  # -> "text", "json" or "parquet" by the name's ending, or None
+    plain = Path(path).stem if Path(path).suffix in PACKED else path
+    return next((name for name, ends in FORMATS.items() if Path(plain).suffix in ends), None)
+
+
+def describe(path, json_lines):  # -> a source
+    """What the plan keeps of a file: enough to notice that it is another one the next time."""
+    source = {"name": path, "format": format_of(path) or ("json" if json_lines else "text")}
+    if path == "-":
+        return source | {"n_bytes": None, "mtime_ns": None}
+    with open(path, "rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"{path}: is UTF-16, not UTF-8: iconv -f UTF-16 -t UTF-8 converts it")
+    status = os.stat(path)
+    return source | {"n_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def cut_source(number, source, options, work_dir):  # yields spans
+    """A span's file `path` is to be read from `start` to `stop`; it begins at the byte `offset` and
+    after `line` lines of its source, and stands for `progress` of the source's bytes.
+    """
+    name, n_bytes, n_most = source["name"], source["n_bytes"], options["shard_bytes"]
+    span = {"source": number, "name": name, "path": name, "format": source["format"]}
+    span |= {"offset": 0, "line": 0, "temporary": False, "split": None, "ends": True}
+    separator = b"" if source["format"] == "json" else b"\n" + options["separator"].encode()
+    boundary = re.compile(re.escape(separator) + rb"\r?\n")  # what a span ends with
+    if source["format"] == "parquet":
+        yield from cut_parquet(span, n_bytes, n_most)
+    elif name == "-" or Path(name).suffix in PACKED:
+        yield from unpack(span, boundary, n_most, work_dir)
+    else:
+        start = 0
+        while start < n_bytes:
+            stop = find_boundary(name, start + n_most, n_bytes, boundary)
+            size = stop - start
+            yield span | {"start": start, "stop": stop, "size": size, "progress": size}
+            start = stop
+
+
+def find_boundary(path, start, stop, boundary):  # -> where the first one ends, or stop
+    with open(path, "rb") as file:
+        file.seek(start)
+        held, at = b"", start
+        while block := file.read(min(BLOCK, max(0, stop - at - len(held)))):
+            held += block
+            if found := boundary.search(held):
+                return at + found.end()
+            at += max(0, len(held) - len(boundary.pattern))
+            held = held[-len(boundary.pattern) :]  # one may lie across two blocks
+    return stop
+
+
+def cut_parquet(span, n_bytes, n_most):
+    """Spans of whole row groups: `start` and `stop` count these."""
+    groups = open_parquet(span["path"]).metadata
+    sizes = [groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)]
+    start = size = 0
+    for stop, more in enumerate(sizes, 1):
+        size += more
+        if size >= n_most or stop == len(sizes):
+            progress = n_bytes * size // max(1, sum(sizes))
+            yield span | {"start": start, "stop": stop, "size": size, "progress": progress}
+            start, size = stop, 0
+
+
+def unpack(span, boundary, n_most, work_dir):
+    """Spans of what cannot be cut in place, each in a file of its own, to be deleted after use."""
+    with contextlib.ExitStack() as stack:
+        packed = sys.stdin.buffer
+        if span["name"] != "-":
+            packed = stack.enter_context(open(span["name"], "rb"))
+        file, n_read = None, 0
+        for piece, ends in cut_stream(read_packed(packed, span["name"]), boundary, n_most):
+            if file is None:
+                path = os.path.join(work_dir, uuid.uuid4().hex)
+                file = stack.enter_context(open(path, "wb"))
+                n_lines = 0
+            file.write(piece)
+            n_lines += piece.count(b"\n")
+            if ends:
+                file.close()
+                size = os.path.getsize(path)
+                span |= {"path": path, "start": 0, "stop": size, "size": size, "temporary": True}
+                n_now = packed.tell() if span["name"] != "-" else 0
+                yield span | {"progress": n_now - n_read}
+                span |= {"offset": span["offset"] + size, "line": span["line"] + n_lines}
+                file, n_read = None, n_now
+
+
+def cut_stream(blocks, boundary, n_most):  # yields (bytes, whether a span ends with them)
+    """Cuts where cut_source cuts a file: at the first boundary that begins after n_most bytes."""
+    held, size = b"", 0  # size: of the span, before what is held
+    for block in blocks:
+        held += block
+        while found := boundary.search(held, max(0, n_most - size)):
+            yield held[: found.end()], True
+            held, size = held[found.end() :], 0
+        done = max(0, len(held) - len(boundary.pattern))
+        yield held[:done], False
+        held, size = held[done:], size + done
+    yield held, True
+
+
+def read_packed(file, name):  # yields bytes
+    """The content of a compressed file, or of standard input. ValueError if it is cut short."""
+    try:
+        if name.endswith(".gz"):
+            with gzip.GzipFile(fileobj=file) as plain:
+                yield from iter(lambda: plain.read(BLOCK), b"")
+        elif name.endswith(".zst"):
+            yield from read_zst(file, name)
+        else:
+            yield from iter(lambda: file.read(BLOCK), b"")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{name}: not gzip, or cut short ({error})") from None
+
+
+def read_zst(file, name):
+    """Zstandard frames one after the other. Small bites, because each may grow a thousandfold."""
+    try:
+        import zstandard
+    except ImportError:
+        raise ImportError(f"{name}: reading it needs zstandard: pip install zstandard") from None
+    frame = None
+    try:
+        while bite := file.read(4096):
+            while bite:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(bite)
+                bite = frame.unused_data
+                if frame.eof:
+                    frame = None
+    except zstandard.ZstdError as error:
+        raise ValueError(f"{name}: not zstd, or damaged ({error})") from None
+    if frame:
+        raise ValueError(f"{name}: cut short")
+
+
+def notice(text):
+    print(f"notice: {text}", file=sys.stderr)
+
+
+# --- From bytes to documents --------------------------------------------------------------------
+
+
+def read_text(file, start, stop, separator):  # yields lists of parts
+    """The documents of a span of text, parted by lines that hold only the separator."""
+    line = re.compile(rb"(?m)^" + re.escape(separator.encode()) + rb"\r?(?:\n|\Z)")
+    held, at, document, begun, new_line = b"", start, start, False, True
+    file.seek(start)
+    while True:
+        block = file.read(min(BLOCK, stop - at - len(held)))
+        held += block
+        complete = held.rfind(b"\n") + 1 if block else len(held)
+        parts, used = [], 0
+        for found in line.finditer(held, 0, complete):
+            if found.start() == 0 and not new_line:
+                continue
+            if begun or found.start() > used:  # two separators in a row part nothing
+                parts.append((document, held[used : found.start()], True))
+            used, begun = found.end(), False
+            document = at + used
+        rest = held[used:] if used else held
+        if not block:
+            if at + len(held) < stop:
+                raise ValueError("the file became shorter while it was read", at)
+            if begun or rest:
+                parts.append((document, rest, True))
+            yield parts
+            return
+        if len(rest) >= BLOCK:
+            rest = rest[: find_cut(rest)]
+            parts.append((document, rest, False))
+            used, begun = used + len(rest), True
+        if used:
+            new_line = held[used - 1 : used] == b"\n"
+            held, at = held[used:], at + used
+        yield parts
+
+
+def find_cut(text):  # bytes -> position
+    """The last position where the text may be cut. One without any is cut at its last character.
+
+    Such a text, a megabyte with no white space and no sign, is the one case in which ids differ
+    from those of the whole: without the cut, its memory would have no bound.
+    """
+    for n in (2**12, 2**16, len(text)):
+        utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        window = utf8.decode(text[-n:])  # without the bytes of a last, incomplete character
+        rest = len(utf8.getstate()[0])
+        found = CUT.search(window, min(4, len(window)))  # its first 3 may be half a character
+        if found and found.start() > 4:
+            return (
+                len(text) - rest - len(window[found.start() :].encode("utf-8", "surrogateescape"))
+            )
+    return len(text) - rest
+
+
+def read_json(file, start, stop, field):  # yields lists of parts
+    """The documents of a span of JSON lines; ValueError says which line is wrong."""
+    file.seek(start)
+    parts, n_bytes, at = [], 0, start
+    while at < stop:
+        line = file.readline()
+        if line.strip() and (text := text_of_line(line, field, at)):
+            parts.append((at, text, True))
+        at += max(1, len(line))
+        n_bytes += len(line)
+        if n_bytes >= BLOCK:
+            yield parts
+            parts, n_bytes = [], 0
+    yield parts
+
+
+def text_of_line(line, field, at):
+    """ValueError's second argument is the position, from which the line's number follows."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({getattr(error, 'msg', error)})", at) from None
+    text = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        there = ", ".join(map(repr, list(row)[:8])) if isinstance(row, dict) else "no object"
+        raise ValueError(f"no text in the field {field!r} (there is: {there})", at)
+    return mend_surrogates(text).encode()
+
+
+def read_parquet(file, start, stop, field):  # yields lists of parts
+    """The documents of some row groups; their positions are the numbers of their rows."""
+    path = file.name
+    file = open_parquet(path)
+    if field not in file.schema_arrow.names:
+        raise ValueError(f"{path}: no column {field!r}, but {', '.join(file.schema_arrow.names)}")
+    row = sum(file.metadata.row_group(i).num_rows for i in range(start))
+    for batch in file.iter_batches(64, row_groups=list(range(start, stop)), columns=[field]):
+        parts = []
+        for text in batch.column(0).to_pylist():
+            row += 1
+            if not isinstance(text, str):
+                raise ValueError(f"{path}: row {row} has no text in the column {field!r}")
+            if text:
+                parts.append((row, text.encode(), True))
+        yield parts
+
+
+def open_parquet(path):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not Parquet, or cut short ({error})") from None
+
+
+def read_span(span, options):  # yields lists of parts, none of them much longer than a block
+    """The documents of a span, whatever its format, without empty ones."""
+    read, option = {
+        "text": (read_text, "separator"),
+        "json": (read_json, "field"),
+        "parquet": (read_parquet, "field"),
+    }[span["format"]]
+    try:
+        with open(span["path"], "rb") as file:
+            for parts in read(file, span["start"], span["stop"], options[option]):
+                yield [
+                    (position, text, ends and span["ends"])
+                    for whole in parts
+                    for position, text, ends in cut_long(*whole)
+                ]
+    except ValueError as error:
+        if len(error.args) < 2:
+            raise
+        problem, at = error.args
+        raise ValueError(f"{span['name']}: line {line_number(span, at)}: {problem}") from None
+
+
+def cut_long(position, text, ends):  # yields the parts of a part
+    while len(text) > 2 * BLOCK:
+        cut = find_cut(text[:BLOCK])
+        yield position, text[:cut], False
+        text = text[cut:]
+    if text or ends:
+        yield position, text, ends
+
+
+def line_number(span, at):
+    """The number of the line that begins at a position, counted from the start of its source."""
+    number = span["line"] + 1
+    with open(span["path"], "rb") as file:
+        while n := min(BLOCK, at - file.tell()):
+            number += file.read(n).count(b"\n")
+    return number

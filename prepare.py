@@ -1,0 +1,524 @@
+"""Text to token shards: what train_jax.py reads, made from files of any size in bounded memory.
+
+    python prepare.py stories/*.txt --out shards/stories                    # byte-level
+    python prepare.py corpus.jsonl.gz --tokenizer 124M --out shards/corpus  # GPT-2's tokens
+    python prepare.py corpus/ --train_tokenizer 8192 --out shards/corpus    # tokens of its own
+
+The parent process cuts the files into spans of some 32 MB that end where a document ends, reading
+little of them. Spans make tasks. A worker that gets a task seeks, and then reads, encodes and
+writes a megabyte at a time, so that its memory depends neither on the span nor on the document; it
+writes the task's own shard under another name and renames it when it is complete, and a note of
+what is in it comes last. What has its note is not done again: a run that was killed goes on where
+it was. Cuts, order and numbers follow from the files alone: one worker or a cluster, the bytes are
+the same. Compressed files and standard input cannot be cut in place: the parent unpacks them,
+a span at a time, into files that the workers then read.
+
+Documents are parted by lines that hold only <|endoftext|> (or --separator), by files, and in JSON
+lines and Parquet by the rows. Each ends with the id of <|endoftext|>; nothing else of them changes.
+A folder of shards:
+
+    train_000000.bin ..., val_000000.bin ...   ids, little-endian uint16 (uint32 above 65535 ids)
+    meta.json                                  what is in them and where from; written last of all
+    vocab.json, merges.txt                     the tokenizer
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import uuid
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import documents
+import encoder as encoder_module
+from documents import cut_source, describe, find_boundary, find_files, notice, read_span
+from encoder import CHAR_OF_BYTE, ENDOFTEXT, Encoder, get_encoder, write_whole
+
+TRAINING_BYTES = 10**8  # of text, at most, from which --train_tokenizer learns
+SPLITS = ["train", "val"]
+TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json"]
+WORK = ".work"  # the folder, in that of the shards, that holds what is not complete
+
+
+# --- From spans to tasks ------------------------------------------------------------------------
+
+
+def make_tasks(sources, options, work_dir):  # yields {"number": ..., "spans": [...]}
+    """Spans in order, small ones together, so that a task has about shard_bytes to read.
+
+    If there is one document only, its end is for validation, rather than all of it or nothing.
+    """
+    cut = [cut_source(i, source, options, work_dir) for i, source in enumerate(sources)]
+    spans = itertools.chain.from_iterable(cut)
+    if len(sources) == 1:
+        first = list(itertools.islice(spans, 2))
+        spans = itertools.chain(cut_document(*first, options) if len(first) == 1 else first, spans)
+    group, size, numbers = [], 0, itertools.count()
+    for span in spans:
+        group.append(span)
+        size += span["size"]
+        if size >= options["shard_bytes"]:
+            yield {"number": next(numbers), "spans": group}
+            group, size = [], 0
+    if group:
+        yield {"number": next(numbers), "spans": group}
+
+
+def cut_document(span, options):  # -> the span, or its two parts
+    """A text of one document is cut where its validation part begins, at a character."""
+    separator = re.compile(rb"\n" + re.escape(options["separator"].encode()) + rb"\r?\n")
+    stop, fraction = span["stop"], options["val_fraction"]
+    fraction = 0.1 if fraction is None else fraction
+    if span["format"] != "text" or find_boundary(span["path"], 0, stop, separator) < stop:
+        return [span]
+    with open(span["path"], "rb") as file:
+        at = file.seek(int(stop * (1 - fraction)))
+        at += next((i for i, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
+    train = {"stop": at, "size": at, "progress": at * span["progress"] // max(1, stop)}
+    val = {"start": at, "size": stop - at, "progress": span["progress"] - train["progress"]}
+    return [
+        span | train | {"split": "train", "ends": at == stop},
+        span | val | {"split": "val"},
+    ]
+
+
+# --- A task: from documents to shards -----------------------------------------------------------
+
+encoders = {}  # a worker reads the tokenizer once
+
+
+def do_task(task, out, options):  # -> its note: counts of what is in its shards
+    """Write the shards of a task and then its note, each whole or not at all.
+
+    What another try at the same task does meanwhile, on a machine thought lost, harms nothing.
+    """
+    if "paths" in task:
+        return {path: checksum(path) for path in task["paths"]}
+    number, work_dir = f"{task['number']:06d}", os.path.join(out, WORK)
+    note_file = Path(work_dir, f"{number}.json")
+    if note_file.exists():
+        return json.loads(note_file.read_text())
+    if out not in encoders:
+        encoders[out] = get_encoder("", out)
+    note = {"n_tokens": dict.fromkeys(SPLITS, 0), "n_documents": dict.fromkeys(SPLITS, 0)}
+    note |= {"n_bytes": 0, "n_replaced": 0}
+    names = {split: os.path.join(work_dir, f"{split}_{uuid.uuid4().hex}") for split in SPLITS}
+    try:
+        with open(names["train"], "wb") as train, open(names["val"], "wb") as val:
+            for span in task["spans"]:
+                for parts in read_span(span, options):
+                    add_parts(
+                        parts, span, {"train": train, "val": val}, encoders[out], options, note
+                    )
+            for file in (train, val):
+                file.flush()
+                os.fsync(file.fileno())
+        for split in SPLITS:
+            if note["n_tokens"][split]:
+                os.chmod(names[split], 0o644)
+                os.replace(names[split], os.path.join(out, f"{split}_{number}.bin"))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or out) from None
+    finally:
+        for name in names.values():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+    write_whole(note_file, json.dumps(note))
+    return note
+
+
+def add_parts(parts, span, files, encoder, options, note):
+    """Encode some parts, append them to their split's file, and count them in the note."""
+    drawn = [span["split"] == "val"] * len(parts)
+    if span["split"] is None:
+        positions = np.array([position for position, _, _ in parts], np.uint64)
+        drawn = draw(positions + np.uint64(span["offset"]), span["source"], options)
+    for split, wanted in zip(SPLITS, (False, True), strict=True):
+        chosen = [part[1:] for part, val in zip(parts, drawn, strict=True) if val == wanted]
+        texts, n_replaced = mend([text for text, _ in chosen])
+        ends = [ends for _, ends in chosen]
+        ids = encode(texts, ends, encoder, options["dtype"])
+        files[split].write(ids)
+        note["n_tokens"][split] += len(ids)
+        note["n_documents"][split] += sum(ends)
+        note["n_bytes"] += sum(map(len, texts))
+        note["n_replaced"] += n_replaced
+
+
+def draw(positions, source, options):  # [n] uint64 -> [n] bool: which documents are for validation
+    """A hash of (seed, source, position), so that it does not depend on who asks, and when.
+
+    The mixing function is splitmix64's (Steele et al. 2014).
+    """
+    fraction = 0.01 if options["val_fraction"] is None else options["val_fraction"]
+    key = np.random.SeedSequence([options["seed"], source]).generate_state(1, np.uint64)
+    x = key + positions * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return (x >> np.uint64(11)) * 2.0**-53 < fraction
+
+
+def mend(texts):  # [bytes] -> [UTF-8], how many invalid sequences became U+FFFD
+    try:
+        b"\n".join(texts).decode()
+        return texts, 0
+    except UnicodeDecodeError:
+        mended = [text.decode(errors="replace").encode() for text in texts]
+        sign = "\ufffd".encode()
+        n_before, n_after = (sum(text.count(sign) for text in some) for some in (texts, mended))
+        return mended, n_after - n_before
+
+
+def encode(texts, ends, encoder, dtype):  # [UTF-8], [bool] -> [n] ids
+    """The ids of texts, each followed by that of <|endoftext|> where the text ends."""
+    if not encoder.merges:  # a table will do. The byte 0xFF, which is in no UTF-8, ends a document
+        table = [encoder.vocab[CHAR_OF_BYTE[byte]] for byte in range(255)] + [encoder.endoftext]
+        data = b"".join(itertools.chain(*zip(texts, (b"\xff"[:end] for end in ends), strict=True)))
+        return np.array(table, dtype)[np.frombuffer(data, np.uint8)]
+    ids = []
+    for text, end in zip(texts, ends, strict=True):
+        ids += encoder.encode(text.decode())
+        if end:
+            ids.append(encoder.endoftext)
+    return np.array(ids, dtype)
+
+
+def checksum(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- Three scales: this process, a pool of processes, a Ray cluster -----------------------------
+# Each yields (task, note) as the tasks are done, in any order, and takes a new task only when one
+# is done, so that what was unpacked does not pile up.
+
+
+def run_here(tasks, work):
+    for task in tasks:
+        yield task, work(task)
+
+
+def run_pool(tasks, work, n_workers):
+    """OSError if a worker is killed. However this ends, no worker outlives it."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n_workers, context, initializer=follow_parent) as pool:
+        try:
+            running = {}
+            for task in tasks:
+                running[pool.submit(work, task)] = task
+                if len(running) == 2 * n_workers:
+                    yield from finished(running)
+            while running:
+                yield from finished(running)
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a worker was killed, for want of memory perhaps: "
+                "the same command goes on where this one stopped"
+            ) from None
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
+
+def finished(running):
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        yield running.pop(future), future.result()
+
+
+def follow_parent():
+    """Ends this worker at once on Ctrl-C, and when its parent is gone, even by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def run_ray(tasks, work, address):
+    """Ray core tasks; Ray runs those of a lost machine again on another.
+
+    The machines need Python with numpy and regex, and to see the files under the same names. The
+    code travels with the tasks, by value.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ImportError("--ray needs ray: pip install -r requirements-ray.txt") from None
+    for module in (sys.modules[do_task.__module__], documents, encoder_module):
+        if module.__name__ != "__main__":  # which is sent by value anyway
+            ray.cloudpickle.register_pickle_by_value(module)
+    try:
+        ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        remote, running = ray.remote(lambda task: work(task)), {}
+        for task in itertools.chain(tasks, itertools.repeat(None)):
+            if task:
+                running[remote.remote(task)] = task
+            elif not running:
+                break
+            if not task or len(running) >= 2 * ray.cluster_resources().get("CPU", 1):
+                (done,), _ = ray.wait(list(running))
+                yield running.pop(done), ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        raise ConnectionError(f"Ray: {error}") from None
+    finally:
+        ray.shutdown()
+
+
+# --- The whole run ------------------------------------------------------------------------------
+
+
+def read_json_file(path):
+    """A JSON object, or an empty one where there is no such file, or a broken one."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return json.loads(Path(path).read_text("utf-8"))
+    return {}
+
+
+def begin(out, plan):  # -> whether there is anything to do
+    """Compare the plan with what an earlier run left in the folder; ValueError if it is foreign."""
+    work_dir = os.path.join(out, WORK)
+    complete = read_json_file(os.path.join(out, "meta.json")).get("plan")
+    begun = read_json_file(os.path.join(work_dir, "plan.json"))
+    repeatable = plan["sources"][0]["name"] != "-"  # standard input may be another text now
+    if complete == plan and repeatable:
+        return False
+    there = set(os.listdir(out)) - {WORK} - (set(TOKENIZER) if begun else set())
+    if complete or (there and begun != plan):
+        found = complete or begun
+        other = ", ".join(key for key in plan if found and found.get(key) != plan[key])
+        what = f"holds the shards of another run (other {other})" if other else "is not empty"
+        raise ValueError(f"{out} {what}: remove it, or name another folder with --out")
+    if begun != plan or not repeatable:
+        for name in set(os.listdir(work_dir)) - {"lock"}:
+            os.unlink(os.path.join(work_dir, name))
+        for name in set(os.listdir(out)) - {WORK}:
+            os.unlink(os.path.join(out, name))
+        write_whole(Path(work_dir, "plan.json"), json.dumps(plan))
+    return True
+
+
+def get_tokenizer(name, models_dir):  # -> Encoder
+    """Bytes for no name; else that of a released GPT-2, of a folder in models_dir, or of a path."""
+    from utils import find_model
+
+    if name is None:
+        return Encoder([])
+    folder = find_model(name, models_dir, only_tokenizer=True)
+    encoder = get_encoder("", folder)
+    if encoder.endoftext is None:
+        raise ValueError(f"{folder}: its tokenizer has no {ENDOFTEXT}, which parts documents")
+    return encoder
+
+
+def learn_tokenizer(n_vocab, sources, options, work_dir):  # -> Encoder
+    """From all of the text, or from an even share of every span if there is more than 100 MB."""
+    if sources[0]["name"] == "-":
+        raise ValueError(
+            "--train_tokenizer reads the text twice, which standard input does not allow"
+        )
+    share = min(1.0, TRAINING_BYTES / max(1, sum(source["n_bytes"] for source in sources)))
+
+    def texts():
+        for task in make_tasks(sources, options, work_dir):
+            for span in task["spans"]:
+                left = share * span["size"]
+                for _, text, _ in itertools.chain.from_iterable(read_span(span, options)):
+                    if left <= 0:
+                        break
+                    left -= len(text)
+                    yield text.decode(errors="replace")
+            delete_unpacked(task)
+
+    return encoder_module.train(texts(), n_vocab)
+
+
+def delete_unpacked(task):
+    for span in task.get("spans", ()):
+        if span["temporary"]:
+            os.unlink(span["path"])
+
+
+def prepare(out, plan, encoder, options, n_workers, ray):
+    """All that is left to do in a folder: the tokenizer, the shards, meta.json."""
+    if all(os.path.exists(os.path.join(out, name)) for name in TOKENIZER):
+        encoder = get_encoder("", out)  # an earlier run's
+    elif plan["train_tokenizer"]:
+        work_dir = os.path.join(out, WORK)
+        encoder = learn_tokenizer(plan["train_tokenizer"], plan["sources"], options, work_dir)
+    encoder.save(out)
+    options = options | {"dtype": "<u2" if encoder.n_vocab <= 2**16 else "<u4"}
+    notes, sha256 = run(plan["sources"], out, options, n_workers, ray)
+    if not any(sum(note["n_tokens"].values()) for note in notes):
+        shutil.rmtree(out)
+        raise ValueError("there is no text in " + " ".join(s["name"] for s in plan["sources"][:9]))
+    finish(out, plan, encoder, options, notes, sha256)
+
+
+def run(sources, out, options, n_workers, ray):  # -> (notes in order, {path: its SHA-256})
+    """Do all tasks, with a bar that counts the bytes of the sources."""
+    from tqdm import tqdm
+
+    work_dir, work = os.path.join(out, WORK), partial(do_task, out=out, options=options)
+    files = [source["name"] for source in sources if source["name"] != "-"]
+    checksums = ({"paths": files[i : i + 64]} for i in range(0, len(files), 64))
+    tasks = itertools.chain(make_tasks(sources, options, work_dir), checksums)
+    total = None if len(files) < len(sources) else sum(source["n_bytes"] for source in sources)
+    if ray:
+        results = run_ray(tasks, work, ray)
+    elif n_workers == 1 or (total is not None and total <= options["shard_bytes"]):
+        results = run_here(tasks, work)
+    else:
+        results = run_pool(tasks, work, n_workers)
+    notes, sha256, n_tokens, start = {}, {}, 0, time.monotonic()
+    with (
+        contextlib.closing(results),
+        tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        for task, note in results:
+            if "paths" in task:
+                sha256 |= note
+                continue
+            delete_unpacked(task)
+            notes[task["number"]] = note
+            n_tokens += sum(note["n_tokens"].values())
+            bar.set_postfix_str(f"{n_tokens / (time.monotonic() - start) / 1e6:.2f}M tokens/s")
+            bar.update(sum(span["progress"] for span in task["spans"]))
+    return [notes[number] for number in sorted(notes)], sha256
+
+
+def finish(out, plan, encoder, options, notes, sha256):
+    """Write meta.json, which makes the folder complete."""
+
+    def total(key):
+        return {split: sum(note[key][split] for note in notes) for split in SPLITS}
+
+    shards = {
+        f"{split}_{number:06d}.bin": note["n_tokens"][split]
+        for split in SPLITS
+        for number, note in enumerate(notes)
+        if note["n_tokens"][split]
+    }
+    meta = {
+        "dtype": np.dtype(options["dtype"]).name,
+        "n_vocab": encoder.n_vocab,
+        "endoftext": encoder.endoftext,
+    }
+    meta |= {key: total(key) for key in ("n_tokens", "n_documents")}
+    meta |= {key: sum(note[key] for note in notes) for key in ("n_bytes", "n_replaced")}
+    meta |= {"shards": shards, "sha256": dict(sorted(sha256.items())), "plan": plan}
+    write_whole(Path(out, "meta.json"), json.dumps(meta, indent=1, ensure_ascii=False))
+
+
+def report(out, meta):
+    n_tokens, n_documents = meta["n_tokens"], meta["n_documents"]
+    print(
+        f"{out}: {len(meta['shards'])} shards, {n_tokens['train']} training and {n_tokens['val']} "
+        f"validation tokens, {sum(n_documents.values())} documents, {meta['n_vocab']} ids"
+    )
+    if meta["n_replaced"]:
+        notice(f"{meta['n_replaced']} sequences of bytes were no UTF-8 and became U+FFFD")
+    if not n_tokens["val"] and meta["plan"]["val_fraction"] != 0:
+        notice("no document fell to validation: raise --val_fraction, or draw with another --seed")
+
+
+def check_flags(inputs, out, separator, val_fraction, seed, shard_mb, workers, tokenizers):
+    """ValueError, one clear line, for what means nothing whatever the files."""
+    if not inputs:
+        raise ValueError("nothing to prepare: name files, folders, - or shakespeare")
+    if "-" in inputs and len(inputs) > 1:
+        raise ValueError("- (standard input) cannot be together with other inputs")
+    if out is None and (len(inputs) > 1 or inputs[0] == "-" or set("*?[") & set(inputs[0])):
+        raise ValueError("name the folder for the shards with --out")
+    if "\n" in separator or "\r" in separator:
+        raise ValueError("separator must be the content of one line")
+    if val_fraction is not None and not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction must be at least 0 and below 1, not {val_fraction}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be 0 or more, and below 2**64, not {seed}")
+    if not 1e-6 <= shard_mb < 1e9:
+        raise ValueError(f"shard_mb must be a positive number, not {shard_mb}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be 1 or more, not {workers}")
+    if None not in tokenizers:
+        raise ValueError("--tokenizer and --train_tokenizer exclude each other")
+    if tokenizers[1] is not None and tokenizers[1] < 257:
+        raise ValueError(f"train_tokenizer must be 257 (bytes and {ENDOFTEXT}) or more")
+
+
+def main(
+    *inputs: str,
+    out: str | None = None,
+    tokenizer: str | None = None,
+    train_tokenizer: int | None = None,
+    separator: str = ENDOFTEXT,
+    field: str | None = None,
+    val_fraction: float | None = None,
+    seed: int = 1337,
+    shard_mb: float = 32.0,
+    workers: int | None = None,
+    ray: str | None = None,
+    models_dir: str = "models",
+):
+    """Turn text into token shards for train_jax.py.
+
+    Run again after an interruption, the same command goes on where it was.
+
+    Args:
+        inputs: files, folders, patterns, - for standard input, or shakespeare (downloaded once).
+        out: the folder for the shards; shards/NAME by default.
+        tokenizer: 124M (GPT-2's), a folder in models_dir, or a path; bytes by default.
+        train_tokenizer: learn a tokenizer of so many entries from the text itself.
+        separator: the line that parts the documents of a text; empty for blank lines.
+        field: where JSON lines and Parquet have the text; "text" by default. Naming it makes files
+            of unknown kinds, and standard input, JSON lines.
+        val_fraction: share of the documents for validation; 0.01 by default. Of a text that is one
+            document, the last tenth.
+        seed: the same seed draws the same documents for validation.
+        shard_mb: megabytes of text in a shard.
+        workers: processes; by default, one a processor.
+        ray: local, auto or an address: use a Ray cluster, whose machines all see the files.
+        models_dir: the folder that holds the models.
+    """
+    from utils import download_shakespeare, open_locked
+
+    tokenizers = (tokenizer, train_tokenizer)
+    check_flags(inputs, out, separator, val_fraction, seed, shard_mb, workers, tokenizers)
+    out = out or os.path.join("shards", Path(inputs[0]).name.split(".")[0])
+    if inputs == ("shakespeare",) and not os.path.exists("shakespeare"):
+        inputs = (download_shakespeare(),)
+    options = {"separator": separator, "field": field or "text", "val_fraction": val_fraction}
+    options |= {"seed": seed, "shard_bytes": int(shard_mb * 1e6)}
+    sources = [describe(path, json_lines=field is not None) for path in find_files(inputs)]
+    encoder = None if train_tokenizer else get_tokenizer(tokenizer, models_dir)
+    plan = {"tokenizer": tokenizer, "train_tokenizer": train_tokenizer, **options}
+    plan |= {"sources": sources}
+    os.makedirs(os.path.join(out, WORK), exist_ok=True)
+    try:
+        with open_locked(os.path.join(out, WORK, "lock"), wait=False):
+            if begin(out, plan):
+                prepare(out, plan, encoder, options, workers or os.cpu_count(), ray)
+            shutil.rmtree(os.path.join(out, WORK))
+    except BlockingIOError:
+        raise ValueError(f"{out}: another prepare.py is at work there") from None
+    report(out, read_json_file(os.path.join(out, "meta.json")))
+
+
+if __name__ == "__main__":
+    from utils import run_cli
+
+    run_cli(main)
