@@ -26,6 +26,7 @@ import regex
 from encoder import mend_surrogates
 
 BLOCK = 2**20  # bytes that are read at a time
+NEWLINE = ord("\n")
 FORMATS = {
     "text": [".txt", ".text", ".md"],
     "json": [".jsonl", ".ndjson", ".json"],
@@ -99,23 +100,23 @@ def cut_source(number, source, options, work_dir):  # yields spans
     else:
         start = 0
         while start < n_bytes:
-            stop = find_boundary(name, start + n_most, n_bytes, boundary)
+            stop = find_boundary(name, start + n_most, boundary) or n_bytes
             size = stop - start
             yield span | {"start": start, "stop": stop, "size": size, "progress": size}
             start = stop
 
 
-def find_boundary(path, start, stop, boundary):  # -> where the first one ends, or stop
+def find_boundary(path, start, boundary):  # -> where the first one from `start` on ends, or None
     with open(path, "rb") as file:
         file.seek(start)
         held, at = b"", start
-        while block := file.read(min(BLOCK, max(0, stop - at - len(held)))):
+        while block := file.read(BLOCK):
             held += block
             if found := boundary.search(held):
                 return at + found.end()
             at += max(0, len(held) - len(boundary.pattern))
             held = held[-len(boundary.pattern) :]  # one may lie across two blocks
-    return stop
+    return None
 
 
 def cut_parquet(span, n_bytes, n_most):
@@ -213,7 +214,7 @@ def notice(text):
 
 def read_text(file, start, stop, separator):  # yields lists of parts
     """The documents of a span of text, parted by lines that hold only the separator."""
-    line = re.compile(rb"(?m)^" + re.escape(separator.encode()) + rb"\r?(?:\n|\Z)")
+    line = re.compile(re.escape(separator.encode()) + rb"\r?(?:\n|\Z)")
     held, at, document, begun, new_line = b"", start, start, False, True
     file.seek(start)
     while True:
@@ -222,10 +223,11 @@ def read_text(file, start, stop, separator):  # yields lists of parts
         complete = held.rfind(b"\n") + 1 if block else len(held)
         parts, used = [], 0
         for found in line.finditer(held, 0, complete):
-            if found.start() == 0 and not new_line:
-                continue
-            if begun or found.start() > used:  # two separators in a row part nothing
-                parts.append((document, held[used : found.start()], True))
+            end = found.start()
+            if not found[0] or (held[end - 1] != NEWLINE if end else not new_line):
+                continue  # the end of a line that holds more than the separator
+            if begun or end > used:  # two separators in a row part nothing
+                parts.append((document, held[used:end], True))
             used, begun = found.end(), False
             document = at + used
         rest = held[used:] if used else held
@@ -237,11 +239,13 @@ def read_text(file, start, stop, separator):  # yields lists of parts
             yield parts
             return
         if len(rest) >= BLOCK:
+            if len(held) - complete < len(separator) + 2:  # this may become a separator's line
+                rest = held[used:complete] or rest
             rest = rest[: find_cut(rest)]
             parts.append((document, rest, False))
             used, begun = used + len(rest), True
         if used:
-            new_line = held[used - 1 : used] == b"\n"
+            new_line = held[used - 1] == NEWLINE
             held, at = held[used:], at + used
         yield parts
 
@@ -270,8 +274,8 @@ def read_json(file, start, stop, field):  # yields lists of parts
     parts, n_bytes, at = [], 0, start
     while at < stop:
         line = file.readline()
-        if line.strip() and (text := text_of_line(line, field, at)):
-            parts.append((at, text, True))
+        if line.strip():
+            parts += cut_long(at, text_of_line(line, field, at))
         at += max(1, len(line))
         n_bytes += len(line)
         if n_bytes >= BLOCK:
@@ -306,8 +310,7 @@ def read_parquet(file, start, stop, field):  # yields lists of parts
             row += 1
             if not isinstance(text, str):
                 raise ValueError(f"{path}: row {row} has no text in the column {field!r}")
-            if text:
-                parts.append((row, text.encode(), True))
+            parts += cut_long(row, text.encode())
         yield parts
 
 
@@ -332,12 +335,7 @@ def read_span(span, options):  # yields lists of parts, none of them much longer
     }[span["format"]]
     try:
         with open(span["path"], "rb") as file:
-            for parts in read(file, span["start"], span["stop"], options[option]):
-                yield [
-                    (position, text, ends and span["ends"])
-                    for whole in parts
-                    for position, text, ends in cut_long(*whole)
-                ]
+            yield from read(file, span["start"], span["stop"], options[option])
     except ValueError as error:
         if len(error.args) < 2:
             raise
@@ -345,13 +343,14 @@ def read_span(span, options):  # yields lists of parts, none of them much longer
         raise ValueError(f"{span['name']}: line {line_number(span, at)}: {problem}") from None
 
 
-def cut_long(position, text, ends):  # yields the parts of a part
-    while len(text) > 2 * BLOCK:
-        cut = find_cut(text[:BLOCK])
-        yield position, text[:cut], False
-        text = text[cut:]
-    if text or ends:
-        yield position, text, ends
+def cut_long(position, text):  # yields the parts of a document
+    start = 0
+    while len(text) - start > 2 * BLOCK:
+        stop = start + find_cut(text[start : start + BLOCK])
+        yield position, text[start:stop], False
+        start = stop
+    if text:
+        yield position, text[start:], True
 
 
 def line_number(span, at):

@@ -27,6 +27,7 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import operator
 import os
 import re
 import shutil
@@ -78,21 +79,19 @@ def make_tasks(sources, options, work_dir):  # yields {"number": ..., "spans": [
 
 
 def cut_document(span, options):  # -> the span, or its two parts
-    """A text of one document is cut where its validation part begins, at a character."""
-    separator = re.compile(rb"\n" + re.escape(options["separator"].encode()) + rb"\r?\n")
-    stop, fraction = span["stop"], options["val_fraction"]
-    fraction = 0.1 if fraction is None else fraction
-    if span["format"] != "text" or find_boundary(span["path"], 0, stop, separator) < stop:
+    """A text without separators is cut where its validation part begins, at a character."""
+    separator, fraction = re.escape(options["separator"].encode()), options["val_fraction"]
+    if span["format"] != "text" or find_boundary(span["path"], 0, re.compile(separator)):
         return [span]
+    size = span["size"]
     with open(span["path"], "rb") as file:
-        at = file.seek(int(stop * (1 - fraction)))
-        at += next((i for i, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
-    train = {"stop": at, "size": at, "progress": at * span["progress"] // max(1, stop)}
-    val = {"start": at, "size": stop - at, "progress": span["progress"] - train["progress"]}
-    return [
-        span | train | {"split": "train", "ends": at == stop},
-        span | val | {"split": "val"},
-    ]
+        at = file.seek(int(size * (1 - (0.1 if fraction is None else fraction))))
+        following = file.read(3)
+        at += len(following) - len(following.lstrip(bytes(range(0x80, 0xC0))))
+    progress = span["progress"] * at // max(1, size)
+    train = {"split": "train", "ends": at == size, "stop": at, "size": at, "progress": progress}
+    val = {"split": "val", "start": at, "size": size - at, "progress": span["progress"] - progress}
+    return [span | train, span | val]
 
 
 # --- A task: from documents to shards -----------------------------------------------------------
@@ -145,11 +144,11 @@ def add_parts(parts, span, files, encoder, options, note):
     drawn = [span["split"] == "val"] * len(parts)
     if span["split"] is None:
         positions = np.array([position for position, _, _ in parts], np.uint64)
-        drawn = draw(positions + np.uint64(span["offset"]), span["source"], options)
-    for split, wanted in zip(SPLITS, (False, True), strict=True):
-        chosen = [part[1:] for part, val in zip(parts, drawn, strict=True) if val == wanted]
-        texts, n_replaced = mend([text for text, _ in chosen])
-        ends = [ends for _, ends in chosen]
+        drawn = draw(positions + np.uint64(span["offset"]), span["source"], options).tolist()
+    for split, chosen in ("train", map(operator.not_, drawn)), ("val", drawn):
+        chosen = list(itertools.compress(parts, chosen))
+        ends = [ends and span["ends"] for _, _, ends in chosen]
+        texts, n_replaced = mend([text for _, text, _ in chosen])
         ids = encode(texts, ends, encoder, options["dtype"])
         files[split].write(ids)
         note["n_tokens"][split] += len(ids)
@@ -312,6 +311,18 @@ def begin(out, plan):  # -> whether there is anything to do
     return True
 
 
+def clean(out):
+    """Delete what is half done and, where there is nothing to go on with, the work folder."""
+    work_dir = os.path.join(out, WORK)
+    for name in os.listdir(work_dir):
+        if name != "lock" and not name.endswith(".json"):
+            os.unlink(os.path.join(work_dir, name))
+    if "meta.json" in os.listdir(out) or "plan.json" not in os.listdir(work_dir):
+        shutil.rmtree(work_dir)
+        with contextlib.suppress(OSError):
+            os.rmdir(out)  # works only if it is empty
+
+
 def get_tokenizer(name, models_dir):  # -> Encoder
     """Bytes for no name; else that of a released GPT-2, of a folder in models_dir, or of a path."""
     from utils import find_model
@@ -348,9 +359,8 @@ def learn_tokenizer(n_vocab, sources, options, work_dir):  # -> Encoder
 
 
 def delete_unpacked(task):
-    for span in task.get("spans", ()):
-        if span["temporary"]:
-            os.unlink(span["path"])
+    for path in {span["path"] for span in task["spans"] if span["temporary"]}:
+        os.unlink(path)
 
 
 def prepare(out, plan, encoder, options, n_workers, ray):
@@ -364,7 +374,6 @@ def prepare(out, plan, encoder, options, n_workers, ray):
     options = options | {"dtype": "<u2" if encoder.n_vocab <= 2**16 else "<u4"}
     notes, sha256 = run(plan["sources"], out, options, n_workers, ray)
     if not any(sum(note["n_tokens"].values()) for note in notes):
-        shutil.rmtree(out)
         raise ValueError("there is no text in " + " ".join(s["name"] for s in plan["sources"][:9]))
     finish(out, plan, encoder, options, notes, sha256)
 
@@ -507,12 +516,15 @@ def main(
     encoder = None if train_tokenizer else get_tokenizer(tokenizer, models_dir)
     plan = {"tokenizer": tokenizer, "train_tokenizer": train_tokenizer, **options}
     plan |= {"sources": sources}
-    os.makedirs(os.path.join(out, WORK), exist_ok=True)
+    work_dir = os.path.join(out, WORK)
+    os.makedirs(work_dir, exist_ok=True)
     try:
-        with open_locked(os.path.join(out, WORK, "lock"), wait=False):
-            if begin(out, plan):
-                prepare(out, plan, encoder, options, workers or os.cpu_count(), ray)
-            shutil.rmtree(os.path.join(out, WORK))
+        with open_locked(os.path.join(work_dir, "lock"), wait=False):
+            try:
+                if begin(out, plan):
+                    prepare(out, plan, encoder, options, workers or os.cpu_count(), ray)
+            finally:
+                clean(out)
     except BlockingIOError:
         raise ValueError(f"{out}: another prepare.py is at work there") from None
     report(out, read_json_file(os.path.join(out, "meta.json")))
