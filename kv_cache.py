@@ -65,10 +65,16 @@ def make_room(cache, n_seq, n_ctx):
 
 
 def extend(caches, new_ids, params, n_head):  # n_rows caches and id lists -> [n_rows, n_embd]
+    """extend_all, for which only the hidden state of each row's last token is of interest."""
+    x = extend_all(caches, new_ids, params, n_head)
+    return x[np.cumsum([len(ids) for ids in new_ids]) - 1]
+
+
+def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_embd]
     """Runs each row's new ids, one or more; their keys and values join its cache, in place.
 
-    Returns the hidden state of each row's last token. ValueError where a row has no new id or
-    outgrows n_ctx, and where two rows have the same cache (see copy_cache).
+    Returns the hidden states of all new tokens, those of the first row first. ValueError where a
+    row has no new id or outgrows n_ctx, and where two rows have the same cache (see copy_cache).
     """
     if len({id(cache) for cache in caches}) < len(caches):
         raise ValueError("two rows have the same cache: give the second a copy_cache of it")
@@ -111,7 +117,7 @@ def extend(caches, new_ids, params, n_head):  # n_rows caches and id lists -> [n
         x = hidden_state(tokens, **params | here, n_head=n_head)
     for cache, stop in zip(caches, stops, strict=True):
         cache["n_seq"] = stop  # only now: a pass that was interrupted leaves the row as it was
-    return x[ends - 1]
+    return x
 
 
 def next_logits(x, params):  # [n_rows, n_embd] -> [n_rows, n_vocab]

@@ -87,6 +87,18 @@ def test_rows_of_one_pass_do_not_see_each_other(rng, params):
             assert_same_logits(row, gpt2.gpt2(ids, **params, n_head=N_HEAD)[-1])
 
 
+def test_every_new_token_has_its_state_in_the_order_of_the_rows(rng, params):
+    texts = random_prompts(rng, [9, 1, 37, 4])
+    caches = [kv_cache.new_cache(params, N_HEAD) for _ in texts]
+    kv_cache.extend(caches[2:3], [texts[2][:30]], params, N_HEAD)
+    new_ids = [*texts[:2], texts[2][30:], texts[3]]
+    states = [gpt2.hidden_state(ids, **params, n_head=N_HEAD) for ids in texts]
+    states[2] = states[2][30:]
+    x = kv_cache.extend_all(caches, new_ids, params, N_HEAD)
+    assert_same_logits(x, np.concatenate(states))
+    assert x.dtype == np.float32 and [cache["n_seq"] for cache in caches] == [9, 1, 37, 4]
+
+
 def test_float32_all_through(rng, params):
     cache = kv_cache.new_cache(params, N_HEAD)
     x = kv_cache.extend([cache, kv_cache.copy_cache(cache)], [[1, 2], [3]], params, N_HEAD)
