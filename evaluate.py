@@ -1,0 +1,324 @@
+"""How good is a model? Its perplexity on a text, and two tests of understanding.
+
+    python evaluate.py perplexity --model_size 124M --data wiki.txt
+    python evaluate.py hellaswag --model_size 124M    # which of four endings does a story have?
+    python evaluate.py lambada --model_size 124M      # what is the last word of a passage?
+
+All three ask the model one question: how likely is this token after those before it? `score`
+answers it. The rest decides which tokens to ask about, what the model sees before each, and how the
+answers become one number. Everybody decides these a little differently, and then the numbers differ
+too; so the docstrings below say whose way each task follows.
+
+The result is one line of JSON, all that is written to standard output.
+"""
+
+import itertools
+import json
+import math
+import os
+from collections import Counter
+
+import numpy as np
+from tqdm import tqdm
+
+from gpt2 import hidden_state
+from kv_cache import copy_cache, extend, extend_all, new_cache, next_logits
+from utils import download_file, load_encoder_hparams_and_params, parse_json, run_cli
+
+URLS = {
+    "hellaswag": "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+    "lambada": "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
+}
+
+CHUNK = 256  # positions that have their logits at the same time: 51 MB of them with 50257 ids
+GROUP = 2048  # tokens in caches at the same time, or those of one item: 144 MiB for GPT-2 124M
+
+
+def score(x, targets, params):  # [n, n_embd], [n] -> [n] float32, [n] bool
+    """Each target's log-probability by the hidden state before it, and whether it is the likeliest.
+
+    The largest logit is subtracted first, so that exp cannot overflow. ValueError where the answer
+    is no number: NaN would be wrong at everything without a word.
+    """
+    log_probs, hits = np.empty(len(x), np.float32), np.empty(len(x), bool)
+    for start in range(0, len(x), CHUNK):
+        some = slice(start, start + CHUNK)
+        logits = next_logits(x[some], params)  # [n_some, n_vocab]
+        rows, best = np.arange(len(logits)), logits.argmax(-1)
+        logits -= logits[rows, best, None]
+        log_probs[some] = logits[rows, targets[some]] - np.log(np.exp(logits).sum(-1))
+        hits[some] = best == targets[some]
+    if not np.isfinite(log_probs).all():
+        raise ValueError("the model's probabilities are no numbers: its weights must be damaged")
+    return log_probs, hits
+
+
+# --- Perplexity ---------------------------------------------------------------------------------
+
+
+def load_ids(data, encoder):  # the --data flag -> ids [1 + n_tokens], n_bytes, n_words
+    """A text file's ids, and how many bytes and words all of them but the first stand for.
+
+    The first is <|endoftext|>, so that the model predicts all of the text. Without one in the
+    tokenizer, it is the text's first token. What is not UTF-8 is read as U+FFFD; words are what
+    white space separates. ValueError for a text with nothing to predict.
+    """
+    with open(data, "rb") as f:
+        text = f.read().decode("utf-8", errors="replace")
+    ids, predicted = encoder.encode(text), text.encode()
+    if encoder.endoftext is not None:
+        ids = [encoder.endoftext, *ids]
+    elif ids:
+        first = next(piece for piece, id in encoder.vocab.items() if id == ids[0])
+        predicted = predicted[len(first) :]  # a piece has a character for every byte
+    if len(ids) < 2:
+        raise ValueError(f"{data}: an empty text, or too short a one to predict any of it")
+    return np.array(ids), len(predicted), len(predicted.decode(errors="replace").split())
+
+
+def windows(n_tokens, n_ctx, stride):  # -> (start, stop, n_scored) of each
+    """Where to cut: ids[start:stop] predict ids[start + 1 : stop + 1], the last n_scored count.
+
+    All windows are full. The first one's targets all count; each further one starts `stride` later
+    and counts the targets that are new. The last is moved back to where the text ends.
+
+    >>> list(windows(n_tokens=11, n_ctx=4, stride=3))
+    [(0, 4, 4), (3, 7, 3), (6, 10, 3), (7, 11, 1)]
+    """
+    n_seq, done = min(n_ctx, n_tokens), 0
+    while done < n_tokens:
+        stop = min(done + (stride if done else n_seq), n_tokens)
+        yield stop - n_seq, stop, stop - done
+        done = stop
+
+
+def perplexity(ids, n_bytes, n_words, params, n_head, stride=None):  # of load_ids -> dict
+    """How surprised the model is by a text: the mean of -log p(token), and e to the power of it.
+
+    Every token but the first id counts once. After the first window it is predicted from at least
+    n_ctx - stride + 1 tokens and at most n_ctx; so a smaller stride gives a lower figure, at the
+    price of more windows. The default, n_ctx, cuts as EleutherAI's harness does for its rolling
+    log-likelihoods. A tokenizer decides what a token is: compare models that have different ones
+    by the byte or by the word. None stands for a perplexity too large for a float.
+
+    ValueError for a stride that is not in 1 .. n_ctx.
+    """
+    n_tokens, n_ctx = len(ids) - 1, len(params["wpe"])
+    stride = n_ctx if stride is None else stride
+    if not 1 <= stride <= n_ctx:
+        raise ValueError(f"stride must be from 1 to this model's n_ctx, {n_ctx}, not {stride}")
+    nats = 0.0
+    with tqdm(total=n_tokens, unit="token", disable=None) as bar:
+        for start, stop, n_scored in windows(n_tokens, n_ctx, stride):
+            x = hidden_state(ids[start:stop], **params, n_head=n_head)[-n_scored:]
+            log_probs, _ = score(x, ids[stop + 1 - n_scored : stop + 1], params)
+            nats -= float(log_probs.sum(dtype=np.float64))
+            bar.set_postfix(nats_per_token=f"{nats / stop:.4f}", refresh=False)
+            bar.update(n_scored)
+    return {
+        "nats_per_token": nats / n_tokens,
+        "perplexity": exp(nats / n_tokens),
+        "nats_per_byte": nats / n_bytes,
+        "perplexity_per_word": exp(nats / n_words) if n_words else None,
+        "n_tokens": n_tokens,
+        "n_bytes": n_bytes,
+        "n_words": n_words,
+        "n_ctx": n_ctx,
+        "stride": stride,
+    }
+
+
+def exp(x):
+    """e to the power of x, or None if that is too large: JSON has no infinity."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return None
+
+
+# --- HellaSwag and LAMBADA: how likely are these endings of that context? -----------------------
+
+
+def read_hellaswag(item, where):
+    """{"ctx", "endings", "label"} -> context, endings, label; ValueError says where that fails."""
+    context, endings, label = (item.get(key) for key in ("ctx", "endings", "label"))
+    if not isinstance(context, str):
+        raise ValueError(f"{where}: ctx is missing or no text")
+    texts = endings if isinstance(endings, list) else []
+    if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{where}: endings is missing or no list of two texts or more")
+    if label is None:
+        raise ValueError(f"{where}: no label (the test set has none: use the validation set)")
+    if type(label) is not int or not 0 <= label < len(endings):
+        raise ValueError(f"{where}: label is {label!r}, not a number from 0 to {len(endings) - 1}")
+    return context, [" " + text for text in endings], label
+
+
+def mark_hellaswag(scores, label):  # (log_probs, hits) for each ending -> {measure: bool}
+    """Is the right ending the likeliest, by its tokens' sum and by their mean? First of equals.
+
+    The data is that of Zellers et al. 2019, arXiv:1905.07830, the scoring that of Karpathy's
+    build-nanogpt and llm.c, by which GPT-2 124M has an acc of 0.2859 and an acc_norm of 0.2955.
+    They do not compare with the 0.2892 and 0.3114 of EleutherAI's harness, which cleans the texts
+    first and divides by bytes, not tokens.
+    """
+    sums = [log_probs.sum(dtype=np.float64) for log_probs, _ in scores]
+    means = [log_probs.mean(dtype=np.float64) for log_probs, _ in scores]
+    chosen, chosen_norm = sums.index(max(sums)), means.index(max(means))
+    return {"acc": chosen == label, "acc_norm": chosen_norm == label}
+
+
+def read_lambada(item, where):
+    """{"text"} -> what precedes the last space, [what follows, with it], no label."""
+    if not isinstance(item.get("text"), str):
+        raise ValueError(f"{where}: text is missing or no text")
+    context, space, word = item["text"].rpartition(" ")
+    if not space or not word.strip():
+        raise ValueError(f"{where}: text should end with a space and a last word")
+    return context, [" " + word], None
+
+
+def mark_lambada(scores, label):  # (log_probs, hits) of the one ending -> {measure: bool}
+    """Is each token of the last word the likeliest after all before it? Is the last token?
+
+    The data is that of Paperno et al. 2016, arXiv:1606.06031, in OpenAI's version. For the word,
+    EleutherAI's harness gives GPT-2 124M 0.3256. The 0.4599 of GPT-2's paper is nearer to what
+    others measured for the last token, which is easier: a word's beginning gives away its end.
+    """
+    ((_, hits),) = scores
+    return {"acc_last_word": bool(hits.all()), "acc_last_token": bool(hits[-1])}
+
+
+TASKS = {"hellaswag": (read_hellaswag, mark_hellaswag), "lambada": (read_lambada, mark_lambada)}
+
+
+def load_items(task, path=None):  # -> [(where, context, endings, label), ...], texts
+    """The items of a file of JSON lines, by default the task's own, which is downloaded once."""
+    if path is None:
+        path = os.path.join("data", os.path.basename(URLS[task]))
+        try:
+            download_file(URLS[task], path)  # unless it is there
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}; --data FILE takes a copy that is here") from None
+    with open(path, "rb") as f:
+        lines = [(f"{path}, line {i}", line) for i, line in enumerate(f, 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: no items")
+    return [(where, *TASKS[task][0](parse_json(line, where), where)) for where, line in lines]
+
+
+def encode_item(where, context, endings, label, encoder, n_ctx):  # texts -> a dict of ids
+    """The item in ids, its context cut on the left to leave room for the longest of its endings.
+
+    An ending's last token predicts nothing, and so needs no position. ValueError for an ending that
+    does not fit by itself, and for an empty context without <|endoftext|> to stand for it.
+    """
+    context, endings = encoder.encode(context), [encoder.encode(text) for text in endings]
+    if not context and encoder.endoftext is None:
+        raise ValueError(f"{where}: no context, and there is no <|endoftext|> to start from")
+    context = context or [encoder.endoftext]
+    longest = max(map(len, endings))
+    if longest > n_ctx:
+        raise ValueError(f"{where}: an ending of {longest} tokens, but n_ctx is only {n_ctx}")
+    n_seq = min(len(context) + longest - 1, n_ctx)
+    kept = context[longest - 1 - n_seq :]
+    cut = len(kept) < len(context)
+    return {"context": kept, "endings": endings, "label": label, "n_seq": n_seq, "cut": cut}
+
+
+def group_items(items):  # -> lists of neighbours
+    """As many items together as GROUP allows: the more tokens a pass has, the less each takes."""
+    group, n_tokens = [], 0
+    for item in items:
+        n_more = item["n_seq"] * (1 + len(item["endings"]))  # a cache for the context, and copies
+        if group and n_tokens + n_more > GROUP:
+            yield group
+            group, n_tokens = [], 0
+        group.append(item)
+        n_tokens += n_more
+    yield group
+
+
+def score_items(items, params, n_head):  # -> for each item, for each of its endings: score's answer
+    """Two passes: the contexts, then all endings, each from its own copy of its context's cache.
+
+    A context's last token runs with its endings instead, and an ending's last token not at all. So
+    each token of the second pass predicts one that counts.
+    """
+    caches = [new_cache(params, n_head, capacity=item["n_seq"]) for item in items]
+    prompts = [(c, i["context"][:-1]) for c, i in zip(caches, items, strict=True)]
+    if prompts := [(cache, ids) for cache, ids in prompts if ids]:
+        extend(*zip(*prompts, strict=True), params, n_head)
+    rows, targets = [], []
+    for cache, item in zip(caches, items, strict=True):
+        for ending in item["endings"]:
+            rows.append((copy_cache(cache), [item["context"][-1], *ending[:-1]]))
+            targets.append(ending)
+    x = extend_all(*zip(*rows, strict=True), params, n_head)  # [n_tokens, n_embd]
+    log_probs, hits = score(x, np.concatenate(targets), params)
+    cuts = np.cumsum([len(ending) for ending in targets])[:-1]
+    answers = zip(np.split(log_probs, cuts), np.split(hits, cuts), strict=True)
+    return [list(itertools.islice(answers, len(item["endings"]))) for item in items]
+
+
+def accuracy(items, mark, params, n_head):  # of encode_item -> dict
+    """The share of items that get each mark; n_cut counts those that lost some of their context."""
+    totals, n_done = Counter(), 0
+    with tqdm(total=len(items), unit="item", disable=None) as bar:
+        for group in group_items(items):
+            for item, scores in zip(group, score_items(group, params, n_head), strict=True):
+                totals.update(mark(scores, item["label"]))
+            n_done += len(group)
+            bar.set_postfix({k: f"{n / n_done:.4f}" for k, n in totals.items()}, refresh=False)
+            bar.update(len(group))
+    shares = {name: n / n_done for name, n in totals.items()}
+    return shares | {"n_items": n_done, "n_cut": sum(item["cut"] for item in items)}
+
+
+# --- The command line ---------------------------------------------------------------------------
+
+
+def check_flags(task, data, stride):
+    """Raises ValueError or FileNotFoundError, one clear line, before a model is looked for."""
+    if task not in ("perplexity", *TASKS):
+        raise ValueError(f"no task {task!r}: choose perplexity, {' or '.join(TASKS)}")
+    if stride is not None and task != "perplexity":
+        raise ValueError(f"stride is for perplexity; {task} has none")
+    if stride is not None and stride < 1:
+        raise ValueError(f"stride must be 1 or more, not {stride}")
+    if data is None and task == "perplexity":
+        raise ValueError("perplexity of what? --data takes a text file's path")
+    if data is not None and not os.path.isfile(data):
+        kind = "text file" if task == "perplexity" else "file of JSON lines"
+        raise FileNotFoundError(f"no file at {data}: --data takes the path of a {kind}")
+
+
+def main(
+    task: str,
+    data: str | None = None,
+    model_size: str = "124M",
+    models_dir: str = "models",
+    stride: int | None = None,
+):
+    """Measure how good a model is. The result is one line of JSON on standard output.
+
+    Args:
+        task: perplexity, hellaswag or lambada.
+        data: the text file for perplexity; a JSON-lines file instead of the one downloaded once.
+        model_size: 124M, 355M, 774M or 1558M (downloaded once), a folder in models_dir, or a path.
+        models_dir: the folder that holds the models.
+        stride: tokens between two windows of perplexity, at most the model's n_ctx, the default.
+    """
+    check_flags(task, data, stride)
+    items = [] if task == "perplexity" else load_items(task, data)  # all valid, or no model
+    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+    if task == "perplexity":
+        result = perplexity(*load_ids(data, encoder), params, hparams["n_head"], stride)
+    else:
+        items = [encode_item(*item, encoder, hparams["n_ctx"]) for item in items]
+        result = accuracy(items, TASKS[task][1], params, hparams["n_head"])
+    print(json.dumps(result, allow_nan=False))
+
+
+if __name__ == "__main__":
+    run_cli(main)
