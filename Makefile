@@ -34,7 +34,7 @@ clean:
 	@touch $@
 
 # PyTorch without CUDA's gigabytes, where its own index can be reached; else whatever pip finds.
-.venv/test: requirements-test.txt requirements.txt requirements-generate.txt | .venv/bin/python
+.venv/test: $(wildcard requirements*.txt) | .venv/bin/python
 	@echo "installing what the tests need: some minutes the first time ..." >&2
 	@$(PIP) --no-deps --retries 0 --index-url $(TORCH_CPU) "$$(grep ^torch requirements-test.txt)" \
 		>/dev/null 2>&1 || true

@@ -2,6 +2,7 @@
 
     python train_jax.py                                        # tiny Shakespeare, 2-3 minutes
     python train_jax.py --data my_novel.txt --out models/novel # any text, byte by byte
+    python train_jax.py --data shards/corpus                   # what prepare.py made, of any size
     python gpt2.py "It was" --model_size novel                 # then write with it, in NumPy
 
 There is no second model here: `loss` calls `gpt2.gpt2` on JAX arrays, `jax.jit` compiles it and
@@ -20,16 +21,19 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from encoder import Encoder
+from encoder import Encoder, get_encoder
 from gpt2 import generate, gpt2
+from shards import check_ids, count_ids, open_shards, read_stretch
 from utils import (
     check_target,
     download_shakespeare,
+    find_model,
     load_encoder_hparams_and_params,
     run_cli,
     save_model,
 )
 
+MOST_VALIDATION = 2**20  # tokens that one look at the validation text takes
 STEPS_PER_CALL = 20  # steps of the compiled loop before Python sees a loss, or Ctrl-C, again
 
 
@@ -56,27 +60,69 @@ def load_text(data):  # the --data flag -> str
         return f.read()
 
 
-def split_tokens(ids, n_ctx):  # -> train [n_train], validation windows [n_windows, n_ctx + 1]
-    """The last tenth of the text is for validation, in windows side by side.
+def load_tokens(data, tokenizer):  # -> {"train": [arrays], "val": [arrays]}, Encoder
+    """Token shards from a folder, or a text, whose last tenth is for validation."""
+    encoder = None
+    if tokenizer is not None:
+        encoder = get_encoder("", find_model(tokenizer, only_tokenizer=True))
+    if not os.path.isdir(data):
+        encoder = encoder or Encoder([])
+        ids = np.array(encoder.encode(load_text(data)), np.int32)
+        n_train = len(ids) * 9 // 10
+        return {"train": [ids[:n_train]], "val": [ids[n_train:]]}, encoder
+    shards, own = open_shards(data)
+    if not (encoder or own):
+        raise ValueError(f"{data}: shards without a tokenizer: name theirs with --tokenizer")
+    if encoder or not os.path.exists(os.path.join(data, "meta.json")):  # it may be another's
+        for split in shards.values():
+            check_ids(split, (encoder or own).n_vocab, data)
+    return shards, encoder or own
+
+
+def check_enough(shards, n_ctx, data):
+    """ValueError if there is not one stretch to train on, or to validate with."""
+    for split, arrays in shards.items():
+        if count_ids(arrays) <= n_ctx:
+            raise ValueError(
+                f"{data}: too few tokens, {count_ids(arrays)} of {split}: n_ctx + 1 is {n_ctx + 1}"
+            )
+
+
+def cut_windows(shards, n_ctx):  # [arrays] -> [n_windows, n_ctx + 1]
+    """The validation text in windows side by side.
 
     A window is one token longer than n_ctx, because its inputs and its targets are one apart; the
-    next begins with its last token. What is left at the end, less than a window, is not used.
+    next begins with its last token. What is left at the end, less than a window, is not used. Of
+    more than MOST_VALIDATION tokens at most so many are, from all over the text.
     """
-    ids = np.array(ids, np.int32)
-    n_train = len(ids) * 9 // 10
-    train, validation = ids[:n_train], ids[n_train:]
-    if len(validation) <= n_ctx:
-        raise ValueError(
-            f"the text has {len(ids)} tokens, too few: its last tenth must exceed n_ctx {n_ctx}"
-        )
-    starts = np.arange(0, len(validation) - n_ctx, n_ctx)
-    return train, validation[starts[:, None] + np.arange(n_ctx + 1)]
+    n_windows = (count_ids(shards) - 1) // n_ctx
+    step = -(-n_windows * n_ctx // MOST_VALIDATION)
+    return np.stack([read_stretch(shards, i * n_ctx, n_ctx + 1) for i in range(0, n_windows, step)])
 
 
-def sample_batch(key, tokens, batch_size, n_ctx):  # [n_tokens] -> [batch_size, n_ctx + 1]
-    """Stretches of the text from random places."""
-    starts = jax.random.randint(key, (batch_size, 1), 0, len(tokens) - n_ctx)
-    return tokens[starts + jnp.arange(n_ctx + 1)]
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def draw_starts(seed, steps, n_places, batch_size):  # [n] -> [n, batch_size]
+    """Random numbers below n_places: a function of the seed and the step."""
+
+    def draw(step):
+        key, _ = step_keys(seed, step)
+        return jax.random.randint(key, (batch_size, 1), 0, n_places)[:, 0]
+
+    return jax.vmap(draw)(steps)
+
+
+def step_keys(seed, n_done):  # -> the key for the batch and the key for the weights to drop
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), n_done))
+
+
+def read_batches(shards, seed, n_done, n, batch_size, n_ctx):  # -> [n, batch_size, n_ctx + 1]
+    """Stretches of the text from random places, for the n steps after n_done."""
+    n_places = count_ids(shards) - n_ctx
+    stride = -(-n_places // 2**31)  # random numbers have 31 bits: of more places, not all are used
+    steps = jnp.arange(n_done, n_done + n)
+    starts = np.asarray(draw_starts(seed, steps, n_places // stride, batch_size), np.int64) * stride
+    stretches = [read_stretch(shards, start, n_ctx + 1) for start in starts.flat]
+    return np.reshape(stretches, (n, batch_size, n_ctx + 1))
 
 
 # --- The model ----------------------------------------------------------------------------------
@@ -191,26 +237,27 @@ def make_optimizer(schedule, weight_decay, grad_clip):
     )
 
 
-def make_train_steps(optimizer, n_head, n_ctx, batch_size, drop_rate, seed):
-    """The compiled function (state, tokens, n) -> (state after n more steps, their mean loss)."""
+def make_train_steps(optimizer, n_head, drop_rate, seed):
+    """The compiled function (state, batches, n) -> (state after n more steps, their mean loss).
 
-    def batch_loss(params, tokens, n_done):
-        batch_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), n_done))
-        batch = sample_batch(batch_key, tokens, batch_size, n_ctx)
+    batches: [n or more, batch_size, n_ctx + 1].
+    """
+
+    def batch_loss(params, batch, n_done):
         if drop_rate:
-            params = drop_weights(drop_key, params, drop_rate)
+            params = drop_weights(step_keys(seed, n_done)[1], params, drop_rate)
         return loss(params, batch, n_head)
 
-    def step(tokens, state):
+    def step(batch, state):
         params, moments, n_done = state
-        value, gradients = jax.value_and_grad(batch_loss)(params, tokens, n_done)
+        value, gradients = jax.value_and_grad(batch_loss)(params, batch, n_done)
         updates, moments = optimizer.update(gradients, moments, params)
         return (optax.apply_updates(params, updates), moments, n_done + 1), value
 
     @jax.jit
-    def train_steps(state, tokens, n):
-        def add_step(_, carry):
-            state, value = step(tokens, carry[0])
+    def train_steps(state, batches, n):
+        def add_step(i, carry):
+            state, value = step(batches[i], carry[0])
             return state, carry[1] + value
 
         state, total = jax.lax.fori_loop(0, n, add_step, (state, 0.0))
@@ -225,16 +272,18 @@ def evaluate(params, windows, n_head):  # [n_windows, n_ctx + 1] -> [], nats a t
     return jax.lax.map(lambda w: loss(params, w[None], n_head), windows, batch_size=16).mean()
 
 
-def train(state, train_steps, tokens, windows, n_head, n_steps, eval_every, keep):
-    """Run the steps and show progress. `keep(params)` gets every set of parameters that is the best
-    on the validation text so far, and at Ctrl-C the last set if none was kept before.
+def train(state, train_steps, read, windows, n_head, n_steps, eval_every, keep):
+    """Run the steps, with the batches of read(n_done, n), and show progress.
+
+    `keep(params)` gets every set of parameters that is the best on the validation text so far, and
+    at Ctrl-C the last set if none was kept before.
     """
     n_done, best = 0, math.inf
     with tqdm(total=n_steps, unit="step", disable=None) as bar:
         try:
             while n_done < n_steps:
                 n = min(STEPS_PER_CALL, n_steps - n_done, eval_every - n_done % eval_every)
-                state, train_loss = train_steps(state, tokens, n)
+                state, train_loss = train_steps(state, read(n_done, STEPS_PER_CALL), n)
                 n_done += n
                 if not math.isfinite(train_loss):
                     raise ValueError(f"the loss is {train_loss} after {n_done} steps: learn slower")
@@ -291,16 +340,18 @@ def main(
     drop_rate: float = 0.0,
     eval_every: int = 200,
     seed: int = 1337,
+    tokenizer: str | None = None,
     dtype: str = "float32",
 ):
-    """Train a byte-level GPT-2 on a text, and save it as a model folder.
+    """Train a GPT-2 on a text or on token shards, and save it as a model folder.
 
-    The last tenth of the text is kept for validation. Losses, in nats a byte, are printed as they
+    The last tenth of a text is kept for validation. Losses, in nats a token, are printed as they
     are measured, and whenever the validation loss is the best so far the model is saved to `out`,
     in place of what was there: whatever happens later, the best one is kept.
 
     Args:
-        data: a text file, shakespeare (downloaded once), or python-docs (on every machine).
+        data: a text file, shakespeare (downloaded once), python-docs (on every machine), or a
+            folder of token shards: prepare.py's, nanoGPT's or llm.c's.
         out: the folder to write; `python gpt2.py "..." --model_size mine` then reads models/mine.
         n_layer: transformer blocks.
         n_head: attention heads in each; n_embd must be a multiple of it.
@@ -315,27 +366,34 @@ def main(
         drop_rate: share of the blocks' weights left out at random in every step, in 256ths.
         eval_every: steps between two looks at the validation text.
         seed: the same seed gives the same run.
+        tokenizer: 124M (GPT-2's), a folder in models, or a path; by default that of the shards, and
+            bytes for a text.
         dtype: float32 or float16, of the weights on the disk.
     """
     check_flags(locals())
     check_target(out)  # better now than after the first steps
-    encoder = Encoder([])
-    ids, windows = split_tokens(encoder.encode(load_text(data)), n_ctx)
+    shards, encoder = load_tokens(data, tokenizer)
+    check_enough(shards, n_ctx, data)
+    windows = cut_windows(shards["val"], n_ctx)
     sizes = {"n_vocab": encoder.n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_layer": n_layer}
     params = init_params(jax.random.key(seed), **sizes)
     n_params = sum(x.size for x in jax.tree.leaves(params))
-    print(f"{n_params} parameters, {len(ids)} training and {windows[:, 1:].size} validation tokens")
+    n_train, n_val = count_ids(shards["train"]), windows[:, 1:].size
+    print(f"{n_params} parameters, {n_train} training and {n_val} validation tokens")
 
     schedule = make_schedule(n_steps, learning_rate, n_warmup)
     optimizer = make_optimizer(schedule, weight_decay, grad_clip)
-    train_steps = make_train_steps(optimizer, n_head, n_ctx, batch_size, drop_rate, seed)
+    train_steps = make_train_steps(optimizer, n_head, drop_rate, seed)
     state = params, optimizer.init(params), jnp.int32(0)
+
+    def read(n_done, n):
+        return read_batches(shards["train"], seed, n_done, n, batch_size, n_ctx)
 
     def keep(params):
         save_model(out, encoder, {**sizes, "n_head": n_head}, params, dtype)
 
     try:
-        train(state, train_steps, jnp.asarray(ids), windows, n_head, n_steps, eval_every, keep)
+        train(state, train_steps, read, windows, n_head, n_steps, eval_every, keep)
     except jax.errors.JaxRuntimeError as error:  # out of memory, as a rule
         raise MemoryError(str(error)) from None
     print(f"the best model is in {out}; a sample of it:\n")

@@ -116,38 +116,63 @@ def test_dropped_weights_are_the_asked_share_and_the_rest_is_scaled_up(seed):
 
 
 def test_batches_are_stretches_of_the_text_from_anywhere_in_it(seed):
-    tokens = jnp.arange(20)
-    batch = np.asarray(train_jax.sample_batch(jax.random.key(seed), tokens, 500, 16))
-    assert batch.shape == (500, 17)
-    assert (np.diff(batch) == 1).all()
-    assert set(batch[:, 0]) == {0, 1, 2, 3}  # the last stretch ends with the last token
+    text = [np.arange(7, dtype=np.uint16), np.arange(7, 20, dtype=np.uint16)]  # two shards
+    batches = train_jax.read_batches(text, seed, 0, 50, 10, 16)
+    assert batches.shape == (50, 10, 17) and batches.dtype == np.int32
+    assert (np.diff(batches) == 1).all()
+    assert set(batches[..., 0].flat) == {0, 1, 2, 3}  # the last stretch ends with the last token
 
 
-def test_validation_predicts_each_token_of_the_last_tenth_once():
-    train, windows = train_jax.split_tokens(range(1000), n_ctx=16)
-    assert list(train) == list(range(900))
-    assert list(windows[:, 1:].flat) == list(range(901, 901 + 6 * 16))
+def test_a_steps_batch_depends_on_the_seed_and_the_step_only(seed):
+    text = [np.arange(5000, dtype=np.uint16)]
+    whole = train_jax.read_batches(text, seed, 0, 8, 3, 16)
+    assert (train_jax.read_batches(text, seed, 5, 3, 3, 16) == whole[5:]).all()
+    assert len(np.unique(whole[..., 0])) > 15
+    assert (train_jax.read_batches(text, seed + 1, 0, 8, 3, 16) != whole).any()
+
+
+def test_the_largest_seed_draws_too():
+    assert train_jax.read_batches([np.arange(99)], 2**32 - 1, 0, 1, 2, 8).shape == (1, 2, 9)
+
+
+def test_places_beyond_31_bits_are_drawn(seed, monkeypatch):
+    """9 * 10**9 ids, which no random number of 31 bits reaches by itself."""
+    monkeypatch.setattr(train_jax, "count_ids", lambda shards: 9 * 10**9)
+    monkeypatch.setattr(train_jax, "read_stretch", lambda shards, start, n: [start] * n)
+    starts = train_jax.read_batches([], seed, 0, 50, 20, 64)
+    assert 0 <= starts.min() < 2 * 10**9 and 7 * 10**9 < starts.max() < 9 * 10**9 - 64
+
+
+def split_text(text, n_ctx):
+    """As train_jax.main takes a text: training ids, and validation windows."""
+    n_train = len(text) * 9 // 10
+    return np.array(text[:n_train]), train_jax.cut_windows([np.array(text[n_train:])], n_ctx)
+
+
+def test_validation_predicts_each_token_once(monkeypatch):
+    windows = train_jax.cut_windows([np.arange(40), np.arange(40, 100)], n_ctx=16)
+    assert list(windows[:, 1:].flat) == list(range(1, 1 + 6 * 16))
     assert (windows[:, :-1] + 1 == windows[:, 1:]).all()
-    assert train_jax.split_tokens(range(170), n_ctx=16)[1].shape == (1, 17)
-    with pytest.raises(ValueError, match="too few"):
-        train_jax.split_tokens(range(160), n_ctx=16)
+    assert train_jax.cut_windows([np.arange(17)], n_ctx=16).shape == (1, 17)
+    monkeypatch.setattr(train_jax, "MOST_VALIDATION", 32)  # of more, every third
+    assert list(train_jax.cut_windows([np.arange(100)], 16)[:, 0]) == [0, 48]
 
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.1])
 def test_many_steps_a_call_are_the_same_as_one_a_call(seed, drop_rate):
-    tokens = jax.random.randint(jax.random.key(seed), (2000,), 0, 257)
+    batches = jax.random.randint(jax.random.key(seed), (8, 4, 17), 0, 257)
     schedule = train_jax.make_schedule(6, 1e-3, 2)
     optimizer = train_jax.make_optimizer(schedule, weight_decay=0.1, grad_clip=1.0)
-    steps = train_jax.make_train_steps(optimizer, 3, 16, 4, drop_rate, seed)
+    steps = train_jax.make_train_steps(optimizer, 3, drop_rate, seed)
 
     def start():
         params = train_jax.init_params(jax.random.key(seed), **SIZES)
         return params, optimizer.init(params), jnp.int32(0)
 
-    together, mean = steps(start(), tokens, 6)
+    together, mean = steps(start(), batches, 6)
     alone, losses = start(), []
-    for _ in range(6):
-        alone, value = steps(alone, tokens, 1)
+    for i in range(6):
+        alone, value = steps(alone, batches[i : i + 1], 1)
         losses.append(float(value))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), together, alone))
     assert np.isclose(mean, np.mean(losses), rtol=1e-6) and len(set(losses)) == 6
@@ -164,7 +189,8 @@ BAD = {
     "decay": (["--weight_decay", "-0.1"], "weight_decay must be 0 or more"),
     "out": (["--out", "/dev/null/model"], "cannot write /dev/null/model"),
     "no text": (["--data", "nowhere.txt"], "no text at nowhere.txt"),
-    "a folder": (["--data", "."], "no text at ."),
+    "a folder": (["--data", "."], ".: no token shards: expected"),
+    "no tokenizer": (["--tokenizer", "9M"], "no model '9M'"),
 }
 
 
@@ -199,26 +225,30 @@ def test_ctrl_c_keeps_the_model(tmp_path):
     assert GPT2LMHeadModel.from_pretrained(tmp_path / "out").config.n_embd == 8
 
 
+def no_batches(n_done, n):
+    return None
+
+
 def test_ctrl_c_before_the_first_evaluation_keeps_the_model_too():
     kept = []
 
-    def train_steps(state, tokens, n):
+    def train_steps(state, batches, n):
         if state == ["params 2"]:
             raise KeyboardInterrupt
         return [f"params {int(state[0][-1]) + 1}"], 1.0
 
     with pytest.raises(KeyboardInterrupt):
-        train_jax.train(["params 0"], train_steps, None, None, 1, 10**6, 10**6, kept.append)
+        train_jax.train(["params 0"], train_steps, no_batches, None, 1, 10**6, 10**6, kept.append)
     assert kept == ["params 2"]
 
 
 def test_ctrl_c_before_the_first_step_keeps_nothing():
-    def train_steps(state, tokens, n):
+    def train_steps(state, batches, n):
         raise KeyboardInterrupt
 
     kept = []
     with pytest.raises(KeyboardInterrupt):
-        train_jax.train(["params"], train_steps, None, None, 1, 10, 10, kept.append)
+        train_jax.train(["params"], train_steps, no_batches, None, 1, 10, 10, kept.append)
     assert kept == []
 
 
@@ -229,7 +259,7 @@ def test_the_shipped_model_has_the_validation_loss_that_its_readme_states():
     folder = REPO / "models" / "shakespeare"
     stated = float(re.search(r"\*\*([\d.]+)\*\* nats", (folder / "README.md").read_text())[1])
     encoder, hparams, params = load_encoder_hparams_and_params(str(folder), "models")
-    _, windows = train_jax.split_tokens(encoder.encode(SHAKESPEARE.read_text()), hparams["n_ctx"])
+    _, windows = split_text(encoder.encode(SHAKESPEARE.read_text()), hparams["n_ctx"])
     validation = train_jax.evaluate(params, windows, hparams["n_head"])
     assert abs(validation - stated) < 1e-3 and stated <= 1.5
     assert sum(x.size for x in jax.tree.leaves(params)) == 2_768_064
@@ -254,7 +284,7 @@ def test_a_run_on_python_docs_learns_more_than_pairs_and_opens_in_transformers(t
     validation = float(re.findall(r"validation (\S+)", out)[-1])
 
     ids = Encoder([]).encode(train_jax.load_text("python-docs"))
-    train, windows = train_jax.split_tokens(ids, n_ctx=64)
+    train, windows = split_text(ids, n_ctx=64)
     assert validation < bigram_loss(train.tolist(), ids[len(train) :]) - 0.1
 
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "docs")

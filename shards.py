@@ -1,0 +1,101 @@
+"""Token shards: folders of ids for the trainer, mapped and never read as a whole.
+
+    shards, encoder = open_shards("shards/corpus")
+    read_stretch(shards["train"], start=12345, n=65)      # 65 ids from the 12345th on
+
+The shards of a split are one long sequence; where it is cut into files makes no difference. Three
+kinds of folders open: prepare.py's own (its docstring describes them), nanoGPT's `train.bin` and
+`val.bin` (nothing but uint16), and those of llm.c and modded-nanogpt (names with `train` or `val`
+in them; uint16 after a header of 256 int32, of which the first is 20240520, the second the version
+and the third the number of ids). Only the first kind knows its tokenizer.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from encoder import find_tokenizer, get_encoder
+
+MAGIC, VERSION, N_HEADER = 20240520, 1, 256  # the header of llm.c's files, in int32
+
+
+def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or None
+    """Every array is a read-only memory map, [n_ids] of uint16 or uint32.
+
+    ValueError or OSError, one clear line, for what is no folder of shards, is not complete, or has
+    another size than it says.
+    """
+    folder = Path(folder)
+    if (folder / "meta.json").exists():
+        return open_prepared(folder), get_encoder("", folder)
+    files = sorted(folder.glob("*.bin"))
+    if any(re.fullmatch(r"(train|val)_\d{6}\.bin", file.name) for file in files):
+        raise ValueError(f"{folder}: no meta.json: prepare.py has not finished there, run it again")
+    shards = {s: [open_foreign(f) for f in files if s in f.name] for s in ("train", "val")}
+    if not shards["train"]:
+        raise FileNotFoundError(
+            f"{folder}: no token shards: expected prepare.py's meta.json, or .bin files of nanoGPT "
+            "or llm.c with train and val in their names"
+        )
+    try:
+        find_tokenizer(folder)
+    except FileNotFoundError:
+        return shards, None
+    return shards, get_encoder("", folder)
+
+
+def open_prepared(folder):
+    """The shards that meta.json lists."""
+    shards = {"train": [], "val": []}
+    try:
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        dtype = {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
+        sizes = [(str(name), int(n)) for name, n in meta["shards"].items()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{folder}/meta.json: not one of prepare.py's") from None
+    for name, n_ids in sizes:
+        path = folder / Path(name).name
+        if path.stat().st_size != n_ids * np.dtype(dtype).itemsize:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes, but meta.json has {n_ids} ids")
+        shards[name.split("_")[0]].append(np.memmap(path, dtype, mode="r"))
+    return shards
+
+
+def open_foreign(path):
+    """nanoGPT's bare uint16, or llm.c's, which begins with a header."""
+    n_bytes = path.stat().st_size
+    if n_bytes == 0 or n_bytes % 2:
+        raise ValueError(f"{path}: {n_bytes} bytes, which are no uint16 ids")
+    header = np.fromfile(path, "<i4", 3)
+    if len(header) < 3 or header[0] != MAGIC:
+        return np.memmap(path, "<u2", mode="r")
+    if header[1] != VERSION or n_bytes != 4 * N_HEADER + 2 * header[2]:
+        raise ValueError(
+            f"{path}: {n_bytes} bytes, but its header says version {header[1]}, {header[2]} ids"
+        )
+    return np.memmap(path, "<u2", mode="r", offset=4 * N_HEADER)
+
+
+def count_ids(shards):  # [arrays] -> the length of the sequence that they are
+    return sum(map(len, shards))
+
+
+def read_stretch(shards, start, n):  # [arrays] -> [n] int32
+    """The ids from `start` on, across the borders of the shards."""
+    first = np.cumsum([0, *map(len, shards)])
+    i = int(np.searchsorted(first, start, side="right")) - 1
+    pieces = [shards[i][start - first[i] : start - first[i] + n]]
+    while (n_read := sum(map(len, pieces))) < n and (i := i + 1) < len(shards):
+        pieces.append(shards[i][: n - n_read])
+    return np.concatenate(pieces).astype(np.int32)
+
+
+def check_ids(shards, n_vocab, name):
+    """ValueError if any id is beyond the vocabulary. Reads everything once, a part at a time."""
+    for shard in shards:
+        for start in range(0, len(shard), 2**24):
+            largest = int(shard[start : start + 2**24].max())
+            if largest >= n_vocab:
+                raise ValueError(f"{name}: has the id {largest}, but the tokenizer only {n_vocab}")

@@ -1,0 +1,192 @@
+"""shards.py: prepare.py's folders, nanoGPT's, llm.c's, whole or broken; a model from them."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPO
+
+import shards
+from encoder import ENDOFTEXT, Encoder, get_encoder
+
+
+def run(script, *args, **kwargs):
+    command = [sys.executable, str(REPO / script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    return done.returncode, done.stdout, done.stderr
+
+
+def write_nano(path, ids):
+    """As nanoGPT's data/*/prepare.py: a flat file of uint16."""
+    np.array(ids, dtype=np.uint16).tofile(path)
+
+
+def write_llm_c(path, ids, version=1):
+    """As llm.c's dev/data/data_common.py: 256 int32, then uint16."""
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240520, version, len(ids)
+    with open(path, "wb") as file:
+        file.write(header.tobytes())
+        file.write(np.array(ids, dtype=np.uint16).tobytes())
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A folder of prepare.py's with several shards, and its text."""
+    text = f"\n{ENDOFTEXT}\n".join(f"story {i} of an old man" * 9 for i in range(200))
+    (tmp_path / "a.txt").write_text(text)
+    flags = ["--out", "s", "--shard_mb", "0.004", "--val_fraction", "0.2"]
+    assert run("prepare.py", "a.txt", *flags, cwd=tmp_path)[0] == 0
+    return tmp_path / "s"
+
+
+def test_prepared_shards_are_mapped(prepared):
+    split, encoder = shards.open_shards(prepared)
+    assert encoder.merges == [] and len(split["train"]) > 3
+    for name, arrays in split.items():
+        for array, path in zip(arrays, sorted(prepared.glob(f"{name}_*.bin")), strict=True):
+            assert isinstance(array, np.memmap) and not array.flags.writeable
+            assert array.tolist() == np.fromfile(path, "<u2").tolist()
+
+
+def test_stretches_run_across_shards(rng):
+    parts = [np.array(rng.integers(0, 9, n), np.uint16) for n in (5, 1, 1, 30, 2)]
+    whole = np.concatenate(parts)
+    assert shards.count_ids(parts) == len(whole)
+    for start in range(len(whole)):
+        for n in range(1, len(whole) - start + 1):
+            stretch = shards.read_stretch(parts, start, n)
+            assert stretch.tolist() == whole[start : start + n].tolist()
+            assert stretch.dtype == np.int32
+
+
+@pytest.mark.parametrize("kind", ["nanoGPT", "llm.c"])
+def test_foreign_shards(tmp_path, rng, kind):
+    train, val = rng.integers(0, 257, 1000).tolist(), rng.integers(0, 257, 300).tolist()
+    if kind == "nanoGPT":
+        write_nano(tmp_path / "train.bin", train)
+        write_nano(tmp_path / "val.bin", val)
+        (tmp_path / "meta.pkl").write_bytes(b"never read")
+    else:
+        write_llm_c(tmp_path / "fineweb_train_000001.bin", train[:600])
+        write_llm_c(tmp_path / "fineweb_train_000002.bin", train[600:])
+        write_llm_c(tmp_path / "fineweb_val_000000.bin", val)
+    split, encoder = shards.open_shards(tmp_path)
+    assert encoder is None
+    assert shards.read_stretch(split["train"], 0, 1000).tolist() == train
+    assert shards.read_stretch(split["val"], 0, 300).tolist() == val
+    with pytest.raises(ValueError, match="has the id 256, but the tokenizer only 256"):
+        shards.check_ids([np.array([3, 256])], 256, "x")
+    Encoder([("a", "b")]).save(tmp_path)
+    assert shards.open_shards(tmp_path)[1].merges == [("a", "b")]
+
+
+def damage(folder, how):
+    meta = json.loads((folder / "meta.json").read_text())
+    if how == "cut":
+        data = (folder / "train_000001.bin").read_bytes()
+        (folder / "train_000001.bin").write_bytes(data[:-2])
+    elif how == "gone":
+        (folder / "train_000001.bin").unlink()
+    elif how == "no meta":
+        (folder / "meta.json").unlink()
+    elif how == "other":
+        (folder / "meta.json").write_text("[1]")
+    elif how == "dtype":
+        (folder / "meta.json").write_text(json.dumps(meta | {"dtype": "float16"}))
+
+
+@pytest.mark.parametrize(
+    "how, problem",
+    [
+        ("cut", r"train_000001.bin: \d+ bytes, but meta.json has \d+ ids"),
+        ("gone", r"train_000001.bin"),
+        ("no meta", r"no meta.json: prepare.py has not finished there, run it again"),
+        ("other", r"meta.json: not one of prepare.py's"),
+        ("dtype", r"meta.json: not one of prepare.py's"),
+    ],
+)
+def test_damaged_folders(prepared, how, problem):
+    damage(prepared, how)
+    with pytest.raises((ValueError, OSError), match=problem):
+        shards.open_shards(prepared)
+
+
+def test_damaged_foreign_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no token shards: expected prepare.py's meta.json"):
+        shards.open_shards(tmp_path)
+    for data, problem in ((b"", "0 bytes, which are no"), (b"abc", "3 bytes, which are no uint16")):
+        (tmp_path / "train.bin").write_bytes(data)
+        with pytest.raises(ValueError, match=problem):
+            shards.open_shards(tmp_path)
+    write_llm_c(tmp_path / "train.bin", range(99), version=7)
+    with pytest.raises(ValueError, match="its header says version 7, 99 ids"):
+        shards.open_shards(tmp_path)
+    write_llm_c(tmp_path / "train.bin", range(99))
+    (tmp_path / "train.bin").write_bytes((tmp_path / "train.bin").read_bytes()[:-2])
+    with pytest.raises(ValueError, match="1220 bytes, but its header says version 1, 99 ids"):
+        shards.open_shards(tmp_path)
+
+
+TRAIN = [
+    "--n_layer",
+    "1",
+    "--n_embd",
+    "16",
+    "--n_ctx",
+    "32",
+    "--n_steps",
+    "40",
+    "--eval_every",
+    "20",
+]
+
+
+def test_a_model_is_trained_from_shards(prepared, tmp_path):
+    code, out, err = run("train_jax.py", "--data", prepared, "--out", tmp_path / "m", *TRAIN)
+    assert (code, err) == (0, "")
+    losses = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("step")]
+    assert len(losses) == 2 and losses[1] < losses[0] < 5.6
+    assert get_encoder("m", tmp_path).merges == []
+    code, out, err = run(
+        "gpt2.py", "story", "--model_size", tmp_path / "m", "--n_tokens_to_generate", "5"
+    )
+    assert (code, err) == (0, "")
+
+
+def test_the_same_ids_train_alike_from_every_kind(prepared, tmp_path):
+    split, encoder = shards.open_shards(prepared)
+    train, val = (np.concatenate(split[name]) for name in ("train", "val"))
+    for kind, write in (("nano", write_nano), ("llm.c", write_llm_c)):
+        (tmp_path / kind).mkdir()
+        write(tmp_path / kind / "x_train.bin", train)
+        write(tmp_path / kind / "x_val.bin", val)
+    encoder.save(tmp_path / "tokenizer")
+    printed = []
+    for folder in (prepared, tmp_path / "nano", tmp_path / "llm.c"):
+        flags = ["--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "m", *TRAIN]
+        code, out, err = run("train_jax.py", "--data", folder, *flags)
+        assert (code, err) == (0, "")
+        printed.append(out.splitlines()[:3])
+    assert printed[0] == printed[1] == printed[2]
+
+    code, out, err = run("train_jax.py", "--data", tmp_path / "nano", "--out", tmp_path / "n")
+    problem = "shards without a tokenizer: name theirs with --tokenizer"
+    assert (code, out) == (2, "") and problem in err and err.count("\n") == 1
+    write_nano(tmp_path / "nano" / "x_val.bin", [1, 300] * 100)
+    flags = ["--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "n"]
+    code, out, err = run("train_jax.py", "--data", tmp_path / "nano", *flags)
+    assert (code, out) == (2, "") and "has the id 300, but the tokenizer only 257" in err
+
+
+def test_a_text_may_have_a_tokenizer(tmp_path):
+    Encoder([("t", "h"), ("th", "e")]).save(tmp_path / "tokenizer")
+    (tmp_path / "a.txt").write_text("the old man and the sea " * 300)
+    flags = ["--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "m", *TRAIN]
+    code, out, err = run("train_jax.py", "--data", tmp_path / "a.txt", *flags)
+    assert (code, err) == (0, "")
+    n_ids = 300 * (len("the old man and the sea ") - 4)
+    assert f", {n_ids * 9 // 10} training" in out
+    assert get_encoder("m", tmp_path).n_vocab == 259
