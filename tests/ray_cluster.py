@@ -8,12 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-from ray.cluster_utils import Cluster
-
 PREPARE = Path(__file__).resolve().parent.parent / "prepare.py"
 
 
 def main(out, *flags):
+    from ray.cluster_utils import Cluster
+
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     other = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
