@@ -51,6 +51,7 @@ from encoder import CHAR_OF_BYTE, ENDOFTEXT, Encoder, get_encoder, write_whole
 TRAINING_BYTES = 10**8  # of text, at most, from which --train_tokenizer learns
 SPLITS = ["train", "val"]
 TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json"]
+SHARD = re.compile(r"(train|val)_\d{6,}\.bin")
 WORK = ".work"  # the folder, in that of the shards, that holds what is not complete
 
 
@@ -305,8 +306,9 @@ def begin(out, plan):  # -> whether there is anything to do
     if begun != plan or not repeatable:
         for name in set(os.listdir(work_dir)) - {"lock"}:
             os.unlink(os.path.join(work_dir, name))
-        for name in set(os.listdir(out)) - {WORK}:
-            os.unlink(os.path.join(out, name))
+        for name in os.listdir(out):
+            if name in TOKENIZER or SHARD.fullmatch(name):
+                os.unlink(os.path.join(out, name))
         write_whole(Path(work_dir, "plan.json"), json.dumps(plan))
     return True
 
