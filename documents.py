@@ -27,6 +27,7 @@ from encoder import mend_surrogates
 
 BLOCK = 2**20  # bytes that are read at a time
 NEWLINE = ord("\n")
+SHORTER = "the file became shorter while it was read"
 FORMATS = {
     "text": [".txt", ".text", ".md"],
     "json": [".jsonl", ".ndjson", ".json"],
@@ -34,26 +35,36 @@ FORMATS = {
 }
 PACKED = [".gz", ".zst"]
 
-# Where a long text may be cut so that its parts have the ids of the whole: between a sign and the
-# white space before a word, or a letter and a sign that follows it. Searched from the end.
-CUT = regex.compile(r"(?r)(?<=\S)(?=\s\S)|(?<=\p{L})(?=[^\s\p{L}\p{N}])")
+# Where a long text may be cut so that its parts have the ids of the whole: before the white-space
+# character that precedes a word, and between a letter or digit and a sign. Searched from the end.
+CUT = regex.compile(r"(?r)(?=\s\S)|(?<=[\p{L}\p{N}])(?=[^\s\p{L}\p{N}])")
 
 # --- From words of the command line to files, and from files to spans --------------------------
 
 
-def find_files(inputs):  # words of the command line -> [paths]
-    """The files that are meant, in the order of the words; those of a folder or a glob by name."""
+def find_files(inputs, leave_out):  # words of the command line -> [paths]
+    """The files that are meant, in the order of the words; those of a folder or a glob by name.
+
+    Not among them are a folder's hidden files, and those of the folder `leave_out`.
+    """
     files, left_out = [], []
     for name in inputs:
         if name == "-" or os.path.isfile(name):
             files.append(name)
         elif os.path.isdir(name):
-            inside = sorted(map(str, Path(name).rglob("*")))
-            shown = [p for p in inside if os.sep + "." not in p[len(name) :] and os.path.isfile(p)]
+            inside = sorted(p for p in Path(name).rglob("*") if p.is_file())
+            inside = [
+                p for p in inside if not p.absolute().is_relative_to(Path(leave_out).absolute())
+            ]
+            shown = [
+                str(p) for p in inside if not any(x[0] == "." for x in p.relative_to(name).parts)
+            ]
             files += filter(format_of, shown)
             left_out += itertools.filterfalse(format_of, shown)
         elif found := sorted(filter(os.path.isfile, glob.glob(name, recursive=True))):
             files += found
+        elif os.path.exists(name):
+            raise ValueError(f"{name}: not a regular file; - reads standard input")
         else:
             raise FileNotFoundError(f"{name}: no such file, folder or pattern")
     if left_out:
@@ -68,6 +79,7 @@ def find_files(inputs):  # words of the command line -> [paths]
 
 
 def format_of(path):  # -> "text", "json" or "parquet" by the name's ending, or None
+    path = path.lower()
     plain = Path(path).stem if Path(path).suffix in PACKED else path
     return next((name for name, ends in FORMATS.items() if Path(plain).suffix in ends), None)
 
@@ -84,23 +96,33 @@ def describe(path, json_lines):  # -> a source
     return source | {"n_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
+def is_same(source):
+    """Is a source still what it was when it was described?"""
+    try:
+        status = os.stat(source["name"])
+    except FileNotFoundError:
+        return False
+    return (status.st_size, status.st_mtime_ns) == (source["n_bytes"], source["mtime_ns"])
+
+
 def cut_source(number, source, options, work_dir):  # yields spans
     """A span's file `path` is to be read from `start` to `stop`; it begins at the byte `offset` and
     after `line` lines of its source, and stands for `progress` of the source's bytes.
     """
     name, n_bytes, n_most = source["name"], source["n_bytes"], options["shard_bytes"]
-    span = {"source": number, "name": name, "path": name, "format": source["format"]}
+    span = {"source": number, "name": name, "path": os.path.abspath(name)}
+    span |= {"format": source["format"]}
     span |= {"offset": 0, "line": 0, "temporary": False, "split": None, "ends": True}
     separator = b"" if source["format"] == "json" else b"\n" + options["separator"].encode()
     boundary = re.compile(re.escape(separator) + rb"\r?\n")  # what a span ends with
     if source["format"] == "parquet":
         yield from cut_parquet(span, n_bytes, n_most)
-    elif name == "-" or Path(name).suffix in PACKED:
+    elif name == "-" or Path(name).suffix.lower() in PACKED:
         yield from unpack(span, boundary, n_most, work_dir)
     else:
         start = 0
         while start < n_bytes:
-            stop = find_boundary(name, start + n_most, boundary) or n_bytes
+            stop = min(find_boundary(name, start + n_most, boundary) or n_bytes, n_bytes)
             size = stop - start
             yield span | {"start": start, "stop": stop, "size": size, "progress": size}
             start = stop
@@ -121,7 +143,11 @@ def find_boundary(path, start, boundary):  # -> where the first one from `start`
 
 def cut_parquet(span, n_bytes, n_most):
     """Spans of whole row groups: `start` and `stop` count these."""
-    groups = open_parquet(span["path"]).metadata
+    try:
+        with open(span["path"], "rb") as file:
+            groups = open_parquet(file).metadata
+    except ValueError as error:
+        raise ValueError(f"{span['name']}: {error.args[0]}") from None
     sizes = [groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)]
     start = size = 0
     for stop, more in enumerate(sizes, 1):
@@ -135,9 +161,12 @@ def cut_parquet(span, n_bytes, n_most):
 def unpack(span, boundary, n_most, work_dir):
     """Spans of what cannot be cut in place, each in a file of its own, to be deleted after use."""
     with contextlib.ExitStack() as stack:
-        packed = sys.stdin.buffer
         if span["name"] != "-":
             packed = stack.enter_context(open(span["name"], "rb"))
+        elif sys.stdin is None:
+            raise ValueError("standard input is closed")
+        else:
+            packed = sys.stdin.buffer
         file, n_read = None, 0
         for piece, ends in cut_stream(read_packed(packed, span["name"]), boundary, n_most):
             if file is None:
@@ -150,7 +179,7 @@ def unpack(span, boundary, n_most, work_dir):
                 file.close()
                 size = os.path.getsize(path)
                 span |= {"path": path, "start": 0, "stop": size, "size": size, "temporary": True}
-                n_now = packed.tell() if span["name"] != "-" else 0
+                n_now = packed.tell() if span["name"] != "-" else n_read + size
                 yield span | {"progress": n_now - n_read}
                 span |= {"offset": span["offset"] + size, "line": span["line"] + n_lines}
                 file, n_read = None, n_now
@@ -173,10 +202,10 @@ def cut_stream(blocks, boundary, n_most):  # yields (bytes, whether a span ends 
 def read_packed(file, name):  # yields bytes
     """The content of a compressed file, or of standard input. ValueError if it is cut short."""
     try:
-        if name.endswith(".gz"):
+        if name.lower().endswith(".gz"):
             with gzip.GzipFile(fileobj=file) as plain:
                 yield from iter(lambda: plain.read(BLOCK), b"")
-        elif name.endswith(".zst"):
+        elif name.lower().endswith(".zst"):
             yield from read_zst(file, name)
         else:
             yield from iter(lambda: file.read(BLOCK), b"")
@@ -233,7 +262,7 @@ def read_text(file, start, stop, separator):  # yields lists of parts
         rest = held[used:] if used else held
         if not block:
             if at + len(held) < stop:
-                raise ValueError("the file became shorter while it was read", at)
+                raise ValueError(SHORTER, at)
             if begun or rest:
                 parts.append((document, rest, True))
             yield parts
@@ -260,8 +289,8 @@ def find_cut(text):  # bytes -> position
         utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         window = utf8.decode(text[-n:])  # without the bytes of a last, incomplete character
         rest = len(utf8.getstate()[0])
-        found = CUT.search(window, min(4, len(window)))  # its first 3 may be half a character
-        if found and found.start() > 4:
+        found = CUT.search(window)
+        if found and found.start() > 4:  # the first 3 may be the rest of a character
             return (
                 len(text) - rest - len(window[found.start() :].encode("utf-8", "surrogateescape"))
             )
@@ -274,9 +303,11 @@ def read_json(file, start, stop, field):  # yields lists of parts
     parts, n_bytes, at = [], 0, start
     while at < stop:
         line = file.readline()
+        if not line:
+            raise ValueError(SHORTER, at)
         if line.strip():
             parts += cut_long(at, text_of_line(line, field, at))
-        at += max(1, len(line))
+        at += len(line)
         n_bytes += len(line)
         if n_bytes >= BLOCK:
             yield parts
@@ -285,7 +316,7 @@ def read_json(file, start, stop, field):  # yields lists of parts
 
 
 def text_of_line(line, field, at):
-    """ValueError's second argument is the position, from which the line's number follows."""
+    """ValueError's second argument is the position, which read_span turns into a line's number."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -299,31 +330,38 @@ def text_of_line(line, field, at):
 
 def read_parquet(file, start, stop, field):  # yields lists of parts
     """The documents of some row groups; their positions are the numbers of their rows."""
-    path = file.name
-    file = open_parquet(path)
-    if field not in file.schema_arrow.names:
-        raise ValueError(f"{path}: no column {field!r}, but {', '.join(file.schema_arrow.names)}")
-    row = sum(file.metadata.row_group(i).num_rows for i in range(start))
-    for batch in file.iter_batches(64, row_groups=list(range(start, stop)), columns=[field]):
+    table = open_parquet(file)
+    if field not in table.schema_arrow.names:
+        raise ValueError(f"no column {field!r}, but {', '.join(table.schema_arrow.names)}", None)
+    row = sum(table.metadata.row_group(i).num_rows for i in range(start))
+    batches = table.iter_batches(64, row_groups=list(range(start, stop)), columns=[field])
+    while batch := next_batch(batches):
         parts = []
         for text in batch.column(0).to_pylist():
             row += 1
             if not isinstance(text, str):
-                raise ValueError(f"{path}: row {row} has no text in the column {field!r}")
+                raise ValueError(f"row {row} has no text in the column {field!r}", None)
             parts += cut_long(row, text.encode())
         yield parts
 
 
-def open_parquet(path):
+def next_batch(batches):  # -> or None after the last
+    try:
+        return next(batches, None)
+    except Exception as error:  # pyarrow has OSError, ValueError and others for damage
+        raise ValueError(f"damaged ({error})", None) from None
+
+
+def open_parquet(file):
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ImportError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
+        raise ImportError(f"{file.name}: needs pyarrow: pip install pyarrow") from None
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not Parquet, or cut short ({error})") from None
+        return pyarrow.parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"not Parquet, or cut short ({error})", None) from None
 
 
 def read_span(span, options):  # yields lists of parts, none of them much longer than a block
@@ -337,10 +375,11 @@ def read_span(span, options):  # yields lists of parts, none of them much longer
         with open(span["path"], "rb") as file:
             yield from read(file, span["start"], span["stop"], options[option])
     except ValueError as error:
-        if len(error.args) < 2:
+        if len(error.args) != 2:
             raise
         problem, at = error.args
-        raise ValueError(f"{span['name']}: line {line_number(span, at)}: {problem}") from None
+        line = "" if at is None else f"line {line_number(span, at)}: "
+        raise ValueError(f"{span['name']}: {line}{problem}") from None
 
 
 def cut_long(position, text):  # yields the parts of a document

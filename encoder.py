@@ -253,8 +253,9 @@ def train(texts, n_vocab):
     runs out of pairs. Each merge joins the two neighbours that come most often at that point; of
     pairs that come equally often, the one whose bytes are greater. Nothing is merged across the
     pieces that encode() cuts, nor across texts, nor with <|endoftext|>, which parts documents.
-    Memory grows with the number of different pieces, not with the text. ValueError if n_vocab is
-    below 257. Sennrich et al. 2016, algorithm 1.
+    Memory grows with the number of different pieces, not with the text; time with their length,
+    so that a text without white space or signs is slow. ValueError if n_vocab is below 257.
+    Sennrich et al. 2016, algorithm 1.
 
     In "low lower lowest", (l, o) and (o, w) come three times each, and o is the greater byte: "ow"
     is the first merge, "low" the second. Then (" ", low) and (low, e) come twice each.

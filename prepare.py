@@ -6,12 +6,12 @@
 
 The parent process cuts the files into spans of some 32 MB that end where a document ends, reading
 little of them. Spans make tasks. A worker that gets a task seeks, and then reads, encodes and
-writes a megabyte at a time, so that its memory depends neither on the span nor on the document; it
-writes the task's own shard under another name and renames it when it is complete, and a note of
-what is in it comes last. What has its note is not done again: a run that was killed goes on where
-it was. Cuts, order and numbers follow from the files alone: one worker or a cluster, the bytes are
-the same. Compressed files and standard input cannot be cut in place: the parent unpacks them,
-a span at a time, into files that the workers then read.
+writes a megabyte at a time, so that its memory depends neither on the span nor on the document (of
+JSON and Parquet it holds a row); it writes the task's own shard under another name and renames it
+when it is complete, and a note of what is in it comes last. What has its note is not done again: a
+run that was killed goes on where it was. Cuts, order and numbers follow from the files alone: with
+one worker or a cluster, the bytes are the same. Compressed files and standard input cannot be cut
+in place: the parent unpacks them, a span at a time, into files that the workers then read.
 
 Documents are parted by lines that hold only <|endoftext|> (or --separator), by files, and in JSON
 lines and Parquet by the rows. Each ends with the id of <|endoftext|>; nothing else of them changes.
@@ -45,13 +45,17 @@ import numpy as np
 
 import documents
 import encoder as encoder_module
-from documents import cut_source, describe, find_boundary, find_files, notice, read_span
+from documents import cut_source, describe, find_files, is_same, notice, read_span
 from encoder import CHAR_OF_BYTE, ENDOFTEXT, Encoder, get_encoder, write_whole
+from shards import open_prepared
 
-TRAINING_BYTES = 10**8  # of text, at most, from which --train_tokenizer learns
+TRAINING_BYTES = 10**8  # of text, and at most a document more, from which a tokenizer learns
 SPLITS = ["train", "val"]
 TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json"]
-SHARD = re.compile(r"(train|val)_\d{6,}\.bin")
+OURS = re.compile(  # what may be deleted in the folder of the shards
+    r"(train|val)_\d{6,}\.bin|(vocab\.json|merges\.txt|tokenizer_config\.json)(\.\d+\.tmp)?"
+    r"|meta\.json\.\d+\.tmp"
+)
 WORK = ".work"  # the folder, in that of the shards, that holds what is not complete
 
 
@@ -59,17 +63,15 @@ WORK = ".work"  # the folder, in that of the shards, that holds what is not comp
 
 
 def make_tasks(sources, options, work_dir):  # yields {"number": ..., "spans": [...]}
-    """Spans in order, small ones together, so that a task has about shard_bytes to read.
-
-    If there is one document only, its end is for validation, rather than all of it or nothing.
-    """
+    """Spans in order, small ones together, so that a task has about shard_bytes to read."""
     cut = [cut_source(i, source, options, work_dir) for i, source in enumerate(sources)]
     spans = itertools.chain.from_iterable(cut)
-    if len(sources) == 1:
-        first = list(itertools.islice(spans, 2))
-        spans = itertools.chain(cut_document(*first, options) if len(first) == 1 else first, spans)
+    first = list(itertools.islice(spans, 2))
+    if len(first) == 1:
+        yield {"number": 0, "spans": cut_document(*first, options)}
+        return
     group, size, numbers = [], 0, itertools.count()
-    for span in spans:
+    for span in itertools.chain(first, spans):
         group.append(span)
         size += span["size"]
         if size >= options["shard_bytes"]:
@@ -79,19 +81,25 @@ def make_tasks(sources, options, work_dir):  # yields {"number": ..., "spans": [
         yield {"number": next(numbers), "spans": group}
 
 
-def cut_document(span, options):  # -> the span, or its two parts
-    """A text without separators is cut where its validation part begins, at a character."""
-    separator, fraction = re.escape(options["separator"].encode()), options["val_fraction"]
-    if span["format"] != "text" or find_boundary(span["path"], 0, re.compile(separator)):
+def cut_document(span, options):  # -> the only span, or its two parts
+    """If all there is is one document, its end is for validation, not all of it or nothing."""
+    if span["format"] != "text":
         return [span]
-    size = span["size"]
+    start, size = None, 0
+    for position, text, _ in itertools.chain.from_iterable(read_span(span, options)):
+        if start not in (None, position):
+            return [span]  # a second document
+        start, size = position, size + len(text)
+    if start is None:
+        return [span]
+    fraction = 0.1 if options["val_fraction"] is None else options["val_fraction"]
     with open(span["path"], "rb") as file:
-        at = file.seek(int(size * (1 - (0.1 if fraction is None else fraction))))
-        following = file.read(3)
+        at = file.seek(start + int(size * (1 - fraction)))
+        following = file.read(3)  # a character is not cut
         at += len(following) - len(following.lstrip(bytes(range(0x80, 0xC0))))
-    progress = span["progress"] * at // max(1, size)
-    train = {"split": "train", "ends": at == size, "stop": at, "size": at, "progress": progress}
-    val = {"split": "val", "start": at, "size": size - at, "progress": span["progress"] - progress}
+    stop = start + size
+    train = {"split": "train", "start": start, "stop": at, "ends": at == stop}
+    val = {"split": "val", "start": at, "stop": stop, "progress": 0}
     return [span | train, span | val]
 
 
@@ -100,36 +108,34 @@ def cut_document(span, options):  # -> the span, or its two parts
 encoders = {}  # a worker reads the tokenizer once
 
 
+def read_json_file(path):
+    """A JSON object, or an empty one where there is no such file, or a broken one."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        found = json.loads(Path(path).read_text("utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 def do_task(task, out, options):  # -> its note: counts of what is in its shards
     """Write the shards of a task and then its note, each whole or not at all.
 
     What another try at the same task does meanwhile, on a machine thought lost, harms nothing.
     """
-    if "paths" in task:
-        return {path: checksum(path) for path in task["paths"]}
+    if "checksums" in task:
+        return {name: checksum(path) for name, path in task["checksums"].items()}
     number, work_dir = f"{task['number']:06d}", os.path.join(out, WORK)
+    shards = {split: os.path.join(out, f"{split}_{number}.bin") for split in SPLITS}
+    names = {split: os.path.join(work_dir, f"{split}_{uuid.uuid4().hex}") for split in SPLITS}
     note_file = Path(work_dir, f"{number}.json")
-    if note_file.exists():
-        return json.loads(note_file.read_text())
+    if is_done(note := read_json_file(note_file), shards, options["dtype"]):
+        return note
     if out not in encoders:
         encoders[out] = get_encoder("", out)
-    note = {"n_tokens": dict.fromkeys(SPLITS, 0), "n_documents": dict.fromkeys(SPLITS, 0)}
-    note |= {"n_bytes": 0, "n_replaced": 0}
-    names = {split: os.path.join(work_dir, f"{split}_{uuid.uuid4().hex}") for split in SPLITS}
     try:
-        with open(names["train"], "wb") as train, open(names["val"], "wb") as val:
-            for span in task["spans"]:
-                for parts in read_span(span, options):
-                    add_parts(
-                        parts, span, {"train": train, "val": val}, encoders[out], options, note
-                    )
-            for file in (train, val):
-                file.flush()
-                os.fsync(file.fileno())
+        note = write_shards(task["spans"], names, encoders[out], options)
         for split in SPLITS:
             if note["n_tokens"][split]:
-                os.chmod(names[split], 0o644)
-                os.replace(names[split], os.path.join(out, f"{split}_{number}.bin"))
+                os.replace(names[split], shards[split])
     except OSError as error:
         raise OSError(error.errno, error.strerror, error.filename or out) from None
     finally:
@@ -137,6 +143,26 @@ def do_task(task, out, options):  # -> its note: counts of what is in its shards
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
     write_whole(note_file, json.dumps(note))
+    return note
+
+
+def is_done(note, shards, dtype):
+    """Is there a note, and are the shards of which it tells as large as it says?"""
+    sizes = {split: os.path.getsize(p) for split, p in shards.items() if os.path.exists(p)}
+    wanted = {split: n * np.dtype(dtype).itemsize for split, n in note.get("n_tokens", {}).items()}
+    return bool(wanted) and all(sizes.get(split, 0) == n for split, n in wanted.items())
+
+
+def write_shards(spans, names, encoder, options):  # -> the note
+    note = {"n_tokens": dict.fromkeys(SPLITS, 0), "n_documents": dict.fromkeys(SPLITS, 0)}
+    note |= {"n_bytes": 0, "n_replaced": 0}
+    with open(names["train"], "wb") as train, open(names["val"], "wb") as val:
+        for span in spans:
+            for parts in read_span(span, options):
+                add_parts(parts, span, {"train": train, "val": val}, encoder, options, note)
+        for file in (train, val):
+            file.flush()
+            os.fsync(file.fileno())
     return note
 
 
@@ -219,7 +245,8 @@ def run_pool(tasks, work, n_workers):
         try:
             running = {}
             for task in tasks:
-                running[pool.submit(work, task)] = task
+                with held_back(signal.SIGINT):  # a worker that is starting would print a traceback
+                    running[pool.submit(work, task)] = task
                 if len(running) == 2 * n_workers:
                     yield from finished(running)
             while running:
@@ -240,9 +267,20 @@ def finished(running):
         yield running.pop(future), future.result()
 
 
+@contextlib.contextmanager
+def held_back(sign):
+    """A signal that comes now comes afterwards; in a process that starts now, when it allows it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [sign])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def follow_parent():
     """Ends this worker at once on Ctrl-C, and when its parent is gone, even by SIGKILL."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -282,13 +320,6 @@ def run_ray(tasks, work, address):
 # --- The whole run ------------------------------------------------------------------------------
 
 
-def read_json_file(path):
-    """A JSON object, or an empty one where there is no such file, or a broken one."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return json.loads(Path(path).read_text("utf-8"))
-    return {}
-
-
 def begin(out, plan):  # -> whether there is anything to do
     """Compare the plan with what an earlier run left in the folder; ValueError if it is foreign."""
     work_dir = os.path.join(out, WORK)
@@ -296,19 +327,19 @@ def begin(out, plan):  # -> whether there is anything to do
     begun = read_json_file(os.path.join(work_dir, "plan.json"))
     repeatable = plan["sources"][0]["name"] != "-"  # standard input may be another text now
     if complete == plan and repeatable:
+        open_prepared(Path(out))  # ValueError or OSError if a shard is missing or damaged
         return False
     there = set(os.listdir(out)) - {WORK} - (set(TOKENIZER) if begun else set())
     if complete or (there and begun != plan):
-        found = complete or begun
+        found = complete if isinstance(complete, dict) else begun
         other = ", ".join(key for key in plan if found and found.get(key) != plan[key])
         what = f"holds the shards of another run (other {other})" if other else "is not empty"
         raise ValueError(f"{out} {what}: remove it, or name another folder with --out")
     if begun != plan or not repeatable:
         for name in set(os.listdir(work_dir)) - {"lock"}:
             os.unlink(os.path.join(work_dir, name))
-        for name in os.listdir(out):
-            if name in TOKENIZER or SHARD.fullmatch(name):
-                os.unlink(os.path.join(out, name))
+        for name in filter(OURS.fullmatch, os.listdir(out)):
+            os.unlink(os.path.join(out, name))
         write_whole(Path(work_dir, "plan.json"), json.dumps(plan))
     return True
 
@@ -316,9 +347,10 @@ def begin(out, plan):  # -> whether there is anything to do
 def clean(out):
     """Delete what is half done and, where there is nothing to go on with, the work folder."""
     work_dir = os.path.join(out, WORK)
-    for name in os.listdir(work_dir):
-        if name != "lock" and not name.endswith(".json"):
-            os.unlink(os.path.join(work_dir, name))
+    for folder, name in [(d, name) for d in (out, work_dir) for name in os.listdir(d)]:
+        ours = folder == work_dir or OURS.fullmatch(name)
+        if ours and name != "lock" and not name.endswith((".json", ".txt", ".bin")):
+            os.unlink(os.path.join(folder, name))
     if "meta.json" in os.listdir(out) or "plan.json" not in os.listdir(work_dir):
         shutil.rmtree(work_dir)
         with contextlib.suppress(OSError):
@@ -339,7 +371,7 @@ def get_tokenizer(name, models_dir):  # -> Encoder
 
 
 def learn_tokenizer(n_vocab, sources, options, work_dir):  # -> Encoder
-    """From all of the text, or from an even share of every span if there is more than 100 MB."""
+    """From all of the text or, if there is more than 100 MB, from so much of all over it."""
     if sources[0]["name"] == "-":
         raise ValueError(
             "--train_tokenizer reads the text twice, which standard input does not allow"
@@ -347,13 +379,14 @@ def learn_tokenizer(n_vocab, sources, options, work_dir):  # -> Encoder
     share = min(1.0, TRAINING_BYTES / max(1, sum(source["n_bytes"] for source in sources)))
 
     def texts():
+        n_wanted = n_taken = 0
         for task in make_tasks(sources, options, work_dir):
             for span in task["spans"]:
-                left = share * span["size"]
+                n_wanted = min(n_wanted + share * span["size"], TRAINING_BYTES)
                 for _, text, _ in itertools.chain.from_iterable(read_span(span, options)):
-                    if left <= 0:
+                    if n_taken >= n_wanted:
                         break
-                    left -= len(text)
+                    n_taken += len(text)
                     yield text.decode(errors="replace")
             delete_unpacked(task)
 
@@ -374,7 +407,13 @@ def prepare(out, plan, encoder, options, n_workers, ray):
         encoder = learn_tokenizer(plan["train_tokenizer"], plan["sources"], options, work_dir)
     encoder.save(out)
     options = options | {"dtype": "<u2" if encoder.n_vocab <= 2**16 else "<u4"}
+    encoders.clear()
     notes, sha256 = run(plan["sources"], out, options, n_workers, ray)
+    for source in plan["sources"]:
+        if source["name"] != "-" and not is_same(source):
+            raise ValueError(
+                f"{source['name']} changed while it was read: remove {out} and try again"
+            )
     if not any(sum(note["n_tokens"].values()) for note in notes):
         raise ValueError("there is no text in " + " ".join(s["name"] for s in plan["sources"][:9]))
     finish(out, plan, encoder, options, notes, sha256)
@@ -384,9 +423,11 @@ def run(sources, out, options, n_workers, ray):  # -> (notes in order, {path: it
     """Do all tasks, with a bar that counts the bytes of the sources."""
     from tqdm import tqdm
 
-    work_dir, work = os.path.join(out, WORK), partial(do_task, out=out, options=options)
+    work_dir = os.path.join(os.path.abspath(out), WORK)  # which other machines see as well
+    work = partial(do_task, out=os.path.abspath(out), options=options)
     files = [source["name"] for source in sources if source["name"] != "-"]
-    checksums = ({"paths": files[i : i + 64]} for i in range(0, len(files), 64))
+    groups = (files[i : i + 64] for i in range(0, len(files), 64))
+    checksums = ({"checksums": {f: os.path.abspath(f) for f in group}} for group in groups)
     tasks = itertools.chain(make_tasks(sources, options, work_dir), checksums)
     total = None if len(files) < len(sources) else sum(source["n_bytes"] for source in sources)
     if ray:
@@ -401,7 +442,7 @@ def run(sources, out, options, n_workers, ray):  # -> (notes in order, {path: it
         tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar,
     ):
         for task, note in results:
-            if "paths" in task:
+            if "checksums" in task:
                 sha256 |= note
                 continue
             delete_unpacked(task)
@@ -432,7 +473,7 @@ def finish(out, plan, encoder, options, notes, sha256):
     meta |= {key: total(key) for key in ("n_tokens", "n_documents")}
     meta |= {key: sum(note[key] for note in notes) for key in ("n_bytes", "n_replaced")}
     meta |= {"shards": shards, "sha256": dict(sorted(sha256.items())), "plan": plan}
-    write_whole(Path(out, "meta.json"), json.dumps(meta, indent=1, ensure_ascii=False))
+    write_whole(Path(out, "meta.json"), json.dumps(meta, indent=1))
 
 
 def report(out, meta):
@@ -461,8 +502,8 @@ def check_flags(inputs, out, separator, val_fraction, seed, shard_mb, workers, t
         raise ValueError(f"val_fraction must be at least 0 and below 1, not {val_fraction}")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be 0 or more, and below 2**64, not {seed}")
-    if not 1e-6 <= shard_mb < 1e9:
-        raise ValueError(f"shard_mb must be a positive number, not {shard_mb}")
+    if not 1e-6 <= shard_mb <= 1e6:
+        raise ValueError(f"shard_mb must be from 0.000001 to 1000000, not {shard_mb}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be 1 or more, not {workers}")
     if None not in tokenizers:
@@ -509,14 +550,16 @@ def main(
 
     tokenizers = (tokenizer, train_tokenizer)
     check_flags(inputs, out, separator, val_fraction, seed, shard_mb, workers, tokenizers)
-    out = out or os.path.join("shards", Path(inputs[0]).name.split(".")[0])
+    out = out or os.path.join("shards", Path(inputs[0]).absolute().name.split(".")[0])
     if inputs == ("shakespeare",) and not os.path.exists("shakespeare"):
         inputs = (download_shakespeare(),)
     options = {"separator": separator, "field": field or "text", "val_fraction": val_fraction}
     options |= {"seed": seed, "shard_bytes": int(shard_mb * 1e6)}
-    sources = [describe(path, json_lines=field is not None) for path in find_files(inputs)]
+    files = find_files(inputs, leave_out=out)
+    sources = [describe(path, json_lines=field is not None) for path in files]
     encoder = None if train_tokenizer else get_tokenizer(tokenizer, models_dir)
     plan = {"tokenizer": tokenizer, "train_tokenizer": train_tokenizer, **options}
+    plan |= {"merges": encoder and hashlib.sha256(repr(encoder.merges).encode()).hexdigest()}
     plan |= {"sources": sources}
     work_dir = os.path.join(out, WORK)
     os.makedirs(work_dir, exist_ok=True)

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import resource
 import secrets
 import signal
 import subprocess
@@ -379,12 +378,17 @@ def test_folders_globs_and_their_order(tmp_path):
     assert (tmp_path / "shards" / "z" / "meta.json").exists()
 
 
-@pytest.mark.parametrize("n", [1, 2, 9, 10, 1000, 4321])
+@pytest.mark.parametrize("n", [1, 2, 9, 10, 1000, 40000])
 def test_one_document_is_cut_at_nine_tenths(tmp_path, n):
-    text = ("é" * n)[: n - n // 3] + "x" * (n // 3)
-    for name, packed in (("a.txt", text.encode()), ("a.txt.gz", gzip.compress(text.encode()))):
+    text = ("é" * n)[: n - n // 3] + f"x{ENDOFTEXT}" * (n // 30)  # no line of its own
+    line = f"\n{ENDOFTEXT}\n".encode()
+    for name, packed in (
+        ("a.txt", text.encode()),
+        ("b.txt", line[1:] + text.encode() + line[1:] * text.endswith("\n")),
+        ("a.txt.gz", gzip.compress(text.encode())),  # of more than one shard's size, and in two
+    ):
         (tmp_path / name).write_bytes(packed)
-        make(tmp_path / name, "--out", tmp_path / f"{name}.out")
+        make(tmp_path / name, "--out", tmp_path / f"{name}.out", "--shard_mb", "0.01")
         train, val = (read(tmp_path / f"{name}.out", split) for split in ("train", "val"))
         assert train + val == ids_of([text.encode()])
         assert abs(len(train) - 0.9 * len(text.encode())) <= 2
@@ -543,11 +547,11 @@ def test_a_full_disk(corpus, tmp_path):
     flags, whole = corpus
     out = tmp_path / "out"
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))
-
     for workers in (1, 2):
-        code, printed, err = run(*flags, "--out", out, "--workers", workers, preexec_fn=limit)
+        command = [sys.executable, REPO / "prepare.py", *flags, "--out", out, "--workers", workers]
+        limited = ["sh", "-c", 'ulimit -f 24; exec "$@"', "-", *map(str, command)]  # 12 kB a file
+        done = subprocess.run(limited, capture_output=True, text=True, timeout=120)
+        code, printed, err = done.returncode, done.stdout, done.stderr
         assert (code, printed, err) == (2, "", f"error: {out}: File too large\n")
         assert not list(out.glob("*.bin")) and not list(out.glob(".work/train*"))
     make(*flags, "--out", out)
@@ -578,12 +582,19 @@ def test_another_plan_is_refused(tmp_path):
     assert "(other sources)" in err
 
 
+def damaged(data):
+    """Some bytes in the middle turned round."""
+    return data[:3000] + bytes(255 - byte for byte in data[3000:3100]) + data[3100:]
+
+
 ROW = b'{"text": "a"}\n'
 NOT_GZIP, NOT_ZSTD = "not gzip, or cut short (", "not zstd, or damaged ("
 BROKEN = {
     "empty.txt": (b"", "there is no text in empty.txt"),
     "none.txt": (f"{ENDOFTEXT}\n{ENDOFTEXT}\n".encode(), "there is no text in none.txt"),
     "utf16.txt": ("text".encode("utf-16"), "utf16.txt: is UTF-16, not UTF-8: iconv"),
+    "be.txt": ("text".encode("utf-16-be").join([b"\xfe\xff", b""]), "be.txt: is UTF-16, not"),
+    "bad.txt.gz": (damaged(gzip.compress(os.urandom(9999))), f"bad.txt.gz: {NOT_GZIP}"),
     "cut.txt.gz": (gzip.compress(os.urandom(9999))[:-500], f"cut.txt.gz: {NOT_GZIP}"),
     "no.txt.gz": (b"plain text", f"no.txt.gz: {NOT_GZIP}"),
     "no.txt.zst": (b"plain text", f"no.txt.zst: {NOT_ZSTD}"),
@@ -650,7 +661,10 @@ FLAGS = [
     ("a.txt --val_fraction 1", "val_fraction must be at least 0 and below 1, not 1.0"),
     ("a.txt --val_fraction nan", "val_fraction must be at least 0 and below 1, not nan"),
     ("a.txt --seed -1", "seed must be 0 or more, and below 2**64, not -1"),
-    ("a.txt --shard_mb 0", "shard_mb must be a positive number, not 0.0"),
+    ("a.txt --shard_mb 0", "shard_mb must be from 0.000001 to 1000000, not 0.0"),
+    ("a.txt --seed 18446744073709551616", "seed must be 0 or more, and below 2**64, not"),
+    ("*.txt", "name the folder for the shards with --out"),
+    ("pipe", "pipe: not a regular file; - reads standard input"),
     ("a.txt --workers 0", "workers must be 1 or more, not 0"),
     ("a.txt --separator=a\nb", "separator must be the content of one line"),
     ("a.txt --tokenizer x --train_tokenizer 300", "--tokenizer and --train_tokenizer exclude each"),
@@ -667,6 +681,7 @@ FLAGS = [
 def test_bad_flags_give_one_clear_line(tmp_path, flags, problem):
     (tmp_path / "a.txt").write_text("some text")
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     code, out, err = run(*filter(None, flags.split(" ")), cwd=tmp_path, input=b"text")
     assert (code, out) == (2, "") and err.startswith("error: " + problem), err
     assert err.count("\n") == 1
@@ -714,16 +729,6 @@ def test_a_line_of_many_blocks_and_bounded_memory(tmp_path, rng):
     assert len(ids) == 18 * 1_600_000 + 3_000_000 + 2
 
 
-def test_more_than_65536_ids_are_uint32(tmp_path):
-    names = [a + b for a in small.vocab if len(a) == 1 for b in small.vocab if len(b) == 1][:65400]
-    large = Encoder([(name[0], name[1]) for name in names])
-    large.save(tmp_path / "large")
-    (tmp_path / "a.txt").write_text("zz~~yy")
-    make("a.txt", "--tokenizer", "large", "--models_dir", ".", "--val_fraction", "0", cwd=tmp_path)
-    assert json.loads((tmp_path / "shards/a/meta.json").read_text())["dtype"] == "uint32"
-    assert read(tmp_path / "shards" / "a", "train") == ids_of([b"zz~~yy"], large)
-
-
 def test_no_validation_is_noticed(tmp_path):
     (tmp_path / "a.txt").write_text(f"one\n{ENDOFTEXT}\ntwo\n")
     out, err = make("a.txt", "--val_fraction", "1e-9", cwd=tmp_path)
@@ -758,3 +763,246 @@ def test_ray_on_this_machine(corpus, tmp_path):
     assert "bad.jsonl: line 1: no text in the field" in err.splitlines()[-1]
     code, out, err = run(flags[0], "--out", tmp_path / "no", "--ray", "auto")
     assert code == 2 and err.splitlines()[-1].startswith("error: Ray: ")
+
+
+# What reviewers and mutations of the code found
+
+
+def test_blank_lines_part_a_single_file(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\n\nthree\n")
+    make("a.txt", "--separator", "", "--val_fraction", "0", cwd=tmp_path)
+    assert read(tmp_path / "shards" / "a", "train") == ids_of([b"one\n", b"two\n", b"three\n"])
+
+
+@pytest.mark.parametrize(
+    "name, out",
+    [("corpus", None), ("corpus/", None), ("./corpus", "corpus/out"), (".", None), (".", "out")],
+)
+def test_hidden_files_and_ones_own_output_stay_out(tmp_path, name, out):
+    for path in ("corpus/a.txt", "corpus/.git/b.txt", "corpus/.c.txt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(path)
+    where = tmp_path / "corpus" if name == "." else tmp_path
+    for _ in range(2):  # the second time, its own files are there
+        make(name, "--val_fraction", "0", *(["--out", out] if out else []), cwd=where)
+        assert read(where / (out or "shards/corpus"), "train") == ids_of([b"corpus/a.txt"])
+
+
+def test_many_small_files_share_shards(tmp_path):
+    (tmp_path / "many").mkdir()
+    for i in range(200):
+        (tmp_path / "many" / f"{i:03d}.txt").write_text(f"file {i:03d} " * 10)
+    flags = ["--shard_mb", "0.003", "--val_fraction", "0.3", "--workers", "2"]
+    make("many", *flags, "--out", "s", cwd=tmp_path)
+    meta = json.loads((tmp_path / "s" / "meta.json").read_text())
+    assert (
+        len([name for name in meta["shards"] if name.startswith("train")]) == 7
+    )  # 200 * 90 / 3000
+    assert list(meta["sha256"]) == [f"many/{i:03d}.txt" for i in range(200)]
+    assert 25 < meta["n_documents"]["val"] < 100  # each file draws for itself, though all are alike
+
+
+def test_the_draw_is_splitmix64():
+    """Written out for single integers, and for the sequence that its authors publish for 0."""
+
+    def mix(x):
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    assert mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
+    positions = np.arange(0, 10**6, 997, dtype=np.uint64)
+    for source in (0, 3):
+        key = int(np.random.SeedSequence([7, source]).generate_state(1, np.uint64)[0])
+        numbers = [mix((key + int(p) * 0x9E3779B97F4A7C15) % 2**64) for p in positions]
+        for fraction, wanted in ((0.25, 0.25), (None, 0.01)):
+            drawn = prepare.draw(positions, source, {"seed": 7, "val_fraction": fraction})
+            assert drawn.tolist() == [(x >> 11) * 2.0**-53 < wanted for x in numbers]
+
+
+def test_a_source_that_changes_ends_the_run(tmp_path):
+    for name, old in (("a.txt", "one text\n" * 9), ("a.jsonl", '{"text": "some"}\n' * 9)):
+        (tmp_path / name).write_text(old)
+        source = documents.describe(str(tmp_path / name), False)
+        (span,) = documents.cut_source(0, source, OPTIONS | {"shard_bytes": 10**6}, str(tmp_path))
+        (tmp_path / name).write_text(old[: len(old) // 9 * 4])
+        assert not documents.is_same(source)
+        with pytest.raises(
+            ValueError, match="line [15]: the file became shorter while it was read"
+        ):
+            list(documents.read_span(span, OPTIONS))
+    (tmp_path / "b.txt").write_text("old text")
+    make("b.txt", "--out", "s", cwd=tmp_path)
+    (tmp_path / "b.txt").write_text("new text")  # as long as the old
+    code, out, err = run("b.txt", "--out", "s", cwd=tmp_path)
+    assert code == 2 and "(other sources)" in err
+
+
+def test_shards_that_were_lost_are_noticed(corpus, tmp_path):
+    flags, whole = corpus
+    out = tmp_path / "out"
+    process = start(*flags, "--out", out, "--workers", "2")
+    wait_for_notes(out, 9, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    first, second, *_ = sorted(out.glob("train_*.bin"))
+    first.unlink()
+    second.write_bytes(b"")
+    (out / "merges.txt").unlink()
+    (out / "vocab.json.123.tmp").write_text("half")
+    code, printed, err = run(*flags, "--out", out, "--seed", "7")
+    assert code == 2 and "(other seed)" in err  # an unfinished folder is not another run's either
+    make(*flags, "--out", out)
+    assert tree(out) == whole
+    first.unlink()
+    code, printed, err = run(*flags, "--out", out)
+    assert (code, printed) == (2, "") and "train_000000.bin: No such file" in err
+    assert not (out / ".work").exists()
+
+
+def test_a_shard_that_cannot_be_placed_has_no_note(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "out" / ".work").mkdir(parents=True)
+    Encoder([]).save(tmp_path / "out")
+    options = OPTIONS | {"shard_bytes": 100}
+    source = documents.describe(str(tmp_path / "a.txt"), False)
+    (task,) = prepare.make_tasks([source], options, str(tmp_path))
+    monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        prepare.do_task(task, str(tmp_path / "out"), options)
+    assert list((tmp_path / "out" / ".work").iterdir()) == []
+
+
+def test_what_is_unpacked_does_not_pile_up(tmp_path, rng, monkeypatch):
+    _, data = stories(rng, 2000)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(data.encode()))
+    most, plain = [], prepare.run_here
+
+    def run_here(tasks, work):
+        for done in plain(tasks, work):
+            most.append(len(list((tmp_path / "s" / ".work").glob("*[!.json]"))))
+            yield done
+
+    monkeypatch.setattr(prepare, "run_here", run_here)
+    path = str(tmp_path / "a.txt.gz")
+    prepare.main(path, out=str(tmp_path / "s"), shard_mb=0.01, workers=1, val_fraction=0)
+    assert len(most) > 20 and max(most) <= 4  # the next span, the lock, and half a look ahead
+
+
+def test_standard_input_is_read_anew(tmp_path):
+    rows = [json.dumps({"text": f"row {i}"}) + "\n" for i in range(99)]
+    flags = ["-", "--out", "s", "--field", "text", "--val_fraction", "0", "--shard_mb", "0.0002"]
+    code, out, err = run(*flags, cwd=tmp_path, input="".join([*rows, "broken"]).encode())
+    assert code == 2 and err.startswith("error: -: line 100: not JSON (")
+    assert list((tmp_path / "s").glob("*.bin"))
+    (tmp_path / "s" / "notes.txt").write_text("mine")
+    make(*flags, cwd=tmp_path, input="".join(rows[::-1]).encode())
+    assert read(tmp_path / "s", "train") == ids_of([f"row {i}".encode() for i in range(98, -1, -1)])
+    assert (tmp_path / "s" / "notes.txt").read_text() == "mine"
+    code, out, err = run(
+        *flags, cwd=tmp_path, stdin=None, preexec_fn=None, close_fds=True, input=b""
+    )
+    assert code == 2 and "remove it" in err
+
+
+def test_a_tokenizers_folder_is_not_taken(tmp_path):
+    small.save(tmp_path / "tokenizer")
+    before = tree(tmp_path / "tokenizer")
+    (tmp_path / "a.txt").write_text("text")
+    code, out, err = run("a.txt", "--out", "tokenizer", cwd=tmp_path)
+    assert (code, out) == (2, "") and "tokenizer is not empty: remove it" in err
+    assert tree(tmp_path / "tokenizer") == before and not (tmp_path / "tokenizer/.work").exists()
+
+
+def test_another_tokenizer_of_the_same_name_is_another_run(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    small.save(tmp_path / "tokenizer")
+    make("a.txt", "--tokenizer", "tokenizer", "--out", "s", cwd=tmp_path)
+    Encoder([("a", "b")]).save(tmp_path / "tokenizer")
+    code, out, err = run("a.txt", "--tokenizer", "tokenizer", "--out", "s", cwd=tmp_path)
+    assert code == 2 and "(other merges)" in err
+
+
+def test_two_runs_in_one_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("ab ab ab")
+    for n_vocab in (None, 258):
+        prepare.main("a.txt", out="s", train_tokenizer=n_vocab, val_fraction=0)
+        encoder = get_encoder("s", ".")
+        assert read(Path("s"), "train") == ids_of([b"ab ab ab"], encoder)
+        for path in Path("s").iterdir():
+            path.unlink()
+
+
+def test_windows_line_ends_cut_spans_too(tmp_path):
+    (tmp_path / "a.txt").write_bytes(f"one\r\n{ENDOFTEXT}\r\n".encode() * 99)
+    make("a.txt", "--val_fraction", "0", "--shard_mb", "0.0005", cwd=tmp_path)
+    assert read(tmp_path / "shards" / "a", "train") == ids_of([b"one\r\n"] * 99)
+    assert len(list((tmp_path / "shards" / "a").glob("train*"))) == 4  # 99 * 20 / 500
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    (tmp_path / "in").mkdir()
+    with open(os.fsencode(tmp_path / "in") + b"/caf\xe9.txt", "wb") as file:
+        file.write(b"text")
+    for _ in range(2):
+        make("in", "--val_fraction", "0", cwd=tmp_path)
+    assert read(tmp_path / "shards" / "in", "train") == ids_of([b"text"])
+
+
+def test_lone_surrogates_in_json(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b\\ud83d\\ude00"}')
+    make("a.jsonl", "--val_fraction", "0", cwd=tmp_path)
+    assert read(tmp_path / "shards" / "a", "train") == ids_of(["a\ufffdb😀".encode()])
+
+
+def test_rows_of_parquet_are_counted_through_the_file(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": ["word " * 99] * 90 + [None] + ["word"] * 9})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=20, use_dictionary=False)
+    code, out, err = run("a.parquet", "--out", "s", "--shard_mb", "0.01", cwd=tmp_path)
+    assert (code, err) == (2, "error: a.parquet: row 91 has no text in the column 'text'\n")
+    table = pyarrow.table({"text": [os.urandom(99).hex() for _ in range(900)]})
+    parquet.write_table(table, tmp_path / "b.parquet", compression="none")
+    data = (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(data[:100] + b"\xff" * 9999 + data[10099:])
+    code, out, err = run("b.parquet", "--out", "t", cwd=tmp_path)
+    assert code == 2 and err.startswith("error: b.parquet: damaged (") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("n_vocab, dtype", [(65536, "uint16"), (65537, "uint32")])
+def test_the_width_of_ids_is_that_of_the_largest(tmp_path, n_vocab, dtype):
+    chars = list(encoder_module.CHAR_OF_BYTE.values())
+    pairs = [(a, b) for a in chars for b in chars][: n_vocab - 257]
+    large = Encoder(pairs)
+    large.save(tmp_path / "large")
+    (tmp_path / "a.txt").write_text("zz~~yy")
+    make("a.txt", "--tokenizer", "large", "--models_dir", ".", "--val_fraction", "0", cwd=tmp_path)
+    assert json.loads((tmp_path / "shards/a/meta.json").read_text())["dtype"] == dtype
+    assert read(tmp_path / "shards" / "a", "train") == ids_of([b"zz~~yy"], large)
+
+
+def test_a_tokenizer_learns_from_no_more_than_it_should(tmp_path, monkeypatch):
+    (tmp_path / "many").mkdir()
+    for i in range(300):
+        (tmp_path / "many" / f"{i:03d}.txt").write_text(f"file {i:03d} " * 10)
+    monkeypatch.setattr(prepare, "TRAINING_BYTES", 2000)
+    files = documents.find_files([str(tmp_path / "many")], leave_out=str(tmp_path / "s"))
+    sources = [documents.describe(path, False) for path in files]
+    seen = []
+    monkeypatch.setattr(encoder_module, "train", lambda texts, n: seen.extend(texts))
+    prepare.learn_tokenizer(400, sources, OPTIONS | {"shard_bytes": 1000}, str(tmp_path))
+    assert 1900 < len("".join(seen)) < 2200
+    assert int(seen[0][5:8]) < 20 and int(seen[-1][5:8]) > 270
+
+
+def test_a_bad_row_ends_the_other_workers_at_once(tmp_path):
+    (tmp_path / "a.jsonl").write_text("bad\n")
+    (tmp_path / "b.txt").write_text("".join(f"{i} und {i * i}: " for i in range(10**6)))
+    small.save(tmp_path / "tokenizer")
+    flags = ["--tokenizer", "tokenizer", "--out", "s", "--shard_mb", "0.000001", "--workers", "2"]
+    started = time.monotonic()
+    code, out, err = run("b.txt", "a.jsonl", *flags, cwd=tmp_path)
+    assert code == 2 and err.startswith("error: a.jsonl: line 1: not JSON")
+    assert time.monotonic() - started < 30
