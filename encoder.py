@@ -296,16 +296,15 @@ def learn_merges(pieces, n_new):  # {piece: how often it comes} -> [(left, right
             where[pair].add(i)
     heap = [heap_entry(pair, n) for pair, n in counts.items()]
     heapify(heap)
-    merges, made = {}, set()  # a dict, because a pair may come up again: two may make one symbol
-    while heap and len(made) < n_new:
+    merges = []
+    while heap and len(merges) < n_new:
         n, _, _, pair = heappop(heap)
         if counts[pair] != -n:
             if counts[pair]:
                 heappush(heap, heap_entry(pair, counts[pair]))
             continue
         symbol = pair[0] + pair[1]
-        merges[pair] = None
-        made.add(symbol)
+        merges.append(pair)
         touched = set()
         for i in where.pop(pair):
             for old in pairwise(split[i]):

@@ -448,7 +448,8 @@ def run(sources, out, options, n_workers, ray):  # -> (notes in order, {path: it
             delete_unpacked(task)
             notes[task["number"]] = note
             n_tokens += sum(note["n_tokens"].values())
-            bar.set_postfix_str(f"{n_tokens / (time.monotonic() - start) / 1e6:.2f}M tokens/s")
+            speed = n_tokens / (time.monotonic() - start) / 1e6
+            bar.set_postfix_str(f"{speed:.2f}M tokens/s", refresh=False)
             bar.update(sum(span["progress"] for span in task["spans"]))
     return [notes[number] for number in sorted(notes)], sha256
 

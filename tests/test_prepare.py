@@ -796,7 +796,8 @@ def test_many_small_files_share_shards(tmp_path):
     make("many", *flags, "--out", "s", cwd=tmp_path)
     meta = json.loads((tmp_path / "s" / "meta.json").read_text())
     assert (
-        len([name for name in meta["shards"] if name.startswith("train")]) == 7
+        len([name for name in meta["shards"] if name.startswith("train")])
+        == 6  # of 34 files at most
     )  # 200 * 90 / 3000
     assert list(meta["sha256"]) == [f"many/{i:03d}.txt" for i in range(200)]
     assert 25 < meta["n_documents"]["val"] < 100  # each file draws for itself, though all are alike
