@@ -3,17 +3,27 @@
     python train_jax.py                                        # tiny Shakespeare, 2-3 minutes
     python train_jax.py --data my_novel.txt --out models/novel # any text, byte by byte
     python train_jax.py --data shards/corpus                   # what prepare.py made, of any size
+    python train_jax.py --resume models/novel                  # go on exactly where it stopped
     python gpt2.py "It was" --model_size novel                 # then write with it, in NumPy
 
 There is no second model here: `loss` calls `gpt2.gpt2` on JAX arrays, `jax.jit` compiles it and
 `jax.grad` differentiates it. A training step is a pure function, state in, state out, and the state
 is three things: the parameters, the optimizer's moments, and the number of steps done, from which
-everything random follows (which stretches of text, which weights to drop).
+everything random follows (which stretches of text, which weights to drop). A checkpoint is this
+state and the flags: a run that goes on from one ends with the bits of a run that never stopped.
 """
 
 import functools
+import hashlib
+import inspect
+import json
 import math
 import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +31,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from encoder import Encoder, get_encoder
+from encoder import Encoder, get_encoder, write_whole
 from gpt2 import generate, gpt2
 from shards import check_ids, count_ids, open_shards, read_stretch
 from utils import (
@@ -29,8 +39,10 @@ from utils import (
     download_shakespeare,
     find_model,
     load_encoder_hparams_and_params,
+    parse_json,
     run_cli,
     save_model,
+    write_safetensors,
 )
 
 MOST_VALIDATION = 2**20  # tokens that one look at the validation text takes
@@ -272,24 +284,27 @@ def evaluate(params, windows, n_head):  # [n_windows, n_ctx + 1] -> [], nats a t
     return jax.lax.map(lambda w: loss(params, w[None], n_head), windows, batch_size=16).mean()
 
 
-def train(state, train_steps, read, windows, n_head, n_steps, eval_every, keep):
-    """Run the steps, with the batches of read(n_done, n), and show progress.
+def train(state, train_steps, read, windows, n_head, n_steps, every, best, keep, checkpoint):
+    """Run the steps that are left, with the batches of read(n_done, n), and show progress.
 
-    `keep(params)` gets every set of parameters that is the best on the validation text so far, and
-    at Ctrl-C the last set if none was kept before.
+    every: {"eval": n, "checkpoint": n} steps. `keep(params)` gets all parameters that are the best
+    on the validation text so far. `checkpoint(state, best)` gets the state at intervals, at the
+    end and when the run is interrupted, and returns where it has it. ValueError, with the last of
+    these places, where the loss is no number any more.
     """
-    n_done, best = 0, math.inf
-    with tqdm(total=n_steps, unit="step", disable=None) as bar:
+    n_done, place = int(state[2]), None
+    with tqdm(total=n_steps, initial=n_done, unit="step", disable=None) as bar:
         try:
             while n_done < n_steps:
-                n = min(STEPS_PER_CALL, n_steps - n_done, eval_every - n_done % eval_every)
-                state, train_loss = train_steps(state, read(n_done, STEPS_PER_CALL), n)
-                n_done += n
+                n = min(STEPS_PER_CALL, n_steps - n_done, *(k - n_done % k for k in every.values()))
+                after, train_loss = train_steps(state, read(n_done, STEPS_PER_CALL), n)
                 if not math.isfinite(train_loss):
-                    raise ValueError(f"the loss is {train_loss} after {n_done} steps: learn slower")
+                    last = f"the last checkpoint is {place}" if place else "there is no checkpoint"
+                    raise ValueError(f"the loss is {train_loss} at step {n_done + n}: {last}")
+                state, n_done = after, n_done + n
                 bar.set_postfix(loss=f"{train_loss:.3f}", refresh=False)
                 bar.update(n)
-                if n_done % eval_every == 0 or n_done == n_steps:
+                if n_done % every["eval"] == 0 or n_done == n_steps:
                     validation = float(evaluate(state[0], windows, n_head))
                     tqdm.write(
                         f"step {n_done}: train {train_loss:.4f}, validation {validation:.4f}"
@@ -297,10 +312,81 @@ def train(state, train_steps, read, windows, n_head, n_steps, eval_every, keep):
                     if validation < best:
                         keep(state[0])
                         best = validation
-        except KeyboardInterrupt:
-            if n_done and best == math.inf:
-                keep(state[0])
+                if n_done % every["checkpoint"] == 0 or n_done == n_steps:
+                    place = checkpoint(state, best)
+        except (KeyboardInterrupt, SystemExit):
+            if int(state[2]):
+                if best == math.inf:
+                    keep(state[0])
+                place = checkpoint(state, best)
+                tqdm.write(f"stopped after step {int(state[2])}, which is saved in {place}")
             raise
+
+
+# --- Checkpoints --------------------------------------------------------------------------------
+# out/checkpoints/00000400 is a model folder with two files more: optimizer.safetensors, and the
+# flags in run.json. It is written under another name and renamed as a whole.
+
+
+def save_checkpoint(out, saved, state, run, encoder, hparams):  # -> where
+    """Write the state as a checkpoint; of this run's others, which `saved` lists, keep the last."""
+    params, moments, n_done = state
+    folder = os.path.join(out, "checkpoints")
+    place = os.path.join(folder, f"{int(n_done):08d}")
+    if place in saved:
+        return place
+    os.makedirs(folder, exist_ok=True)
+    others = {os.path.join(folder, name) for name in os.listdir(folder)}
+    for other in others - set(saved):  # an earlier run's, or half written
+        shutil.rmtree(other)
+    stage = tempfile.mkdtemp(prefix=".saving-", dir=folder)
+    try:
+        save_model(stage, encoder, hparams, params)
+        write_safetensors(os.path.join(stage, "optimizer.safetensors"), name_leaves(moments))
+        write_whole(Path(stage, "run.json"), json.dumps({"step": int(n_done)} | run, indent=1))
+        os.rename(stage, place)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    for old in saved[:-1]:
+        shutil.rmtree(old, ignore_errors=True)
+    saved[:-1] = []
+    saved.append(place)
+    return place
+
+
+def name_leaves(tree):  # -> {where it is in the tree: array}
+    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(tree)}
+
+
+def find_checkpoint(out):  # -> its path, what run.json says
+    """The last checkpoint of a run. ValueError or OSError, one clear line, if there is none."""
+    folder = os.path.join(out, "checkpoints")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    place = os.path.join(folder, max(filter(str.isdigit, names), default="00000000"))
+    path = os.path.join(place, "run.json")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{out}: nothing to resume: there is no {path}")
+    return place, parse_json(Path(path).read_bytes(), path)
+
+
+def load_checkpoint(place, optimizer, n_done):  # -> state
+    """The state that save_checkpoint wrote. ValueError if it is not this optimizer's."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    _, _, params = load_encoder_hparams_and_params(place, ".")
+    params = jax.tree.map(jnp.array, params)
+    empty = optimizer.init(params)
+    path = os.path.join(place, "optimizer.safetensors")
+    try:
+        leaves = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cut short or corrupt ({error})") from None
+    wanted = {name: (x.shape, x.dtype) for name, x in name_leaves(empty).items()}
+    if {name: (x.shape, x.dtype) for name, x in leaves.items()} != wanted:
+        raise ValueError(f"{path}: is of another optimizer, or of another version of optax")
+    moments = jax.tree.unflatten(jax.tree.structure(empty), [jnp.array(leaves[n]) for n in wanted])
+    return params, moments, jnp.int32(n_done)
 
 
 def check_flags(flags):
@@ -339,15 +425,18 @@ def main(
     grad_clip: float = 1.0,
     drop_rate: float = 0.0,
     eval_every: int = 200,
+    checkpoint_every: int = 200,
     seed: int = 1337,
     tokenizer: str | None = None,
     dtype: str = "float32",
+    resume: str | None = None,
 ):
     """Train a GPT-2 on a text or on token shards, and save it as a model folder.
 
     The last tenth of a text is kept for validation. Losses, in nats a token, are printed as they
     are measured, and whenever the validation loss is the best so far the model is saved to `out`,
-    in place of what was there: whatever happens later, the best one is kept.
+    in place of what was there: whatever happens later, the best one is kept. Ctrl-C and SIGTERM
+    leave a checkpoint; so does every 200th step.
 
     Args:
         data: a text file, shakespeare (downloaded once), python-docs (on every machine), or a
@@ -365,35 +454,72 @@ def main(
         grad_clip: longest gradient allowed.
         drop_rate: share of the blocks' weights left out at random in every step, in 256ths.
         eval_every: steps between two looks at the validation text.
+        checkpoint_every: steps between two checkpoints in out/checkpoints; the last two are kept.
         seed: the same seed gives the same run.
         tokenizer: 124M (GPT-2's), a folder in models, or a path; by default that of the shards, and
             bytes for a text.
-        dtype: float32 or float16, of the weights on the disk.
+        dtype: float32 or float16, of the best model's weights on the disk.
+        resume: the `out` of a run that was stopped: go on, with its flags and no others.
     """
-    check_flags(locals())
-    check_target(out)  # better now than after the first steps
-    shards, encoder = load_tokens(data, tokenizer)
-    check_enough(shards, n_ctx, data)
-    windows = cut_windows(shards["val"], n_ctx)
-    sizes = {"n_vocab": encoder.n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_layer": n_layer}
-    params = init_params(jax.random.key(seed), **sizes)
-    n_params = sum(x.size for x in jax.tree.leaves(params))
-    n_train, n_val = count_ids(shards["train"]), windows[:, 1:].size
-    print(f"{n_params} parameters, {n_train} training and {n_val} validation tokens")
+    flags = {name: value for name, value in locals().items() if name != "resume"}
+    if resume is None:
+        check_flags(flags)
+        check_target(out)  # better now than after the first steps
+        if os.path.exists(data):
+            flags["data"] = os.path.abspath(data)  # a run may be resumed from elsewhere
+        run(flags)
+    else:
+        default = {p.name: p.default for p in inspect.signature(main).parameters.values()}
+        if typed := [name for name, value in flags.items() if value != default[name]]:
+            raise ValueError(f"--resume takes the run's own flags: leave out --{typed[0]}")
+        place, saved = find_checkpoint(resume)
+        run(saved["flags"] | {"out": resume}, place, saved)
 
-    schedule = make_schedule(n_steps, learning_rate, n_warmup)
-    optimizer = make_optimizer(schedule, weight_decay, grad_clip)
-    train_steps = make_train_steps(optimizer, n_head, drop_rate, seed)
-    state = params, optimizer.init(params), jnp.int32(0)
+
+def run(flags, place=None, saved=None):
+    """Train from the beginning, or go on from the checkpoint at `place`, and show a sample."""
+    shards, encoder = load_tokens(flags["data"], flags["tokenizer"])
+    n_ctx, n_head, seed, out = (flags[name] for name in ("n_ctx", "n_head", "seed", "out"))
+    check_enough(shards, n_ctx, flags["data"])
+    windows = cut_windows(shards["val"], n_ctx)
+    n_train, n_val = count_ids(shards["train"]), windows[:, 1:].size
+    text = {"n_train": n_train, "validation": hashlib.sha256(windows.tobytes()).hexdigest()}
+    if saved and saved["text"] != text:
+        raise ValueError(f"{flags['data']}: is not the text that {place} was trained on")
+
+    schedule = make_schedule(flags["n_steps"], flags["learning_rate"], flags["n_warmup"])
+    optimizer = make_optimizer(schedule, flags["weight_decay"], flags["grad_clip"])
+    sizes = {"n_vocab": encoder.n_vocab, "n_ctx": n_ctx}
+    sizes |= {name: flags[name] for name in ("n_embd", "n_layer")}
+    if place:
+        state = load_checkpoint(place, optimizer, saved["step"])
+    else:
+        params = init_params(jax.random.key(seed), **sizes)
+        state = params, optimizer.init(params), jnp.int32(0)
+    n_params = sum(x.size for x in jax.tree.leaves(state[0]))
+    print(f"{n_params} parameters, {n_train} training and {n_val} validation tokens")
+    hparams, places = {**sizes, "n_head": n_head}, [place] if place else []
 
     def read(n_done, n):
-        return read_batches(shards["train"], seed, n_done, n, batch_size, n_ctx)
+        return read_batches(shards["train"], seed, n_done, n, flags["batch_size"], n_ctx)
 
     def keep(params):
-        save_model(out, encoder, {**sizes, "n_head": n_head}, params, dtype)
+        save_model(out, encoder, hparams, params, flags["dtype"])
 
+    def checkpoint(state, best):
+        about = {"flags": flags, "best": best if best < math.inf else None, "text": text}
+        about |= {"versions": {"jax": jax.__version__, "optax": optax.__version__}}
+        return save_checkpoint(out, places, state, about, encoder, hparams)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C, but for the exit code
+    every = {"eval": flags["eval_every"], "checkpoint": flags["checkpoint_every"]}
+    train_steps = make_train_steps(optimizer, n_head, flags["drop_rate"], seed)
+    best = saved["best"] if saved and saved["best"] is not None else math.inf
     try:
-        train(state, train_steps, read, windows, n_head, n_steps, eval_every, keep)
+        train(
+            state, train_steps, read, windows, n_head, flags["n_steps"], every, best, keep,
+            checkpoint,
+        )  # fmt: skip
     except jax.errors.JaxRuntimeError as error:  # out of memory, as a rule
         raise MemoryError(str(error)) from None
     print(f"the best model is in {out}; a sample of it:\n")

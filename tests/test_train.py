@@ -1,10 +1,13 @@
 """train_jax.py against plain restatements, PyTorch, and a run from text to a model folder."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -225,31 +228,156 @@ def test_ctrl_c_keeps_the_model(tmp_path):
     assert GPT2LMHeadModel.from_pretrained(tmp_path / "out").config.n_embd == 8
 
 
-def no_batches(n_done, n):
-    return None
-
-
-def test_ctrl_c_before_the_first_evaluation_keeps_the_model_too():
-    kept = []
+def train_until(stop, n_before):
+    """train() with stand-ins: which parameters and states it keeps when `stop` comes."""
+    kept, saved = [], []
 
     def train_steps(state, batches, n):
-        if state == ["params 2"]:
-            raise KeyboardInterrupt
-        return [f"params {int(state[0][-1]) + 1}"], 1.0
+        if state[0] == n_before:
+            raise stop
+        return (state[0] + 1, None, state[2] + n), 1.0
 
-    with pytest.raises(KeyboardInterrupt):
-        train_jax.train(["params 0"], train_steps, no_batches, None, 1, 10**6, 10**6, kept.append)
-    assert kept == ["params 2"]
+    def checkpoint(state, best):
+        saved.append((state[0], best))
+
+    every = {"eval": 10**6, "checkpoint": 10**6}
+    with pytest.raises(stop):
+        train_jax.train(
+            (0, None, 0), train_steps, lambda *_: None, None, 1, 10**6, every, np.inf,
+            kept.append, checkpoint,
+        )  # fmt: skip
+    return kept, saved
 
 
-def test_ctrl_c_before_the_first_step_keeps_nothing():
-    def train_steps(state, batches, n):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_stop_before_the_first_evaluation_keeps_the_model_too(stop):
+    assert train_until(stop, n_before=2) == ([2], [(2, np.inf)])
 
-    kept = []
-    with pytest.raises(KeyboardInterrupt):
-        train_jax.train(["params"], train_steps, no_batches, None, 1, 10, 10, kept.append)
-    assert kept == []
+
+def test_a_stop_before_the_first_step_keeps_nothing():
+    assert train_until(KeyboardInterrupt, n_before=0) == ([], [])
+
+
+TINY_RUN = ["--data", "python-docs", "--n_layer", 1, "--n_embd", 8, "--n_ctx", 16, "--n_steps", 600]
+TINY_RUN += ["--eval_every", 100, "--checkpoint_every", 40, "--drop_rate", 0.1]
+
+
+def begin(*args):
+    command = [sys.executable, str(REPO / "train_jax.py"), *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(out, step, process):
+    end = time.monotonic() + 120
+    while process.poll() is None and not list(out.glob(f"checkpoints/{step:08d}/run.json")):
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def ends(out):
+    """All bytes that a run leaves, but for the folder's own name in run.json."""
+    files = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    return {
+        name: data.replace(os.fsencode(out.name), b"OUT") if name.name == "run.json" else data
+        for name, data in files.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "never_stopped"
+    code, printed, err = run(*TINY_RUN, "--out", out)
+    assert (code, err) == (0, "")
+    return out
+
+
+@pytest.mark.parametrize("sign", ["SIGINT", "SIGTERM"])
+def test_a_stopped_run_goes_on_to_the_same_bits(never_stopped, sign):
+    out = never_stopped.parent / sign
+    process = begin(*TINY_RUN, "--out", out)
+    wait_for_step(out, 120, process)
+    process.send_signal(getattr(signal, sign))
+    printed, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == ({"SIGINT": 130, "SIGTERM": 143}[sign], "")
+    step = int(re.search(r"stopped after step (\d+), which is saved in ", printed)[1])
+    assert 120 <= step < 600 and (out / "checkpoints" / f"{step:08d}" / "run.json").exists()
+    code, printed, err = run("--resume", out)
+    assert (code, err) == (0, "") and "step 600:" in printed
+    assert ends(out) == ends(never_stopped)
+
+
+def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bits(never_stopped):
+    out, rng = never_stopped.parent / "killed", np.random.default_rng()
+    process = begin(*TINY_RUN, "--out", out)
+    for step in (40, 240, 480):
+        wait_for_step(out, step, process)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        places = sorted((out / "checkpoints").glob("0*"))
+        assert 1 <= len(places) <= 3
+        load_encoder_hparams_and_params(str(places[-1]), ".")
+        process = begin("--resume", out)
+    assert process.wait(120) == 0, process.stderr.read()
+    assert ends(out) == ends(never_stopped)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["00000560", "00000600"]
+
+
+def test_a_checkpoint_opens_in_transformers(never_stopped):
+    place = never_stopped / "checkpoints" / "00000600"
+    assert GPT2LMHeadModel.from_pretrained(place).config.n_embd == 8
+
+
+def test_what_cannot_be_resumed_is_said_in_one_line(never_stopped, tmp_path):
+    def refused(*args):
+        code, out, err = run(*args)
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        return err
+
+    assert "nothing to resume: there is no" in refused("--resume", tmp_path)
+    assert "leave out --n_steps" in refused("--resume", never_stopped, "--n_steps", 900)
+    out = tmp_path / "copy"
+    shutil.copytree(never_stopped, out)
+    place = out / "checkpoints" / "00000600"
+    (tmp_path / "text").write_text("another text " * 999)
+    plan = json.loads((place / "run.json").read_text())
+    plan["flags"]["data"] = str(tmp_path / "text")
+    (place / "run.json").write_text(json.dumps(plan))
+    assert "is not the text that" in refused("--resume", out)
+    shutil.copy(never_stopped / "checkpoints" / "00000600" / "run.json", place)
+    data = (place / "optimizer.safetensors").read_bytes()
+    (place / "optimizer.safetensors").write_bytes(data[:-9])
+    assert "optimizer.safetensors: cut short or corrupt" in refused("--resume", out)
+    (place / "run.json").write_text("{")
+    assert "run.json: not JSON" in refused("--resume", out)
+
+
+def test_a_new_run_puts_an_older_ones_checkpoints_away(tmp_path):
+    state = (params := train_jax.init_params(jax.random.key(0), **SIZES)), {}, jnp.int32(7)
+    old = tmp_path / "checkpoints" / "00000900"
+    old.mkdir(parents=True)
+    hparams, saved = {**SIZES, "n_head": 3}, []
+    for step, names in ((7, ["00000007"]), (9, ["00000007", "00000009"])):
+        state = params, {"x": jnp.ones(3)}, jnp.int32(step)
+        place = train_jax.save_checkpoint(tmp_path, saved, state, {}, Encoder([]), hparams)
+        assert sorted(os.listdir(tmp_path / "checkpoints")) == names
+        assert train_jax.find_checkpoint(tmp_path) == (place, {"step": step})
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    flags = [
+        "--learning_rate",
+        1e30,
+        "--n_warmup",
+        30,
+        "--checkpoint_every",
+        1,
+        "--grad_clip",
+        1e30,
+    ]
+    code, out, err = run(*TINY_RUN[:-6], *flags, "--out", tmp_path / "out")
+    assert code == 2 and err.count("\n") == 1
+    assert re.search(r"the loss is (nan|inf) at step \d+: the(re| last) ", err)
 
 
 @pytest.mark.slow
