@@ -220,7 +220,7 @@ def encode(texts, ends, encoder, dtype):  # [UTF-8], [bool] -> [n] ids
         ids += encoder.encode(text.decode())
         if end:
             ids.append(encoder.endoftext)
-    return np.array(ids, dtype)
+    return np.fromiter(ids, dtype, len(ids))
 
 
 def checksum(path):
