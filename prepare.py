@@ -92,9 +92,8 @@ def cut_document(span, options):  # -> the only span, or its two parts
         start, size = position, size + len(text)
     if start is None:
         return [span]
-    fraction = 0.1 if options["val_fraction"] is None else options["val_fraction"]
     with open(span["path"], "rb") as file:
-        at = file.seek(start + int(size * (1 - fraction)))
+        at = file.seek(start + int(size * (1 - options["last_fraction"])))
         following = file.read(3)  # a character is not cut
         at += len(following) - len(following.lstrip(bytes(range(0x80, 0xC0))))
     stop = start + size
@@ -127,7 +126,7 @@ def do_task(task, out, options):  # -> its note: counts of what is in its shards
     shards = {split: os.path.join(out, f"{split}_{number}.bin") for split in SPLITS}
     names = {split: os.path.join(work_dir, f"{split}_{uuid.uuid4().hex}") for split in SPLITS}
     note_file = Path(work_dir, f"{number}.json")
-    if is_done(note := read_json_file(note_file), shards, options["dtype"]):
+    if is_done(note := read_json_file(note_file), shards, options):
         return note
     if out not in encoders:
         encoders[out] = get_encoder("", out)
@@ -136,6 +135,8 @@ def do_task(task, out, options):  # -> its note: counts of what is in its shards
         for split in SPLITS:
             if note["n_tokens"][split]:
                 os.replace(names[split], shards[split])
+            elif os.path.exists(shards[split]):  # of another draw
+                os.unlink(shards[split])
     except OSError as error:
         raise OSError(error.errno, error.strerror, error.filename or out) from None
     finally:
@@ -146,16 +147,18 @@ def do_task(task, out, options):  # -> its note: counts of what is in its shards
     return note
 
 
-def is_done(note, shards, dtype):
-    """Is there a note, and are the shards of which it tells as large as it says?"""
+def is_done(note, shards, options):
+    """Is there a note of the same draw, and are its shards as large as it says?"""
+    if note.get("val_fraction") != options["val_fraction"]:
+        return False
+    width = np.dtype(options["dtype"]).itemsize
     sizes = {split: os.path.getsize(p) for split, p in shards.items() if os.path.exists(p)}
-    wanted = {split: n * np.dtype(dtype).itemsize for split, n in note.get("n_tokens", {}).items()}
-    return bool(wanted) and all(sizes.get(split, 0) == n for split, n in wanted.items())
+    return all(sizes.get(split, 0) == width * n for split, n in note["n_tokens"].items())
 
 
 def write_shards(spans, names, encoder, options):  # -> the note
     note = {"n_tokens": dict.fromkeys(SPLITS, 0), "n_documents": dict.fromkeys(SPLITS, 0)}
-    note |= {"n_bytes": 0, "n_replaced": 0}
+    note |= {"n_bytes": 0, "n_replaced": 0, "least": 1.0, "val_fraction": options["val_fraction"]}
     with open(names["train"], "wb") as train, open(names["val"], "wb") as val:
         for span in spans:
             for parts in read_span(span, options):
@@ -171,7 +174,9 @@ def add_parts(parts, span, files, encoder, options, note):
     drawn = [span["split"] == "val"] * len(parts)
     if span["split"] is None:
         positions = np.array([position for position, _, _ in parts], np.uint64)
-        drawn = draw(positions + np.uint64(span["offset"]), span["source"], options).tolist()
+        numbers = draw(positions + np.uint64(span["offset"]), span["source"], options["seed"])
+        drawn = (numbers < options["val_fraction"]).tolist()
+        note["least"] = min([note["least"], *numbers.tolist()])
     for split, chosen in ("train", map(operator.not_, drawn)), ("val", drawn):
         chosen = list(itertools.compress(parts, chosen))
         ends = [ends and span["ends"] for _, _, ends in chosen]
@@ -184,18 +189,17 @@ def add_parts(parts, span, files, encoder, options, note):
         note["n_replaced"] += n_replaced
 
 
-def draw(positions, source, options):  # [n] uint64 -> [n] bool: which documents are for validation
+def draw(positions, source, seed):  # [n] uint64 -> [n] float64 from 0 to 1, a number a document
     """A hash of (seed, source, position), so that it does not depend on who asks, and when.
 
     The mixing function is splitmix64's (Steele et al. 2014).
     """
-    fraction = 0.01 if options["val_fraction"] is None else options["val_fraction"]
-    key = np.random.SeedSequence([options["seed"], source]).generate_state(1, np.uint64)
+    key = np.random.SeedSequence([seed, source]).generate_state(1, np.uint64)
     x = key + positions * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
-    return (x >> np.uint64(11)) * 2.0**-53 < fraction
+    return (x >> np.uint64(11)) * 2.0**-53
 
 
 def mend(texts):  # [bytes] -> [UTF-8], how many invalid sequences became U+FFFD
@@ -409,6 +413,11 @@ def prepare(out, plan, encoder, options, n_workers, ray):
     options = options | {"dtype": "<u2" if encoder.n_vocab <= 2**16 else "<u4"}
     encoders.clear()
     notes, sha256 = run(plan["sources"], out, options, n_workers, ray)
+    n_documents = {split: sum(note["n_documents"][split] for note in notes) for split in SPLITS}
+    again = plan["val_fraction"] is None and plan["sources"][0]["name"] != "-"  # read once only
+    if again and n_documents["train"] > 1 and not n_documents["val"]:
+        options["val_fraction"] = np.nextafter(min(note["least"] for note in notes), 1.0)
+        notes, sha256 = run(plan["sources"], out, options, n_workers, ray)  # one document falls
     for source in plan["sources"]:
         if source["name"] != "-" and not is_same(source):
             raise ValueError(
@@ -539,8 +548,8 @@ def main(
         separator: the line that parts the documents of a text; empty for blank lines.
         field: where JSON lines and Parquet have the text; "text" by default. Naming it makes files
             of unknown kinds, and standard input, JSON lines.
-        val_fraction: share of the documents for validation; 0.01 by default. Of a text that is one
-            document, the last tenth.
+        val_fraction: share of the documents for validation; by default 0.01, but one at the least.
+            Of a text that is one document, the last tenth.
         seed: the same seed draws the same documents for validation.
         shard_mb: megabytes of text in a shard.
         workers: processes; by default, one a processor.
@@ -554,12 +563,15 @@ def main(
     out = out or os.path.join("shards", Path(inputs[0]).absolute().name.split(".")[0])
     if inputs == ("shakespeare",) and not os.path.exists("shakespeare"):
         inputs = (download_shakespeare(),)
-    options = {"separator": separator, "field": field or "text", "val_fraction": val_fraction}
-    options |= {"seed": seed, "shard_bytes": int(shard_mb * 1e6)}
+    options = {"separator": separator, "field": field or "text", "seed": seed}
+    options |= {"val_fraction": 0.01 if val_fraction is None else val_fraction}
+    options |= {"last_fraction": 0.1 if val_fraction is None else val_fraction}
+    options |= {"shard_bytes": int(shard_mb * 1e6)}
     files = find_files(inputs, leave_out=out)
     sources = [describe(path, json_lines=field is not None) for path in files]
     encoder = None if train_tokenizer else get_tokenizer(tokenizer, models_dir)
     plan = {"tokenizer": tokenizer, "train_tokenizer": train_tokenizer, **options}
+    plan |= {"val_fraction": val_fraction}
     plan |= {"merges": encoder and hashlib.sha256(repr(encoder.merges).encode()).hexdigest()}
     plan |= {"sources": sources}
     work_dir = os.path.join(out, WORK)

@@ -467,7 +467,8 @@ def download(model_size, models_dir="models", only_tokenizer=False):
     except ConnectionError as error:
         with contextlib.suppress(OSError):
             os.rmdir(folder)  # if it is empty
-        raise ConnectionError(f"{error}; --model_size shakespeare needs no network") from None
+        which = "--tokenizer" if only_tokenizer else "--model_size"
+        raise ConnectionError(f"{error}; {which} shakespeare needs no network") from None
 
 
 def download_shakespeare():  # -> its path

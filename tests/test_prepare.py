@@ -23,7 +23,8 @@ import encoder as encoder_module
 import prepare
 from encoder import ENDOFTEXT, Encoder, get_encoder
 
-OPTIONS = {"separator": ENDOFTEXT, "field": "text", "val_fraction": 0.0, "seed": 1, "dtype": "<u2"}
+OPTIONS = {"separator": ENDOFTEXT, "field": "text", "seed": 1, "dtype": "<u2"}
+OPTIONS |= {"val_fraction": 0.0, "last_fraction": 0.0}
 fuzz = settings(max_examples=150, deadline=None, database=None, print_blob=True)
 small = encoder_module.train(Path(encoder_module.__file__).read_text("utf-8"), 600)
 FILES = {"meta.json", "vocab.json", "merges.txt", "tokenizer_config.json"}
@@ -816,9 +817,39 @@ def test_the_draw_is_splitmix64():
     for source in (0, 3):
         key = int(np.random.SeedSequence([7, source]).generate_state(1, np.uint64)[0])
         numbers = [mix((key + int(p) * 0x9E3779B97F4A7C15) % 2**64) for p in positions]
-        for fraction, wanted in ((0.25, 0.25), (None, 0.01)):
-            drawn = prepare.draw(positions, source, {"seed": 7, "val_fraction": fraction})
-            assert drawn.tolist() == [(x >> 11) * 2.0**-53 < wanted for x in numbers]
+        drawn = prepare.draw(positions, source, seed=7)
+        assert drawn.tolist() == [(x >> 11) * 2.0**-53 for x in numbers]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_document_at_least_is_for_validation(tmp_path, workers):
+    (tmp_path / "in").mkdir()
+    for i in range(10):
+        (tmp_path / "in" / f"{i}.txt").write_text(f"document {i}")
+    for seed in range(100):
+        numbers = [prepare.draw(np.zeros(1, np.uint64), i, seed)[0] for i in range(10)]
+        if min(numbers) > 0.01:
+            break
+    flags = ["--seed", seed, "--shard_mb", "0.00001", "--workers", workers]  # a shard each
+    out, err = make("in", *flags, cwd=tmp_path)
+    train, val = (documents_of(read(tmp_path / "shards" / "in", s)) for s in ("train", "val"))
+    assert val == [f"document {np.argmin(numbers)}"] and len(train) == 9 and err == ""
+    assert make("in", *flags, cwd=tmp_path)[0] == out
+
+
+def test_standard_input_is_not_drawn_from_again(tmp_path):
+    """Of 3 documents none falls to validation with seed 1, and there is no second reading."""
+    text = f"\n{ENDOFTEXT}\n".join(["one", "two", "three"]).encode()
+    assert min(prepare.draw(np.array([0, 18, 36], np.uint64), 0, seed=1)) > 0.01
+    out, err = make("-", "--out", "s", "--seed", "1", cwd=tmp_path, input=text)
+    assert read(tmp_path / "s", "train") == ids_of([b"one\n", b"two\n", b"three"])
+    assert err.startswith("notice: no document fell to validation")
+
+
+def test_a_hundredth_is_for_validation(tmp_path):
+    (tmp_path / "a.txt").write_text(f"word\n{ENDOFTEXT}\n" * 20000)
+    make("a.txt", cwd=tmp_path)
+    assert 130 < len(documents_of(read(tmp_path / "shards" / "a", "val"))) < 270
 
 
 def test_a_source_that_changes_ends_the_run(tmp_path):
