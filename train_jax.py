@@ -465,8 +465,6 @@ def main(
     if resume is None:
         check_flags(flags)
         check_target(out)  # better now than after the first steps
-        if os.path.exists(data):
-            flags["data"] = os.path.abspath(data)  # a run may be resumed from elsewhere
         run(flags)
     else:
         default = {p.name: p.default for p in inspect.signature(main).parameters.values()}
@@ -499,6 +497,8 @@ def run(flags, place=None, saved=None):
     n_params = sum(x.size for x in jax.tree.leaves(state[0]))
     print(f"{n_params} parameters, {n_train} training and {n_val} validation tokens")
     hparams, places = {**sizes, "n_head": n_head}, [place] if place else []
+    if os.path.exists(flags["data"]):
+        flags |= {"data": os.path.abspath(flags["data"])}  # a run may be resumed from elsewhere
 
     def read(n_done, n):
         return read_batches(shards["train"], seed, n_done, n, flags["batch_size"], n_ctx)
