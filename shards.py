@@ -1,7 +1,7 @@
 """Token shards: folders of ids for the trainer, mapped and never read as a whole.
 
     shards, encoder = open_shards("shards/corpus")
-    read_stretch(shards["train"], start=12345, n=65)      # 65 ids from the 12345th on
+    read_stretches(shards["train"], [0, 12345], n=65)     # 65 ids from each of these on
 
 The shards of a split are one long sequence; where it is cut into files makes no difference. Three
 kinds of folders open: prepare.py's own (its docstring describes them), nanoGPT's `train.bin` and
@@ -82,14 +82,18 @@ def count_ids(shards):  # [arrays] -> the length of the sequence that they are
     return sum(map(len, shards))
 
 
-def read_stretch(shards, start, n):  # [arrays] -> [n] int32
-    """The ids from `start` on, across the borders of the shards."""
+def read_stretches(shards, starts, n):  # [arrays], [n_starts] -> [n_starts, n] int32
+    """The n ids from each start on, across the borders of the shards."""
     first = np.cumsum([0, *map(len, shards)])
-    i = int(np.searchsorted(first, start, side="right")) - 1
-    pieces = [shards[i][start - first[i] : start - first[i] + n]]
-    while (n_read := sum(map(len, pieces))) < n and (i := i + 1) < len(shards):
-        pieces.append(shards[i][: n - n_read])
-    return np.concatenate(pieces).astype(np.int32)
+    stretches = np.empty((len(starts), n), np.int32)
+    for stretch, start in zip(stretches, starts, strict=True):
+        i = int(np.searchsorted(first, start, side="right")) - 1
+        n_read = 0
+        while n_read < n:
+            piece = shards[i][max(0, start - first[i]) :][: n - n_read]
+            stretch[n_read : n_read + len(piece)] = piece
+            n_read, i = n_read + len(piece), i + 1
+    return stretches
 
 
 def check_ids(shards, n_vocab, name):

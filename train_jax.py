@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from encoder import Encoder, get_encoder, write_whole
 from gpt2 import generate, gpt2
-from shards import check_ids, count_ids, open_shards, read_stretch
+from shards import check_ids, count_ids, open_shards, read_stretches
 from utils import (
     check_target,
     download_shakespeare,
@@ -109,7 +109,7 @@ def cut_windows(shards, n_ctx):  # [arrays] -> [n_windows, n_ctx + 1]
     """
     n_windows = (count_ids(shards) - 1) // n_ctx
     step = -(-n_windows * n_ctx // MOST_VALIDATION)
-    return np.stack([read_stretch(shards, i * n_ctx, n_ctx + 1) for i in range(0, n_windows, step)])
+    return read_stretches(shards, np.arange(0, n_windows, step) * n_ctx, n_ctx + 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -133,8 +133,7 @@ def read_batches(shards, seed, n_done, n, batch_size, n_ctx):  # -> [n, batch_si
     stride = -(-n_places // 2**31)  # random numbers have 31 bits: of more places, not all are used
     steps = jnp.arange(n_done, n_done + n)
     starts = np.asarray(draw_starts(seed, steps, n_places // stride, batch_size), np.int64) * stride
-    stretches = [read_stretch(shards, start, n_ctx + 1) for start in starts.flat]
-    return np.reshape(stretches, (n, batch_size, n_ctx + 1))
+    return read_stretches(shards, starts.ravel(), n_ctx + 1).reshape(n, batch_size, n_ctx + 1)
 
 
 # --- The model ----------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_stretches_run_across_shards(rng):
     assert shards.count_ids(parts) == len(whole)
     for start in range(len(whole)):
         for n in range(1, len(whole) - start + 1):
-            stretch = shards.read_stretch(parts, start, n)
+            stretch = shards.read_stretches(parts, [start], n)[0]
             assert stretch.tolist() == whole[start : start + n].tolist()
             assert stretch.dtype == np.int32
 
@@ -75,8 +75,8 @@ def test_foreign_shards(tmp_path, rng, kind):
         write_llm_c(tmp_path / "fineweb_val_000000.bin", val)
     split, encoder = shards.open_shards(tmp_path)
     assert encoder is None
-    assert shards.read_stretch(split["train"], 0, 1000).tolist() == train
-    assert shards.read_stretch(split["val"], 0, 300).tolist() == val
+    assert shards.read_stretches(split["train"], [0], 1000).tolist() == [train]
+    assert shards.read_stretches(split["val"], [0], 300).tolist() == [val]
     with pytest.raises(ValueError, match="has the id 256, but the tokenizer only 256"):
         shards.check_ids([np.array([3, 256])], 256, "x")
     Encoder([("a", "b")]).save(tmp_path)

@@ -141,7 +141,9 @@ def test_the_largest_seed_draws_too():
 def test_places_beyond_31_bits_are_drawn(seed, monkeypatch):
     """9 * 10**9 ids, which no random number of 31 bits reaches by itself."""
     monkeypatch.setattr(train_jax, "count_ids", lambda shards: 9 * 10**9)
-    monkeypatch.setattr(train_jax, "read_stretch", lambda shards, start, n: [start] * n)
+    monkeypatch.setattr(
+        train_jax, "read_stretches", lambda shards, starts, n: np.repeat(starts[:, None], n, 1)
+    )
     starts = train_jax.read_batches([], seed, 0, 50, 20, 64)
     assert 0 <= starts.min() < 2 * 10**9 and 7 * 10**9 < starts.max() < 9 * 10**9 - 64
 
