@@ -66,8 +66,11 @@ def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
 
 
 def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
-    """An affine map. `y += b` changes only the new y: in place in NumPy, a new array in JAX."""
-    y = x @ w
+    """An affine map, in the precision of w: the trainer may use weights narrower than x.
+
+    `y += b` changes only the new y: in place in NumPy, a new array in JAX.
+    """
+    y = x.astype(w.dtype, copy=False) @ w
     y += b
     return y
 

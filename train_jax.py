@@ -2,28 +2,32 @@
 
     python train_jax.py                                        # tiny Shakespeare, 2-3 minutes
     python train_jax.py --data my_novel.txt --out models/novel # any text, byte by byte
-    python train_jax.py --data shards/corpus                   # what prepare.py made, of any size
+    python train_jax.py --init_from 124M --data my_novel.txt   # or go on with a released GPT-2
+    python train_jax.py --recipe gpt2-124M --data shards/web   # what prepare.py made, of any size
     python train_jax.py --resume models/novel                  # go on exactly where it stopped
     python gpt2.py "It was" --model_size novel                 # then write with it, in NumPy
 
-There is no second model here: `loss` calls `gpt2.gpt2` on JAX arrays, `jax.jit` compiles it and
-`jax.grad` differentiates it. A training step is a pure function, state in, state out, and the state
-is three things: the parameters, the optimizer's moments, and the number of steps done, from which
-everything random follows (which stretches of text, which weights to drop). A checkpoint is this
-state and the flags: a run that goes on from one ends with the bits of a run that never stopped.
+There is no second model here: `losses` calls `gpt2.hidden_state` on JAX arrays, `jax.jit` compiles
+it and `jax.grad` differentiates it. A training step is a pure function, state in, state out, and
+the state is three things: the parameters, the optimizer's moments, and the number of steps done,
+from which everything random follows (which stretches of text, which weights to drop). A checkpoint
+is this state and the flags: a run that goes on from it ends with the bits of one never stopped.
+
+Several devices, or machines, share the work by the sharding of the arrays alone: each step's
+sequences are spread over them, and with --fsdp the parameters and moments, too. JAX's compiler
+derives from that what has to be sent where; no function below knows how many there are.
 """
 
+import contextlib
 import functools
 import hashlib
 import inspect
-import json
 import math
+import operator
 import os
-import shutil
 import signal
 import sys
-import tempfile
-from pathlib import Path
+import time
 
 import jax
 import jax.numpy as jnp
@@ -31,22 +35,92 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from encoder import Encoder, get_encoder, write_whole
-from gpt2 import generate, gpt2
+import progress
+from checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from devices import any_process, cut, gather, make_mesh, put, spread, start_jax
+from encoder import Encoder, get_encoder
+from gpt2 import hidden_state
+from kv_cache import generate
 from shards import check_ids, count_ids, open_shards, read_stretches
 from utils import (
     check_target,
     download_shakespeare,
     find_model,
     load_encoder_hparams_and_params,
-    parse_json,
     run_cli,
     save_model,
-    write_safetensors,
 )
 
+# --- Recipes ------------------------------------------------------------------------------------
+# Every value is overridden by the flag of its name; `python train_jax.py --help` explains them.
+
+SHAKESPEARE = {
+    "data": "shakespeare",
+    "n_accumulate": 1,
+    "optimizer": "muon",
+    "n_warmup": 100,
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
+    "adam_b2": 0.99,
+    "drop_rate": 0.0,
+    "dtype": None,  # float32 on CPUs, bfloat16 elsewhere
+    "fsdp": False,
+    "eval_every": 200,
+    "checkpoint_every": 200,
+    "seed": 1337,
+}
+GPT2 = SHAKESPEARE | {
+    "data": None,
+    "n_ctx": 1024,
+    "batch_size": 32,
+    "n_accumulate": 16,  # 32 * 16 * 1024 = 524288 tokens a step, and 10 billion in all
+    "n_steps": 19073,
+    "optimizer": "adamw",
+    "n_warmup": 700,
+    "adam_b2": 0.95,
+    "eval_every": 250,
+    "checkpoint_every": 1000,
+}
+RECIPES = {
+    "shakespeare-cpu": SHAKESPEARE
+    | {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_ctx": 64, "batch_size": 12, "n_steps": 2000}
+    | {"learning_rate": 5e-3, "min_learning_rate": 5e-5},
+    "shakespeare": SHAKESPEARE
+    | {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_ctx": 256, "batch_size": 64, "n_steps": 5000}
+    | {"learning_rate": 3e-3, "min_learning_rate": 3e-5, "drop_rate": 0.1},
+    "tinystories": SHAKESPEARE  # 23 million parameters with 8192 tokens of the stories' own
+    | {"n_layer": 6, "n_head": 8, "n_embd": 512, "n_ctx": 512, "batch_size": 64, "n_steps": 20000}
+    | {"learning_rate": 2e-3, "min_learning_rate": 2e-5, "n_warmup": 500, "data": None},
+    "finetune": SHAKESPEARE  # the model's own sizes
+    | {"n_ctx": 256, "batch_size": 4, "n_accumulate": 4, "n_steps": 200, "data": None}
+    | {"optimizer": "adamw", "learning_rate": 3e-5, "min_learning_rate": 3e-6, "n_warmup": 10}
+    | {"weight_decay": 0.0, "eval_every": 50, "checkpoint_every": 50},
+}
+# GPT-2's sizes (Radford et al. 2019), with the learning rates that GPT-3 had at these sizes, and
+# GPT-3's own (Brown et al. 2020, arXiv:2005.14165, table 2.1; XL has 16 heads of 128 here).
+for name, n_layer, n_head, n_embd, learning_rate in (
+    ("gpt2-124M", 12, 12, 768, 6e-4),
+    ("gpt2-355M", 24, 16, 1024, 3e-4),
+    ("gpt2-774M", 36, 20, 1280, 2.5e-4),
+    ("gpt2-1558M", 48, 25, 1600, 2e-4),
+    ("gpt3-125M", 12, 12, 768, 6e-4),
+    ("gpt3-350M", 24, 16, 1024, 3e-4),
+    ("gpt3-760M", 24, 16, 1536, 2.5e-4),
+    ("gpt3-1.3B", 24, 16, 2048, 2e-4),
+    ("gpt3-2.7B", 32, 32, 2560, 1.6e-4),
+    ("gpt3-6.7B", 32, 32, 4096, 1.2e-4),
+    ("gpt3-13B", 40, 40, 5120, 1e-4),
+    ("gpt3-175B", 96, 96, 12288, 6e-5),
+):
+    RECIPES[name] = GPT2 | {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+    RECIPES[name] |= {"learning_rate": learning_rate, "min_learning_rate": learning_rate / 10}
+    RECIPES[name] |= {"n_ctx": 2048, "batch_size": 16} if name.startswith("gpt3") else {}
+    RECIPES[name] |= {"fsdp": n_embd >= 1600}
+
 MOST_VALIDATION = 2**20  # tokens that one look at the validation text takes
-STEPS_PER_CALL = 20  # steps of the compiled loop before Python sees a loss, or Ctrl-C, again
+TOKENS_PER_CALL = 2**18  # about so many pass before Python sees a loss, or Ctrl-C, again ...
+STEPS_PER_CALL = 20  # ... but not more steps
+LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
 
 
 # --- The text -----------------------------------------------------------------------------------
@@ -72,11 +146,11 @@ def load_text(data):  # the --data flag -> str
         return f.read()
 
 
-def load_tokens(data, tokenizer):  # -> {"train": [arrays], "val": [arrays]}, Encoder
-    """Token shards from a folder, or a text, whose last tenth is for validation."""
-    encoder = None
-    if tokenizer is not None:
-        encoder = get_encoder("", find_model(tokenizer, only_tokenizer=True))
+def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]}, Encoder
+    """Token shards from a folder, or a text in bytes or `encoder`'s tokens, its last tenth for val.
+
+    `encoder` is the model's own or --tokenizer's; shards that were made with another are refused.
+    """
     if not os.path.isdir(data):
         encoder = encoder or Encoder([])
         ids = np.array(encoder.encode(load_text(data)), np.int32)
@@ -85,7 +159,9 @@ def load_tokens(data, tokenizer):  # -> {"train": [arrays], "val": [arrays]}, En
     shards, own = open_shards(data)
     if not (encoder or own):
         raise ValueError(f"{data}: shards without a tokenizer: name theirs with --tokenizer")
-    if encoder or not os.path.exists(os.path.join(data, "meta.json")):  # it may be another's
+    if encoder and own and encoder.vocab != own.vocab:
+        raise ValueError(f"{data}: shards of another tokenizer: prepare them with the model's")
+    if not os.path.exists(os.path.join(data, "meta.json")):  # the tokenizer may be another's
         for split in shards.values():
             check_ids(split, (encoder or own).n_vocab, data)
     return shards, encoder or own
@@ -127,13 +203,23 @@ def step_keys(seed, n_done):  # -> the key for the batch and the key for the wei
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), n_done))
 
 
-def read_batches(shards, seed, n_done, n, batch_size, n_ctx):  # -> [n, batch_size, n_ctx + 1]
-    """Stretches of the text from random places, for the n steps after n_done."""
+def read_batches(shards, seed, n_done, shape, n_ctx, sharding):  # -> [*shape, n_ctx + 1]
+    """Stretches of the text from random places, for the steps after n_done.
+
+    shape: [n steps, n_accumulate, batch_size]. Where the places are depends on neither devices nor
+    processes, but a process reads only those stretches that its own devices will work on.
+    """
     n_places = count_ids(shards) - n_ctx
     stride = -(-n_places // 2**31)  # random numbers have 31 bits: of more places, not all are used
-    steps = jnp.arange(n_done, n_done + n)
-    starts = np.asarray(draw_starts(seed, steps, n_places // stride, batch_size), np.int64) * stride
-    return read_stretches(shards, starts.ravel(), n_ctx + 1).reshape(n, batch_size, n_ctx + 1)
+    steps = jnp.arange(n_done, n_done + shape[0])
+    starts = draw_starts(seed, steps, n_places // stride, shape[1] * shape[2])
+    starts = np.asarray(starts, np.int64).reshape(shape) * stride
+
+    def read(index):
+        mine = starts[index[:3]]
+        return read_stretches(shards, mine.ravel(), n_ctx + 1).reshape(*mine.shape, n_ctx + 1)
+
+    return jax.make_array_from_callback((*shape, n_ctx + 1), sharding, read)
 
 
 # --- The model ----------------------------------------------------------------------------------
@@ -179,15 +265,79 @@ def init_params(key, n_vocab, n_ctx, n_embd, n_layer):
     }
 
 
-def loss(params, tokens, n_head):  # [n_batch, n_seq + 1] -> [], nats a token
-    """Cross-entropy: the mean of -log p(next token), each predicted from the tokens before it."""
-    logits = gpt2(tokens[:, :-1], **params, n_head=n_head)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+def losses(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None):
+    """[n_batch, n_seq + 1] -> [n_batch], nats a token: each predicted from the tokens before it.
+
+    The mean of -log p(next token). All of the options leave the result as it is, up to rounding:
+    n_vocab says how many rows of wte are tokens, if others pad it; in n_chunks > 1, no more than
+    this part of the logits is held at once, and made again for the gradient; `attend` replaces
+    gpt2.attention. Logits and everything after are float32, whatever the parameters are.
+    """
+    if attend:
+        params = params | {"blocks": [block | {"attend": attend} for block in params["blocks"]]}
+    x = hidden_state(tokens[:, :-1], **params, n_head=n_head)
+    wte = params["wte"].astype(params["blocks"][0]["attn"]["c_attn"]["w"].dtype)
+
+    def nats(x, targets):  # [n_batch, n, n_embd], [n_batch, n] -> [n_batch]
+        logits = jnp.matmul(x.astype(wte.dtype), wte.T, preferred_element_type=jnp.float32)
+        if n_vocab is not None and n_vocab < len(wte):
+            logits = jnp.where(jnp.arange(len(wte)) < n_vocab, logits, -jnp.inf)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).sum(-1)
+
+    def chunks(x):  # [n_batch, n_seq, ...] -> [n_chunks, n_batch, n_seq / n_chunks, ...]
+        return x.reshape(len(x), n_chunks, -1, *x.shape[2:]).swapaxes(0, 1)
+
+    targets = tokens[:, 1:]
+    if n_chunks == 1:
+        return nats(x, targets) / targets.shape[1]
+    sums = jax.lax.map(lambda a: jax.checkpoint(nats)(*a), (chunks(x), chunks(targets)))
+    return sums.sum(0) / targets.shape[1]
+
+
+def fused_attention(q, k, v):  # [n_batch, n_head, n_seq, d_head] each -> the same
+    """gpt2.attention in one kernel of cuDNN's where there is one for it, with float32 sums inside.
+
+    Elsewhere it is XLA's, for lower precision: softmax, too, is float32 then.
+    """
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # JAX wants [n_batch, n_seq, n_head, d_head]
+    d_head = q.shape[-1]
+    has_kernel = jax.default_backend() == "gpu" and d_head % 8 == 0 and d_head <= 128
+    kernel = "cudnn" if has_kernel and q.dtype != jnp.float32 else "xla"
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)
+    return out.swapaxes(1, 2)
+
+
+def narrow(params, dtype):
+    """A copy with the blocks' weights in `dtype`; embeddings and norms stay float32.
+
+    So does the stream x that the blocks add to, and with it layer_norm's means and variances.
+    """
+
+    def is_weight(path):
+        return path[0].key == "blocks" and path[2].key in ("attn", "mlp")
+
+    return jax.tree.map_with_path(lambda p, x: x.astype(dtype) if is_weight(p) else x, params)
+
+
+def resize_vocab(tree, n_rows):  # NumPy's wte, [n_vocab, n_embd], -> [n_rows, n_embd]
+    """Pads every wte in a tree of parameters or moments with zeros, or cuts these off again."""
+
+    def resize(path, x):
+        if "['wte']" not in jax.tree_util.keystr(path) or x.ndim != 2:
+            return x
+        return np.pad(x[:n_rows], ((0, max(0, n_rows - len(x))), (0, 0)))
+
+    return jax.tree.map_with_path(resize, tree)
+
+
+def is_matrix(params):
+    """A tree like params, True at the matrices: not at biases and gains."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("w", "wte", "wpe"), params)
 
 
 def is_hidden_matrix(params):
-    """A tree like params, True at the blocks' matrices: not at embeddings, biases and gains."""
-    return jax.tree.map_with_path(lambda path, x: path[0].key == "blocks" and x.ndim == 2, params)
+    """True at the blocks' matrices only: not at the embeddings."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key == "w", params)
 
 
 def drop_weights(key, params, drop_rate):
@@ -209,63 +359,124 @@ def drop_weights(key, params, drop_rate):
     return jax.tree.map(drop, keys, params, is_hidden_matrix(params))
 
 
-# --- Training -----------------------------------------------------------------------------------
+# --- The optimizer ------------------------------------------------------------------------------
 
 
-def make_schedule(n_steps, learning_rate, n_warmup):  # -> a function of the steps done
-    """Linear warmup, then half a cosine down to a hundredth of the learning rate."""
+def make_schedule(n_steps, learning_rate, min_learning_rate, n_warmup, **_):
+    """The learning rate, a function of the steps done: linear warmup, then half a cosine down."""
     return optax.warmup_cosine_decay_schedule(
         init_value=learning_rate / n_warmup,  # not 0: the first step should learn something
         peak_value=learning_rate,
         warmup_steps=min(n_warmup, n_steps // 2),
         decay_steps=n_steps,
-        end_value=learning_rate / 100,
+        end_value=min_learning_rate,
     )
 
 
-def make_optimizer(schedule, weight_decay, grad_clip):
-    """Muon for the blocks' matrices, Adam for the rest; weight decay for the matrices only.
+def make_optimizer(schedule, optimizer, weight_decay, grad_clip, adam_b2, **_):
+    """adamw: Adam, with weight decay for all matrices, so not for biases and gains.
 
-    Muon (Jordan 2024) replaces a matrix's momentum by the orthogonal matrix nearest to it, so that
-    all directions learn at one pace. `consistent_rms` gives its steps the size of Adam's (Liu et
-    al. 2025, arXiv:2502.16982), so that one learning rate serves both.
+    muon: Muon for the blocks' matrices, which decay, Adam for all else, which does not. Muon
+    (Jordan 2024) replaces a matrix's momentum by the orthogonal matrix nearest to it, so that all
+    directions learn at one pace. `consistent_rms` gives its steps the size of Adam's (Liu et al.
+    2025, arXiv:2502.16982), so that one learning rate serves both.
+
+    Muon sees the blocks as one, each of its arrays with an axis for the layers in front: fewer and
+    larger operations, and an axis along which devices can share the work.
     """
-    muon = optax.contrib.MuonDimensionNumbers()
+    if optimizer == "adamw":
+        rule = optax.adamw(schedule, b2=adam_b2, weight_decay=weight_decay, mask=is_matrix)
+        return optax.chain(optax.clip_by_global_norm(grad_clip), rule)
+    layers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
 
     def for_muon(params):
-        return jax.tree.map(lambda is_matrix: muon if is_matrix else None, is_hidden_matrix(params))
+        return jax.tree.map(lambda hidden: layers if hidden else None, is_hidden_matrix(params))
 
-    return optax.chain(
-        optax.clip_by_global_norm(grad_clip),
-        optax.contrib.muon(
-            schedule,
-            weight_decay=weight_decay,
-            weight_decay_mask=is_hidden_matrix,
-            muon_weight_dimension_numbers=for_muon,
-            consistent_rms=0.2,
-            adam_b2=0.99,
-        ),
+    rule = optax.contrib.muon(
+        schedule,
+        weight_decay=weight_decay,
+        weight_decay_mask=is_hidden_matrix,
+        muon_weight_dimension_numbers=for_muon,
+        consistent_rms=0.2,
+        adam_b2=adam_b2,
     )
+    rule = optax.chain(optax.clip_by_global_norm(grad_clip), rule)
+
+    def stack(tree):
+        return tree | {"blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *tree["blocks"])}
+
+    def update(gradients, moments, params):
+        updates, moments = rule.update(stack(gradients), moments, stack(params))
+        n_layer = range(len(params["blocks"]))
+        blocks = [jax.tree.map(operator.itemgetter(i), updates["blocks"]) for i in n_layer]
+        return updates | {"blocks": blocks}, moments
+
+    return optax.GradientTransformation(lambda params: rule.init(stack(params)), update)
 
 
-def make_train_steps(optimizer, n_head, drop_rate, seed):
+def start_state(params, moments, n_done, optimizer, n_rows, mesh, fsdp):
+    """-> (parameters, moments, n_done) on the devices, and their shardings.
+
+    params is a tree of NumPy's or JAX's; moments {name: array} of a checkpoint, or None: all new.
+    """
+    params = resize_vocab(jax.tree.map(np.asarray, params), n_rows)
+    shapes = jax.eval_shape(optimizer.init, params)
+    shardings = spread(params, mesh, fsdp), spread(shapes, mesh, fsdp), cut(mesh)
+    params = put(params, shardings[0])
+    if moments is None:
+        moments = jax.jit(optimizer.init, out_shardings=shardings[1])(params)
+    else:
+        moments = jax.tree.unflatten(jax.tree.structure(shapes), moments.values())
+        moments = put(resize_vocab(moments, n_rows), shardings[1])
+    return (params, moments, put(np.int32(n_done), shardings[2])), shardings
+
+
+def name_leaves(tree):  # -> {where it is in the tree: array}
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def moment_shapes(optimizer, params):  # -> {name: (shape, dtype)}, in the tree's order
+    moments = name_leaves(jax.eval_shape(optimizer.init, params))
+    return {name: (x.shape, x.dtype) for name, x in moments.items()}
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+def make_train_steps(optimizer, drop_rate=0.0, seed=0, dtype="float32", shardings=None, **how):
     """The compiled function (state, batches, n) -> (state after n more steps, their mean loss).
 
-    batches: [n or more, batch_size, n_ctx + 1].
+    batches: [n or more, n_accumulate, batch_size, n_ctx + 1]. The state that goes in is used up:
+    its memory becomes that of the state that comes out. shardings: a tree of them like the state,
+    None where there is one device. how: the options of `losses`.
     """
 
-    def batch_loss(params, batch, n_done):
+    def batch_loss(weights, batch, key):
         if drop_rate:
-            params = drop_weights(step_keys(seed, n_done)[1], params, drop_rate)
-        return loss(params, batch, n_head)
+            weights = drop_weights(key, weights, drop_rate)
+        return losses(weights, batch, **how).mean()
+
+    def value_and_gradients(params, batch, key):  # [n_accumulate, batch_size, n_ctx + 1]
+        weights = narrow(params, dtype)  # once a step; what is summed below is float32 again
+
+        def one(i, total):
+            result = jax.value_and_grad(batch_loss)(weights, batch[i], jax.random.fold_in(key, i))
+            return jax.tree.map(jnp.add, total, result)
+
+        total = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+        if len(batch) == 1:
+            return one(0, total)
+        total = jax.lax.fori_loop(0, len(batch), one, total)
+        return jax.tree.map(lambda x: x / len(batch), total)
 
     def step(batch, state):
         params, moments, n_done = state
-        value, gradients = jax.value_and_grad(batch_loss)(params, batch, n_done)
+        _, key = step_keys(seed, n_done)
+        value, gradients = value_and_gradients(params, batch, key)
         updates, moments = optimizer.update(gradients, moments, params)
         return (optax.apply_updates(params, updates), moments, n_done + 1), value
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def train_steps(state, batches, n):
         def add_step(i, carry):
             state, value = step(batches[i], carry[0])
@@ -277,115 +488,97 @@ def make_train_steps(optimizer, n_head, drop_rate, seed):
     return train_steps
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def evaluate(params, windows, n_head):  # [n_windows, n_ctx + 1] -> [], nats a token
-    """The loss on all of the validation text, 16 windows at a time."""
-    return jax.lax.map(lambda w: loss(params, w[None], n_head), windows, batch_size=16).mean()
+@functools.partial(jax.jit, static_argnames=("dtype", "n_head", "n_vocab", "n_chunks", "attend"))
+def evaluate(params, windows, counts, dtype="float32", **how):  # -> [], nats a token
+    """The loss on all of the validation text, [n, batch_size, n_ctx + 1], a batch at a time.
 
-
-def train(state, train_steps, read, windows, n_head, n_steps, every, best, keep, checkpoint):
-    """Run the steps that are left, with the batches of read(n_done, n), and show progress.
-
-    every: {"eval": n, "checkpoint": n} steps. `keep(params)` gets all parameters that are the best
-    on the validation text so far. `checkpoint(state, best)` gets the state at intervals, at the
-    end and when the run is interrupted, and returns where it has it. ValueError, with the last of
-    these places, where the loss is no number any more.
+    counts: [n, batch_size], 1 for a window, 0 for what fills the last batch up.
     """
-    n_done, place = int(state[2]), None
-    with tqdm(total=n_steps, initial=n_done, unit="step", disable=None) as bar:
-        try:
-            while n_done < n_steps:
-                n = min(STEPS_PER_CALL, n_steps - n_done, *(k - n_done % k for k in every.values()))
-                after, train_loss = train_steps(state, read(n_done, STEPS_PER_CALL), n)
-                if not math.isfinite(train_loss):
-                    last = f"the last checkpoint is {place}" if place else "there is no checkpoint"
-                    raise ValueError(f"the loss is {train_loss} at step {n_done + n}: {last}")
-                state, n_done = after, n_done + n
-                bar.set_postfix(loss=f"{train_loss:.3f}", refresh=False)
-                bar.update(n)
-                if n_done % every["eval"] == 0 or n_done == n_steps:
-                    validation = float(evaluate(state[0], windows, n_head))
-                    tqdm.write(
-                        f"step {n_done}: train {train_loss:.4f}, validation {validation:.4f}"
-                    )
-                    if validation < best:
-                        keep(state[0])
-                        best = validation
-                if n_done % every["checkpoint"] == 0 or n_done == n_steps:
-                    place = checkpoint(state, best)
-        except (KeyboardInterrupt, SystemExit):
-            if int(state[2]):
-                if best == math.inf:
-                    keep(state[0])
-                place = checkpoint(state, best)
-                tqdm.write(f"stopped after step {int(state[2])}, which is saved in {place}")
-            raise
+    weights = narrow(params, dtype)
+    return (jax.lax.map(lambda w: losses(weights, w, **how), windows) * counts).sum() / counts.sum()
 
 
-# --- Checkpoints --------------------------------------------------------------------------------
-# out/checkpoints/00000400 is a model folder with two files more: optimizer.safetensors, and the
-# flags in run.json. It is written under another name and renamed as a whole.
+def fill_batches(windows, batch_size):  # [n, n_ctx + 1] -> evaluate's windows and counts
+    n_missing = -len(windows) % batch_size
+    counts = np.append(np.ones(len(windows), np.float32), np.zeros(n_missing, np.float32))
+    filled = np.concatenate([windows, np.repeat(windows[:1], n_missing, axis=0)])
+    shape = len(filled) // batch_size, batch_size
+    return filled.reshape(*shape, -1), counts.reshape(shape)
 
 
-def save_checkpoint(out, saved, state, run, encoder, hparams):  # -> where
-    """Write the state as a checkpoint; of this run's others, which `saved` lists, keep the last."""
-    params, moments, n_done = state
-    folder = os.path.join(out, "checkpoints")
-    place = os.path.join(folder, f"{int(n_done):08d}")
-    if place in saved:
-        return place
-    os.makedirs(folder, exist_ok=True)
-    others = {os.path.join(folder, name) for name in os.listdir(folder)}
-    for other in others - set(saved):  # an earlier run's, or half written
-        shutil.rmtree(other)
-    stage = tempfile.mkdtemp(prefix=".saving-", dir=folder)
+@contextlib.contextmanager
+def note_signals():
+    """Inside, the first Ctrl-C or SIGTERM only adds its number to the list; a second one acts."""
+    caught = []
+
+    def note(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(int(number))
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        save_model(stage, encoder, hparams, params)
-        write_safetensors(os.path.join(stage, "optimizer.safetensors"), name_leaves(moments))
-        write_whole(Path(stage, "run.json"), json.dumps({"step": int(n_done)} | run, indent=1))
-        os.rename(stage, place)
+        yield caught
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
-    for old in saved[:-1]:
-        shutil.rmtree(old, ignore_errors=True)
-    saved[:-1] = []
-    saved.append(place)
-    return place
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def name_leaves(tree):  # -> {where it is in the tree: array}
-    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(tree)}
+def train(state, flags, train_steps, read, validate, keep, checkpoint, log, start, quiet=False):
+    """Run the steps that are left and show progress. -> the signal that ended it early, or 0.
+
+    read(n_done): batches for some steps, whose number is their first axis. validate(params): nats.
+    keep(params, is_best) gets what has just been validated; checkpoint(state, best) the state at
+    intervals, at the end and when a signal comes, and returns where it has it; log(values) what
+    metrics.jsonl shall say, and returns what the bar shall show. start: {"place": the checkpoint
+    that the run goes on from or None, "best": its best validation loss or None, "worst": a loss
+    that says that all is lost}. ValueError, with the last checkpoint's place, for such a loss, or
+    one that is no number.
+    """
+    n_done, n_steps = int(state[2]), flags["n_steps"]
+    place, n_saved, best = start["place"], n_done, start["best"]
+    best = math.inf if best is None else best
+    every = flags["eval_every"], flags["checkpoint_every"]
+    tokens_per_step = flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
+    bar = tqdm(total=n_steps, initial=n_done, unit="step", disable=quiet or None)
+    with bar, note_signals() as caught:
+        batches, compiled = read(n_done), False
+        while n_done < n_steps and not any_process(caught):
+            began = time.perf_counter()
+            n = min(len(batches), n_steps - n_done, *(k - n_done % k for k in every))
+            state, loss = train_steps(state, batches, n)
+            n_done += n
+            batches = read(n_done)  # while the device is at work
+            loss = float(loss)
+            if not loss < start["worst"]:
+                last = f"the last checkpoint is {place}" if place else "there is no checkpoint"
+                raise ValueError(f"the loss is {loss:.4g} at step {n_done}: {last}")
+            values = {"step": n_done, "loss": loss}
+            if compiled:  # the first call's time is the compiler's
+                values["tokens_per_second"] = n * tokens_per_step / (time.perf_counter() - began)
+            compiled = True
+            bar.set_postfix(log(values), refresh=False)
+            bar.update(n)
+            if n_done % every[0] == 0 or n_done == n_steps:
+                validation = validate(state[0])
+                log({"step": n_done, "validation": validation})
+                if not quiet:
+                    tqdm.write(f"step {n_done}: train {loss:.4f}, validation {validation:.4f}")
+                keep(state[0], validation < best)
+                best = min(best, validation)
+            if n_done % every[1] == 0 or n_done == n_steps:
+                place, n_saved = checkpoint(state, best), n_done
+        stopped = any_process(caught)
+        if stopped and n_done > n_saved:
+            if best == math.inf:
+                keep(state[0], True)
+            place = checkpoint(state, best)
+        if stopped and place and not quiet:
+            tqdm.write(f"stopped after step {n_done}, which is saved in {place}")
+    return stopped
 
 
-def find_checkpoint(out):  # -> its path, what run.json says
-    """The last checkpoint of a run. ValueError or OSError, one clear line, if there is none."""
-    folder = os.path.join(out, "checkpoints")
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    place = os.path.join(folder, max(filter(str.isdigit, names), default="00000000"))
-    path = os.path.join(place, "run.json")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{out}: nothing to resume: there is no {path}")
-    return place, parse_json(Path(path).read_bytes(), path)
-
-
-def load_checkpoint(place, optimizer, n_done):  # -> state
-    """The state that save_checkpoint wrote. ValueError if it is not this optimizer's."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    _, _, params = load_encoder_hparams_and_params(place, ".")
-    params = jax.tree.map(jnp.array, params)
-    empty = optimizer.init(params)
-    path = os.path.join(place, "optimizer.safetensors")
-    try:
-        leaves = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: cut short or corrupt ({error})") from None
-    wanted = {name: (x.shape, x.dtype) for name, x in name_leaves(empty).items()}
-    if {name: (x.shape, x.dtype) for name, x in leaves.items()} != wanted:
-        raise ValueError(f"{path}: is of another optimizer, or of another version of optax")
-    moments = jax.tree.unflatten(jax.tree.structure(empty), [jnp.array(leaves[n]) for n in wanted])
-    return params, moments, jnp.int32(n_done)
+# --- The command line ---------------------------------------------------------------------------
 
 
 def check_flags(flags):
@@ -395,136 +588,261 @@ def check_flags(flags):
             right, wanted = 0 <= value < 2**32, "from 0 to 4294967295"
         elif name == "drop_rate":
             right, wanted = 0 <= value <= 0.9, "from 0 to 0.9"
-        elif name == "weight_decay":
+        elif name in ("weight_decay", "min_learning_rate"):
             right, wanted = 0 <= value < math.inf, "0 or more"
+        elif name == "adam_b2":
+            right, wanted = 0 < value < 1, "more than 0 and less than 1"
         elif name == "dtype":
+            right, wanted = value in ("float32", "bfloat16"), "float32 or bfloat16"
+        elif name == "saved_dtype":
             right, wanted = value in ("float32", "float16"), "float32 or float16"
+        elif name == "optimizer":
+            right, wanted = value in ("adamw", "muon"), "adamw or muon"
         elif isinstance(value, float):
             right, wanted = 0 < value < math.inf, "more than 0"
         else:
             right, wanted = not isinstance(value, int) or value >= 1, "1 or more"
-        if not right:
+        if not right and not isinstance(value, bool):
             raise ValueError(f"{name} must be {wanted}, not {value}")
     if flags["n_embd"] % flags["n_head"]:
         raise ValueError("n_embd {n_embd} must be a multiple of n_head {n_head}".format(**flags))
 
 
+def choose(recipe, typed, hparams=None):  # -> the flags of a run
+    """The recipe's values, but for those typed and, of a model to start from, its own sizes."""
+    if recipe is None:
+        recipe = "shakespeare-cpu" if jax.default_backend() == "cpu" else "shakespeare"
+        recipe = "finetune" if hparams else recipe
+    flags = {"recipe": recipe, **RECIPES[recipe], **typed}
+    if hparams:
+        for name in ("n_layer", "n_head", "n_embd"):
+            if typed.get(name, hparams[name]) != hparams[name]:
+                raise ValueError(f"{name} is {hparams[name]} in that model: leave out --{name}")
+            flags[name] = hparams[name]
+        if "n_ctx" not in typed:
+            flags["n_ctx"] = min(flags["n_ctx"], hparams["n_ctx"])
+        if flags["n_ctx"] > hparams["n_ctx"]:
+            raise ValueError(f"n_ctx is at most {hparams['n_ctx']} in that model")
+    elif "n_layer" not in flags:
+        raise ValueError(f"recipe {recipe} needs --init_from: a model to start with")
+    if flags["data"] is None:
+        raise ValueError(f"recipe {recipe} needs --data: a text file or a folder of token shards")
+    if flags["dtype"] is None:
+        flags["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    check_flags(flags)
+    return flags
+
+
 def main(
-    data: str = "shakespeare",
+    data: str | None = None,
     out: str = "models/mine",
-    n_layer: int = 4,
-    n_head: int = 4,
-    n_embd: int = 128,
-    n_ctx: int = 64,
-    batch_size: int = 12,
-    n_steps: int = 2000,
-    learning_rate: float = 5e-3,
-    n_warmup: int = 100,
-    weight_decay: float = 0.1,
-    grad_clip: float = 1.0,
-    drop_rate: float = 0.0,
-    eval_every: int = 200,
-    checkpoint_every: int = 200,
-    seed: int = 1337,
-    tokenizer: str | None = None,
-    dtype: str = "float32",
+    recipe: str | None = None,
+    init_from: str | None = None,
     resume: str | None = None,
+    tokenizer: str | None = None,
+    n_layer: int | None = None,
+    n_head: int | None = None,
+    n_embd: int | None = None,
+    n_ctx: int | None = None,
+    batch_size: int | None = None,
+    n_accumulate: int | None = None,
+    n_steps: int | None = None,
+    optimizer: str | None = None,
+    learning_rate: float | None = None,
+    min_learning_rate: float | None = None,
+    n_warmup: int | None = None,
+    weight_decay: float | None = None,
+    grad_clip: float | None = None,
+    adam_b2: float | None = None,
+    drop_rate: float | None = None,
+    dtype: str | None = None,
+    fsdp: bool | None = None,
+    eval_every: int | None = None,
+    checkpoint_every: int | None = None,
+    seed: int | None = None,
+    saved_dtype: str = "float32",
+    tensorboard: bool = False,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
 ):
     """Train a GPT-2 on a text or on token shards, and save it as a model folder.
 
     The last tenth of a text is kept for validation. Losses, in nats a token, are printed as they
-    are measured, and whenever the validation loss is the best so far the model is saved to `out`,
-    in place of what was there: whatever happens later, the best one is kept. Ctrl-C and SIGTERM
-    leave a checkpoint; so does every 200th step.
+    are measured, with a sample, and whenever the validation loss is the best so far the model is
+    saved to `out`, in place of what was there: whatever happens later, the best one is kept. Ctrl-C
+    and SIGTERM end a run after the current steps, with a checkpoint. Beside the model are
+    metrics.jsonl and loss.png, which show how it went.
+
+    A recipe has a value for each of the flags from n_layer to seed, and maybe for data: those that
+    are typed replace them. The recipes are at the top of train_jax.py.
 
     Args:
         data: a text file, shakespeare (downloaded once), python-docs (on every machine), or a
             folder of token shards: prepare.py's, nanoGPT's or llm.c's.
         out: the folder to write; `python gpt2.py "..." --model_size mine` then reads models/mine.
+        recipe: shakespeare-cpu, shakespeare (the default on a GPU or TPU), tinystories, finetune
+            (the default with init_from), gpt2-124M, -355M, -774M, -1558M, or gpt3-125M to -175B.
+        init_from: start with this model, a name or a folder as in gpt2.py, and with its tokenizer.
+        resume: the `out` of a run that was stopped: go on, with its flags and no others.
+        tokenizer: 124M (GPT-2's), a folder in models, or a path; by default that of the shards, and
+            bytes for a text.
         n_layer: transformer blocks.
         n_head: attention heads in each; n_embd must be a multiple of it.
         n_embd: width of the model.
         n_ctx: the longest stretch of text it sees at once.
-        batch_size: stretches a step.
+        batch_size: stretches at a time, on all devices together.
+        n_accumulate: so many batches make one step, their gradients averaged.
         n_steps: steps in all.
+        optimizer: adamw, or muon for the matrices in the blocks and Adam for the rest.
         learning_rate: the highest, reached after n_warmup steps.
-        n_warmup: steps of linear warmup, at most half of all; a cosine follows.
-        weight_decay: of the matrices in the blocks.
+        min_learning_rate: the last, to which it goes down along a cosine.
+        n_warmup: steps of linear warmup, at most half of all.
+        weight_decay: of the matrices (with muon: of those in the blocks).
         grad_clip: longest gradient allowed.
+        adam_b2: Adam's second decay rate.
         drop_rate: share of the blocks' weights left out at random in every step, in 256ths.
+        dtype: float32 (the default on CPUs) or bfloat16, of the products; the rest is float32.
+        fsdp: spread parameters and moments over the devices, too, for models too large for one.
         eval_every: steps between two looks at the validation text.
         checkpoint_every: steps between two checkpoints in out/checkpoints; the last two are kept.
         seed: the same seed gives the same run.
-        tokenizer: 124M (GPT-2's), a folder in models, or a path; by default that of the shards, and
-            bytes for a text.
-        dtype: float32 or float16, of the best model's weights on the disk.
-        resume: the `out` of a run that was stopped: go on, with its flags and no others.
+        saved_dtype: float32 or float16, of the best model's weights on the disk.
+        tensorboard: also write the losses to out/tensorboard (with TensorFlow's writer).
+        coordinator: host:port of process 0, of a run in several processes. Each one is started
+            with the same flags; on Slurm, Kubernetes, TPU and Open MPI they find each other.
+        num_processes: how many there are.
+        process_id: which one this is, from 0.
     """
-    flags = {name: value for name, value in locals().items() if name != "resume"}
-    if resume is None:
-        check_flags(flags)
-        check_target(out)  # better now than after the first steps
-        run(flags)
-    else:
-        default = {p.name: p.default for p in inspect.signature(main).parameters.values()}
-        if typed := [name for name, value in flags.items() if value != default[name]]:
-            raise ValueError(f"--resume takes the run's own flags: leave out --{typed[0]}")
+    typed = {name: value for name, value in locals().items() if value is not None}
+    default = {p.name: p.default for p in inspect.signature(main).parameters.values()}
+    others = ("resume", "tensorboard", "coordinator", "num_processes", "process_id")
+    typed = {name: value for name, value in typed.items() if name not in others}
+    if recipe is not None and recipe not in RECIPES:
+        raise ValueError(f"no recipe {recipe!r}: there are {', '.join(RECIPES)}")
+    if resume is not None:
+        if more := [name for name, value in typed.items() if value != default[name]]:
+            raise ValueError(f"--resume takes the run's own flags: leave out --{more[0]}")
         place, saved = find_checkpoint(resume)
-        run(saved["flags"] | {"out": resume}, place, saved)
+        start_jax(coordinator, num_processes, process_id)
+        return run(saved["flags"] | {"out": resume}, tensorboard, place=place, saved=saved)
+    if init_from is not None and tokenizer is not None:
+        raise ValueError("--init_from brings its own tokenizer: leave out --tokenizer")
+    check_target(out)  # better now than after the first steps
+    model = load_encoder_hparams_and_params(init_from) if init_from is not None else None
+    start_jax(coordinator, num_processes, process_id)
+    run(choose(recipe, typed, model and model[1]), tensorboard, model)
 
 
-def run(flags, place=None, saved=None):
-    """Train from the beginning, or go on from the checkpoint at `place`, and show a sample."""
-    shards, encoder = load_tokens(flags["data"], flags["tokenizer"])
-    n_ctx, n_head, seed, out = (flags[name] for name in ("n_ctx", "n_head", "seed", "out"))
+def run(flags, tensorboard=False, model=None, place=None, saved=None):
+    """Train from the beginning, from (tokenizer, sizes, parameters), or from a checkpoint."""
+    seed, out, batch_size, n_ctx = (flags[name] for name in ("seed", "out", "batch_size", "n_ctx"))
+    mesh, is_main = make_mesh(batch_size), jax.process_index() == 0
+    schedule = make_schedule(**flags)
+    optimizer = make_optimizer(schedule, **flags)
+    moments, encoder = None, None
+    if place:
+        *model, moments = load_checkpoint(place, functools.partial(moment_shapes, optimizer))
+    if model:
+        encoder, hparams, params = model
+    elif flags.get("tokenizer"):
+        encoder = get_encoder("", find_model(flags["tokenizer"], only_tokenizer=True))
+    shards, encoder = load_tokens(flags["data"], encoder)
     check_enough(shards, n_ctx, flags["data"])
     windows = cut_windows(shards["val"], n_ctx)
     n_train, n_val = count_ids(shards["train"]), windows[:, 1:].size
     text = {"n_train": n_train, "validation": hashlib.sha256(windows.tobytes()).hexdigest()}
     if saved and saved["text"] != text:
         raise ValueError(f"{flags['data']}: is not the text that {place} was trained on")
+    for name in ("data", "tokenizer"):
+        if os.path.exists(flags.get(name, "")):
+            flags |= {name: os.path.abspath(flags[name])}  # a run may be resumed from elsewhere
 
-    schedule = make_schedule(flags["n_steps"], flags["learning_rate"], flags["n_warmup"])
-    optimizer = make_optimizer(schedule, flags["weight_decay"], flags["grad_clip"])
-    sizes = {"n_vocab": encoder.n_vocab, "n_ctx": n_ctx}
-    sizes |= {name: flags[name] for name in ("n_embd", "n_layer")}
-    if place:
-        state = load_checkpoint(place, optimizer, saved["step"])
-    else:
-        params = init_params(jax.random.key(seed), **sizes)
-        state = params, optimizer.init(params), jnp.int32(0)
-    n_params = sum(x.size for x in jax.tree.leaves(state[0]))
-    print(f"{n_params} parameters, {n_train} training and {n_val} validation tokens")
-    hparams, places = {**sizes, "n_head": n_head}, [place] if place else []
-    if os.path.exists(flags["data"]):
-        flags |= {"data": os.path.abspath(flags["data"])}  # a run may be resumed from elsewhere
+    if not model:
+        hparams = {"n_vocab": encoder.n_vocab, "n_ctx": n_ctx}
+        hparams |= {name: flags[name] for name in ("n_embd", "n_layer")}
+        params = init_params(jax.random.key(seed), **hparams)
+        hparams["n_head"] = flags["n_head"]
+    flops = progress.flops_per_token(params, n_ctx)
+    if is_main:
+        n_params = sum(x.size for x in jax.tree.leaves(params))
+        print(f"{n_params} parameters, {n_train} training and {n_val} validation tokens")
+    n_vocab, n_done = hparams["n_vocab"], saved["step"] if saved else 0
+    n_rows = n_vocab if jax.default_backend() == "cpu" else -(-n_vocab // 128) * 128
+    state, shardings = start_state(params, moments, n_done, optimizer, n_rows, mesh, flags["fsdp"])
+    how = {
+        "n_head": hparams["n_head"],
+        "n_vocab": n_vocab,
+        "n_chunks": choose_chunks(batch_size // mesh.size, n_ctx, n_rows),
+        "attend": fused_attention if flags["dtype"] == "bfloat16" else None,
+        "dtype": flags["dtype"],
+    }
+    train_steps = make_train_steps(optimizer, flags["drop_rate"], seed, shardings=shardings, **how)
+    windows = put(fill_batches(windows, batch_size), 2 * (cut(mesh, None, "data"),))
+    tokens_per_step = flags["n_accumulate"] * batch_size * n_ctx
+    n_steps = max(1, min(STEPS_PER_CALL, TOKENS_PER_CALL // tokens_per_step))
+    shape = n_steps, flags["n_accumulate"], batch_size
+    log = progress.make_log(out, n_done, flops, mesh.devices, flags["dtype"], schedule, tensorboard)
+    places = [place] if place else []
 
-    def read(n_done, n):
-        return read_batches(shards["train"], seed, n_done, n, flags["batch_size"], n_ctx)
+    def read(n_done):
+        spec = cut(mesh, None, None, "data")
+        return read_batches(shards["train"], seed, n_done, shape, n_ctx, spec)
 
-    def keep(params):
-        save_model(out, encoder, hparams, params, flags["dtype"])
+    def validate(params):
+        return float(evaluate(params, *windows, **how))
+
+    def keep(params, is_best):
+        params = resize_vocab(gather(params), n_vocab)
+        if is_main and is_best:
+            save_model(out, encoder, hparams, params, flags["saved_dtype"])
+        if is_main:
+            tqdm.write(sample(params, encoder, hparams, seed))
 
     def checkpoint(state, best):
+        params, moments = resize_vocab(gather(state[:2]), n_vocab)
+        if not is_main:
+            return out
+        progress.draw(out)
         about = {"flags": flags, "best": best if best < math.inf else None, "text": text}
         about |= {"versions": {"jax": jax.__version__, "optax": optax.__version__}}
-        return save_checkpoint(out, places, state, about, encoder, hparams)
+        step, moments = int(state[2]), name_leaves(moments)
+        return save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C, but for the exit code
-    every = {"eval": flags["eval_every"], "checkpoint": flags["checkpoint_every"]}
-    train_steps = make_train_steps(optimizer, n_head, flags["drop_rate"], seed)
-    best = saved["best"] if saved and saved["best"] is not None else math.inf
+    start = {"place": place, "best": saved and saved["best"], "worst": 2 * math.log(n_vocab)}
     try:
-        train(
-            state, train_steps, read, windows, n_head, flags["n_steps"], every, best, keep,
-            checkpoint,
-        )  # fmt: skip
+        if model and not place:  # the best so far is what it was
+            start["best"] = validate(state[0])
+            if is_main:
+                tqdm.write(f"step 0: validation {start['best']:.4f}")
+            keep(state[0], is_best=True)
+        stopped = train(
+            state, flags, train_steps, read, validate, keep, checkpoint, log, start, not is_main
+        )
     except jax.errors.JaxRuntimeError as error:  # out of memory, as a rule
         raise MemoryError(str(error)) from None
-    print(f"the best model is in {out}; a sample of it:\n")
-    encoder, hparams, params = load_encoder_hparams_and_params(out, ".")
-    sampling = {"temperature": 0.8, "seed": seed, "endoftext": encoder.endoftext}
-    print(encoder.decode(generate(encoder.encode("\n"), params, n_head, n_ctx - 1, **sampling)))
+    if stopped == signal.SIGTERM:
+        sys.exit(143)
+    if stopped:
+        raise KeyboardInterrupt
+    if is_main:
+        print(f"the best model is in {out}")
+
+
+def choose_chunks(batch_size, n_ctx, n_vocab):
+    """How many parts of a batch's logits, on one device, are small enough."""
+    n_chunks, n_bytes = 1, 4 * batch_size * n_ctx * n_vocab
+    while n_bytes > n_chunks * LOGITS_BYTES and n_ctx % (2 * n_chunks) == 0:
+        n_chunks *= 2
+    return n_chunks
+
+
+def sample(params, encoder, hparams, seed):  # -> some lines of text, set in
+    """What the model writes after a line's end, up to 100 tokens of it."""
+    n, how = min(100, hparams["n_ctx"] - 1), {"temperature": 0.8, "seed": seed}
+    prompts = [encoder.encode("\n")]
+    ids = generate(prompts, params, hparams["n_head"], n, endoftext=encoder.endoftext, **how)[0]
+    return "\n".join("    " + line for line in encoder.decode(ids).strip().splitlines())
 
 
 if __name__ == "__main__":

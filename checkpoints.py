@@ -1,0 +1,77 @@
+"""A training run's state on the disk, from which it goes on exactly where it stopped.
+
+    models/mine/checkpoints/00000400/
+        model.safetensors, config.json, vocab.json, merges.txt      a model folder like any other
+        optimizer.safetensors                                       the optimizer's moments
+        run.json                                                    step, flags, best loss, versions
+
+Everything here is NumPy's, whole and unpadded, however many devices held it. A checkpoint is
+written under another name and renamed as a whole; the last two of a run are kept.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from encoder import write_whole
+from utils import load_encoder_hparams_and_params, parse_json, save_model, write_safetensors
+
+
+def save_checkpoint(out, saved, step, params, moments, run, encoder, hparams):  # -> where
+    """Write a checkpoint; of this run's others, which the list `saved` names, keep the last.
+
+    params is the model's tree, moments {name: array}, run what run.json shall say besides the step.
+    """
+    folder = os.path.join(out, "checkpoints")
+    place = os.path.join(folder, f"{step:08d}")
+    os.makedirs(folder, exist_ok=True)
+    others = {os.path.join(folder, name) for name in os.listdir(folder)}
+    for other in others - set(saved):  # an earlier run's, or half written
+        shutil.rmtree(other)
+    stage = tempfile.mkdtemp(prefix=".saving-", dir=folder)
+    try:
+        save_model(stage, encoder, hparams, params)
+        write_safetensors(os.path.join(stage, "optimizer.safetensors"), moments)
+        write_whole(Path(stage, "run.json"), json.dumps({"step": step} | run, indent=1))
+        os.rename(stage, place)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    for old in saved[:-1]:
+        shutil.rmtree(old, ignore_errors=True)
+    saved[:-1] = []
+    saved.append(place)
+    return place
+
+
+def find_checkpoint(out):  # -> its path, what run.json says
+    """The last checkpoint of a run. ValueError or OSError, one clear line, if there is none."""
+    folder = os.path.join(out, "checkpoints")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    place = os.path.join(folder, max(filter(str.isdigit, names), default="00000000"))
+    path = os.path.join(place, "run.json")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{out}: nothing to resume: there is no {path}")
+    return place, parse_json(Path(path).read_bytes(), path)
+
+
+def load_checkpoint(place, shapes):  # -> encoder, hparams, params, {name: array}
+    """What save_checkpoint wrote; the moments in the order of shapes(params).
+
+    shapes: a function of the parameters, -> {name: (shape, dtype)} of the moments that the
+    optimizer wants. ValueError if there are others.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    encoder, hparams, params = load_encoder_hparams_and_params(place, ".")
+    path = os.path.join(place, "optimizer.safetensors")
+    try:
+        moments = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cut short or corrupt ({error})") from None
+    wanted = shapes(params)
+    if {name: (x.shape, x.dtype) for name, x in moments.items()} != wanted:
+        raise ValueError(f"{path}: is of another optimizer, or of another version of optax")
+    return encoder, hparams, params, {name: moments[name] for name in wanted}

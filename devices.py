@@ -1,0 +1,102 @@
+"""One device or thousands: which there are, and what lies where.
+
+Nothing here computes. A mesh lists the devices; a sharding says how an array is spread over them;
+JAX's compiler does the rest, and its runtime moves the data between processes and machines.
+"""
+
+import contextlib
+import os
+import platform
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def start_jax(coordinator, num_processes, process_id):
+    """Join the other processes, if there are any, and keep what is compiled for the next run.
+
+    What a CPU is compiled for is that CPU, so every machine has a folder of its own; and what is
+    in it will be run, so it is this user's alone.
+    """
+    env = os.environ
+    cluster = int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in env
+    cluster |= int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+    cluster |= "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env
+    cluster |= "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    if coordinator or cluster:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    elif "JAX_NUM_CPU_DEVICES" not in env:  # a device for every core: faster than threads in one
+        has_affinity = hasattr(os, "sched_getaffinity")
+        n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+        jax.config.update("jax_num_cpu_devices", n_cores)
+    if "JAX_COMPILATION_CACHE_DIR" not in env:
+        caches = env.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(caches, "sixtygpt", f"jax-{platform.node()}")
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def cut(mesh, *axes):  # the sharding that spreads the axis called "data" over the mesh
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def make_mesh(batch_size):
+    """All devices in a row, the axis "data". Of a CPU's, as many as divide the batch evenly."""
+    devices = jax.devices()
+    if devices[0].platform == "cpu" and jax.process_count() == 1:
+        n = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
+        devices = devices[:n]
+    if batch_size % len(devices):
+        raise ValueError(
+            f"batch_size {batch_size} must be a multiple of the {len(devices)} devices"
+        )
+    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+
+
+def spread(tree, mesh, fsdp):
+    """A tree of shardings. With fsdp, matrices are cut in equal shares, and without it copied.
+
+    Fully sharded (Rajbhandari et al. 2019, arXiv:1910.02054, stage 3): the longest axis that the
+    number of devices divides is cut, and XLA fetches the rest of a matrix when it is needed. What
+    has three axes is a matrix for each layer, and is cut between layers in any case (stage 1).
+    """
+
+    def axis(x):
+        if x.ndim == 3 and x.shape[0] % mesh.size == 0:
+            return 0
+        axes = [i for i in range(x.ndim) if x.ndim > 1 and fsdp and x.shape[i] % mesh.size == 0]
+        return max(axes, key=lambda i: x.shape[i], default=None)
+
+    def cut_axis(x):
+        chosen = axis(x)
+        return cut(mesh, *("data" if i == chosen else None for i in range(x.ndim)))
+
+    return jax.tree.map(cut_axis, tree)
+
+
+def put(tree, shardings):
+    """NumPy's arrays on the devices: every process puts its own devices' shares there."""
+
+    def put_one(x, sharding):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put_one, tree, shardings)
+
+
+def gather(tree):
+    """The whole arrays in NumPy, wherever their parts are. All processes have to call this."""
+    if jax.process_count() > 1:
+        tree = multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(np.asarray, tree)
+
+
+def any_process(caught):  # -> the signal that this or any other process has caught, or 0
+    if jax.process_count() == 1:
+        return max(caught, default=0)
+    return int(multihost_utils.process_allgather(np.int32(max(caught, default=0))).max())

@@ -1,0 +1,159 @@
+"""What a training run shows of itself: its speed, its losses as lines of JSON, and as a picture.
+
+models/mine/metrics.jsonl    {"step": 20, "loss": 4.1, ...}, {"step": 200, "validation": 2.4, ...}
+models/mine/loss.png         the same, drawn; `progress.draw("models/mine")` draws it again
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from encoder import write_whole
+
+# The makers' figures for dense products in bfloat16, FLOP/s of one device, by a part of its name.
+KNOWN_PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def flops_per_token(params, n_ctx):
+    """6 N + 12 L E T for a forward and a backward pass: FLOP a token in stretches of T = n_ctx.
+
+    Six for each of the N parameters a token is multiplied with, so all but wpe (Kaplan et al. 2020,
+    arXiv:2001.08361), and twelve for each of attention's E numbers a layer and position, the masked
+    ones too (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). nanoGPT counts like this: 855
+    million for GPT-2 124M.
+    """
+    n_params = sum(x.size for x in jax.tree.leaves(params)) - params["wpe"].size
+    return 6 * n_params + 12 * len(params["blocks"]) * params["wpe"].shape[1] * n_ctx
+
+
+def peak_flops(devices, dtype):  # -> FLOP/s of all together, "known" or "measured"
+    """The makers' figure in bfloat16, else what one large product reaches just now."""
+    kind = devices[0].device_kind
+    for name, peak in KNOWN_PEAKS.items():
+        if name in kind and dtype == "bfloat16":
+            return peak * len(devices), "known"
+    n = 2048
+    x = jax.device_put(jnp.ones((n, n), dtype), jax.local_devices()[0])
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    # The CPU's devices are one processor, all of whose cores work on a single product.
+    n_devices = 1 if devices[0].platform == "cpu" else len(devices)
+    return n_devices * 2 * n**3 / min(seconds), "measured"
+
+
+def make_log(out, n_done, flops, devices, dtype, schedule, tensorboard=False):
+    """-> log(values), which adds a line to out/metrics.jsonl and returns what the bar shows.
+
+    flops: those of a token; devices: all of the mesh. Every process makes one, the first writes.
+    """
+    devices = devices.ravel()
+    peak, source = peak_flops(devices, dtype)
+    if jax.process_index() > 0:
+        return lambda values: {}
+    print(
+        f"{len(devices)} x {devices[0].device_kind}, {peak / 1e12:.3g} TFLOP/s ({source}); a token "
+        f"takes {flops / 1e6:.4g} MFLOP (6 N + 12 L E T)"
+    )
+    file, began = open_log(out, n_done), time.perf_counter()
+    writer = open_tensorboard(os.path.join(out, "tensorboard")) if tensorboard else None
+
+    def log(values):
+        values = values | {"seconds": round(time.perf_counter() - began, 3)}
+        shown = {}
+        if "loss" in values:
+            values["learning_rate"] = float(schedule(values["step"] - 1))
+            shown["loss"] = f"{values['loss']:.3f}"
+        if "tokens_per_second" in values:
+            values["mfu"] = values["tokens_per_second"] * flops / peak
+            shown |= {"tok/s": f"{values['tokens_per_second']:.3g}", "mfu": f"{values['mfu']:.0%}"}
+        file.write(json.dumps(values) + "\n")
+        file.flush()
+        if writer:
+            writer(values)
+        return shown
+
+    return log
+
+
+# --- metrics.jsonl and loss.png -------------------------------------------------------------------
+
+
+def open_log(out, n_done):  # -> an open file
+    """out/metrics.jsonl, to be added to: of a run resumed after n_done steps, the lines so far."""
+    os.makedirs(out, exist_ok=True)
+    path = Path(out, "metrics.jsonl")
+    kept = [line for line in read_log(path) if line["step"] <= n_done] if n_done else []
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return open(path, "a", encoding="utf-8")
+
+
+def read_log(path):  # -> [dict]
+    """The lines of metrics.jsonl, but for one that a kill cut short."""
+    lines = []
+    for text in Path(path).read_text("utf-8").splitlines() if Path(path).exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def open_tensorboard(folder):  # -> a function that takes values
+    """TensorFlow's own writer, since it is installed anyway."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    writer = tf.summary.create_file_writer(folder)
+
+    def write(values):
+        with writer.as_default(step=values["step"]):
+            for name in values.keys() - {"step", "seconds"}:
+                tf.summary.scalar(name, values[name])
+        writer.flush()
+
+    return write
+
+
+def draw(out):
+    """out/loss.png: both losses by step. ImportError if there is no matplotlib."""
+    from matplotlib.figure import Figure
+
+    lines = read_log(Path(out, "metrics.jsonl"))
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for key, style in (("loss", {"linewidth": 0.8, "alpha": 0.7}), ("validation", {"marker": "o"})):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            label = {"loss": "training", "validation": "validation"}[key]
+            axes.plot(*zip(*points, strict=True), label=label, markersize=4, **style)
+    measured = [line for line in lines if "validation" in line]
+    if measured:
+        best = min(measured, key=lambda line: line["validation"])
+        axes.axhline(best["validation"], color="gray", linewidth=0.8, linestyle=":")
+        title = f"best validation loss {best['validation']:.4f} at step {best['step']}"
+        axes.set_title(title, fontsize="medium")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats a token")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    temporary = Path(out, ".loss.png")
+    figure.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, Path(out, "loss.png"))
