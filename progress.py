@@ -116,16 +116,17 @@ def read_log(path):  # -> [dict]
 
 
 def open_tensorboard(folder):  # -> a function that takes values
-    """TensorFlow's own writer, since it is installed anyway."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import tensorflow as tf
-
-    writer = tf.summary.create_file_writer(folder)
+    """What TensorBoard reads. ImportError if it is not installed."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it imports TensorFlow, where there is one
+    try:
+        from tensorboard.summary import Writer
+    except ImportError:
+        raise ImportError("--tensorboard needs it: pip install tensorboard") from None
+    writer = Writer(folder)
 
     def write(values):
-        with writer.as_default(step=values["step"]):
-            for name in values.keys() - {"step", "seconds"}:
-                tf.summary.scalar(name, values[name])
+        for name in values.keys() - {"step", "seconds"}:
+            writer.add_scalar(name, values[name], values["step"])
         writer.flush()
 
     return write

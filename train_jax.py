@@ -708,7 +708,7 @@ def main(
         checkpoint_every: steps between two checkpoints in out/checkpoints; the last two are kept.
         seed: the same seed gives the same run.
         saved_dtype: float32 or float16, of the best model's weights on the disk.
-        tensorboard: also write the losses to out/tensorboard (with TensorFlow's writer).
+        tensorboard: also write the losses to out/tensorboard (needs pip install tensorboard).
         coordinator: host:port of process 0, of a run in several processes. Each one is started
             with the same flags; on Slurm, Kubernetes, TPU and Open MPI they find each other.
         num_processes: how many there are.

@@ -1,5 +1,6 @@
 """What several test files need: real files, a printed seed, random models, transformers' twin."""
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -9,6 +10,11 @@ import pytest
 
 import utils
 from encoder import Encoder
+
+with contextlib.suppress(ImportError):
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)  # for test_devices.py, before JAX starts
 
 REPO = Path(__file__).resolve().parent.parent
 # GPT-2's own tokenizer files and tiny Shakespeare are not part of the project. Tests that want them

@@ -1,5 +1,6 @@
 """train_jax.py against plain restatements, PyTorch, and a run from text to a model folder."""
 
+import inspect
 import json
 import os
 import re
@@ -14,16 +15,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
-from conftest import SHAKESPEARE
+from conftest import SHAKESPEARE, TINY, hugging_face, random_params
 from transformers import GPT2LMHeadModel
 
+import checkpoints
 import train_jax
+import utils
+from devices import cut, make_mesh
 from encoder import Encoder
+from gpt2 import attention, gpt2
 from utils import load_encoder_hparams_and_params
 
 REPO = Path(__file__).parent.parent
+ONE_DEVICE = cut(make_mesh(1))
 SIZES = {"n_vocab": 257, "n_ctx": 16, "n_embd": 24, "n_layer": 2}
 
 
@@ -56,22 +63,115 @@ def test_initial_parameters_have_the_right_sizes_and_deviations(seed):
         else:
             wanted = 0.02 / 4 if name.endswith("c_proj.w") else 0.02  # sqrt(2 * 8 layers) is 4
             assert abs(x.std() / wanted - 1) < 0.05, name
-    loss = train_jax.loss(
+    losses = train_jax.losses(
         train_jax.init_params(jax.random.key(seed), 257, 64, 128, 8),
         jax.random.randint(jax.random.key(seed), (4, 65), 0, 257),
         n_head=4,
     )
-    assert abs(loss - np.log(257)) < 0.1  # it knows nothing yet
+    assert (abs(losses - np.log(257)) < 0.1).all()  # it knows nothing yet
 
 
 def test_loss_is_the_mean_surprise(seed):
     params = train_jax.init_params(jax.random.key(seed), **SIZES)
     params = jax.tree.map(lambda x: x * 5, params)
     tokens = jax.random.randint(jax.random.key(seed + 1), (3, 17), 0, 257)
-    logits = np.asarray(train_jax.gpt2(tokens[:, :-1], **params, n_head=3), np.float64)
+    logits = np.asarray(gpt2(tokens[:, :-1], **params, n_head=3), np.float64)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    surprise = [-np.log(p[i, t, tokens[i, t + 1]]) for i in range(3) for t in range(16)]
-    assert abs(train_jax.loss(params, tokens, 3) / np.mean(surprise) - 1) < 1e-5
+    surprise = [np.mean([-np.log(p[i, t, tokens[i, t + 1]]) for t in range(16)]) for i in range(3)]
+    assert np.allclose(train_jax.losses(params, tokens, 3), surprise, rtol=1e-5)
+
+
+HPARAMS = {"n_vocab": 257, "n_ctx": 32, "n_embd": 24, "n_head": 3, "n_layer": 2}
+WAYS = {
+    "plain": {},
+    "in chunks": {"n_chunks": 4},
+    "fused": {"attend": train_jax.fused_attention},
+    "padded": {"n_vocab": 257},
+    "all": {"n_chunks": 2, "attend": train_jax.fused_attention, "n_vocab": 257},
+}
+
+
+def gradients(params, tokens, **how):
+    how = {"n_head": HPARAMS["n_head"]} | how
+    function = jax.value_and_grad(lambda p: train_jax.losses(p, tokens, **how).mean())
+    return jax.jit(function)(params)
+
+
+def close(a, b, tolerance=1e-4):  # the distance of two trees' arrays, as a share of their length
+    a, b = names(a), names(b)
+    return a.keys() == b.keys() and all(
+        np.linalg.norm(a[n] - b[n]) <= tolerance * np.linalg.norm(b[n]) for n in a
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_loss_and_gradients_are_pytorchs(rng, way):
+    params = random_params(rng, HPARAMS)
+    tokens = rng.integers(0, 257, (3, 33))
+    model = hugging_face(params, HPARAMS)
+    ids = torch.from_numpy(tokens)
+    logits = model(ids[:, :-1]).logits
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    wanted.backward()
+    theirs = {name: x.grad.numpy() for name, x in model.transformer.named_parameters()}
+
+    n_rows = 384 if "n_vocab" in WAYS[way] else 257
+    padded = train_jax.resize_vocab(params, n_rows)
+    value, ours = gradients(jax.tree.map(jnp.asarray, padded), jnp.asarray(tokens), **WAYS[way])
+    assert abs(value / wanted.item() - 1) < 1e-4
+    assert (ours["wte"][257:] == 0).all()  # rows that are no token learn nothing
+    ours = train_jax.resize_vocab(jax.tree.map(np.asarray, ours), 257)
+    for name, x in train_jax.name_leaves(ours).items():
+        name = utils.hugging_face_name(".".join(re.findall(r"\w+", name)))
+        distance = np.linalg.norm(x - theirs[name]) / np.linalg.norm(theirs[name])
+        assert distance < 1e-4, (name, distance)
+        assert x.dtype == np.float32
+
+
+def test_fused_attention_is_attention(rng):
+    q, k, v = jnp.asarray(rng.standard_normal((3, 2, 4, 37, 8), dtype=np.float32))
+    assert np.allclose(train_jax.fused_attention(q, k, v), attention(q, k, v), atol=1e-5)
+
+
+def test_bfloat16_rounds_the_blocks_weights_and_nothing_else(rng):
+    params = jax.tree.map(jnp.asarray, random_params(rng, HPARAMS))
+    narrow = names(train_jax.narrow(params, "bfloat16"))
+    weights = {name for name, x in narrow.items() if x.dtype == jnp.bfloat16}
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert weights == {f"blocks.{i}.{x}.{wb}" for i in range(2) for x in layers for wb in "wb"}
+    assert all(x.dtype == jnp.float32 for name, x in narrow.items() if name not in weights)
+
+    tokens = jnp.asarray(rng.integers(0, 257, (8, 33)))
+    how = {"attend": train_jax.fused_attention}
+    value, ours = gradients(train_jax.narrow(params, "bfloat16"), tokens, **how)
+    exact, wanted = gradients(params, tokens)
+    assert value.dtype == jnp.float32 and 0 < abs(value / exact - 1) < 0.01
+    assert close(jax.tree.map(lambda x: x.astype(jnp.float32), ours), wanted, tolerance=0.1)
+
+
+def test_with_bfloat16_norms_softmax_and_loss_are_float32(rng):
+    """Every mean, exponential and logarithm of the compiled step, in what precision it is made."""
+    params = train_jax.narrow(jax.tree.map(jnp.asarray, random_params(rng, HPARAMS)), "bfloat16")
+    tokens = jnp.asarray(rng.integers(0, 257, (2, 33)))
+    how = {"n_head": 3, "attend": train_jax.fused_attention}
+    found = []
+
+    def look(jaxpr):
+        for equation in jaxpr.eqns:
+            found.extend((equation.primitive.name, v.aval.dtype.name) for v in equation.outvars)
+            jax.tree.map(look, [p.jaxpr for p in equation.params.values() if hasattr(p, "jaxpr")])
+
+    look(jax.make_jaxpr(lambda p: train_jax.losses(p, tokens, **how))(params).jaxpr)
+    for name in ("exp", "log", "div", "sqrt", "pow", "reduce_sum", "reduce_max"):
+        assert {dtype for n, dtype in found if n == name} <= {"float32"}, name
+    assert {"exp", "log", "reduce_sum"} <= {name for name, _ in found}
+    assert ("dot_general", "bfloat16") in found
+
+
+def test_the_logits_are_made_in_parts_that_fit():
+    assert train_jax.choose_chunks(12, 64, 257) == 1
+    assert train_jax.choose_chunks(32, 1024, 50304) == 8  # 6.6 GB at once otherwise
+    assert train_jax.choose_chunks(10**6, 100, 50304) == 4  # what can be halved no further
 
 
 def test_only_the_matrices_of_the_blocks_decay_and_drop():
@@ -83,24 +183,58 @@ def test_only_the_matrices_of_the_blocks_decay_and_drop():
     assert chosen == {f"blocks.{i}.{layer}" for i in range(2) for layer in layers}
 
 
-def test_weight_decay_shrinks_only_them():
+@pytest.mark.parametrize("name, also", [("adamw", ("wte", "wpe")), ("muon", ())])
+def test_weight_decay_shrinks_matrices_only(name, also):
     params = jax.tree.map(jnp.ones_like, train_jax.init_params(jax.random.key(0), **SIZES))
-    optimizer = train_jax.make_optimizer(lambda _: 0.5, weight_decay=0.1, grad_clip=1.0)
+    optimizer = make_optimizer(name, lambda _: 0.5, weight_decay=0.1)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
-    chosen = names(train_jax.is_hidden_matrix(params))
     for name, update in names(updates).items():
-        assert np.allclose(update, -0.05 if chosen[name] else 0, atol=1e-7), name
+        decays = name.endswith(".w") or name in also
+        assert np.allclose(update, -0.05 if decays else 0, atol=1e-7), name
 
 
-def test_schedule_warms_up_from_above_zero_and_ends_at_a_hundredth():
-    schedule = train_jax.make_schedule(n_steps=1000, learning_rate=1.0, n_warmup=100)
+def test_schedule_warms_up_from_above_zero_and_ends_at_the_lowest_rate():
+    schedule = train_jax.make_schedule(1000, 1.0, min_learning_rate=0.1, n_warmup=100)
     assert np.isclose(schedule(0), 0.01)
     assert np.isclose(schedule(50), 0.01 + 0.99 * 0.5)
     assert np.isclose(schedule(100), 1)
-    assert np.isclose(schedule(550), (1 + 0.01) / 2)  # half of the cosine's way
-    assert np.isclose(schedule(1000), 0.01)
-    assert train_jax.make_schedule(n_steps=1, learning_rate=1.0, n_warmup=100)(0) > 0
+    assert np.isclose(schedule(550), (1 + 0.1) / 2)  # half of the cosine's way
+    assert np.isclose(schedule(1000), 0.1) and np.isclose(schedule(2000), 0.1)
+    assert train_jax.make_schedule(1, 1.0, 0.1, n_warmup=100)(0) > 0
+
+
+@pytest.mark.parametrize("name", train_jax.RECIPES)
+def test_every_recipe_says_everything(name):
+    recipe = train_jax.RECIPES[name]
+    flags = train_jax.choose(name, {"data": "x"}, HPARAMS if name == "finetune" else None)
+    asked = "n_layer n_head n_embd n_ctx batch_size n_steps learning_rate min_learning_rate "
+    asked += "n_warmup weight_decay grad_clip n_accumulate optimizer dtype eval_every "
+    asked += "checkpoint_every seed"
+    assert all(flags[flag] is not None for flag in asked.split())
+    assert recipe["min_learning_rate"] < recipe["learning_rate"]
+    parameters = inspect.signature(train_jax.main).parameters
+    assert recipe.keys() <= parameters.keys()
+    typed = {"n_steps": 7, "seed": 5, "data": "y", "grad_clip": 0.25}
+    flags = train_jax.choose(name, typed, HPARAMS if name == "finetune" else None)
+    assert typed.items() <= flags.items() and flags["recipe"] == name
+
+
+@pytest.mark.parametrize(
+    "name, n_params",
+    [("gpt2-124M", 124439808), ("gpt2-1558M", 1557611200), ("gpt3-175B", 1.746e11)],
+)
+def test_the_larger_recipes_have_the_published_sizes(name, n_params):
+    recipe = train_jax.RECIPES[name]
+    sizes = {size: recipe[size] for size in ("n_ctx", "n_embd", "n_layer")}
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda: train_jax.init_params(key, 50257, **sizes))
+    total = sum(int(np.prod(x.shape, dtype=np.int64)) for x in jax.tree.leaves(params))
+    assert total == n_params or abs(total / n_params - 1) < 1e-3
+    tokens = recipe["batch_size"] * recipe["n_accumulate"] * recipe["n_ctx"]
+    assert tokens == 2**19 and recipe["n_embd"] % recipe["n_head"] == 0
+    if name == "gpt2-124M":
+        assert train_jax.progress.flops_per_token(params, 1024) == 855166464
 
 
 def test_dropped_weights_are_the_asked_share_and_the_rest_is_scaled_up(seed):
@@ -118,34 +252,42 @@ def test_dropped_weights_are_the_asked_share_and_the_rest_is_scaled_up(seed):
         assert dropped[name].dtype == jnp.float32
 
 
+def read_batches(text, seed, n_done, shape, n_ctx):
+    return np.asarray(train_jax.read_batches(text, seed, n_done, shape, n_ctx, ONE_DEVICE))
+
+
 def test_batches_are_stretches_of_the_text_from_anywhere_in_it(seed):
     text = [np.arange(7, dtype=np.uint16), np.arange(7, 20, dtype=np.uint16)]  # two shards
-    batches = train_jax.read_batches(text, seed, 0, 50, 10, 16)
-    assert batches.shape == (50, 10, 17) and batches.dtype == np.int32
+    batches = read_batches(text, seed, 0, (50, 2, 5), 16)
+    assert batches.shape == (50, 2, 5, 17) and batches.dtype == np.int32
     assert (np.diff(batches) == 1).all()
     assert set(batches[..., 0].flat) == {0, 1, 2, 3}  # the last stretch ends with the last token
 
 
 def test_a_steps_batch_depends_on_the_seed_and_the_step_only(seed):
     text = [np.arange(5000, dtype=np.uint16)]
-    whole = train_jax.read_batches(text, seed, 0, 8, 3, 16)
-    assert (train_jax.read_batches(text, seed, 5, 3, 3, 16) == whole[5:]).all()
+    whole = read_batches(text, seed, 0, (8, 1, 3), 16)
+    assert (read_batches(text, seed, 5, (3, 1, 3), 16) == whole[5:]).all()
     assert len(np.unique(whole[..., 0])) > 15
-    assert (train_jax.read_batches(text, seed + 1, 0, 8, 3, 16) != whole).any()
+    assert (read_batches(text, seed + 1, 0, (8, 1, 3), 16) != whole).any()
 
 
 def test_the_largest_seed_draws_too():
-    assert train_jax.read_batches([np.arange(99)], 2**32 - 1, 0, 1, 2, 8).shape == (1, 2, 9)
+    assert read_batches([np.arange(99)], 2**32 - 1, 0, (1, 1, 2), 8).shape == (1, 1, 2, 9)
 
 
 def test_places_beyond_31_bits_are_drawn(seed, monkeypatch):
     """9 * 10**9 ids, which no random number of 31 bits reaches by itself."""
+    places = []
     monkeypatch.setattr(train_jax, "count_ids", lambda shards: 9 * 10**9)
-    monkeypatch.setattr(
-        train_jax, "read_stretches", lambda shards, starts, n: np.repeat(starts[:, None], n, 1)
-    )
-    starts = train_jax.read_batches([], seed, 0, 50, 20, 64)
-    assert 0 <= starts.min() < 2 * 10**9 and 7 * 10**9 < starts.max() < 9 * 10**9 - 64
+
+    def read_stretches(shards, starts, n):
+        places.extend(starts)
+        return np.zeros((len(starts), n), np.int32)
+
+    monkeypatch.setattr(train_jax, "read_stretches", read_stretches)
+    read_batches([], seed, 0, (50, 1, 20), 64)
+    assert 0 <= min(places) < 2 * 10**9 and 7 * 10**9 < max(places) < 9 * 10**9 - 64
 
 
 def split_text(text, n_ctx):
@@ -163,19 +305,34 @@ def test_validation_predicts_each_token_once(monkeypatch):
     assert list(train_jax.cut_windows([np.arange(100)], 16)[:, 0]) == [0, 48]
 
 
+def test_validation_is_the_mean_over_all_windows(seed):
+    params = train_jax.init_params(jax.random.key(seed), **SIZES)
+    windows = np.asarray(jax.random.randint(jax.random.key(seed), (7, 17), 0, 257))
+    wanted = train_jax.losses(params, windows, 3).mean()
+    for batch_size in (1, 3, 7, 20):
+        filled, counts = train_jax.fill_batches(windows, batch_size)
+        assert filled.shape[1:] == (batch_size, 17) and counts.sum() == 7
+        assert abs(train_jax.evaluate(params, filled, counts, n_head=3) - wanted) < 1e-5
+
+
+def make_optimizer(optimizer="muon", schedule=None, weight_decay=0.1):
+    schedule = schedule or train_jax.make_schedule(6, 1e-3, 1e-5, 2)
+    return train_jax.make_optimizer(schedule, optimizer, weight_decay, 1.0, 0.99)
+
+
+def start(optimizer, seed, n_rows=257):
+    params = train_jax.init_params(jax.random.key(seed), **SIZES)
+    return train_jax.start_state(params, None, 0, optimizer, n_rows, make_mesh(1), False)[0]
+
+
 @pytest.mark.parametrize("drop_rate", [0.0, 0.1])
 def test_many_steps_a_call_are_the_same_as_one_a_call(seed, drop_rate):
-    batches = jax.random.randint(jax.random.key(seed), (8, 4, 17), 0, 257)
-    schedule = train_jax.make_schedule(6, 1e-3, 2)
-    optimizer = train_jax.make_optimizer(schedule, weight_decay=0.1, grad_clip=1.0)
-    steps = train_jax.make_train_steps(optimizer, 3, drop_rate, seed)
+    batches = jax.random.randint(jax.random.key(seed), (8, 2, 4, 17), 0, 257)
+    optimizer = make_optimizer()
+    steps = train_jax.make_train_steps(optimizer, drop_rate, seed, n_head=3)
 
-    def start():
-        params = train_jax.init_params(jax.random.key(seed), **SIZES)
-        return params, optimizer.init(params), jnp.int32(0)
-
-    together, mean = steps(start(), batches, 6)
-    alone, losses = start(), []
+    together, mean = steps(start(optimizer, seed), batches, 6)
+    alone, losses = start(optimizer, seed), []
     for i in range(6):
         alone, value = steps(alone, batches[i : i + 1], 1)
         losses.append(float(value))
@@ -184,11 +341,57 @@ def test_many_steps_a_call_are_the_same_as_one_a_call(seed, drop_rate):
     assert {x.dtype.name for x in jax.tree.leaves(together)} == {"float32", "int32"}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_accumulated_batches_are_one_large_batch(seed, optimizer):
+    batches = jax.random.randint(jax.random.key(seed), (3, 4, 2, 17), 0, 257)
+    optimizer = make_optimizer(optimizer)
+    steps = train_jax.make_train_steps(optimizer, n_head=3)
+    (ours, _, _), loss = steps(start(optimizer, seed), batches, 3)
+    (whole, _, _), wanted = steps(start(optimizer, seed), batches.reshape(3, 1, 8, 17), 3)
+    assert abs(loss / wanted - 1) < 1e-5 and close(ours, whole, 1e-3)
+
+
+def test_accumulation_sums_in_float32(seed):
+    """64 batches that are the same, in bfloat16: the mean gradient is that of one of them."""
+    batch = jax.random.randint(jax.random.key(seed), (1, 1, 2, 17), 0, 257)
+    optimizer = optax.sgd(1.0)
+    how = {"dtype": "bfloat16", "n_head": 3}
+    steps = train_jax.make_train_steps(optimizer, **how)
+    (one, _, _), _ = steps(start(optimizer, seed), batch, 1)
+    (many, _, _), _ = steps(start(optimizer, seed), jnp.repeat(batch, 64, axis=1), 1)
+    before = start(optimizer, seed)[0]
+    change = jax.tree.map(lambda a, b: a - b, one, before)
+    assert close(jax.tree.map(lambda a, b: a - b, many, before), change, 1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_padded_vocabulary_changes_nothing_and_stays_zero(seed, optimizer):
+    batches = jax.random.randint(jax.random.key(seed), (4, 1, 2, 17), 0, 257)
+    optimizer = make_optimizer(optimizer)
+    steps = train_jax.make_train_steps(optimizer, n_head=3, n_vocab=257)
+    (plain, _, _), loss = steps(start(optimizer, seed), batches, 4)
+    state, padded_loss = steps(start(optimizer, seed, 384), batches, 4)
+    assert state[0]["wte"].shape == (384, 24) and (state[0]["wte"][257:] == 0).all()
+    cut_off, moments = train_jax.resize_vocab(jax.tree.map(np.asarray, state[:2]), 257)
+    assert abs(loss - padded_loss) < 1e-5 and close(cut_off, plain, 1e-3)
+    shapes = train_jax.moment_shapes(optimizer, plain)
+    moments = train_jax.name_leaves(moments)
+    assert {name: (x.shape, x.dtype) for name, x in moments.items()} == shapes
+
+
 BAD = {
     "heads": (["--n_embd", "100", "--n_head", "3"], "multiple of n_head"),
     "no steps": (["--n_steps", "0"], "n_steps must be 1 or more"),
     "drop": (["--drop_rate", "1"], "drop_rate must be"),
-    "dtype": (["--dtype", "int8"], "dtype must be"),
+    "dtype": (["--dtype", "float16"], "dtype must be float32 or bfloat16"),
+    "saved dtype": (["--saved_dtype", "bfloat16"], "saved_dtype must be float32 or float16"),
+    "optimizer": (["--optimizer", "sgd"], "optimizer must be adamw or muon"),
+    "lowest rate": (["--min_learning_rate", "-1"], "min_learning_rate must be 0 or more"),
+    "beta": (["--adam_b2", "1"], "adam_b2 must be more than 0 and less than 1"),
+    "recipe": (["--recipe", "gpt5"], "no recipe 'gpt5': there are shakespeare-cpu, "),
+    "no model": (["--recipe", "finetune"], "recipe finetune needs --init_from"),
+    "two tokenizers": (["--init_from", "x", "--tokenizer", "124M"], "leave out --tokenizer"),
+    "no such model": (["--init_from", "9M"], "no model '9M'"),
     "seed": (["--seed", "-1"], "seed must be from 0"),
     "rate": (["--learning_rate", "nan"], "learning_rate must be more than 0"),
     "decay": (["--weight_decay", "-0.1"], "weight_decay must be 0 or more"),
@@ -223,6 +426,7 @@ def test_ctrl_c_keeps_the_model(tmp_path):
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
     assert "parameters" in process.stdout.readline()
+    assert "FLOP" in process.stdout.readline()
     assert "step 20:" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
@@ -230,34 +434,51 @@ def test_ctrl_c_keeps_the_model(tmp_path):
     assert GPT2LMHeadModel.from_pretrained(tmp_path / "out").config.n_embd == 8
 
 
-def train_until(stop, n_before):
-    """train() with stand-ins: which parameters and states it keeps when `stop` comes."""
+def train_until(number, n_before):
+    """train() with stand-ins, and a signal after n_before steps: what it keeps and saves."""
     kept, saved = [], []
 
     def train_steps(state, batches, n):
-        if state[0] == n_before:
-            raise stop
-        return (state[0] + 1, None, state[2] + n), 1.0
+        if state[2] + n == n_before:
+            os.kill(os.getpid(), number)
+        return (state[0] + n, None, state[2] + n), 1.0
 
     def checkpoint(state, best):
         saved.append((state[0], best))
+        return "there"
 
-    every = {"eval": 10**6, "checkpoint": 10**6}
-    with pytest.raises(stop):
-        train_jax.train(
-            (0, None, 0), train_steps, lambda *_: None, None, 1, 10**6, every, np.inf,
-            kept.append, checkpoint,
-        )  # fmt: skip
+    def read(n_done):
+        if n_before == 0:
+            os.kill(os.getpid(), number)
+        return [0]
+
+    flags = {"n_steps": 10**6, "eval_every": 10**6, "checkpoint_every": 10**6}
+    flags |= {"n_accumulate": 1, "batch_size": 1, "n_ctx": 1}
+    begin = {"place": None, "best": None, "worst": 9}
+    stopped = train_jax.train(
+        (0, None, 0), flags, train_steps, read, None, lambda params, is_best: kept.append(params),
+        checkpoint, lambda values: {}, begin,
+    )  # fmt: skip
+    assert stopped == number
     return kept, saved
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_a_stop_before_the_first_evaluation_keeps_the_model_too(stop):
-    assert train_until(stop, n_before=2) == ([2], [(2, np.inf)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_before_the_first_evaluation_keeps_the_model_too(number):
+    assert train_until(number, n_before=2) == ([2], [(2, np.inf)])
 
 
 def test_a_stop_before_the_first_step_keeps_nothing():
-    assert train_until(KeyboardInterrupt, n_before=0) == ([], [])
+    assert train_until(signal.SIGINT, n_before=0) == ([], [])
+
+
+def test_a_second_signal_stops_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), train_jax.note_signals() as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 TINY_RUN = ["--data", "python-docs", "--n_layer", 1, "--n_embd", 8, "--n_ctx", 16, "--n_steps", 600]
@@ -279,6 +500,10 @@ def wait_for_step(out, step, process):
 def ends(out):
     """All bytes that a run leaves, but for the folder's own name in run.json."""
     files = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    lines = files.pop(Path("metrics.jsonl")).splitlines()
+    del files[Path("loss.png")]
+    losses = [(line["step"], line["loss"]) for line in map(json.loads, lines) if "loss" in line]
+    assert losses == sorted(losses, key=lambda pair: pair[0])
     return {
         name: data.replace(os.fsencode(out.name), b"OUT") if name.name == "run.json" else data
         for name, data in files.items()
@@ -355,31 +580,59 @@ def test_what_cannot_be_resumed_is_said_in_one_line(never_stopped, tmp_path):
 
 
 def test_a_new_run_puts_an_older_ones_checkpoints_away(tmp_path):
-    state = (params := train_jax.init_params(jax.random.key(0), **SIZES)), {}, jnp.int32(7)
+    params = train_jax.init_params(jax.random.key(0), **SIZES)
     old = tmp_path / "checkpoints" / "00000900"
     old.mkdir(parents=True)
     hparams, saved = {**SIZES, "n_head": 3}, []
     for step, names in ((7, ["00000007"]), (9, ["00000007", "00000009"])):
-        state = params, {"x": jnp.ones(3)}, jnp.int32(step)
-        place = train_jax.save_checkpoint(tmp_path, saved, state, {}, Encoder([]), hparams)
+        place = checkpoints.save_checkpoint(
+            tmp_path, saved, step, params, {"x": np.ones(3)}, {}, Encoder([]), hparams
+        )
         assert sorted(os.listdir(tmp_path / "checkpoints")) == names
-        assert train_jax.find_checkpoint(tmp_path) == (place, {"step": step})
+        assert checkpoints.find_checkpoint(tmp_path) == (place, {"step": step})
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
-    flags = [
-        "--learning_rate",
-        1e30,
-        "--n_warmup",
-        30,
-        "--checkpoint_every",
-        1,
-        "--grad_clip",
-        1e30,
-    ]
-    code, out, err = run(*TINY_RUN[:-6], *flags, "--out", tmp_path / "out")
-    assert code == 2 and err.count("\n") == 1
-    assert re.search(r"the loss is (nan|inf) at step \d+: the(re| last) ", err)
+def test_a_loss_that_explodes_ends_the_run_and_names_the_last_checkpoint(tmp_path):
+    flags = ["--learning_rate", 1e9, "--n_warmup", 10**9, "--n_steps", 10**6, "--grad_clip", 1e30]
+    flags += ["--optimizer", "adamw", "--checkpoint_every", 1, "--eval_every", 10**6]
+    run_flags = [*TINY_RUN[:8], *flags, "--out", tmp_path / "out"]
+    code, out, err = run(*run_flags)
+    found = re.fullmatch(r"error: the loss is (\S+) at step (\d+): the last .* is (\S+)\n", err)
+    assert code == 2 and found, err
+    step = int(found[2])
+    assert not float(found[1]) < 2 * np.log(257) and step > 1
+    assert found[3] == str(tmp_path / "out" / "checkpoints" / f"{step - 1:08d}")
+    load_encoder_hparams_and_params(found[3], ".")
+    code, out, err = run("--resume", tmp_path / "out")
+    assert code == 2 and err.endswith(f" at step {step}: the last checkpoint is {found[3]}\n")
+
+
+def test_finetuning_starts_at_the_models_own_loss(models, tmp_path):
+    """And with its tokenizer and sizes; n_ctx may be less than the model's 48."""
+    folder, params = models
+    text = (REPO / "gpt2.py").read_text()
+    (tmp_path / "text").write_text(text)
+    flags = ["--data", tmp_path / "text", "--out", tmp_path / "out", "--n_ctx", 32, "--n_steps", 4]
+    code, out, err = run("--init_from", folder / "tiny", *flags, "--eval_every", 2)
+    assert (code, err) == (0, "")
+    _, windows = split_text(Encoder([]).encode(text), 32)
+    windows = torch.from_numpy(windows).long()
+    logits = hugging_face(params, TINY)(windows[:, :-1]).logits
+    theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    losses = [float(x) for x in re.findall(r"validation (\d\S+)", out)]
+    assert abs(losses[0] - theirs.item()) < 2e-4 and losses[-1] < losses[0]
+    _, hparams, tuned = load_encoder_hparams_and_params(str(tmp_path / "out"), ".")
+    assert hparams == TINY
+    assert (tuned["wpe"][32:] == params["wpe"][32:]).all()  # positions that no text reached
+    assert (tuned["wpe"][:32] != params["wpe"][:32]).any()
+
+    def refused(*args):
+        code, out, err = run("--init_from", folder / "tiny", "--data", tmp_path / "text", *args)
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        return err
+
+    assert "n_layer is 2 in that model: leave out --n_layer" in refused("--n_layer", 3)
+    assert "n_ctx is at most 48 in that model" in refused("--n_ctx", 49)
 
 
 @pytest.mark.slow
@@ -390,7 +643,8 @@ def test_the_shipped_model_has_the_validation_loss_that_its_readme_states():
     stated = float(re.search(r"\*\*([\d.]+)\*\* nats", (folder / "README.md").read_text())[1])
     encoder, hparams, params = load_encoder_hparams_and_params(str(folder), "models")
     _, windows = split_text(encoder.encode(SHAKESPEARE.read_text()), hparams["n_ctx"])
-    validation = train_jax.evaluate(params, windows, hparams["n_head"])
+    filled = train_jax.fill_batches(windows, 16)
+    validation = train_jax.evaluate(params, *filled, n_head=hparams["n_head"])
     assert abs(validation - stated) < 1e-3 and stated <= 1.5
     assert sum(x.size for x in jax.tree.leaves(params)) == 2_768_064
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6

@@ -1,0 +1,190 @@
+"""Several devices, several processes: the same losses and parameters as on one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import devices
+import train_jax
+from utils import load_encoder_hparams_and_params
+
+REPO = Path(__file__).parent.parent
+SIZES = {"n_vocab": 257, "n_ctx": 16, "n_embd": 24, "n_layer": 2}
+TEXT = [np.random.default_rng(0).integers(0, 257, 5000, dtype=np.uint16)]
+
+
+@pytest.fixture
+def seed():
+    seed = int(np.random.SeedSequence().entropy % 2**31)
+    print("seed", seed)
+    return seed
+
+
+def train(seed, n_devices, fsdp, optimizer, dtype="float32"):
+    """4 steps of 2 * 8 stretches -> the state, the losses in training and in validation."""
+    mesh = devices.make_mesh(n_devices)  # that many of the 8 divide so large a batch
+    schedule = train_jax.make_schedule(6, 1e-3, 1e-5, 2)
+    optimizer = train_jax.make_optimizer(schedule, optimizer, 0.1, 1.0, 0.99)
+    params = train_jax.init_params(jax.random.key(seed), **SIZES)
+    state, shardings = train_jax.start_state(params, None, 0, optimizer, 384, mesh, fsdp)
+    how = {"dtype": dtype, "n_head": 3, "n_vocab": 257, "n_chunks": 2}
+    steps = train_jax.make_train_steps(optimizer, 0.1, seed, shardings=shardings, **how)
+    spec = devices.cut(mesh, None, None, "data")
+    batches = train_jax.read_batches(TEXT, seed, 0, (4, 2, 8), 16, spec)
+    state, loss = steps(state, batches, 4)
+    windows = train_jax.fill_batches(train_jax.cut_windows(TEXT, 16)[:13], 8)
+    windows = devices.put(windows, 2 * (devices.cut(mesh, None, "data"),))
+    return state, float(loss), float(train_jax.evaluate(state[0], *windows, **how))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_eight_devices_compute_what_one_does(seed, fsdp, optimizer):
+    one, *wanted = train(seed, 1, False, optimizer)
+    state, *losses = train(seed, 8, fsdp, optimizer)
+    assert np.allclose(losses, wanted, rtol=1e-5)
+    pairs = (jax.tree.leaves(devices.gather(tree)) for tree in (state, one))
+    for ours, theirs in zip(*pairs, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs)
+    blocks = state[0]["blocks"][0]
+    for x, n_rows in ((state[0]["wte"], 384), (blocks["mlp"]["c_fc"]["w"], 24)):
+        held = {shard.data.size for shard in x.addressable_shards}
+        assert held == {x.size // 8 if fsdp else x.size} and len(x) == n_rows
+    assert blocks["ln_1"]["g"].addressable_shards[0].data.shape == (24,)
+
+
+def test_moments_of_layers_are_shared_out_without_fsdp_too(seed):
+    state, _, _ = train(seed, 2, False, "muon")
+    layers = [x for x in jax.tree.leaves(state[1]) if x.ndim == 3]
+    assert layers and all(x.addressable_shards[0].data.shape[0] == 1 for x in layers)
+
+
+def test_a_mesh_takes_as_many_cpus_as_divide_the_batch():
+    assert [devices.make_mesh(n).size for n in (1, 4, 6, 7, 9, 12, 16)] == [1, 4, 6, 7, 3, 6, 8]
+
+
+def test_every_device_reads_only_its_stretches(seed, monkeypatch):
+    read = []
+
+    def read_stretches(shards, starts, n):
+        read.append(len(starts))
+        return np.zeros((len(starts), n), np.int32)
+
+    monkeypatch.setattr(train_jax, "read_stretches", read_stretches)
+    spec = devices.cut(devices.make_mesh(8), None, None, "data")
+    train_jax.read_batches(TEXT, seed, 0, (3, 2, 16), 16, spec)
+    assert read == 8 * [3 * 2 * 2]
+
+
+def test_bfloat16_on_eight_devices_is_bfloat16_on_one(seed):
+    _, *wanted = train(seed, 1, False, "adamw", "bfloat16")
+    _, *losses = train(seed, 8, True, "adamw", "bfloat16")
+    assert np.allclose(losses, wanted, rtol=2e-3)
+
+
+# --- Processes ------------------------------------------------------------------------------------
+
+RUN = ["--data", "python-docs", "--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--n_ctx", 16]
+RUN += ["--n_steps", 60, "--eval_every", 30, "--checkpoint_every", 30, "--n_accumulate", 2]
+
+
+def begin(*flags, n_processes=1):
+    """The trainer in one or two processes of one device each."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    processes = []
+    for i in range(n_processes):
+        command = [sys.executable, str(REPO / "train_jax.py"), *map(str, flags)]
+        if n_processes > 1:
+            command += ["--coordinator", address, "--num_processes", str(n_processes)]
+            command += ["--process_id", str(i)]
+        environ = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+        pipe = subprocess.PIPE
+        processes.append(
+            subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environ)
+        )
+    return processes
+
+
+def finish(processes):  # -> [(exit code, stdout, stderr)]
+    texts = [process.communicate(timeout=200) for process in processes]
+    return [(process.returncode, *two) for process, two in zip(processes, texts, strict=True)]
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "out"
+    [(code, printed, err)] = finish(begin(*RUN, "--out", out))
+    assert code == 0, err
+    return out
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_train_the_model_of_one(one_process, tmp_path, fsdp):
+    out = tmp_path / "out"
+    first, second = finish(begin(*RUN, "--out", out, *(["--fsdp"] if fsdp else []), n_processes=2))
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert "step 60: " in first[1] and "step" not in second[1]
+    assert same_model(out, one_process)
+    for ours, theirs in zip(metrics(out), metrics(one_process), strict=True):
+        for name in ("step", "loss", "validation"):
+            assert name not in theirs or np.isclose(ours[name], theirs[name], rtol=1e-4)
+
+
+def same_model(out, other):
+    for place in ("", "checkpoints/00000060"):
+        ours, theirs = (load_encoder_hparams_and_params(str(o / place), ".") for o in (out, other))
+        pairs = zip(jax.tree.leaves(ours[2]), jax.tree.leaves(theirs[2]), strict=True)
+        assert ours[1] == theirs[1]
+        assert all(np.linalg.norm(a - b) <= 5e-3 * np.linalg.norm(b) + 1e-4 for a, b in pairs)
+    return True
+
+
+def test_a_signal_to_one_process_stops_both_and_one_alone_can_go_on(one_process, tmp_path):
+    out = tmp_path / "out"
+    processes = begin(*RUN, "--n_steps", 10**6, "--out", out, "--fsdp", n_processes=2)
+    end = time.monotonic() + 120
+    while not (out / "checkpoints" / "00000030" / "run.json").exists():
+        assert time.monotonic() < end and processes[0].poll() is None
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    first, second = finish(processes)
+    assert (first[0], second[0]) == (143, 143), first[2] + second[2]
+    assert "stopped after step" in first[1]
+    run = max((out / "checkpoints").iterdir()) / "run.json"
+    plan = json.loads(run.read_text())
+    plan["flags"]["n_steps"] = plan["step"] + 10
+    run.write_text(json.dumps(plan))
+    [(code, printed, err)] = finish(begin("--resume", out))
+    assert code == 0 and f"step {plan['step'] + 10}: " in printed, err
+
+
+def test_a_batch_that_no_two_processes_can_share_is_refused(tmp_path):
+    flags = [*RUN, "--batch_size", 3, "--out", tmp_path / "out"]
+    for code, _, err in finish(begin(*flags, n_processes=2)):
+        assert code == 2 and "batch_size 3 must be a multiple of the 2 devices" in err
+
+
+def test_put_and_gather_are_inverse(seed):
+    mesh = devices.make_mesh(8)
+    tree = {"w": np.arange(48.0).reshape(6, 8), "b": np.arange(3)}
+    placed = devices.put(tree, devices.spread(tree, mesh, fsdp=True))
+    assert placed["w"].addressable_shards[0].data.shape == (6, 1)
+    assert jax.tree.all(jax.tree.map(np.array_equal, devices.gather(placed), tree))
+    assert isinstance(placed["b"], jnp.ndarray)

@@ -1,0 +1,108 @@
+"""progress.py: what is counted, the log of a run that is resumed, and the picture."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import progress
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def log(tmp_path):
+    """make_log on this machine's first device, for tokens of 1000 FLOP."""
+
+    def make(n_done=0, **options):
+        devices = np.array(jax.devices()[:1])
+        rate = {"flops": 1000, "devices": devices, "dtype": "float32"}
+        return progress.make_log(
+            tmp_path / "out", n_done, schedule=lambda n: n / 100, **rate, **options
+        )
+
+    return make
+
+
+def test_a_line_is_in_the_file_at_once_and_the_bar_shows_the_same(
+    log, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(progress, "peak_flops", lambda devices, dtype: (5e6, "measured"))
+    write = log()
+    assert (
+        "5e-06 TFLOP/s (measured); a token takes 0.001 MFLOP (6 N + 12 L E T)"
+        in capsys.readouterr().out
+    )
+    assert write({"step": 20, "loss": 2.5}) == {"loss": "2.500"}
+    shown = write({"step": 40, "loss": 2.25, "tokens_per_second": 1234.5})
+    assert shown == {"loss": "2.250", "tok/s": "1.23e+03", "mfu": "25%"}
+    assert write({"step": 40, "validation": 2.75}) == {}
+    lines = read(tmp_path / "out" / "metrics.jsonl")
+    assert all(line.pop("seconds") >= 0 for line in lines)
+    assert lines == [
+        {"step": 20, "loss": 2.5, "learning_rate": 0.19},
+        {"step": 40, "loss": 2.25, "tokens_per_second": 1234.5, "learning_rate": 0.39}
+        | {"mfu": 1234.5 * 1000 / 5e6},
+        {"step": 40, "validation": 2.75},
+    ]
+
+
+def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint(log, tmp_path):
+    path = tmp_path / "out" / "metrics.jsonl"
+    write = log()
+    for step in (20, 40, 60):
+        write({"step": step, "loss": 2.0})
+    with open(path, "a") as f:
+        f.write('{"step": 80, "lo')  # cut short by a kill
+    write = log(n_done=40)
+    write({"step": 60, "loss": 3.0})
+    assert [(line["step"], line["loss"]) for line in read(path)] == [
+        (20, 2.0),
+        (40, 2.0),
+        (60, 3.0),
+    ]
+    log()  # a new run in the same folder begins anew
+    assert read(path) == []
+
+
+def test_the_picture_shows_both_losses(log, tmp_path):
+    matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    write = log()
+    progress.draw(tmp_path / "out")  # before there is anything to see
+    for step in range(20, 200, 20):
+        write({"step": step, "loss": 4 - step / 100})
+    write({"step": 100, "validation": 3.5})
+    progress.draw(tmp_path / "out")
+    from matplotlib.image import imread
+
+    picture = imread(tmp_path / "out" / "loss.png")
+    assert picture.shape == (600, 960, 4) and matplotlib
+    colours = {tuple(c) for c in (picture[..., :3].reshape(-1, 3) * 255).round().astype(int)}
+    assert (255, 127, 14) in colours  # the second line's orange, matplotlib's "C1"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_tensorboard_gets_the_same_numbers(log, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    write = log(tensorboard=True)
+    write({"step": 20, "loss": 2.5})
+    write({"step": 20, "validation": 2.75})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    assert sorted(events.Tags()["tensors"]) == ["learning_rate", "loss", "validation"]
+    for name, value in (("loss", 2.5), ("validation", 2.75)):
+        [event] = events.Tensors(name)
+        assert event.step == 20 and event.tensor_proto.float_val[0] == value
+
+
+def test_a_known_device_has_the_makers_figure_and_another_is_measured():
+    class Device:
+        platform, device_kind = "gpu", "NVIDIA H100 80GB HBM3"
+
+    assert progress.peak_flops([Device()] * 4, "bfloat16") == (4 * 989e12, "known")
+    peak, source = progress.peak_flops(jax.devices()[:2], "float32")
+    assert source == "measured" and 1e9 < peak < 1e14
