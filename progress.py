@@ -117,7 +117,8 @@ def read_log(path):  # -> [dict]
 
 def open_tensorboard(folder):  # -> a function that takes values
     """What TensorBoard reads. ImportError if it is not installed."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it imports TensorFlow, where there is one
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it imports TensorFlow, where there is one,
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # and these keep that from greeting
     try:
         from tensorboard.summary import Writer
     except ImportError:

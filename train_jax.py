@@ -803,11 +803,13 @@ def run(flags, tensorboard=False, model=None, place=None, saved=None):
         params, moments = resize_vocab(gather(state[:2]), n_vocab)
         if not is_main:
             return out
-        progress.draw(out)
         about = {"flags": flags, "best": best if best < math.inf else None, "text": text}
         about |= {"versions": {"jax": jax.__version__, "optax": optax.__version__}}
         step, moments = int(state[2]), name_leaves(moments)
-        return save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
+        save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
+        with contextlib.suppress(ImportError):  # a picture is not worth a run
+            progress.draw(out)
+        return places[-1]
 
     start = {"place": place, "best": saved and saved["best"], "worst": 2 * math.log(n_vocab)}
     try:

@@ -1,0 +1,120 @@
+"""How many tokens a second does the trainer learn from, beside PyTorch?
+
+usage: python benchmarks/train_step.py [RECIPE]
+
+The model and the batch of a recipe (shakespeare-cpu by default), random tokens: train_jax.py's
+own steps with each optimizer, and transformers' GPT-2 with fused AdamW, eager and compiled.
+Both clip the gradients. On a GPU PyTorch's products are bfloat16 by autocast, ours by the recipe.
+With the floor: the products of one step, by the formula of progress.py, at the speed of one large
+product in the same moment.
+"""
+
+import contextlib
+import sys
+
+import jax
+import numpy as np
+import torch
+from common import alternate, hugging_face, machine, print_table
+
+import devices
+import progress
+import train_jax
+import utils
+
+N_STEPS = 20  # a measurement
+
+
+def ours(flags, params, tokens, optimizer):  # -> a function that trains N_STEPS steps
+    flags = flags | {"optimizer": optimizer}
+    mesh = devices.make_mesh(flags["batch_size"])
+    rule = train_jax.make_optimizer(train_jax.make_schedule(**flags), **flags)
+    n_vocab = len(params["wte"])
+    n_rows = n_vocab if jax.default_backend() == "cpu" else -(-n_vocab // 128) * 128
+    state, shardings = train_jax.start_state(params, None, 0, rule, n_rows, mesh, flags["fsdp"])
+    how = {"n_head": flags["n_head"], "n_vocab": n_vocab, "dtype": flags["dtype"]}
+    how["attend"] = train_jax.fused_attention if flags["dtype"] == "bfloat16" else None
+    how["n_chunks"] = train_jax.choose_chunks(
+        flags["batch_size"] // mesh.size, flags["n_ctx"], n_rows
+    )
+    steps = train_jax.make_train_steps(rule, flags["drop_rate"], 0, shardings=shardings, **how)
+    batches = devices.put(tokens, devices.cut(mesh, None, None, "data"))
+
+    def train():
+        nonlocal state
+        state, loss = steps(state, batches, N_STEPS)
+        return float(loss)
+
+    return train
+
+
+def theirs(flags, params, tokens, compiled):
+    """The same with PyTorch: one step after the other, as nanoGPT does it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = {name: flags[name] for name in ("n_ctx", "n_embd", "n_head", "n_layer")}
+    model = hugging_face(params, sizes | {"n_vocab": len(params["wte"])}).train().to(device)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+    run = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), flags["learning_rate"], fused=True)
+    tokens = torch.from_numpy(tokens).long().to(device)
+    narrow = contextlib.nullcontext()
+    if device == "cuda":
+        narrow = torch.autocast(device, torch.bfloat16)
+
+    def train():
+        total = 0.0
+        for micro_batches in tokens:
+            for batch in micro_batches:
+                with narrow:
+                    logits = run(batch[:, :-1]).logits.flatten(0, 1)
+                loss = torch.nn.functional.cross_entropy(logits.float(), batch[:, 1:].flatten())
+                (loss / len(micro_batches)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), flags["grad_clip"])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total += loss.item()
+        return total / N_STEPS
+
+    return train
+
+
+def main():
+    recipe = sys.argv[1] if len(sys.argv) > 1 else "shakespeare-cpu"
+    devices.start_jax(None, None, None)
+    flags = train_jax.choose(recipe, {"data": ""})
+    n_vocab = 257 if "shakespeare" in recipe else 50257
+    sizes = {name: flags[name] for name in ("n_ctx", "n_embd", "n_layer", "n_head")}
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name, shape in utils.tensor_shapes(sizes | {"n_vocab": n_vocab}):
+        arrays[name] = np.full(shape, name.endswith(".g"), np.float32)
+        if len(shape) == 2:
+            arrays[name] = rng.normal(0, 0.02, shape).astype(np.float32)
+    params = utils.nest(arrays)
+    shape = N_STEPS, flags["n_accumulate"], flags["batch_size"], flags["n_ctx"] + 1
+    tokens = rng.integers(0, n_vocab, shape, dtype=np.int32)
+
+    sides = {
+        "ours_AdamW": ours(flags, params, tokens, "adamw"),
+        "ours_Muon": ours(flags, params, tokens, "muon"),
+        "PyTorch_eager": theirs(flags, params, tokens, compiled=False),
+        "PyTorch_compiled": theirs(flags, params, tokens, compiled=True),
+    }
+    first = {name: side() for name, side in sides.items()}
+    assert all(abs(loss - np.log(n_vocab)) < 0.5 for loss in first.values()), first
+    seconds = {name: value / N_STEPS for name, value in alternate(7, **sides).items()}
+    n_tokens = int(np.prod(shape[1:3])) * flags["n_ctx"]
+    all_devices = devices.make_mesh(flags["batch_size"]).devices.ravel()
+    peak, source = progress.peak_flops(all_devices, flags["dtype"])
+    floor = progress.flops_per_token(params, flags["n_ctx"]) * n_tokens / peak
+    print(f"{machine()}, JAX {jax.__version__}, PyTorch {torch.__version__}")
+    print_table(f"{recipe}: a step of {n_tokens} tokens", seconds, "ours_AdamW")
+    print(f"floor at {peak / 1e12:.3g} TFLOP/s ({source}): {floor * 1e3:.1f} ms")
+    for name, value in seconds.items():
+        print(f"{name.replace('_', ' '):34}{n_tokens / value:9.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()
