@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from tqdm import tqdm
 
 from encoder import write_whole
 
@@ -82,7 +83,8 @@ def make_log(out, n_done, flops, devices, dtype, schedule, tensorboard=False):
             shown["loss"] = f"{values['loss']:.3f}"
         if "tokens_per_second" in values:
             values["mfu"] = values["tokens_per_second"] * flops / peak
-            shown |= {"tok/s": f"{values['tokens_per_second']:.3g}", "mfu": f"{values['mfu']:.0%}"}
+            speed = tqdm.format_sizeof(values["tokens_per_second"])
+            shown |= {"tok/s": speed, "mfu": f"{values['mfu']:.0%}"}
         file.write(json.dumps(values) + "\n")
         file.flush()
         if writer:

@@ -679,7 +679,7 @@ def main(
 
     Args:
         data: a text file, shakespeare (downloaded once), python-docs (on every machine), or a
-            folder of token shards: prepare.py's, nanoGPT's or llm.c's.
+            folder of token shards (prepare.py's, nanoGPT's or llm.c's).
         out: the folder to write; `python gpt2.py "..." --model_size mine` then reads models/mine.
         recipe: shakespeare-cpu, shakespeare (the default on a GPU or TPU), tinystories, finetune
             (the default with init_from), gpt2-124M, -355M, -774M, -1558M, or gpt3-125M to -175B.
@@ -709,7 +709,7 @@ def main(
         seed: the same seed gives the same run.
         saved_dtype: float32 or float16, of the best model's weights on the disk.
         tensorboard: also write the losses to out/tensorboard (needs pip install tensorboard).
-        coordinator: host:port of process 0, of a run in several processes. Each one is started
+        coordinator: HOST:PORT of process 0, of a run in several processes. Each one is started
             with the same flags; on Slurm, Kubernetes, TPU and Open MPI they find each other.
         num_processes: how many there are.
         process_id: which one this is, from 0.
@@ -738,6 +738,8 @@ def run(flags, tensorboard=False, model=None, place=None, saved=None):
     """Train from the beginning, from (tokenizer, sizes, parameters), or from a checkpoint."""
     seed, out, batch_size, n_ctx = (flags[name] for name in ("seed", "out", "batch_size", "n_ctx"))
     mesh, is_main = make_mesh(batch_size), jax.process_index() == 0
+    if flags["dtype"] == "float32":  # or accelerators would make its products in less
+        jax.config.update("jax_default_matmul_precision", "float32")
     schedule = make_schedule(**flags)
     optimizer = make_optimizer(schedule, **flags)
     moments, encoder = None, None

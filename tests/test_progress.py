@@ -38,7 +38,7 @@ def test_a_line_is_in_the_file_at_once_and_the_bar_shows_the_same(
     )
     assert write({"step": 20, "loss": 2.5}) == {"loss": "2.500"}
     shown = write({"step": 40, "loss": 2.25, "tokens_per_second": 1234.5})
-    assert shown == {"loss": "2.250", "tok/s": "1.23e+03", "mfu": "25%"}
+    assert shown == {"loss": "2.250", "tok/s": "1.23k", "mfu": "25%"}
     assert write({"step": 40, "validation": 2.75}) == {}
     lines = read(tmp_path / "out" / "metrics.jsonl")
     assert all(line.pop("seconds") >= 0 for line in lines)
