@@ -100,3 +100,9 @@ def any_process(caught):  # -> the signal that this or any other process has cau
     if jax.process_count() == 1:
         return max(caught, default=0)
     return int(multihost_utils.process_allgather(np.int32(max(caught, default=0))).max())
+
+
+def from_first(number):  # -> the first process's number, in all of them
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

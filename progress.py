@@ -59,18 +59,17 @@ def peak_flops(devices, dtype):  # -> FLOP/s of all together, "known" or "measur
     return n_devices * 2 * n**3 / min(seconds), "measured"
 
 
-def make_log(out, n_done, flops, devices, dtype, schedule, tensorboard=False):
+def make_log(out, n_done, flops, peak, source, schedule, tensorboard=False):
     """-> log(values), which adds a line to out/metrics.jsonl and returns what the bar shows.
 
-    flops: those of a token; devices: all of the mesh. Every process makes one, the first writes.
+    flops: those of a token; peak and source: of peak_flops. Every process makes one, the first
+    process writes.
     """
-    devices = devices.ravel()
-    peak, source = peak_flops(devices, dtype)
     if jax.process_index() > 0:
         return lambda values: {}
     print(
-        f"{len(devices)} x {devices[0].device_kind}, {peak / 1e12:.3g} TFLOP/s ({source}); a token "
-        f"takes {flops / 1e6:.4g} MFLOP (6 N + 12 L E T)"
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}, {peak / 1e12:.3g} TFLOP/s "
+        f"({source}); a token takes {flops / 1e6:.4g} MFLOP (6 N + 12 L E T)"
     )
     file, began = open_log(out, n_done), time.perf_counter()
     writer = open_tensorboard(os.path.join(out, "tensorboard")) if tensorboard else None

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import progress
 from checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
-from devices import any_process, cut, gather, make_mesh, put, spread, start_jax
+from devices import any_process, cut, from_first, gather, make_mesh, put, spread, start_jax
 from encoder import Encoder, get_encoder
 from gpt2 import hidden_state
 from kv_cache import generate
@@ -118,8 +118,7 @@ for name, n_layer, n_head, n_embd, learning_rate in (
     RECIPES[name] |= {"fsdp": n_embd >= 1600}
 
 MOST_VALIDATION = 2**20  # tokens that one look at the validation text takes
-TOKENS_PER_CALL = 2**18  # about so many pass before Python sees a loss, or Ctrl-C, again ...
-STEPS_PER_CALL = 20  # ... but not more steps
+STEPS_PER_CALL = (20, 5, 1)  # before Python sees a loss, or Ctrl-C, again: what takes about 1 s
 LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
 
 
@@ -781,10 +780,11 @@ def run(flags, tensorboard=False, model=None, place=None, saved=None):
     }
     train_steps = make_train_steps(optimizer, flags["drop_rate"], seed, shardings=shardings, **how)
     windows = put(fill_batches(windows, batch_size), 2 * (cut(mesh, None, "data"),))
-    tokens_per_step = flags["n_accumulate"] * batch_size * n_ctx
-    n_steps = max(1, min(STEPS_PER_CALL, TOKENS_PER_CALL // tokens_per_step))
+    peak = progress.peak_flops(mesh.devices.ravel(), flags["dtype"])
+    seconds = flops * flags["n_accumulate"] * batch_size * n_ctx / peak[0]  # a step's, at best
+    n_steps = from_first(next((n for n in STEPS_PER_CALL if n * seconds < 1), 1))
     shape = n_steps, flags["n_accumulate"], batch_size
-    log = progress.make_log(out, n_done, flops, mesh.devices, flags["dtype"], schedule, tensorboard)
+    log = progress.make_log(out, n_done, flops, *peak, schedule, tensorboard)
     places = [place] if place else []
 
     def read(n_done):
@@ -846,7 +846,8 @@ def sample(params, encoder, hparams, seed):  # -> some lines of text, set in
     n, how = min(100, hparams["n_ctx"] - 1), {"temperature": 0.8, "seed": seed}
     prompts = [encoder.encode("\n")]
     ids = generate(prompts, params, hparams["n_head"], n, endoftext=encoder.endoftext, **how)[0]
-    return "\n".join("    " + line for line in encoder.decode(ids).strip().splitlines())
+    lines = [line for line in encoder.decode(ids).splitlines() if line.strip()]
+    return "\n".join("    " + line for line in lines)
 
 
 if __name__ == "__main__":
