@@ -748,26 +748,19 @@ def run(flags, tensorboard=False, model=None, place=None, saved=None):
         encoder, hparams, params = model
     elif flags.get("tokenizer"):
         encoder = get_encoder("", find_model(flags["tokenizer"], only_tokenizer=True))
-    shards, encoder = load_tokens(flags["data"], encoder)
-    check_enough(shards, n_ctx, flags["data"])
-    windows = cut_windows(shards["val"], n_ctx)
-    n_train, n_val = count_ids(shards["train"]), windows[:, 1:].size
-    text = {"n_train": n_train, "validation": hashlib.sha256(windows.tobytes()).hexdigest()}
+    shards, windows, text, encoder = open_text(flags["data"], encoder, n_ctx)
     if saved and saved["text"] != text:
         raise ValueError(f"{flags['data']}: is not the text that {place} was trained on")
     for name in ("data", "tokenizer"):
         if os.path.exists(flags.get(name, "")):
             flags |= {name: os.path.abspath(flags[name])}  # a run may be resumed from elsewhere
-
     if not model:
-        hparams = {"n_vocab": encoder.n_vocab, "n_ctx": n_ctx}
-        hparams |= {name: flags[name] for name in ("n_embd", "n_layer")}
-        params = init_params(jax.random.key(seed), **hparams)
-        hparams["n_head"] = flags["n_head"]
+        hparams, params = new_model(flags, encoder.n_vocab)
     flops = progress.flops_per_token(params, n_ctx)
     if is_main:
         n_params = sum(x.size for x in jax.tree.leaves(params))
-        print(f"{n_params} parameters, {n_train} training and {n_val} validation tokens")
+        n_val = windows[:, 1:].size
+        print(f"{n_params} parameters, {text['n_train']} training and {n_val} validation tokens")
     n_vocab, n_done = hparams["n_vocab"], saved["step"] if saved else 0
     n_rows = n_vocab if jax.default_backend() == "cpu" else -(-n_vocab // 128) * 128
     state, shardings = start_state(params, moments, n_done, optimizer, n_rows, mesh, flags["fsdp"])
@@ -831,6 +824,22 @@ def run(flags, tensorboard=False, model=None, place=None, saved=None):
         raise KeyboardInterrupt
     if is_main:
         print(f"the best model is in {out}")
+
+
+def open_text(data, encoder, n_ctx):
+    """-> shards, the validation windows, what a checkpoint says of both, and the tokenizer."""
+    shards, encoder = load_tokens(data, encoder)
+    check_enough(shards, n_ctx, data)
+    windows = cut_windows(shards["val"], n_ctx)
+    text = {"n_train": count_ids(shards["train"])}
+    text["validation"] = hashlib.sha256(windows.tobytes()).hexdigest()
+    return shards, windows, text, encoder
+
+
+def new_model(flags, n_vocab):  # -> hparams, parameters
+    sizes = {"n_vocab": n_vocab} | {name: flags[name] for name in ("n_ctx", "n_embd", "n_layer")}
+    params = init_params(jax.random.key(flags["seed"]), **sizes)
+    return sizes | {"n_head": flags["n_head"]}, params
 
 
 def choose_chunks(batch_size, n_ctx, n_vocab):
