@@ -25,19 +25,22 @@ def save_checkpoint(out, saved, step, params, moments, run, encoder, hparams):  
     params is the model's tree, moments {name: array}, run what run.json shall say besides the step.
     """
     folder = os.path.join(out, "checkpoints")
-    place = os.path.join(folder, f"{step:08d}")
-    os.makedirs(folder, exist_ok=True)
-    others = {os.path.join(folder, name) for name in os.listdir(folder)}
-    for other in others - set(saved):  # an earlier run's, or half written
-        shutil.rmtree(other)
-    stage = tempfile.mkdtemp(prefix=".saving-", dir=folder)
+    place, stage = os.path.join(folder, f"{step:08d}"), None
     try:
+        os.makedirs(folder, exist_ok=True)
+        names = [n for n in os.listdir(folder) if n.isdigit() or n.startswith(".saving-")]
+        for other in {os.path.join(folder, name) for name in names} - set(saved):
+            shutil.rmtree(other)  # an earlier run's, or half written
+        stage = tempfile.mkdtemp(prefix=".saving-", dir=folder)
         save_model(stage, encoder, hparams, params)
         write_safetensors(os.path.join(stage, "optimizer.safetensors"), moments)
         write_whole(Path(stage, "run.json"), json.dumps({"step": step} | run, indent=1))
         os.rename(stage, place)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {place}: {error.strerror}") from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if stage:
+            shutil.rmtree(stage, ignore_errors=True)
     for old in saved[:-1]:
         shutil.rmtree(old, ignore_errors=True)
     saved[:-1] = []
@@ -45,14 +48,25 @@ def save_checkpoint(out, saved, step, params, moments, run, encoder, hparams):  
     return place
 
 
+def check_folder(out):
+    """ValueError or OSError where save_checkpoint could not write later."""
+    folder = os.path.join(out, "checkpoints")
+    if not out:
+        raise ValueError("--out is empty: name the folder to write")
+    if os.path.lexists(folder) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise ValueError(f"{folder}: is not a folder we may write to")
+
+
 def find_checkpoint(out):  # -> its path, what run.json says
     """The last checkpoint of a run. ValueError or OSError, one clear line, if there is none."""
     folder = os.path.join(out, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    place = os.path.join(folder, max(filter(str.isdigit, names), default="00000000"))
+    names = [name for name in names if os.path.isfile(os.path.join(folder, name, "run.json"))]
+    steps = [int(name) for name in names if name.isdigit()]
+    if not steps:
+        raise FileNotFoundError(f"{out}: nothing to resume: no checkpoint in {folder}")
+    place = os.path.join(folder, f"{max(steps):08d}")
     path = os.path.join(place, "run.json")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{out}: nothing to resume: there is no {path}")
     return place, parse_json(Path(path).read_bytes(), path)
 
 

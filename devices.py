@@ -5,14 +5,20 @@ JAX's compiler does the rest, and its runtime moves the data between processes a
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import platform
+import re
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from utils import one_line
 
 
 def start_jax(coordinator, num_processes, process_id):
@@ -21,13 +27,21 @@ def start_jax(coordinator, num_processes, process_id):
     What a CPU is compiled for is that CPU, so every machine has a folder of its own; and what is
     in it will be run, so it is this user's alone.
     """
+    given = [coordinator, num_processes, process_id]
+    if any(x is not None for x in given) and None in given:
+        raise ValueError("--coordinator, --num_processes and --process_id go together")
+    if coordinator is not None:
+        if not re.fullmatch(r".+:\d{1,5}", coordinator):
+            raise ValueError(f"--coordinator: expected HOST:PORT, got {coordinator!r}")
+        if not 0 <= process_id < num_processes:
+            raise ValueError(f"--process_id: expected 0 to {num_processes - 1}, got {process_id}")
     env = os.environ
     cluster = int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in env
     cluster |= int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
     cluster |= "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env
     cluster |= "," in env.get("TPU_WORKER_HOSTNAMES", "")
     if coordinator or cluster:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(*given)
     elif "JAX_NUM_CPU_DEVICES" not in env:  # a device for every core: faster than threads in one
         has_affinity = hasattr(os, "sched_getaffinity")
         n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
@@ -39,6 +53,10 @@ def start_jax(coordinator, num_processes, process_id):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names what is not there
+        raise ValueError(f"JAX finds no device: {str(error) or env.get('JAX_PLATFORMS')}") from None
 
 
 def cut(mesh, *axes):  # the sharding that spreads the axis called "data" over the mesh
@@ -106,3 +124,27 @@ def from_first(number):  # -> the first process's number, in all of them
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def check_agreement(value):  # of what JSON can hold
+    """ValueError, in every process, unless all of them have the same value."""
+    if jax.process_count() > 1:
+        text = json.dumps(value, sort_keys=True).encode()
+        digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
+        if (multihost_utils.process_allgather(digest) != digest).any():
+            raise ValueError("the processes were started with different flags or texts")
+
+
+@contextlib.contextmanager
+def end_together():
+    """What is an error in one of several processes ends it at once, and with it the others.
+
+    Otherwise it would wait for them on its way out, as they do for it in the next sum.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        os._exit(2)

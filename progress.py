@@ -110,21 +110,17 @@ def read_log(path):  # -> [dict]
     lines = []
     for text in Path(path).read_text("utf-8").splitlines() if Path(path).exists() else ():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 
 def open_tensorboard(folder):  # -> a function that takes values
-    """What TensorBoard reads. ImportError if it is not installed."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it imports TensorFlow, where there is one,
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # and these keep that from greeting
-    try:
-        from tensorboard.summary import Writer
-    except ImportError:
-        raise ImportError("--tensorboard needs it: pip install tensorboard") from None
-    writer = Writer(folder)
+    """What TensorBoard reads."""
+    writer = import_writer()(folder)
 
     def write(values):
         for name in values.keys() - {"step", "seconds"}:
@@ -132,6 +128,17 @@ def open_tensorboard(folder):  # -> a function that takes values
         writer.flush()
 
     return write
+
+
+def import_writer():
+    """TensorBoard's own. ImportError, one clear line, if it is not installed."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it imports TensorFlow, where there is one,
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # and these keep that from greeting
+    try:
+        from tensorboard.summary import Writer
+    except ImportError:
+        raise ImportError("--tensorboard needs it: pip install tensorboard") from None
+    return Writer
 
 
 def draw(out):

@@ -36,8 +36,19 @@ import optax
 from tqdm import tqdm
 
 import progress
-from checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
-from devices import any_process, cut, from_first, gather, make_mesh, put, spread, start_jax
+from checkpoints import check_folder, find_checkpoint, load_checkpoint, save_checkpoint
+from devices import (
+    any_process,
+    check_agreement,
+    cut,
+    end_together,
+    from_first,
+    gather,
+    make_mesh,
+    put,
+    spread,
+    start_jax,
+)
 from encoder import Encoder, get_encoder
 from gpt2 import hidden_state
 from kv_cache import generate
@@ -117,6 +128,7 @@ for name, n_layer, n_head, n_embd, learning_rate in (
     RECIPES[name] |= {"n_ctx": 2048, "batch_size": 16} if name.startswith("gpt3") else {}
     RECIPES[name] |= {"fsdp": n_embd >= 1600}
 
+NAMED_TEXTS = ("shakespeare", "python-docs")
 MOST_VALIDATION = 2**20  # tokens that one look at the validation text takes
 STEPS_PER_CALL = (20, 5, 1)  # before Python sees a loss, or Ctrl-C, again: what takes about 1 s
 LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
@@ -150,7 +162,7 @@ def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]},
 
     `encoder` is the model's own or --tokenizer's; shards that were made with another are refused.
     """
-    if not os.path.isdir(data):
+    if data in NAMED_TEXTS or not os.path.isdir(data):
         encoder = encoder or Encoder([])
         ids = np.array(encoder.encode(load_text(data)), np.int32)
         n_train = len(ids) * 9 // 10
@@ -209,9 +221,10 @@ def read_batches(shards, seed, n_done, shape, n_ctx, sharding):  # -> [*shape, n
     processes, but a process reads only those stretches that its own devices will work on.
     """
     n_places = count_ids(shards) - n_ctx
-    stride = -(-n_places // 2**31)  # random numbers have 31 bits: of more places, not all are used
-    steps = jnp.arange(n_done, n_done + shape[0])
-    starts = draw_starts(seed, steps, n_places // stride, shape[1] * shape[2])
+    stride = -(-n_places // (2**31 - 1))  # int32 draws them: of more places, not all are used
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # a GPU is busy with the last
+        steps = jnp.arange(n_done, n_done + shape[0])
+        starts = draw_starts(seed, steps, n_places // stride, shape[1] * shape[2])
     starts = np.asarray(starts, np.int64).reshape(shape) * stride
 
     def read(index):
@@ -299,9 +312,11 @@ def fused_attention(q, k, v):  # [n_batch, n_head, n_seq, d_head] each -> the sa
     Elsewhere it is XLA's, for lower precision: softmax, too, is float32 then.
     """
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # JAX wants [n_batch, n_seq, n_head, d_head]
-    d_head = q.shape[-1]
-    has_kernel = jax.default_backend() == "gpu" and d_head % 8 == 0 and d_head <= 128
-    kernel = "cudnn" if has_kernel and q.dtype != jnp.float32 else "xla"
+    device, d_head = jax.devices()[0], q.shape[-1]
+    has_cudnn = device.platform == "gpu" and "cuda" in device.client.platform_version
+    has_cudnn = has_cudnn and float(device.compute_capability) >= 8  # Ampere, Hopper and later
+    fits = d_head % 8 == 0 and d_head <= 128 and q.dtype != jnp.float32
+    kernel = "cudnn" if has_cudnn and fits else "xla"
     out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)
     return out.swapaxes(1, 2)
 
@@ -349,8 +364,8 @@ def drop_weights(key, params, drop_rate):
     keys = jax.tree.unflatten(tree, list(jax.random.split(key, len(leaves))))
     n_dropped = round(256 * drop_rate)  # one random byte a weight decides, which is quick to make
 
-    def drop(key, x, is_matrix):
-        if not is_matrix:
+    def drop(key, x, is_hidden):
+        if not is_hidden:
             return x
         kept = jax.random.bits(key, x.shape, jnp.uint8) >= n_dropped
         return x * kept * (256 / (256 - n_dropped))
@@ -583,7 +598,9 @@ def train(state, flags, train_steps, read, validate, keep, checkpoint, log, star
 def check_flags(flags):
     """Raises ValueError, one clear line, for a model or a run that cannot be."""
     for name, value in flags.items():
-        if name == "seed":
+        if isinstance(value, bool):
+            right, wanted = True, ""
+        elif name == "seed":
             right, wanted = 0 <= value < 2**32, "from 0 to 4294967295"
         elif name == "drop_rate":
             right, wanted = 0 <= value <= 0.9, "from 0 to 0.9"
@@ -599,12 +616,19 @@ def check_flags(flags):
             right, wanted = value in ("adamw", "muon"), "adamw or muon"
         elif isinstance(value, float):
             right, wanted = 0 < value < math.inf, "more than 0"
+        elif isinstance(value, int):
+            right, wanted = 1 <= value < 2**31, "from 1 to 2147483647"
         else:
-            right, wanted = not isinstance(value, int) or value >= 1, "1 or more"
-        if not right and not isinstance(value, bool):
+            continue
+        if not right:
             raise ValueError(f"{name} must be {wanted}, not {value}")
+    for name in ("n_layer", "n_embd", "n_ctx", "batch_size", "n_accumulate"):
+        if flags[name] > 2**20:
+            raise ValueError(f"{name} must be at most 1048576, not {flags[name]}")
     if flags["n_embd"] % flags["n_head"]:
         raise ValueError("n_embd {n_embd} must be a multiple of n_head {n_head}".format(**flags))
+    if flags["min_learning_rate"] > flags["learning_rate"]:
+        raise ValueError("min_learning_rate must not be more than learning_rate")
 
 
 def choose(recipe, typed, hparams=None):  # -> the flags of a run
@@ -613,6 +637,8 @@ def choose(recipe, typed, hparams=None):  # -> the flags of a run
         recipe = "shakespeare-cpu" if jax.default_backend() == "cpu" else "shakespeare"
         recipe = "finetune" if hparams else recipe
     flags = {"recipe": recipe, **RECIPES[recipe], **typed}
+    if "learning_rate" in typed and "min_learning_rate" not in typed:
+        flags["min_learning_rate"] *= typed["learning_rate"] / RECIPES[recipe]["learning_rate"]
     if hparams:
         for name in ("n_layer", "n_head", "n_embd"):
             if typed.get(name, hparams[name]) != hparams[name]:
@@ -622,7 +648,7 @@ def choose(recipe, typed, hparams=None):  # -> the flags of a run
             flags["n_ctx"] = min(flags["n_ctx"], hparams["n_ctx"])
         if flags["n_ctx"] > hparams["n_ctx"]:
             raise ValueError(f"n_ctx is at most {hparams['n_ctx']} in that model")
-    elif "n_layer" not in flags:
+    elif not {"n_layer", "n_head", "n_embd"} <= flags.keys():
         raise ValueError(f"recipe {recipe} needs --init_from: a model to start with")
     if flags["data"] is None:
         raise ValueError(f"recipe {recipe} needs --data: a text file or a folder of token shards")
@@ -719,18 +745,46 @@ def main(
     typed = {name: value for name, value in typed.items() if name not in others}
     if recipe is not None and recipe not in RECIPES:
         raise ValueError(f"no recipe {recipe!r}: there are {', '.join(RECIPES)}")
-    if resume is not None:
+    if init_from is not None and tokenizer is not None:
+        raise ValueError("--init_from brings its own tokenizer: leave out --tokenizer")
+    if tensorboard:
+        progress.import_writer()
+    place = saved = model = None
+    if resume is None:
+        check_target(out)  # better now than after the first steps
+        check_folder(out)
+        model = load_encoder_hparams_and_params(init_from) if init_from is not None else None
+    else:
         if more := [name for name, value in typed.items() if value != default[name]]:
             raise ValueError(f"--resume takes the run's own flags: leave out --{more[0]}")
         place, saved = find_checkpoint(resume)
-        start_jax(coordinator, num_processes, process_id)
-        return run(saved["flags"] | {"out": resume}, tensorboard, place=place, saved=saved)
-    if init_from is not None and tokenizer is not None:
-        raise ValueError("--init_from brings its own tokenizer: leave out --tokenizer")
-    check_target(out)  # better now than after the first steps
-    model = load_encoder_hparams_and_params(init_from) if init_from is not None else None
+        flags = check_saved(saved, place) | {"out": resume}
     start_jax(coordinator, num_processes, process_id)
-    run(choose(recipe, typed, model and model[1]), tensorboard, model)
+    with end_together():
+        if resume is None:
+            flags = choose(recipe, typed, model and model[1])
+        try:
+            run(flags, tensorboard, model, place, saved)
+        except jax.errors.JaxRuntimeError as error:  # out of memory, as a rule
+            raise MemoryError(str(error)) from None
+
+
+def check_saved(saved, place):  # -> the flags of a run that is resumed
+    """ValueError if run.json is damaged, or of another trainer."""
+    try:
+        flags = RECIPES[saved["flags"]["recipe"]] | saved["flags"]
+        wanted = RECIPES[flags["recipe"]] | {"n_layer": 1, "n_head": 1, "n_embd": 1, "dtype": ""}
+        right = all(
+            isinstance(flags[name], type(wanted[name])) for name in wanted.keys() - {"data"}
+        )
+        right &= isinstance(saved["step"], int) and isinstance(saved["text"], dict)
+        right &= isinstance(saved["best"], float | None) and isinstance(flags["data"], str)
+        check_flags(flags)
+    except (KeyError, TypeError, ValueError):
+        right = False
+    if not right:
+        raise ValueError(f"{place}/run.json: damaged, or not of this trainer")
+    return flags
 
 
 def run(flags, tensorboard=False, model=None, place=None, saved=None):
@@ -741,7 +795,7 @@ def run(flags, tensorboard=False, model=None, place=None, saved=None):
         jax.config.update("jax_default_matmul_precision", "float32")
     schedule = make_schedule(**flags)
     optimizer = make_optimizer(schedule, **flags)
-    moments, encoder = None, None
+    moments, encoder, is_tuned = None, None, model is not None
     if place:
         *model, moments = load_checkpoint(place, functools.partial(moment_shapes, optimizer))
     if model:
@@ -751,9 +805,9 @@ def run(flags, tensorboard=False, model=None, place=None, saved=None):
     shards, windows, text, encoder = open_text(flags["data"], encoder, n_ctx)
     if saved and saved["text"] != text:
         raise ValueError(f"{flags['data']}: is not the text that {place} was trained on")
-    for name in ("data", "tokenizer"):
-        if os.path.exists(flags.get(name, "")):
-            flags |= {name: os.path.abspath(flags[name])}  # a run may be resumed from elsewhere
+    check_agreement([flags, text])
+    if flags["data"] not in NAMED_TEXTS:
+        flags |= {"data": os.path.abspath(flags["data"])}  # a run may be resumed from elsewhere
     if not model:
         hparams, params = new_model(flags, encoder.n_vocab)
     flops = progress.flops_per_token(params, n_ctx)
@@ -762,21 +816,16 @@ def run(flags, tensorboard=False, model=None, place=None, saved=None):
         n_val = windows[:, 1:].size
         print(f"{n_params} parameters, {text['n_train']} training and {n_val} validation tokens")
     n_vocab, n_done = hparams["n_vocab"], saved["step"] if saved else 0
-    n_rows = n_vocab if jax.default_backend() == "cpu" else -(-n_vocab // 128) * 128
+    n_rows = count_rows(n_vocab)
     state, shardings = start_state(params, moments, n_done, optimizer, n_rows, mesh, flags["fsdp"])
-    how = {
-        "n_head": hparams["n_head"],
-        "n_vocab": n_vocab,
-        "n_chunks": choose_chunks(batch_size // mesh.size, n_ctx, n_rows),
-        "attend": fused_attention if flags["dtype"] == "bfloat16" else None,
-        "dtype": flags["dtype"],
-    }
+    model = params = moments = None  # their memory is free again
+    how = loss_options(flags, n_vocab, batch_size // mesh.size)
     train_steps = make_train_steps(optimizer, flags["drop_rate"], seed, shardings=shardings, **how)
     windows = put(fill_batches(windows, batch_size), 2 * (cut(mesh, None, "data"),))
     peak = progress.peak_flops(mesh.devices.ravel(), flags["dtype"])
     seconds = flops * flags["n_accumulate"] * batch_size * n_ctx / peak[0]  # a step's, at best
-    n_steps = from_first(next((n for n in STEPS_PER_CALL if n * seconds < 1), 1))
-    shape = n_steps, flags["n_accumulate"], batch_size
+    steps_per_call = from_first(next((n for n in STEPS_PER_CALL if n * seconds < 1), 1))
+    shape = steps_per_call, flags["n_accumulate"], batch_size
     log = progress.make_log(out, n_done, flops, *peak, schedule, tensorboard)
     places = [place] if place else []
 
@@ -802,28 +851,42 @@ def run(flags, tensorboard=False, model=None, place=None, saved=None):
         about |= {"versions": {"jax": jax.__version__, "optax": optax.__version__}}
         step, moments = int(state[2]), name_leaves(moments)
         save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
-        with contextlib.suppress(ImportError):  # a picture is not worth a run
+        with contextlib.suppress(ImportError, OSError):  # a picture is not worth a run
             progress.draw(out)
         return places[-1]
 
-    start = {"place": place, "best": saved and saved["best"], "worst": 2 * math.log(n_vocab)}
-    try:
-        if model and not place:  # the best so far is what it was
-            start["best"] = validate(state[0])
-            if is_main:
-                tqdm.write(f"step 0: validation {start['best']:.4f}")
-            keep(state[0], is_best=True)
-        stopped = train(
-            state, flags, train_steps, read, validate, keep, checkpoint, log, start, not is_main
-        )
-    except jax.errors.JaxRuntimeError as error:  # out of memory, as a rule
-        raise MemoryError(str(error)) from None
+    start = {"place": place, "best": saved and saved["best"]}
+    start["worst"] = 2 * max(math.log(n_vocab), start["best"] or 0)
+    if is_tuned:  # the best so far is what it was
+        start["best"] = validate(state[0])
+        start["worst"] = max(start["worst"], 2 * start["best"])  # of an unfamiliar text
+        if is_main:
+            tqdm.write(f"step 0: validation {start['best']:.4f}")
+        keep(state[0], is_best=True)
+    stopped = train(
+        state, flags, train_steps, read, validate, keep, checkpoint, log, start, not is_main
+    )
     if stopped == signal.SIGTERM:
         sys.exit(143)
     if stopped:
         raise KeyboardInterrupt
     if is_main:
         print(f"the best model is in {out}")
+
+
+def count_rows(n_vocab):  # -> the rows of wte while it trains
+    """GPUs and TPUs prefer a multiple of 128: 50304 instead of 50257."""
+    return n_vocab if jax.default_backend() == "cpu" else -(-n_vocab // 128) * 128
+
+
+def loss_options(flags, n_vocab, n_batch):
+    """The options of `losses`, and dtype, for batches of which a device has so many rows."""
+    n_chunks, n_bytes = 1, 4 * n_batch * flags["n_ctx"] * count_rows(n_vocab)
+    while n_bytes > n_chunks * LOGITS_BYTES and flags["n_ctx"] % (2 * n_chunks) == 0:
+        n_chunks *= 2
+    attend = fused_attention if flags["dtype"] == "bfloat16" else None
+    how = {"n_head": flags["n_head"], "n_vocab": n_vocab, "n_chunks": n_chunks, "attend": attend}
+    return how | {"dtype": flags["dtype"]}
 
 
 def open_text(data, encoder, n_ctx):
@@ -838,16 +901,9 @@ def open_text(data, encoder, n_ctx):
 
 def new_model(flags, n_vocab):  # -> hparams, parameters
     sizes = {"n_vocab": n_vocab} | {name: flags[name] for name in ("n_ctx", "n_embd", "n_layer")}
-    params = init_params(jax.random.key(flags["seed"]), **sizes)
-    return sizes | {"n_head": flags["n_head"]}, params
-
-
-def choose_chunks(batch_size, n_ctx, n_vocab):
-    """How many parts of a batch's logits, on one device, are small enough."""
-    n_chunks, n_bytes = 1, 4 * batch_size * n_ctx * n_vocab
-    while n_bytes > n_chunks * LOGITS_BYTES and n_ctx % (2 * n_chunks) == 0:
-        n_chunks *= 2
-    return n_chunks
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it may not fit on one GPU
+        params = init_params(jax.random.key(flags["seed"]), **sizes)
+    return sizes | {"n_head": flags["n_head"]}, jax.tree.map(np.asarray, params)
 
 
 def sample(params, encoder, hparams, seed):  # -> some lines of text, set in

@@ -30,13 +30,9 @@ def ours(flags, params, tokens, optimizer):  # -> a function that trains N_STEPS
     mesh = devices.make_mesh(flags["batch_size"])
     rule = train_jax.make_optimizer(train_jax.make_schedule(**flags), **flags)
     n_vocab = len(params["wte"])
-    n_rows = n_vocab if jax.default_backend() == "cpu" else -(-n_vocab // 128) * 128
+    n_rows = train_jax.count_rows(n_vocab)
     state, shardings = train_jax.start_state(params, None, 0, rule, n_rows, mesh, flags["fsdp"])
-    how = {"n_head": flags["n_head"], "n_vocab": n_vocab, "dtype": flags["dtype"]}
-    how["attend"] = train_jax.fused_attention if flags["dtype"] == "bfloat16" else None
-    how["n_chunks"] = train_jax.choose_chunks(
-        flags["batch_size"] // mesh.size, flags["n_ctx"], n_rows
-    )
+    how = train_jax.loss_options(flags, n_vocab, flags["batch_size"] // mesh.size)
     steps = train_jax.make_train_steps(rule, flags["drop_rate"], 0, shardings=shardings, **how)
     batches = devices.put(tokens, devices.cut(mesh, None, None, "data"))
 

@@ -99,8 +99,8 @@ RUN = ["--data", "python-docs", "--n_layer", 2, "--n_head", 2, "--n_embd", 16, "
 RUN += ["--n_steps", 60, "--eval_every", 30, "--checkpoint_every", 30, "--n_accumulate", 2]
 
 
-def begin(*flags, n_processes=1):
-    """The trainer in one or two processes of one device each."""
+def begin(*flags, n_processes=1, last=()):
+    """The trainer in one or two processes of one device each; `last`: more flags of the last."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
@@ -109,7 +109,7 @@ def begin(*flags, n_processes=1):
         command = [sys.executable, str(REPO / "train_jax.py"), *map(str, flags)]
         if n_processes > 1:
             command += ["--coordinator", address, "--num_processes", str(n_processes)]
-            command += ["--process_id", str(i)]
+            command += ["--process_id", str(i), *map(str, last if i else ())]
         environ = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
         pipe = subprocess.PIPE
         processes.append(
@@ -179,6 +179,31 @@ def test_a_batch_that_no_two_processes_can_share_is_refused(tmp_path):
     flags = [*RUN, "--batch_size", 3, "--out", tmp_path / "out"]
     for code, _, err in finish(begin(*flags, n_processes=2)):
         assert code == 2 and "batch_size 3 must be a multiple of the 2 devices" in err
+
+
+def test_processes_with_different_flags_are_refused(tmp_path):
+    processes = begin(*RUN, "--out", tmp_path / "out", n_processes=2, last=["--seed", 7])
+    for code, _, err in finish(processes):
+        assert code == 2 and "started with different flags or texts" in err
+
+
+def test_an_error_in_one_process_ends_the_other(tmp_path):
+    processes = begin(*RUN, "--out", tmp_path / "out", n_processes=2, last=["--data", "nowhere"])
+    first, second = finish(processes)
+    assert first[0] != 0 and second[0] == 2 and "no text at nowhere" in second[2]
+
+
+@pytest.mark.parametrize(
+    "shape, axis",
+    [((257, 24), 1), ((257, 23), None), ((24, 96), 1), ((96, 24), 0), ((64,), None)],
+)
+def test_fsdp_cuts_the_longest_axis_that_can_be_cut(shape, axis):
+    mesh = devices.make_mesh(8)
+    spec = devices.spread(np.zeros(shape), mesh, fsdp=True).spec
+    assert [i for i, name in enumerate(spec) if name] == ([] if axis is None else [axis])
+    assert not any(devices.spread(np.zeros(shape), mesh, fsdp=False).spec)
+    layers = devices.spread(np.zeros((16, *shape)), mesh, fsdp=False).spec
+    assert len(shape) == 1 or layers[0] == "data"
 
 
 def test_put_and_gather_are_inverse(seed):

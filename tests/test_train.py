@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 import torch
 from conftest import SHAKESPEARE, TINY, hugging_face, random_params
 from transformers import GPT2LMHeadModel
@@ -168,10 +169,13 @@ def test_with_bfloat16_norms_softmax_and_loss_are_float32(rng):
     assert ("dot_general", "bfloat16") in found
 
 
-def test_the_logits_are_made_in_parts_that_fit():
-    assert train_jax.choose_chunks(12, 64, 257) == 1
-    assert train_jax.choose_chunks(32, 1024, 50304) == 8  # 6.6 GB at once otherwise
-    assert train_jax.choose_chunks(10**6, 100, 50304) == 4  # what can be halved no further
+@pytest.mark.parametrize(
+    "n_batch, n_ctx, n_vocab, n_chunks",
+    [(12, 64, 257, 1), (32, 1024, 50257, 8), (10**6, 100, 50257, 4)],  # 100: halved twice at most
+)
+def test_the_logits_are_made_in_parts_that_fit(n_batch, n_ctx, n_vocab, n_chunks):
+    flags = {"n_ctx": n_ctx, "n_head": 2, "dtype": "float32"}
+    assert train_jax.loss_options(flags, n_vocab, n_batch)["n_chunks"] == n_chunks
 
 
 def test_only_the_matrices_of_the_blocks_decay_and_drop():
@@ -250,6 +254,62 @@ def test_dropped_weights_are_the_asked_share_and_the_rest_is_scaled_up(seed):
         assert abs(gone.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / x.size)
         assert np.allclose(dropped[name], np.where(gone, 0, x / 0.75), rtol=1e-6)
         assert dropped[name].dtype == jnp.float32
+
+
+def test_a_drop_rate_is_rounded_to_256ths():
+    params = jax.tree.map(jnp.ones_like, train_jax.init_params(jax.random.key(0), **SIZES))
+    dropped = train_jax.drop_weights(jax.random.key(0), params, 0.1)
+    w = np.asarray(dropped["blocks"][0]["mlp"]["c_fc"]["w"])
+    assert set(np.unique(w)) == {0, np.float32(256 / 230)}  # 26 of 256
+
+
+def test_every_accumulated_batch_drops_other_weights(seed):
+    """Two batches that are the same, and their losses restated."""
+    batch = jax.random.randint(jax.random.key(seed), (2, 17), 0, 257)
+    params, _, _ = start(make_optimizer(), seed)
+    key = train_jax.step_keys(seed, 0)[1]
+    losses = [
+        train_jax.losses(
+            train_jax.drop_weights(jax.random.fold_in(key, i), params, 0.5), batch, 3
+        ).mean()
+        for i in range(2)
+    ]
+    steps = train_jax.make_train_steps(make_optimizer(), 0.5, seed, n_head=3)
+    _, loss = steps(start(make_optimizer(), seed), jnp.stack([batch, batch])[None], 1)
+    assert abs(losses[0] - losses[1]) > 1e-5 and abs(loss - np.mean(losses)) < 1e-5
+    assert (train_jax.step_keys(seed, 0)[0] != train_jax.step_keys(seed, 0)[1]).any()
+
+
+def find(moments, *words):  # the one array whose name has all of the words
+    [x] = [x for name, x in train_jax.name_leaves(moments).items() if all(w in name for w in words)]
+    return np.asarray(x)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_gradients_are_clipped_and_adams_moments_decay_as_asked(rng, name):
+    params = jax.tree.map(jnp.asarray, random_params(rng, HPARAMS))
+    schedule = train_jax.make_schedule(6, 1e-3, 1e-5, 2)
+    optimizer = train_jax.make_optimizer(schedule, name, 0.1, grad_clip=0.25, adam_b2=0.75)
+    large = jax.tree.map(lambda x: 1e4 * jnp.asarray(rng.standard_normal(x.shape)), params)
+    _, moments = optimizer.update(large, optimizer.init(params), params)
+    length = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(large)))
+    clipped = np.asarray(large["wte"]) * 0.25 / length
+    assert np.allclose(find(moments, ".mu", "wte"), 0.1 * clipped, rtol=1e-3, atol=1e-9)
+    assert np.allclose(find(moments, ".nu", "wte"), 0.25 * clipped**2, rtol=1e-3, atol=1e-12)
+
+
+def test_muon_steps_along_the_nearest_orthogonal_matrix(rng):
+    """Of each layer's own matrix, with the size of a step of Adam's: 0.2 a number, times the rate."""
+    params = jax.tree.map(jnp.asarray, random_params(rng, HPARAMS))
+    optimizer = make_optimizer("muon", lambda _: 0.5, weight_decay=0.0)
+    gradients = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape)), params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    for block, update in zip(gradients["blocks"], updates["blocks"], strict=True):
+        for part, layer in (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc")):
+            g, w = np.asarray(block[part][layer]["w"]), np.asarray(update[part][layer]["w"])
+            u, _, v = np.linalg.svd(g, full_matrices=False)
+            cosine = -(w * (u @ v)).sum() / np.linalg.norm(w) / np.linalg.norm(u @ v)
+            assert cosine > 0.95 and 0.07 < np.sqrt((w**2).mean()) < 0.13
 
 
 def read_batches(text, seed, n_done, shape, n_ctx):
@@ -381,7 +441,7 @@ def test_a_padded_vocabulary_changes_nothing_and_stays_zero(seed, optimizer):
 
 BAD = {
     "heads": (["--n_embd", "100", "--n_head", "3"], "multiple of n_head"),
-    "no steps": (["--n_steps", "0"], "n_steps must be 1 or more"),
+    "no steps": (["--n_steps", "0"], "n_steps must be from 1 to"),
     "drop": (["--drop_rate", "1"], "drop_rate must be"),
     "dtype": (["--dtype", "float16"], "dtype must be float32 or bfloat16"),
     "saved dtype": (["--saved_dtype", "bfloat16"], "saved_dtype must be float32 or float16"),
@@ -389,6 +449,19 @@ BAD = {
     "lowest rate": (["--min_learning_rate", "-1"], "min_learning_rate must be 0 or more"),
     "beta": (["--adam_b2", "1"], "adam_b2 must be more than 0 and less than 1"),
     "recipe": (["--recipe", "gpt5"], "no recipe 'gpt5': there are shakespeare-cpu, "),
+    "half a model": (["--recipe", "finetune", "--n_layer", 1], "recipe finetune needs --init_from"),
+    "huge": (["--n_accumulate", 10**10], "n_accumulate must be from 1 to"),
+    "large": (["--n_embd", 2**21], "n_embd must be at most"),
+    "nowhere": (["--out", ""], "--out is empty"),
+    "one of several": (["--process_id", 1], "--num_processes and --process_id go together"),
+    "address": (
+        ["--coordinator", "here", "--num_processes", 2, "--process_id", 0],
+        "--coordinator: expected HOST:PORT, got 'here'",
+    ),
+    "number": (
+        ["--coordinator", "here:1", "--num_processes", 2, "--process_id", 2],
+        "--process_id: expected 0 to 1, got 2",
+    ),
     "no model": (["--recipe", "finetune"], "recipe finetune needs --init_from"),
     "two tokenizers": (["--init_from", "x", "--tokenizer", "124M"], "leave out --tokenizer"),
     "no such model": (["--init_from", "9M"], "no model '9M'"),
@@ -481,6 +554,47 @@ def test_a_second_signal_stops_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def drive(losses, validations=(), eval_every=10**6, checkpoint_every=10**6, stop_at=None):
+    """train() with stand-ins, 20 steps a call -> [(is_best of keep)], [(step, best) saved]."""
+    kept, saved, validations = [], [], iter(validations)
+
+    def train_steps(state, batches, n):
+        if stop_at is not None and state[2] + n >= stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return (None, None, state[2] + n), losses(state[2] + n)
+
+    def checkpoint(state, best):
+        saved.append((state[2], best))
+        return f"place {state[2]}"
+
+    flags = {"n_steps": 40, "eval_every": eval_every, "checkpoint_every": checkpoint_every}
+    flags |= {"n_accumulate": 1, "batch_size": 1, "n_ctx": 1}
+    train_jax.train(
+        (None, None, 0), flags, train_steps, lambda n_done: range(20),
+        lambda params: next(validations), lambda params, is_best: kept.append(is_best), checkpoint,
+        lambda values: {}, {"place": None, "best": None, "worst": 9.0},
+    )  # fmt: skip
+    return kept, saved
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 9.0, 10.0])
+def test_no_number_and_a_number_too_large_stop_the_run(bad):
+    with pytest.raises(ValueError, match=r"at step 30: the last checkpoint is place 20"):
+        drive(lambda n: bad if n > 20 else 8.9, [1.0] * 9, checkpoint_every=10, eval_every=20)
+
+
+def test_the_best_is_kept_and_the_rest_is_shown():
+    kept, saved = drive(lambda n: 1.0, [3.0, 2.0, 2.5, 2.2], eval_every=10, checkpoint_every=7)
+    assert kept == [True, True, False, False]
+    assert [step for step, _ in saved] == [7, 14, 21, 28, 35, 40]
+    assert [best for _, best in saved] == [np.inf, 3, 2, 2, 2, 2]
+
+
+def test_a_stop_after_an_evaluation_keeps_what_was_best():
+    kept, saved = drive(lambda n: 1.0, [3.0], eval_every=10, stop_at=15)
+    assert kept == [True] and saved == [(20, 3.0)]
+
+
 TINY_RUN = ["--data", "python-docs", "--n_layer", 1, "--n_embd", 8, "--n_ctx", 16, "--n_steps", 600]
 TINY_RUN += ["--eval_every", 100, "--checkpoint_every", 40, "--drop_rate", 0.1]
 
@@ -561,7 +675,7 @@ def test_what_cannot_be_resumed_is_said_in_one_line(never_stopped, tmp_path):
         assert (code, out) == (2, "") and err.count("\n") == 1
         return err
 
-    assert "nothing to resume: there is no" in refused("--resume", tmp_path)
+    assert "nothing to resume: no checkpoint in" in refused("--resume", tmp_path)
     assert "leave out --n_steps" in refused("--resume", never_stopped, "--n_steps", 900)
     out = tmp_path / "copy"
     shutil.copytree(never_stopped, out)
@@ -577,6 +691,62 @@ def test_what_cannot_be_resumed_is_said_in_one_line(never_stopped, tmp_path):
     assert "optimizer.safetensors: cut short or corrupt" in refused("--resume", out)
     (place / "run.json").write_text("{")
     assert "run.json: not JSON" in refused("--resume", out)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: plan.pop("step"),
+        lambda plan: plan.update(step="40"),
+        lambda plan: plan.pop("text"),
+        lambda plan: plan.pop("flags"),
+        lambda plan: plan["flags"].update(n_steps="90"),
+        lambda plan: plan["flags"].update(optimizer="sgd"),
+        lambda plan: plan["flags"].update(recipe="old"),
+        lambda plan: plan["flags"].pop("n_embd"),
+    ],
+)
+def test_a_damaged_run_json_is_refused(never_stopped, change):
+    place, plan = checkpoints.find_checkpoint(never_stopped)
+    assert train_jax.check_saved(plan, place) == plan["flags"]
+    change(plan)
+    with pytest.raises(ValueError, match=r"run.json: damaged, or not of this trainer"):
+        train_jax.check_saved(plan, place)
+
+
+def test_moments_are_those_of_the_optimizer_in_its_order(never_stopped, tmp_path):
+    place = tmp_path / "00000600"
+    shutil.copytree(never_stopped / "checkpoints" / place.name, place)
+    moments = safetensors.numpy.load_file(place / "optimizer.safetensors")
+    shapes = {name: (x.shape, x.dtype) for name, x in reversed(moments.items())}
+    *_, loaded = checkpoints.load_checkpoint(str(place), lambda params: shapes)
+    assert list(loaded) == list(shapes) != list(moments)
+    assert all((loaded[name] == moments[name]).all() for name in moments)
+    other = train_jax.make_optimizer(lambda _: 1.0, "adamw", 0.1, 1.0, 0.9)
+    with pytest.raises(ValueError, match="of another optimizer"):
+        checkpoints.load_checkpoint(str(place), lambda p: train_jax.moment_shapes(other, p))
+
+
+def test_only_checkpoints_are_put_away(tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "mine").mkdir(parents=True)
+    (folder / "notes.txt").write_text("x")
+    (folder / ".saving-abc").mkdir()
+    params = train_jax.init_params(jax.random.key(0), **SIZES)
+    hparams = {**SIZES, "n_head": 3}
+    checkpoints.save_checkpoint(tmp_path, [], 5, params, {}, {}, Encoder([]), hparams)
+    assert sorted(os.listdir(folder)) == ["00000005", "mine", "notes.txt"]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "checkpoints").write_text("x")
+    with pytest.raises(ValueError, match="is not a folder we may write to"):
+        checkpoints.check_folder(tmp_path / "b")
+
+
+def test_the_lowest_rate_follows_the_highest():
+    flags = train_jax.choose("shakespeare-cpu", {"learning_rate": 1e-6})
+    assert np.isclose(flags["min_learning_rate"], 1e-8)
+    with pytest.raises(ValueError, match="must not be more than learning_rate"):
+        train_jax.choose("shakespeare-cpu", {"learning_rate": 1e-3, "min_learning_rate": 2e-3})
 
 
 def test_a_new_run_puts_an_older_ones_checkpoints_away(tmp_path):
@@ -605,6 +775,18 @@ def test_a_loss_that_explodes_ends_the_run_and_names_the_last_checkpoint(tmp_pat
     load_encoder_hparams_and_params(found[3], ".")
     code, out, err = run("--resume", tmp_path / "out")
     assert code == 2 and err.endswith(f" at step {step}: the last checkpoint is {found[3]}\n")
+
+
+def test_finetuning_on_an_unfamiliar_text_is_no_explosion(models, tmp_path):
+    text = "".join(chr(c) for c in np.random.default_rng(0).integers(0x4E00, 0x9FFF, 5000))
+    (tmp_path / "text").write_text(text)
+    folder, params = models
+    loud = jax.tree.map(np.copy, params) | {"wte": params["wte"] * 8}  # sure of everything
+    utils.save_model(tmp_path / "loud", Encoder([]), TINY, loud)
+    flags = ["--data", tmp_path / "text", "--n_steps", 4, "--eval_every", 2, "--n_ctx", 16]
+    code, out, err = run("--init_from", tmp_path / "loud", *flags, "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert float(re.search(r"step 0: validation (\S+)", out)[1]) > 2 * np.log(257)
 
 
 def test_finetuning_starts_at_the_models_own_loss(models, tmp_path):
