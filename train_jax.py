@@ -772,7 +772,7 @@ def main(
 def check_saved(saved, place):  # -> the flags of a run that is resumed
     """ValueError if run.json is damaged, or of another trainer."""
     try:
-        flags = RECIPES[saved["flags"]["recipe"]] | saved["flags"]
+        flags = saved["flags"]
         wanted = RECIPES[flags["recipe"]] | {"n_layer": 1, "n_head": 1, "n_embd": 1, "dtype": ""}
         right = all(
             isinstance(flags[name], type(wanted[name])) for name in wanted.keys() - {"data"}

@@ -299,7 +299,7 @@ def test_gradients_are_clipped_and_adams_moments_decay_as_asked(rng, name):
 
 
 def test_muon_steps_along_the_nearest_orthogonal_matrix(rng):
-    """Of each layer's own matrix, with the size of a step of Adam's: 0.2 a number, times the rate."""
+    """Of each layer's own matrix, with the size of a step of Adam's: 0.2 times the rate."""
     params = jax.tree.map(jnp.asarray, random_params(rng, HPARAMS))
     optimizer = make_optimizer("muon", lambda _: 0.5, weight_decay=0.0)
     gradients = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape)), params)
@@ -554,7 +554,9 @@ def test_a_second_signal_stops_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def drive(losses, validations=(), eval_every=10**6, checkpoint_every=10**6, stop_at=None):
+def drive(
+    losses, validations=(), eval_every=10**6, checkpoint_every=10**6, stop_at=None, n_steps=40
+):
     """train() with stand-ins, 20 steps a call -> [(is_best of keep)], [(step, best) saved]."""
     kept, saved, validations = [], [], iter(validations)
 
@@ -567,7 +569,7 @@ def drive(losses, validations=(), eval_every=10**6, checkpoint_every=10**6, stop
         saved.append((state[2], best))
         return f"place {state[2]}"
 
-    flags = {"n_steps": 40, "eval_every": eval_every, "checkpoint_every": checkpoint_every}
+    flags = {"n_steps": n_steps, "eval_every": eval_every, "checkpoint_every": checkpoint_every}
     flags |= {"n_accumulate": 1, "batch_size": 1, "n_ctx": 1}
     train_jax.train(
         (None, None, 0), flags, train_steps, lambda n_done: range(20),
@@ -591,8 +593,8 @@ def test_the_best_is_kept_and_the_rest_is_shown():
 
 
 def test_a_stop_after_an_evaluation_keeps_what_was_best():
-    kept, saved = drive(lambda n: 1.0, [3.0], eval_every=10, stop_at=15)
-    assert kept == [True] and saved == [(20, 3.0)]
+    kept, saved = drive(lambda n: 1.0, [3.0], eval_every=25, stop_at=45, n_steps=100)
+    assert kept == [True] and saved == [(45, 3.0)]
 
 
 TINY_RUN = ["--data", "python-docs", "--n_layer", 1, "--n_embd", 8, "--n_ctx", 16, "--n_steps", 600]
