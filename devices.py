@@ -41,6 +41,8 @@ def start_jax(coordinator, num_processes, process_id):
     cluster |= "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env
     cluster |= "," in env.get("TPU_WORKER_HOSTNAMES", "")
     if coordinator or cluster:
+        if sys.stderr.isatty():
+            print("waiting for the other processes ...", file=sys.stderr)
         jax.distributed.initialize(*given)
     elif "JAX_NUM_CPU_DEVICES" not in env:  # a device for every core: faster than threads in one
         has_affinity = hasattr(os, "sched_getaffinity")
