@@ -206,6 +206,14 @@ def test_fsdp_cuts_the_longest_axis_that_can_be_cut(shape, axis):
     assert len(shape) == 1 or layers[0] == "data"
 
 
+def test_a_platform_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    if any(device.platform != "cpu" for device in jax.devices()):
+        pytest.skip("there is one")
+    [(code, _, err)] = finish(begin(*RUN, "--out", tmp_path / "out"))
+    assert (code, err) == (2, "error: JAX_PLATFORMS is cuda, but JAX finds no such device\n")
+
+
 def test_put_and_gather_are_inverse(seed):
     mesh = devices.make_mesh(8)
     tree = {"w": np.arange(48.0).reshape(6, 8), "b": np.arange(3)}
