@@ -266,17 +266,19 @@ def test_a_drop_rate_is_rounded_to_256ths():
 def test_every_accumulated_batch_drops_other_weights(seed):
     """Two batches that are the same, and their losses restated."""
     batch = jax.random.randint(jax.random.key(seed), (2, 17), 0, 257)
-    params, _, _ = start(make_optimizer(), seed)
     key = train_jax.step_keys(seed, 0)[1]
-    losses = [
-        train_jax.losses(
-            train_jax.drop_weights(jax.random.fold_in(key, i), params, 0.5), batch, 3
-        ).mean()
-        for i in range(2)
-    ]
+
+    def begin():  # with weights large enough to be missed
+        params, *rest = start(make_optimizer(), seed)
+        return jax.tree.map(lambda x: 8 * x, params), *rest
+
+    losses = []
+    for i in range(2):
+        dropped = train_jax.drop_weights(jax.random.fold_in(key, i), begin()[0], 0.5)
+        losses.append(train_jax.losses(dropped, batch, 3).mean())
     steps = train_jax.make_train_steps(make_optimizer(), 0.5, seed, n_head=3)
-    _, loss = steps(start(make_optimizer(), seed), jnp.stack([batch, batch])[None], 1)
-    assert abs(losses[0] - losses[1]) > 1e-5 and abs(loss - np.mean(losses)) < 1e-5
+    _, loss = steps(begin(), jnp.stack([batch, batch])[None], 1)
+    assert abs(losses[0] - losses[1]) > 1e-3 and abs(loss - np.mean(losses)) < 1e-4
     assert (train_jax.step_keys(seed, 0)[0] != train_jax.step_keys(seed, 0)[1]).any()
 
 
