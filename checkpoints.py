@@ -43,8 +43,7 @@ def save_checkpoint(out, saved, step, params, moments, run, encoder, hparams):  
             shutil.rmtree(stage, ignore_errors=True)
     for old in saved[:-1]:
         shutil.rmtree(old, ignore_errors=True)
-    saved[:-1] = []
-    saved.append(place)
+    saved[:] = [*saved[-1:], place]
     return place
 
 
@@ -61,11 +60,11 @@ def find_checkpoint(out):  # -> its path, what run.json says
     """The last checkpoint of a run. ValueError or OSError, one clear line, if there is none."""
     folder = os.path.join(out, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    names = [name for name in names if os.path.isfile(os.path.join(folder, name, "run.json"))]
-    steps = [int(name) for name in names if name.isdigit()]
-    if not steps:
+    complete = [n for n in names if os.path.isfile(os.path.join(folder, n, "run.json"))]
+    last = max(filter(str.isdigit, complete), key=int, default=None)
+    if last is None:
         raise FileNotFoundError(f"{out}: nothing to resume: no checkpoint in {folder}")
-    place = os.path.join(folder, f"{max(steps):08d}")
+    place = os.path.join(folder, last)
     path = os.path.join(place, "run.json")
     return place, parse_json(Path(path).read_bytes(), path)
 

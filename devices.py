@@ -48,8 +48,8 @@ def start_jax(coordinator, num_processes, process_id):
         has_affinity = hasattr(os, "sched_getaffinity")
         n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
         jax.config.update("jax_num_cpu_devices", n_cores)
-    platforms = env.get("JAX_PLATFORMS", "")
-    if platforms and "cpu" not in platforms:  # where parameters begin, and batches are drawn
+    platforms = env.get("JAX_PLATFORMS") or "cpu"
+    if "cpu" not in platforms:  # where parameters begin, and batches are drawn
         jax.config.update("jax_platforms", platforms + ",cpu")
     if "JAX_COMPILATION_CACHE_DIR" not in env:
         caches = env.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -62,7 +62,7 @@ def start_jax(coordinator, num_processes, process_id):
         found = jax.devices()[0].platform
     except (RuntimeError, AssertionError):
         found = "cpu"
-    if platforms and "cpu" not in platforms and found == "cpu":
+    if "cpu" not in platforms and found == "cpu":
         raise ValueError(f"JAX_PLATFORMS is {platforms}, but JAX finds no such device")
 
 

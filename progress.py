@@ -1,6 +1,6 @@
 """What a training run shows of itself: its speed, its losses as lines of JSON, and as a picture.
 
-models/mine/metrics.jsonl    {"step": 20, "loss": 4.1, ...}, {"step": 200, "validation": 2.4, ...}
+models/mine/metrics.jsonl    {"step": 20, "loss": 4.1, ...}, {"step": 200, "validation": ...}
 models/mine/loss.png         the same, drawn; `progress.draw("models/mine")` draws it again
 """
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from encoder import write_whole
+from utils import quiet_tensorflow
 
 # The makers' figures for dense products in bfloat16, FLOP/s of one device, by a part of its name.
 KNOWN_PEAKS = {
@@ -132,8 +133,7 @@ def open_tensorboard(folder):  # -> a function that takes values
 
 def import_writer():
     """TensorBoard's own. ImportError, one clear line, if it is not installed."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it imports TensorFlow, where there is one,
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # and these keep that from greeting
+    quiet_tensorflow()  # which it imports, where there is one
     try:
         from tensorboard.summary import Writer
     except ImportError:

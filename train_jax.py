@@ -859,14 +859,14 @@ def run(flags, tensorboard=False, model=None, place=None, saved=None):
             progress.draw(out)
         return places[-1]
 
-    start = {"place": place, "best": saved and saved["best"]}
-    start["worst"] = 2 * max(math.log(n_vocab), start["best"] or 0)
+    best = saved and saved["best"]
     if is_tuned:  # the best so far is what it was
-        start["best"] = validate(state[0])
-        start["worst"] = max(start["worst"], 2 * start["best"])  # of an unfamiliar text
+        best = validate(state[0])
         if is_main:
-            tqdm.write(f"step 0: validation {start['best']:.4f}")
+            tqdm.write(f"step 0: validation {best:.4f}")
         keep(state[0], is_best=True)
+    worst = 2 * max(math.log(n_vocab), best or 0)  # an unfamiliar text may begin above ln(n_vocab)
+    start = {"place": place, "best": best, "worst": worst}
     stopped = train(
         state, flags, train_steps, read, validate, keep, checkpoint, log, start, not is_main
     )
@@ -907,7 +907,7 @@ def new_model(flags, n_vocab):  # -> hparams, parameters
     sizes = {"n_vocab": n_vocab} | {name: flags[name] for name in ("n_ctx", "n_embd", "n_layer")}
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it may not fit on one GPU
         params = init_params(jax.random.key(flags["seed"]), **sizes)
-    return sizes | {"n_head": flags["n_head"]}, jax.tree.map(np.asarray, params)
+    return sizes | {"n_head": flags["n_head"]}, params
 
 
 def sample(params, encoder, hparams, seed):  # -> some lines of text, set in

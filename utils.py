@@ -309,13 +309,18 @@ def write_safetensors(path, tensors):
 # --- OpenAI's TensorFlow checkpoint -------------------------------------------------------------
 
 
+def quiet_tensorflow():
+    """Keep it from greeting at length; to be called before it is imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
 def convert_checkpoint(checkpoint, hparams, path):
     """The tensors of a TensorFlow checkpoint, as read_safetensors gives them; written to `path`.
 
     A folder that cannot be written still loads, with a notice; TensorFlow is then needed again.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # these two keep it from greeting at length
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    quiet_tensorflow()
     try:
         import tensorflow as tf
     except ImportError as error:
