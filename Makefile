@@ -1,4 +1,5 @@
 # make demo    sets up .venv with what generating needs, then writes with the shipped model
+# make explain makes a page that shows what the shipped model does with a text
 # make test    sets up the rest, then runs every test
 # make lint    checks the style
 #
@@ -8,11 +9,15 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 TORCH_CPU = https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint clean
+.PHONY: demo explain test lint clean
 
 demo: .venv/generate
 	@.venv/bin/python gpt2.py "ROMEO:" --model_size shakespeare \
 		--n_tokens_to_generate 200 --temperature 0.8 --seed 1
+
+explain: .venv/generate
+	@.venv/bin/python explain.py "ROMEO: But soft, what light through yonder window breaks?" \
+		--model_size shakespeare --out explain.html
 
 test: .venv/test
 	.venv/bin/python -m pytest

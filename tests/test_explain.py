@@ -1,0 +1,516 @@
+"""explain.py: what it records against the model and transformers; its page in a real browser."""
+
+import base64
+import itertools
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GPT2_FILES, REPO, TINY, hugging_face, random_params
+
+import explain
+import gpt2
+import utils
+from encoder import Encoder, get_encoder, printable_bytes
+
+HOSTILE = (
+    """<script>alert(1)</script> "quotes" 'and' &amp; <!-- </script><img src=x onerror=alert(2)>"""
+)
+
+
+@pytest.fixture(params=[1, 5, 48, 200], ids=lambda n: f"{n} tokens")
+def case(request, rng):
+    """(inputs, params, n_head) of a random model; above 64 tokens attention halves its square."""
+    hparams = TINY | {"n_ctx": 200, "n_layer": 3}
+    return rng.integers(257, size=request.param).tolist(), random_params(rng, hparams), 2
+
+
+def test_recording_changes_nothing(case):
+    inputs, params, n_head = case
+    recording = explain.record(*case)
+    assert np.array_equal(recording["logits"], gpt2.gpt2(inputs, **params, n_head=n_head))
+    assert {a.dtype for a in recording.values() if isinstance(a, np.ndarray)} == {np.dtype("f4")}
+
+
+def test_attention_rows_sum_to_one_and_see_no_future(case):
+    weights = explain.record(*case)["attention"]
+    n_seq = len(case[0])
+    assert weights.shape == (3, 2, n_seq, n_seq)
+    assert np.all(weights >= 0)
+    assert np.all(np.triu(weights, 1) == 0)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+
+
+def test_the_stream_is_the_sum_of_what_was_added(case):
+    inputs, params, n_head = case
+    r = explain.record(*case)
+    assert np.array_equal(r["stream"][0], params["wte"][inputs] + params["wpe"][: len(inputs)])
+    assert np.array_equal(r["stream"][:-1] + r["mha"] + r["ffn"], r["stream"][1:])
+    assert np.array_equal(r["final"], gpt2.hidden_state(inputs, **params, n_head=n_head))
+
+
+def test_the_lens_reads_a_model_cut_off_after_each_block(case):
+    inputs, params, n_head = case
+    r = explain.record(*case)
+    for i, x in enumerate(r["stream"]):
+        cut = params | {"blocks": params["blocks"][:i]}
+        assert np.array_equal(explain.lens(x, params), gpt2.gpt2(inputs, **cut, n_head=n_head))
+    assert np.array_equal(explain.lens(r["stream"][-1], params), r["logits"])
+
+
+def test_everything_equals_what_transformers_says(rng):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    params = random_params(rng, TINY)
+    inputs = rng.integers(257, size=20).tolist()
+    model = hugging_face(params, TINY)
+    model.set_attn_implementation("eager")  # the only one that tells its weights
+    with torch.no_grad():
+        theirs = model(torch.tensor([inputs]), output_attentions=True, output_hidden_states=True)
+    r = explain.record(inputs, params, 2)
+    np.testing.assert_allclose(r["logits"], theirs.logits[0], atol=1e-4)
+    for layer, weights in enumerate(theirs.attentions):
+        np.testing.assert_allclose(r["attention"][layer], weights[0], atol=1e-5)
+    *stream, final = theirs.hidden_states  # theirs ends with ln_f's output
+    for ours, x in zip(r["stream"][:-1], stream, strict=True):
+        np.testing.assert_allclose(ours, x[0], atol=1e-4)
+    np.testing.assert_allclose(r["final"], final[0], atol=1e-4)
+
+
+def test_watching_ends_with_the_function(rng):
+    before = sys.getprofile()
+    with pytest.raises(IndexError):
+        explain.watch(gpt2.gpt2, np.array([99999]), **random_params(rng, TINY), n_head=2)
+    assert sys.getprofile() is before
+
+
+# ---- The page's data -----------------------------------------------------------------------------
+
+
+def unpack(packed):
+    data = base64.b64decode(packed["base64"])
+    return np.frombuffer(data, np.dtype(packed["dtype"]).newbyteorder("<")).reshape(packed["shape"])
+
+
+def read_page(path):  # -> the page's data, its arrays unpacked
+    text = Path(path).read_text("utf-8")
+    [data] = re.findall(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)
+    return json.loads(data, object_hook=lambda d: unpack(d) if "base64" in d else d)
+
+
+@pytest.fixture(scope="module")
+def written(models):
+    """(the path of a page about HOSTILE with the model "tiny", its recording, ids and params)."""
+    folder, params = models
+    path = folder / "page.html"
+    hparams = TINY | {"n_ctx": 128}
+    rng = np.random.default_rng(secrets.randbits(32))
+    params = random_params(rng, hparams)
+    utils.save_model(folder / "wide", Encoder([]), hparams, params)
+    command = [sys.executable, str(REPO / "explain.py"), HOSTILE, "--model_size", "wide"]
+    command += ["--models_dir", str(folder), "--out", str(path)]
+    done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+    assert done.stdout.decode().startswith(f"{path}: {len(HOSTILE)} tokens, ")
+    ids = Encoder([]).encode(HOSTILE)
+    return path, explain.record(ids, params, 2), ids, params
+
+
+def test_the_page_holds_the_arrays(written):
+    path, r, ids, params = written
+    data = read_page(path)
+    n_seq, probs = len(ids), gpt2.softmax(r["logits"].astype(np.float64))
+    assert data["ids"] == ids and data["hparams"] == TINY | {"n_ctx": 128}
+    for char in map(chr, range(128)):
+        [id] = Encoder([]).encode(char)
+        assert bytes.fromhex(data["bytes"][str(id)]) == char.encode()
+    assert bytes.fromhex(data["bytes"]["256"]) == b"<|endoftext|>"
+    past = np.tril_indices(n_seq)
+    np.testing.assert_allclose(data["attention"] / 65535, r["attention"][:, :, *past], atol=1e-5)
+    given = probs[np.arange(n_seq - 1), ids[1:]]
+    np.testing.assert_allclose(data["given"], given, rtol=1e-6)
+    for i, (rank, p) in enumerate(zip(data["rank"], given, strict=True)):
+        assert rank == 1 + np.sum(probs[i] > p)
+    # All 257 tokens of a byte model, in order.
+    assert np.array_equal(np.sort(data["top_ids"], -1), np.tile(np.arange(257), (n_seq, 1)))
+    np.testing.assert_array_equal(data["top_logits"], -np.sort(-r["logits"]))
+    np.testing.assert_array_equal(
+        data["top_logits"], np.take_along_axis(r["logits"], data["top_ids"].astype(int), -1)
+    )
+    assert data["tail_logits"].shape == (n_seq, 0)
+    for layer, x in enumerate(r["stream"]):
+        lens = gpt2.softmax(explain.lens(x, params).astype(np.float64))
+        best = data["lens_ids"][layer].astype(int)
+        assert np.array_equal(best[:, 0], lens.argmax(-1))
+        np.testing.assert_allclose(
+            data["lens_probs"][layer] / 65535, -np.sort(-lens)[:, :5], atol=1e-5
+        )
+    assert np.array_equal(data["lens_ids"][-1], data["top_ids"][:, :5])
+    for name, length in data["length"].items():
+        np.testing.assert_allclose(length, np.sqrt((r[name] ** 2).sum(-1)), rtol=1e-4)
+    q, scales = data["vectors"].astype(np.float64), data["scales"][..., None]
+    vectors = scales * q * np.abs(q) / 127**2
+    exact = [params["wte"][ids], params["wpe"][:n_seq]]
+    for pair in zip(r["mha"], r["ffn"], strict=True):
+        exact += pair
+    np.testing.assert_allclose(vectors, [*exact, r["final"]], atol=0.01 * scales.max())
+    assert np.all(np.abs(vectors - [*exact, r["final"]]) <= 0.008 * scales)
+
+
+def test_the_sources_are_those_of_the_file(written):
+    data, lines = read_page(written[0]), (REPO / "gpt2.py").read_text("utf-8").splitlines(True)
+    assert set(data["sources"]) == {
+        *("gpt2", "hidden_state", "transformer_block", "layer_norm", "mha", "linear"),
+        *("attention", "softmax", "ffn", "gelu"),
+    }
+    for name, source in data["sources"].items():
+        n = source["lines"].count("\n")
+        assert "".join(lines[source["first"] - 1 :][:n]) == source["lines"]
+        assert source["lines"].startswith(f"def {name}(")
+
+    def check(call, caller):
+        if caller is not None:  # the line that called it names it, or the attend that it stands for
+            line = lines[call["line"] - 1]
+            assert call["function"] in line or call["function"] == "attention" and "attend(" in line
+            source = data["sources"][caller["function"]]
+            assert 0 <= call["line"] - source["first"] < source["lines"].count("\n")
+        for inner in call["calls"]:
+            check(inner, call)
+
+    check(data["call"], None)
+
+
+def test_the_calls_have_the_shapes_and_the_parameters_names(written):
+    n_seq, call = len(written[2]), read_page(written[0])["call"]
+    first, second, ln_f = call["calls"][0]["calls"]
+    assert [c["function"] for c in second["calls"]] == ["layer_norm", "mha", "layer_norm", "ffn"]
+    c_attn = second["calls"][1]["calls"][0]
+    assert c_attn["args"] == [
+        ["x", [n_seq, 16]],
+        ["blocks.1.attn.c_attn.w", [16, 48]],
+        ["blocks.1.attn.c_attn.b", [48]],
+    ]
+    assert c_attn["out"] == [n_seq, 48]
+    assert ln_f["args"][1:] == [["ln_f.g", [16]], ["ln_f.b", [16]]]
+    assert call["out"] == [n_seq, 257]
+
+
+def test_groups_of_unlikely_tokens_keep_their_sum(rng):
+    logits = -np.sort(-rng.standard_normal((3, 5000), dtype=np.float32) * 4)
+    for tail in (logits, logits[:, :3], logits[:, :0], logits * 200):
+        counts, stand_ins = explain.group(tail)
+        assert counts.sum() == tail.shape[1] and stand_ins.shape == (3, len(counts))
+        assert len(counts) <= explain.N_GROUPS
+        exact = np.logaddexp.reduce(tail.astype(np.float64), -1)
+        np.testing.assert_allclose(
+            np.logaddexp.reduce(stand_ins + np.log(counts), -1), exact, rtol=1e-9
+        )
+
+
+def test_likeliest_is_a_stable_sort(rng):
+    logits = rng.integers(30, size=(20, 300)).astype(np.float32)  # many equals
+    order = np.argsort(-logits, kind="stable")
+    found = explain.likeliest(logits, 40)
+    taken = np.take_along_axis(logits, found, -1)
+    assert np.array_equal(taken, np.take_along_axis(logits, order[:, :40], -1))
+    sure = taken > taken[:, -1:]  # of the last's equals any may be there
+    assert np.array_equal(found[sure], order[:, :40][sure])
+    assert np.array_equal(explain.likeliest(logits, 999), order)
+
+
+def test_vectors_keep_zeros_signs_and_small_numbers():
+    vectors = np.array([[0, 0], [-8, 8], [1, -0.01], [3e38, 1e-40]], np.float32)
+    q, scales = explain.compress(vectors)
+    assert np.array_equal(q, [[0, 0], [-127, 127], [127, -13], [127, 0]])
+    assert np.array_equal(scales, np.float32([0, 8, 1, 3e38]))
+
+
+@pytest.mark.slow
+def test_a_page_of_64_tokens_of_124m_is_below_5_megabytes(rng):
+    if not GPT2_FILES.exists():
+        pytest.skip(f"no GPT-2 tokenizer in {GPT2_FILES}")
+    hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
+    params, encoder = random_params(rng, hparams), get_encoder(GPT2_FILES.name, GPT2_FILES.parent)
+    inputs = rng.integers(50257, size=64).tolist()
+    r = explain.record(inputs, params, 12)
+    assert len(explain.page(explain.page_data(inputs, r, encoder, hparams, params))) < 5e6
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+
+def run(*args, cwd):
+    command = [sys.executable, str(REPO / "explain.py"), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, timeout=120, cwd=cwd)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["a" * 49], "error: 49 prompt tokens + 0 to generate = 49, but this model has only 48"),
+        (["a", "--out", "none/x.html"], "error: --out none/x.html: there is no folder "),
+        (["a", "--out", "."], "error: --out .: is a folder"),
+        (["a" * 257, "--model_size", "long"], "error: 257 tokens, but a page shows 256 at most"),
+    ],
+)
+def test_a_mistake_is_one_line(models, tmp_path, args, line):
+    folder, _ = models
+    if "long" in args and not (folder / "long").exists():
+        hparams = TINY | {"n_ctx": 300}
+        params = random_params(np.random.default_rng(0), hparams)
+        utils.save_model(folder / "long", Encoder([]), hparams, params)
+    size = [] if "--model_size" in args else ["--model_size", "tiny"]
+    code, out, err = run(*args, *size, "--models_dir", folder, cwd=tmp_path)
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(line)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["", "a", "1984", "héllo 🙂", "a\r\n\x1f\u2028"])
+def test_any_text_makes_a_page(models, tmp_path, text):
+    folder, params = models
+    args = [text, "--model_size", "tiny", "--models_dir", folder]
+    code, out, err = run(*args, cwd=tmp_path)
+    assert (code, err) == (0, "") and out.endswith("Open it in a browser.\n")
+    ids = Encoder([]).encode(text) or [256]
+    data = read_page(tmp_path / "explain.html")
+    assert data["ids"] == ids and os.listdir(tmp_path) == ["explain.html"]
+    best = gpt2.gpt2(ids, **params, n_head=2).argmax(-1)
+    assert np.array_equal(data["top_ids"][:, 0], best)
+
+
+# ---- A real browser ------------------------------------------------------------------------------
+
+
+FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run
+--disable-background-networking --disable-component-update --disable-sync"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's chromium without a window, driven by selenium."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
+    if driver is None or chromium is None:
+        pytest.skip("chromium and its chromedriver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in FLAGS.split():
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chrome
+    chrome.quit()
+
+
+def emulate(browser, width=1100, scheme="light"):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+
+@pytest.fixture
+def opened(browser, written):
+    """The browser, the page about HOSTILE just opened; afterwards its log must have no error."""
+    emulate(browser)
+    browser.get_log("browser")
+    browser.get(written[0].as_uri())
+    yield browser
+    assert browser.get_log("browser") == []
+
+
+def js(browser, code, *args):
+    return browser.execute_script(f"return {code}", *args)
+
+
+def press(browser, *keys):
+    from selenium.webdriver.common.keys import Keys
+
+    element = browser.switch_to.active_element
+    for key in keys:
+        element.send_keys(getattr(Keys, key))
+        element = browser.switch_to.active_element
+
+
+def click(browser, selector, i=0):
+    browser.find_elements("css selector", selector)[i].click()
+
+
+def every(browser, selector, what="textContent"):
+    code = "Array.from(document.querySelectorAll(arguments[0]), e => e[arguments[1]])"
+    return js(browser, code, selector, what)
+
+
+def test_the_page_asks_for_no_other_file(opened):
+    assert js(opened, "performance.getEntriesByType('resource').map(e => e.name)") == []
+
+
+def test_a_text_full_of_html_is_shown_as_text(opened):
+    assert "".join(every(opened, "#tokens .token")) == HOSTILE
+    assert js(opened, "document.scripts.length") == 2
+    assert js(opened, "document.images.length") == 0
+
+
+def test_a_click_on_a_token_changes_the_maps(opened, written):
+    _, r, ids, _ = written
+
+    def seen():
+        rows = every(opened, ".row", "offsetTop")
+        titles = js(opened, "maps.map(map => map.title)")
+        return rows, titles, every(opened, "#weights > *")
+
+    for i in (3, 40):
+        before = seen()
+        click(opened, "#tokens .token", i)
+        rows, titles, weights = seen()
+        assert all(a != b for a, b in zip(before[0], rows, strict=True))
+        assert before[1:] != (titles, weights)
+        best = r["attention"][0, 0, i].argsort()[::-1][: min(8, i + 1)]
+        assert [int(name.split()[0]) for name in weights[::3]] == [j + 1 for j in best]
+        heads = r["attention"][:, :, i].reshape(4, -1).max(-1)
+        for title, weight in zip(titles, heads, strict=True):
+            number = float(re.search(r"([\d.]+) %$", title)[1])
+            assert number == pytest.approx(100 * weight, abs=0.51 if weight > 0.0995 else 0.06)
+
+
+def test_a_click_on_a_map_enlarges_it(opened, written):
+    _, r, ids, _ = written
+    before = js(opened, "document.querySelector('#large canvas').toDataURL()")
+    click(opened, "#heads .map", 3)
+    assert every(opened, "#head") == ["Layer 1, head 1"]
+    assert js(opened, "document.querySelector('#large canvas').toDataURL()") != before
+    pixels = """(() => {const c = document.querySelector('#large canvas');
+        return Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)})()"""
+    image = np.array(js(opened, pixels)).reshape(len(ids), len(ids), 4)
+    assert np.array_equal(image[..., 3] == 255, np.tri(len(ids), dtype=bool))  # the triangle
+    past, red = np.tril_indices(len(ids)), image[..., 0]
+    expected = 242 + (18 - 242) * np.sqrt(r["attention"][1, 1][past])
+    assert np.max(np.abs(red[past] - expected)) < 2
+
+
+def test_the_packed_numbers_come_out_in_the_browser(opened, written):
+    _, r, ids, _ = written
+    rows = js(opened, "Array.from({length: 61}, (_, j) => attention(1, 0, 60, j))")
+    np.testing.assert_allclose(rows, r["attention"][1, 0, 60, :61], atol=1e-5)
+    vector = js(opened, "Array.from(vectorOf(3, 7))")  # block 0's MLP
+    np.testing.assert_allclose(vector, r["ffn"][0, 7], atol=0.01 * np.abs(r["ffn"][0, 7]).max())
+
+
+def test_the_sliders_reshape_as_gpt2_does(opened, written, rng):
+    _, r, _, _ = written
+    for _ in range(40):
+        i = int(rng.integers(len(r["logits"])))
+        temperature = float(rng.choice([0.05, 0.7, 1, 2]))
+        top_k, top_p = int(rng.choice([1, 5, 50, 257])), float(rng.choice([0.01, 0.5, 0.9, 1]))
+        theirs = js(opened, "reshape(...arguments)", i, temperature, top_k, top_p)
+        probs = gpt2.probabilities(r["logits"][i], temperature, top_k, top_p)
+        np.testing.assert_allclose(theirs["probs"], -np.sort(-probs), atol=1e-9)
+        assert theirs["n_kept"] == np.sum(probs > 0)
+    greedy = js(opened, "reshape(5, 0, 257, 1)")
+    assert greedy["probs"][0] == 1 and greedy["n_kept"] == 1
+
+
+def test_a_slider_changes_the_bars(opened, written):
+    _, r, _, _ = written
+
+    def bars():
+        js(opened, "document.getElementById('next').scrollIntoView()")
+        widths = every(opened, "#next .bar:not(.was)", "offsetWidth")
+        return widths, every(opened, "#next .value")
+
+    before = bars()
+    js(opened, "document.getElementById('temperature').focus()")
+    press(opened, *["ARROW_LEFT"] * 10)  # 1 -> 0.5
+    assert every(opened, "#temperature + output") == ["0.5"]
+    widths, values = bars()
+    assert widths != before[0] and values != before[1]
+    probs = -np.sort(-gpt2.probabilities(r["logits"][-1], 0.5))[:10]
+    shown = [float(v.split(" %")[0].removeprefix("< ")) for v in values]
+    np.testing.assert_allclose(shown, 100 * probs, atol=0.5)
+    js(opened, "document.getElementById('top_k').focus()")
+    press(opened, "HOME")  # one token only
+    assert every(opened, "#next .value")[1:] == ["0"] * 9
+    assert "1 of 257 tokens" in every(opened, "#kept")[0]
+    click(opened, "#reset")
+    assert bars() == before
+
+
+def test_the_keyboard_reaches_everything(opened, written):
+    n_seq = len(written[2])
+    js(opened, "document.querySelector('#tokens [tabindex=\"0\"]').focus()")
+    press(opened, "ARROW_LEFT", "ARROW_LEFT")
+    assert js(opened, "state.position") == n_seq - 3
+    press(opened, "HOME", "ARROW_RIGHT")
+    assert js(opened, "state.position") == 1
+    js(opened, "maps[0].focus()")
+    press(opened, "ARROW_DOWN", "ARROW_RIGHT")
+    assert js(opened, "[state.layer, state.head]") == [1, 1]
+    press(opened, "ARROW_DOWN")  # no layer below
+    assert js(opened, "[state.layer, state.head]") == [1, 1]
+    js(opened, "cells.find(cell => cell.tabIndex === 0).focus()")
+    press(opened, "ARROW_UP", "ARROW_RIGHT")
+    assert js(opened, "[state.lens, state.position]") == [1, 2]
+    js(opened, "stepButtons[0].focus()")
+    press(opened, "ARROW_RIGHT", "TAB", "TAB", "TAB", "ENTER")  # into the calls of block 0
+    assert every(opened, "#origin")[0].startswith("gpt2.py, mha, called by transformer_block")
+    # One stop for each group, not one for each of its buttons.
+    assert js(opened, "document.querySelectorAll('#tokens [tabindex=\"0\"]').length") == 1
+    assert js(opened, "cells.filter(cell => cell.tabIndex === 0).length") == 1
+
+
+def test_each_step_shows_its_source(opened):
+    names = every(opened, "#strip button")
+    assert names == ["wte + wpe", "block 0", "block 1", "ln_f", "logits"]
+    shown = []
+    for i in range(len(names)):
+        click(opened, "#strip button", i)
+        shown.append(every(opened, "#source span")[0].split("(")[0])
+    block = "def transformer_block"
+    assert shown == ["def hidden_state", block, block, "def layer_norm", "def gpt2"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1100])
+def test_the_page_fits_and_can_be_read(opened, width, scheme):
+    emulate(opened, width, scheme)
+    assert js(opened, "document.documentElement.scrollWidth") <= width
+    colour = "getComputedStyle(document.body).{}.match(/\\d+/g).map(Number)"
+    ink, paper = (np.array(js(opened, colour.format(c))) for c in ("color", "backgroundColor"))
+    assert (ink.mean() > paper.mean()) == (scheme == "dark")
+    assert abs(ink.mean() - paper.mean()) > 180
+
+
+@pytest.mark.parametrize("text", ["", "x", "a🙂\n\té", "b" * 48])
+def test_odd_texts_open_without_an_error(browser, models, tmp_path, text):
+    args = [text, "--model_size", "tiny", "--models_dir", models[0]]
+    assert run(*args, cwd=tmp_path)[0] == 0
+    browser.get_log("browser")
+    browser.get((tmp_path / "explain.html").as_uri())
+    for i in range(len(Encoder([]).encode(text))):
+        click(browser, "#tokens .token", i)
+    assert browser.get_log("browser") == []
+
+
+def test_a_large_vocabulary_is_reshaped_nearly_exactly(browser, tmp_path, rng):
+    hparams = TINY | {"n_vocab": 5000}
+    params, ids = random_params(rng, hparams), rng.integers(5000, size=12).tolist()
+    chars = list(printable_bytes().values())
+    encoder = Encoder(list(itertools.product(chars, chars))[: 5000 - 257])
+    r = explain.record(ids, params, 2)
+    data = {"model": "x"} | explain.page_data(ids, r, encoder, hparams, params)
+    (tmp_path / "page.html").write_text(explain.page(data), "utf-8")
+    browser.get((tmp_path / "page.html").as_uri())
+    for temperature in (0.3, 1, 1.5, 2):
+        for top_p in (0.5, 0.95, 1):
+            theirs = js(
+                browser, "reshape(4, arguments[0], n_shown, arguments[1])", temperature, top_p
+            )
+            probs = -np.sort(-gpt2.probabilities(r["logits"][4], temperature, 0, top_p))
+            np.testing.assert_allclose(theirs["probs"], probs[:257], rtol=0.01, atol=1e-6)
+            assert theirs["n_kept"] == pytest.approx(np.sum(probs > 0), rel=0.02)
