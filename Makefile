@@ -1,7 +1,7 @@
-# make demo    sets up .venv with what generating needs, then writes with the shipped model
-# make explain makes a page that shows what the shipped model does with a text
-# make test    sets up the rest, then runs every test
-# make lint    checks the style
+# make demo     sets up .venv with what generating needs, then writes with the shipped model
+# make explain  makes a page that shows what the shipped model does with a text
+# make test     sets up the rest, then runs every test
+# make lint     checks the style
 #
 # Both set-ups are quick the second time, and done again when a requirements file changes.
 

@@ -295,7 +295,8 @@ FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --n
 def browser():
     """Debian's chromium without a window, driven by selenium."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
+    driver = shutil.which("chromedriver")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if driver is None or chromium is None:
         pytest.skip("chromium and its chromedriver are not installed")
     options = webdriver.ChromeOptions()
