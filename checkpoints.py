@@ -15,8 +15,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from encoder import write_whole
-from utils import load_encoder_hparams_and_params, parse_json, save_model, write_safetensors
+from encoder import parse_json, write_whole
+from utils import load_encoder_hparams_and_params, save_model, write_safetensors
 
 
 def save_checkpoint(out, saved, step, params, moments, run, encoder, hparams):  # -> where

@@ -406,12 +406,13 @@ def get_encoder(model_name, models_dir):
     malformed. From https://github.com/openai/gpt-2/blob/master/src/encoder.py.
     """
     vocab_file, merges_file = find_tokenizer(Path(models_dir) / model_name)
+    vocab = parse_json(vocab_file.read_bytes(), vocab_file)
     file = vocab_file
     try:
-        vocab = check_vocab(json.loads(vocab_file.read_text("utf-8")))
+        check_vocab(vocab)
         file = merges_file
         return Encoder(parse_merges(merges_file.read_text("utf-8")), vocab)
-    except ValueError as problem:  # what is wrong as JSON or UTF-8 is a ValueError, too
+    except ValueError as problem:  # what is wrong as UTF-8 is a ValueError, too
         raise ValueError(f"{file}: {problem}") from None
 
 
@@ -440,6 +441,17 @@ def parse_merges(text):
         if len(pair) != 2 or "" in pair:
             raise ValueError(f"line {number} is {' '.join(pair)!r}, not two pieces and a space")
     return merges
+
+
+def parse_json(data, path):  # bytes -> dict
+    """Return the JSON object in data; ValueError, which names the path, for anything else."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
 
 
 def write_whole(path, text):

@@ -46,7 +46,7 @@ import numpy as np
 import documents
 import encoder as encoder_module
 from documents import cut_source, describe, find_files, is_same, notice, read_span
-from encoder import CHAR_OF_BYTE, ENDOFTEXT, Encoder, get_encoder, write_whole
+from encoder import CHAR_OF_BYTE, ENDOFTEXT, Encoder, get_encoder, parse_json, write_whole
 from shards import open_prepared
 
 TRAINING_BYTES = 10**8  # of text, and at most a document more, from which a tokenizer learns
@@ -110,8 +110,7 @@ encoders = {}  # a worker reads the tokenizer once
 def read_json_file(path):
     """A JSON object, or an empty one where there is no such file, or a broken one."""
     with contextlib.suppress(FileNotFoundError, ValueError):
-        found = json.loads(Path(path).read_text("utf-8"))
-        return found if isinstance(found, dict) else {}
+        return parse_json(Path(path).read_bytes(), path)
     return {}
 
 

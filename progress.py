@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from encoder import write_whole
+from encoder import parse_json, write_whole
 from utils import quiet_tensorflow
 
 # The makers' figures for dense products in bfloat16, FLOP/s of one device, by a part of its name.
@@ -111,10 +111,10 @@ def read_log(path):  # -> [dict]
     lines = []
     for text in Path(path).read_text("utf-8").splitlines() if Path(path).exists() else ():
         try:
-            line = json.loads(text)
+            line = parse_json(text.encode(), path)
         except ValueError:
             break
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line.get("step"), int):
             lines.append(line)
     return lines
 

@@ -10,14 +10,14 @@ in them; uint16 after a header of 256 int32, of which the first is 20240520, the
 and the third the number of ids). Only the first kind knows its tokenizer.
 """
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 
-from encoder import find_tokenizer, get_encoder
+from encoder import find_tokenizer, get_encoder, parse_json
 
+SHARD = re.compile(r"(train|val)_\d{6,}\.bin")  # prepare.py's names
 MAGIC, VERSION, N_HEADER = 20240520, 1, 256  # the header of llm.c's files, in int32
 
 
@@ -31,7 +31,7 @@ def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or 
     if (folder / "meta.json").exists():
         return open_prepared(folder), get_encoder("", folder)
     files = sorted(folder.glob("*.bin"))
-    if any(re.fullmatch(r"(train|val)_\d{6}\.bin", file.name) for file in files):
+    if any(SHARD.fullmatch(file.name) for file in files):
         raise ValueError(f"{folder}: no meta.json: prepare.py has not finished there, run it again")
     shards = {s: [open_foreign(f) for f in files if s in f.name] for s in ("train", "val")}
     if not shards["train"]:
@@ -48,15 +48,16 @@ def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or 
 
 def open_prepared(folder):
     """The shards that meta.json lists."""
-    shards = {"train": [], "val": []}
-    try:
-        meta = json.loads((folder / "meta.json").read_text("utf-8"))
-        dtype = {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
-        sizes = [(str(name), int(n)) for name, n in meta["shards"].items()]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{folder}/meta.json: not one of prepare.py's") from None
-    for name, n_ids in sizes:
-        path = folder / Path(name).name
+    shards, file = {"train": [], "val": []}, folder / "meta.json"
+    meta = parse_json(file.read_bytes(), file)
+    dtype = {"uint16": "<u2", "uint32": "<u4"}.get(str(meta.get("dtype")))
+    sizes = meta.get("shards")
+    if dtype is None or not isinstance(sizes, dict):
+        raise ValueError(f"{file}: not one of prepare.py's")
+    for name, n_ids in sizes.items():
+        if not SHARD.fullmatch(name) or type(n_ids) is not int or n_ids < 1:
+            raise ValueError(f"{file}: {name!r} with {n_ids!r} ids is no shard")
+        path = folder / name
         if path.stat().st_size != n_ids * np.dtype(dtype).itemsize:
             raise ValueError(f"{path}: {path.stat().st_size} bytes, but meta.json has {n_ids} ids")
         shards[name.split("_")[0]].append(np.memmap(path, dtype, mode="r"))
@@ -68,7 +69,7 @@ def open_foreign(path):
     n_bytes = path.stat().st_size
     if n_bytes == 0 or n_bytes % 2:
         raise ValueError(f"{path}: {n_bytes} bytes, which are no uint16 ids")
-    header = np.fromfile(path, "<i4", 3)
+    header = np.fromfile(path, "<i4", 3).tolist()
     if len(header) < 3 or header[0] != MAGIC:
         return np.memmap(path, "<u2", mode="r")
     if header[1] != VERSION or n_bytes != 4 * N_HEADER + 2 * header[2]:

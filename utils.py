@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from encoder import get_encoder, write_whole
+from encoder import get_encoder, parse_json, write_whole
 
 try:
     import fcntl
@@ -145,17 +145,6 @@ def check_vocabulary(encoder, hparams, model_dir):
         raise ValueError(
             f"{model_dir}: the tokenizer has {encoder.n_vocab} ids, the model {hparams['n_vocab']}"
         )
-
-
-def parse_json(data, path):  # bytes -> dict
-    """The JSON object in `data`; ValueError names the file it came from."""
-    try:
-        value = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return value
 
 
 def tensor_shapes(hparams):
@@ -597,8 +586,8 @@ def copy_body(response, f, name, n_have, length):
 
 def read_note(note):
     known = {"version": "", "length": None, "md5": None}
-    with contextlib.suppress(OSError, ValueError), open(note) as g:
-        known |= json.load(g)
+    with contextlib.suppress(OSError, ValueError), open(note, "rb") as g:
+        known |= parse_json(g.read(), note)
     return known
 
 

@@ -552,11 +552,13 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 
 BYTES = bytes_only.vocab
 MALFORMED = {
-    "not JSON": ("{'a': 1}", "", "vocab.json: Expecting property name"),
+    "not JSON": ("{'a': 1}", "", "vocab.json: not JSON (Expecting property name"),
     "cut short": (json.dumps(BYTES)[:-9], "", "vocab.json: "),
-    "empty": ("", "", "vocab.json: Expecting value"),
-    "not UTF-8": (b"\xff{}", "", "vocab.json: 'utf-8' codec can't decode byte 0xff"),
-    "not an object": ([1, 2], "", "vocab.json: a vocabulary is one JSON object"),
+    "empty": ("", "", "vocab.json: not JSON (Expecting value"),
+    "not UTF-8": (b"\xff{}", "", "vocab.json: not JSON ('utf-8' codec can't decode byte 0xff"),
+    "deep": ("[" * 200_000, "", "vocab.json: not JSON (maximum recursion depth exceeded"),
+    "a number too long": ('{"a": ' + "9" * 5000 + "}", "", "vocab.json: not JSON (Exceeds the"),
+    "not an object": ([1, 2], "", "vocab.json: not a JSON object"),
     "id is text": (BYTES | {"a": "64"}, "", "vocab.json: the id of 'a' is '64'"),
     "id is a float": (BYTES | {"a": 64.0}, "", "vocab.json: the id of 'a' is 64.0"),
     "id is true": (BYTES | {"a": True}, "", "vocab.json: the id of 'a' is True"),

@@ -94,8 +94,10 @@ def damage(folder, how):
         (folder / "meta.json").unlink()
     elif how == "other":
         (folder / "meta.json").write_text("[1]")
-    elif how == "dtype":
-        (folder / "meta.json").write_text(json.dumps(meta | {"dtype": "float16"}))
+    elif how == "deep":
+        (folder / "meta.json").write_text("[" * 200_000)
+    elif isinstance(how, dict):
+        (folder / "meta.json").write_text(json.dumps(meta | how))
 
 
 @pytest.mark.parametrize(
@@ -104,9 +106,29 @@ def damage(folder, how):
         ("cut", r"train_000001.bin: \d+ bytes, but meta.json has \d+ ids"),
         ("gone", r"train_000001.bin"),
         ("no meta", r"no meta.json: prepare.py has not finished there, run it again"),
-        ("other", r"meta.json: not one of prepare.py's"),
-        ("dtype", r"meta.json: not one of prepare.py's"),
+        ("other", r"meta.json: not a JSON object"),
+        ("deep", r"meta.json: not JSON"),
+        *(
+            ({"dtype": d}, "meta.json: not one of prepare.py's")
+            for d in ("float16", ["uint16"], None)
+        ),
+        *(
+            ({"shards": s}, "meta.json: not one of prepare.py's")
+            for s in (None, ["train_000000.bin"])
+        ),
+        *(
+            ({"shards": {name: n}}, "meta.json: .* is no shard")
+            for name in (
+                "train_000000.bin",
+                "../train_000000.bin",
+                "/etc/passwd",
+                "x_000000.bin",
+                "",
+            )
+            for n in ((0, -1, 1.5, True, "9", None, 1e400) if name.startswith("train") else (9,))
+        ),
     ],
+    ids=str,
 )
 def test_damaged_folders(prepared, how, problem):
     damage(prepared, how)
@@ -121,6 +143,11 @@ def test_damaged_foreign_files(tmp_path):
         (tmp_path / "train.bin").write_bytes(data)
         with pytest.raises(ValueError, match=problem):
             shards.open_shards(tmp_path)
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, 2**30  # times 2 is more than an int32 holds
+    (tmp_path / "train.bin").write_bytes(header.tobytes())
+    with pytest.raises(ValueError, match=f"its header says version 1, {2**30} ids"):
+        shards.open_shards(tmp_path)
     write_llm_c(tmp_path / "train.bin", range(99), version=7)
     with pytest.raises(ValueError, match="its header says version 7, 99 ids"):
         shards.open_shards(tmp_path)
