@@ -515,3 +515,11 @@ def test_a_large_vocabulary_is_reshaped_nearly_exactly(browser, tmp_path, rng):
             probs = -np.sort(-gpt2.probabilities(r["logits"][4], temperature, 0, top_p))
             np.testing.assert_allclose(theirs["probs"], probs[:257], rtol=0.01, atol=1e-6)
             assert theirs["n_kept"] == pytest.approx(np.sum(probs > 0), rel=0.02)
+
+
+def test_the_pages_photograph_can_be_taken_again(browser, tmp_path):
+    png = tmp_path / "explain.png"
+    command = [sys.executable, str(REPO / "docs" / "screenshot.py"), str(png)]
+    subprocess.run(command, check=True, timeout=120)
+    taken, shown = (path.read_bytes() for path in (png, REPO / "docs" / "explain.png"))
+    assert taken[:8] == b"\x89PNG\r\n\x1a\n" and taken[16:24] == shown[16:24]  # width and height

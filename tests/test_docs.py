@@ -1,0 +1,288 @@
+"""The guided tour: every block of docs/*.md is run, and must print what the page says it prints.
+
+```python blocks are doctests, one namespace a page; ```console blocks are commands, each after a
+"$ ", followed by what it prints. Both run in a copy of the project, in the order of the page: one
+may read what the one before it wrote. `...` stands for anything, and all white space is alike.
+"""
+
+import contextlib
+import doctest
+import importlib.util
+import inspect
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO, SHAKESPEARE
+
+import utils
+
+DOCS = REPO / "docs"
+NUMBERED = sorted(path.name for path in DOCS.glob("[0-9]*.md"))
+PAGES = ["README.md", *NUMBERED, "exercises.md"]
+ALL = [DOCS / name for name in [*PAGES, "guide.md"]]  # and what is not run, only looked at:
+ALL += [
+    REPO / name for name in ("README.md", "benchmarks/README.md", "models/shakespeare/README.md")
+]
+ALIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.M)
+NEEDS = {  # a section in whose blocks the word occurs is left out where this is not there
+    "data/shakespeare.txt": SHAKESPEARE.exists(),
+    "jax": all(importlib.util.find_spec(name) for name in ("jax", "optax")),
+}
+
+
+def sections(text):  # -> [(title, [(language, code, line)])]
+    """The parts of a page that begin with a heading, and their blocks."""
+    parts, title = [("", [])], re.compile(r"^#+ (.*)$", re.M)
+    fences = list(FENCE.finditer(text))
+    inside = [range(*fence.span()) for fence in fences]
+    heads = [m for m in title.finditer(text) if not any(m.start() in span for span in inside)]
+    for found in sorted([*heads, *fences], key=lambda m: m.start()):
+        if found in fences:
+            line = text.count("\n", 0, found.start()) + 1
+            parts[-1][1].append((found[1], found[2], line))
+        else:
+            parts.append((found[1], []))
+    return parts
+
+
+def run_page(name, text, project):  # -> why some sections were not run, if any were not
+    """AssertionError, with the place, for the first block that does not do what it says."""
+    names, missing = {"__name__": "__main__"}, []
+    for title, blocks in sections(text):
+        code = "".join(code for language, code, _ in blocks if language)
+        if lacks := [word for word, there in NEEDS.items() if word in code and not there]:
+            missing.append(f"{title}: no {' and no '.join(lacks)}")
+            continue
+        for language, code, line in blocks:
+            assert language in ("", "python", "console"), f"{name}:{line}: a block of {language}"
+            if language == "python":
+                run_python(code, names, name, line)
+            if language == "console":
+                run_console(code, project, f"{name}:{line}")
+    return missing
+
+
+def run_python(code, names, name, line):
+    parts = doctest.DocTestParser().parse(code, name)
+    prose = "".join(part for part in parts if isinstance(part, str)).strip()
+    assert not prose, f"{name}:{line}: neither an example nor its output: {prose}"
+    examples = [part for part in parts if not isinstance(part, str)]
+    assert examples, f"{name}:{line}: a python block without >>>"
+    test = doctest.DocTest(examples, names, name, name, line, code)
+    test.globs = names  # DocTest made a copy, but the page's next block goes on with them
+    report = []
+    runner = doctest.DocTestRunner(optionflags=ALIKE, verbose=False)
+    runner.run(test, out=report.append, clear_globs=False)
+    assert runner.failures == 0, "".join(report)
+
+
+def run_console(code, project, place):
+    commands = re.split(r"^\$ ", code, flags=re.M)
+    assert not commands[0] and len(commands) > 1, f"{place}: a console block begins with $"
+    for entry in commands[1:]:
+        found = re.match(r"((?:.*\\\n)*.*\n)((?:.*\n)*)", entry)  # \ goes on in the next line
+        command, wanted = found[1], found[2]
+        done = subprocess.run(
+            command, shell=True, cwd=project, env=environment(project), capture_output=True,
+            stdin=subprocess.DEVNULL, encoding="utf-8", timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{place}: {command}{done.stdout}{done.stderr}"
+        right = doctest.OutputChecker().check_output(wanted, done.stdout, ALIKE)
+        assert right, f"{place}: $ {command}should print\n{wanted}but prints\n{done.stdout}"
+
+
+def environment(project):
+    """For the pages' commands: `python` is this one, JAX is on the CPU, the home is not touched."""
+    return os.environ | {
+        "PATH": f"{project}/.bin{os.pathsep}{os.environ['PATH']}",
+        "JAX_PLATFORMS": "cpu",
+        "OPENBLAS_NUM_THREADS": "1",  # two threads that wait for each other on a busy machine crawl
+        "JAX_COMPILATION_CACHE_DIR": f"{project}/.jax",
+        "PYTHONIOENCODING": "utf-8",
+    }
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of the files that the pages use; the current directory meanwhile."""
+    folder = tmp_path / "sixtygpt"
+    folder.mkdir()
+    for path in REPO.glob("*.*"):
+        if path.suffix in (".py", ".md", ".txt", ".html"):
+            shutil.copy(path, folder)
+    for name in ("docs", "benchmarks", "models/shakespeare"):
+        skip = shutil.ignore_patterns("__pycache__", ".*", "checkpoints")
+        shutil.copytree(REPO / name, folder / name, ignore=skip)
+    if SHAKESPEARE.exists():
+        (folder / "data").mkdir()
+        shutil.copy(SHAKESPEARE, folder / "data" / "shakespeare.txt")
+    (folder / ".bin").mkdir()
+    python = folder / ".bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.chdir(folder)
+    yield folder
+    shutil.rmtree(folder)  # pytest would keep it: some megabytes a page
+
+
+@contextlib.contextmanager
+def jax_on_cpu():
+    import jax
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_blocks_of_a_page_do_what_it_says(name, project):
+    text = (DOCS / name).read_text("utf-8")
+    imports_jax = ">>> import jax\n" in text
+    if imports_jax and not NEEDS["jax"]:
+        pytest.skip("jax is not installed, and the whole page is about it")
+    with jax_on_cpu() if imports_jax else contextlib.nullcontext():
+        missing = run_page(name, text, project)
+    if missing:
+        pytest.skip("not all: " + "; ".join(missing))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "```python\n>>> 1 + 1\n3\n```\n",
+        "```python\n>>> x = 1\n```\n\n```python\n>>> x\n2\n```\n",
+        "```python\n>>> 1 / 0\n```\n",
+        "```python\n1 + 1\n```\n",
+        "```python\n>>> 1 + 1\n2\n\nand so on\n```\n",
+        "```console\n$ echo one\ntwo\n```\n",
+        "```console\n$ echo one\n```\n",
+        "```console\n$ python -c 'print(1)'\n1\n$ python -c 'exit(3)'\n```\n",
+        "```console\necho one\n```\n",
+        "```bash\necho one\n```\n",
+    ],
+)
+def test_a_block_that_is_wrong_is_found(block, project):
+    with pytest.raises(AssertionError):
+        run_page("page.md", f"# A page\n\n{block}", project)
+
+
+def test_blocks_that_are_right_pass(project):
+    text = """# A page
+
+```python
+>>> x = 20
+>>> print("many words", x)
+many ... 20
+```
+
+```console
+$ echo one \\
+    two
+one two
+$ python -c 'print(1)' > written
+```
+
+```
+any drawing
+```
+
+```python
+>>> x + int(open("written").read())
+21
+```
+"""
+    assert run_page("page.md", text, project) == []
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: str(page.relative_to(REPO)))
+def test_fences_links_and_pictures(page):
+    text = page.read_text("utf-8")
+    fences = FENCE.findall(text)
+    assert text.count("```") == 2 * len(fences) and "~~~" not in text  # none is open, or indented
+    assert {language for language, _ in fences} <= {"", "python", "console"}
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text)):
+        path, _, anchor = link.partition("#")
+        if link.startswith("https://"):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists() and target.is_relative_to(REPO), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: str(page.relative_to(REPO)))
+def test_every_command_has_its_script_and_its_flags(page):
+    """Commands that would download, or train for long, are not run: they are only spelled right."""
+    text = page.read_text("utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^(?:\$ )?python (\w[\w/]*\.py)(.*)$", text, re.M)
+    lines += re.findall(r"`python (\w[\w/]*\.py)([^`]*)`", text)
+    for script, rest in lines:
+        assert (REPO / script).exists(), script
+        if flags := re.findall(r"--(\w+)", rest.split("#")[0]):
+            main = importlib.import_module(script.removesuffix(".py")).main
+            assert inspect.signature(main).parameters.keys() >= set(flags), script
+
+
+def anchors(path):
+    """The names that GitHub gives to a page's headings."""
+    heads = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_every_page_is_in_the_index_in_order():
+    index = (DOCS / "README.md").read_text("utf-8")
+    assert re.findall(r"\]\((\w+\.md)\)", index) == [*NUMBERED, "exercises.md", "guide.md"]
+    assert len(NUMBERED) == 10 and [name[:2] for name in NUMBERED] == sorted(
+        f"{i:02}" for i in range(1, 11)
+    )
+
+
+def pictures():  # -> {name: the pages that show it}
+    shown = {}
+    for name in PAGES:
+        for link in re.findall(r"!\[[^]]+\]\(([^)]+)\)", (DOCS / name).read_text("utf-8")):
+            shown.setdefault(link, []).append(name)
+    return shown
+
+
+def test_each_numbered_page_has_a_picture():
+    assert {name for pages in pictures().values() for name in pages} >= set(NUMBERED)
+
+
+def test_draw_makes_every_picture_of_the_pages(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pytest.importorskip("jax", reason="jax is not installed")
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, str(DOCS / "draw.py"), str(tmp_path)]
+    subprocess.run(command, cwd=REPO, env=env, check=True, timeout=300)
+    ours = {link for link in pictures() if "/" not in link} - {"explain.png"}  # screenshot.py's
+    assert {path.name for path in tmp_path.iterdir()} == ours
+    assert {path.name for path in DOCS.glob("*.png")} == ours | {"explain.png"}
+    for name in ours:
+        for path in (tmp_path / name, DOCS / name):
+            data = path.read_bytes()
+            assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) < 60_000
+            assert 800 <= int.from_bytes(data[16:20]) <= 1000  # its width
+
+
+def test_draw_knows_the_loss_that_the_exercise_counts():
+    bigram = re.search(r"^BIGRAM = ([\d.]+)", (DOCS / "draw.py").read_text("utf-8"), re.M)[1]
+    assert f"\n{bigram}\n" in (DOCS / "exercises.md").read_text("utf-8")
+
+
+def test_the_sizes_of_the_checkpoint_add_up():
+    """Each row of page 10's table is a shape and its product; all of them make 124M."""
+    text = (DOCS / "10_checkpoint.md").read_text("utf-8")
+    hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_layer": 12}
+    shapes, total = dict(utils.tensor_shapes(hparams)), 0
+    rows = re.findall(r"^\| `([\w.]+)` \| ([\d x]+) \| ([\d ]+) \|", text, re.M)
+    for name, shape, count in rows:
+        shape, count = tuple(map(int, shape.split(" x "))), int(count.replace(" ", ""))
+        assert shapes[name.replace(".i.", ".0.")] == shape and math.prod(shape) == count
+        total += count * (12 if ".i." in name else 1)
+    assert len(rows) == 2 + 12 + 2 and total == 124_439_808
+    assert "124 439 808" in text
