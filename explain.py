@@ -2,10 +2,10 @@
 
     python explain.py "Alan Turing theorized that computers would one day become"
 
-Nothing is computed a second time for the page. `watch` lets gpt2.py run as it is and notes every
-call of its functions: what went in, what came out. From these calls `record` picks the arrays that
-tell the story, `page_data` rounds and packs them, and explain_page.html, which holds the drawing,
-shows them in any browser, without a network.
+The forward pass is gpt2.py's own, run once, as it is, while `watch` notes every call of its
+functions: what went in, what came out. From these calls `record` picks the arrays that tell the
+story, `page_data` rounds them, `page` packs them into explain_page.html, and that draws them in any
+browser, without a network.
 
 What the page calls the logit lens is nostalgebraist's "interpreting GPT: the logit lens" (2020):
 the stream after each block, read as if it were the last.
@@ -100,46 +100,58 @@ def lens(x, params):  # [n_seq, n_embd] -> [n_seq, n_vocab]
 
 
 def page_data(inputs, recording, encoder, hparams, params):
-    """What the page needs, as JSON can hold it: a dict with packed arrays, see `pack`.
+    """What the page needs: a dict that `page` can write. Its arrays have the page's precision."""
+    data = {"hparams": hparams, "ids": inputs}
+    data |= predictions(inputs, recording["logits"])
+    data |= read_lens(recording["stream"], params)
+    data |= flow(inputs, recording, params)
+    piece_of_id = {id: piece for piece, id in encoder.vocab.items()}
+    ids = {*inputs, *data["top_ids"].ravel().tolist(), *data["lens_ids"].ravel().tolist()}
+    pieces = {id: piece_of_id.get(id, "") for id in sorted(ids)}  # a vocabulary may have gaps
+    data["bytes"] = {id: bytes(map(BYTE_OF_CHAR.get, piece)).hex() for id, piece in pieces.items()}
+    data["call"] = outline(recording["call"], names_of(params))
+    names = sorted(functions(recording["call"]))
+    data["sources"] = {name: source(getattr(gpt2, name)) for name in names}
+    return data
 
-    Probabilities and attention are rounded to 1/65535, vectors to about a hundredth.
+
+def predictions(inputs, logits):
+    """How each token was foreseen, and the logits at each position: of the likeliest, one by one.
+
+    bits, rank [n_seq - 1]: of the second token, the third, ... given those before it.
     """
-    n_seq, logits = len(inputs), recording["logits"]
-    probs = probabilities(logits)
-    shown = likeliest(logits, N_SHOWN)
     following = np.asarray(inputs[1:], int)[:, None]
+    exact = logits.astype(np.float64)
+    nats = np.logaddexp.reduce(exact[:-1], -1) - np.take_along_axis(exact[:-1], following, -1)[:, 0]
     likelier = logits[:-1] > np.take_along_axis(logits[:-1], following, -1)
+    shown = likeliest(logits, N_SHOWN)
     tail_counts, tail_logits = group(np.sort(logits)[:, ::-1][:, N_SHOWN:])
-    lens_ids, lens_probs = read_lens(recording["stream"], params)
-    past = np.tril_indices(n_seq)
-    added = [params["wte"][inputs], params["wpe"][:n_seq]]  # to nothing yet, to the stream, ...
+    return {
+        "bits": (nats / np.log(2)).astype(np.float32),
+        "rank": (1 + likelier.sum(-1)).astype(np.uint32),
+        "top_ids": shown.astype(np.uint32),
+        "top_logits": np.take_along_axis(logits, shown, -1),
+        "tail_counts": tail_counts.astype(np.uint32),
+        "tail_logits": tail_logits.astype(np.float32),
+    }
+
+
+def flow(inputs, recording, params):
+    """Attention, rows of its triangle one after the other; what was added to the stream, and how
+    long that was: wte's row and wpe's, then of each block attention's and the MLP's, then ln_f's.
+    """
+    past = np.tril_indices(len(inputs))
+    added = [params["wte"][inputs], params["wpe"][: len(inputs)]]
     added += [
         half for pair in zip(recording["mha"], recording["ffn"], strict=True) for half in pair
     ]
     vectors, scales = compress(np.stack([*added, recording["final"]]))
-    piece_of_id = {id: piece for piece, id in encoder.vocab.items()}
-    ids = {*inputs, *shown.ravel().tolist(), *lens_ids.ravel().tolist()}
+    names = ("stream", "mha", "ffn")
     return {
-        "hparams": hparams,
-        "ids": inputs,
-        "bytes": {id: bytes(BYTE_OF_CHAR[c] for c in piece_of_id[id]).hex() for id in ids},
-        "given": pack(np.take_along_axis(probs[:-1], following, -1)[:, 0], "float32"),
-        "rank": pack(1 + likelier.sum(-1), "uint32"),
-        "top_ids": pack(shown, "uint32"),
-        "top_logits": pack(np.take_along_axis(logits, shown, -1), "float32"),
-        "tail_counts": pack(tail_counts, "uint32"),
-        "tail_logits": pack(tail_logits, "float32"),
-        "attention": pack(unit(recording["attention"][:, :, *past]), "uint16"),
-        "lens_ids": pack(lens_ids, "uint32"),
-        "lens_probs": pack(unit(lens_probs), "uint16"),
-        "length": {
-            name: pack(np.linalg.norm(recording[name], axis=-1), "float32")
-            for name in ("stream", "mha", "ffn")
-        },
-        "vectors": pack(vectors, "int8"),
-        "scales": pack(scales, "float32"),
-        "call": outline(recording["call"], names_of(params)),
-        "sources": {name: source(getattr(gpt2, name)) for name in functions(recording["call"])},
+        "attention": unit(recording["attention"][:, :, *past]),
+        "length": {name: np.linalg.norm(recording[name], axis=-1) for name in names},
+        "vectors": vectors.astype(np.int8),
+        "scales": scales,
     }
 
 
@@ -148,7 +160,10 @@ def probabilities(logits):  # [..., n_vocab] -> [..., n_vocab], float64: many sm
 
 
 def likeliest(logits, n):  # [n_seq, n_vocab] -> [n_seq, n], all where there are fewer
-    """The ids of the n greatest logits, best first, the lower id first among equals."""
+    """The ids of the n greatest logits, best first, the lower id first among equals.
+
+    Which ones of the last's equals are among them is chance.
+    """
     n = min(n, logits.shape[-1])
     ids = np.sort(np.argpartition(-logits, n - 1)[:, :n])
     order = np.argsort(-np.take_along_axis(logits, ids, -1), kind="stable")
@@ -161,11 +176,9 @@ def group(logits):  # [n_seq, n], descending -> [n_groups], [n_seq, n_groups]
     The bounds grow like powers, so that likely tokens are in small groups. Every group keeps its
     sum of exp(logit), exactly, and under other temperatures nearly.
     """
-    n = logits.shape[-1]
+    n = logits.shape[-1]  # 0, where all tokens are shown one by one
     bounds = np.unique(np.geomspace(N_SHOWN, N_SHOWN + n, N_GROUPS + 1).round().astype(int))
     starts, counts = bounds[:-1] - N_SHOWN, np.diff(bounds)
-    if n == 0:
-        return counts, logits
     largest = logits[:, :1].astype(np.float64)
     with np.errstate(divide="ignore"):  # what is too unlikely for float64 has no chance: -inf
         means = np.log(np.add.reduceat(np.exp(logits - largest), starts, -1) / counts)
@@ -173,17 +186,17 @@ def group(logits):  # [n_seq, n], descending -> [n_groups], [n_seq, n_groups]
 
 
 def read_lens(stream, params):  # [n_layer + 1, n_seq, n_embd] -> two of [n_layer + 1, n_seq, 5]
-    """The likeliest ids and their probabilities, as every layer would have it."""
+    """The likeliest tokens and their probabilities, as every layer would have it."""
     ids, probs = [], []
     for x in stream:  # one by one: logits are large
         logits = lens(x, params)
         ids.append(likeliest(logits, N_LENS))
         probs.append(np.take_along_axis(probabilities(logits), ids[-1], -1))
-    return np.stack(ids), np.stack(probs)
+    return {"lens_ids": np.stack(ids).astype(np.uint32), "lens_probs": unit(np.stack(probs))}
 
 
 def unit(x):  # numbers from 0 to 1 -> whole ones from 0 to 65535
-    return np.rint(x * 65535)
+    return np.rint(x * 65535).astype(np.uint16)
 
 
 def compress(vectors):  # [..., n_embd] -> [..., n_embd] from -127 to 127, [...]
@@ -196,11 +209,11 @@ def compress(vectors):  # [..., n_embd] -> [..., n_embd] from -127 to 127, [...]
     return np.rint(127 * np.sign(parts) * np.sqrt(np.abs(parts))), scales
 
 
-def pack(array, dtype):
-    """An array as JSON can hold it: its shape, dtype, and little-endian bytes in base64."""
-    data = np.ascontiguousarray(array, np.dtype(dtype).newbyteorder("<"))
+def pack(array):
+    """An array as JSON can hold it: its dtype, shape, and little-endian bytes in base64."""
+    data = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     text = base64.b64encode(data).decode()
-    return {"dtype": dtype, "shape": list(data.shape), "base64": text}
+    return {"dtype": array.dtype.name, "shape": list(data.shape), "base64": text}
 
 
 def names_of(params):  # -> {id of a parameter's array: "blocks.0.attn.c_attn.w"}
@@ -221,7 +234,7 @@ def names_of(params):  # -> {id of a parameter's array: "blocks.0.attn.c_attn.w"
 def outline(call, names):
     """A call without its numbers: what is left of an array is its shape, and a parameter's name."""
     arrays = {name: a for name, a in call["args"].items() if isinstance(a, np.ndarray)}
-    inside = [] if call["function"] == "attention" else call["calls"]  # it may halve itself often
+    inside = [c for c in call["calls"] if c["function"] != call["function"]]  # attention halves
     return {
         "function": call["function"],
         "line": call["line"],
@@ -241,8 +254,8 @@ def source(function):  # -> the lines of a function as they are in the file, and
 
 
 def page(data):  # a dict -> the text of the HTML file
-    """The template with the data in it. No `<` of a text can end the element that holds it."""
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    """The template with the data in it. No `<` in it can end the element that holds it."""
+    text = json.dumps(data, separators=(",", ":"), default=pack).replace("<", "\\u003c")
     return TEMPLATE.read_text("utf-8").replace("{{data}}", text)
 
 
@@ -262,22 +275,28 @@ def main(
     """
     from utils import load_encoder_hparams_and_params
 
-    path = Path(os.path.abspath(out))
-    if path.is_dir() or not path.parent.is_dir():  # before any download
-        what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+    path = Path(os.path.realpath(out))  # where --out is a link, what it points to is written
+    if not path.parent.is_dir() or path.exists() and not path.is_file():  # before any download
+        odd = "is a folder" if path.is_dir() else "is no ordinary file"
+        what = odd if path.exists() else f"there is no folder {path.parent}"
         raise ValueError(f"--out {out}: {what}; expected a file's name, such as explain.html")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     inputs = encoder.encode(text)
     if not inputs and encoder.endoftext is not None:
         inputs = [encoder.endoftext]
-    gpt2.check_length(len(inputs), 0, hparams["n_ctx"])
-    if len(inputs) > MAX_TOKENS:
-        raise ValueError(f"{len(inputs)} tokens, but a page shows {MAX_TOKENS} at most")
+    n_most = min(MAX_TOKENS, hparams["n_ctx"])
+    if not 0 < len(inputs) <= n_most:
+        raise ValueError(f"{len(inputs)} tokens, but a page needs 1 and shows {n_most} at most")
     recording = record(inputs, params, hparams["n_head"])
+    if not np.isfinite(recording["logits"]).all():
+        raise ValueError(f"{model_size}: with its weights the logits are no finite numbers")
     data = {"model": os.path.basename(os.path.abspath(model_size))} | page_data(
         inputs, recording, encoder, hparams, params
     )
-    write_whole(path, page(data))
+    try:
+        write_whole(path, page(data))
+    except OSError as error:  # which would name a temporary file
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
     size = path.stat().st_size / 1e6
     print(f"{path}: {len(inputs)} tokens, {size:.1f} MB. Open it in a browser.")
 

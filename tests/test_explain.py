@@ -106,8 +106,8 @@ def read_page(path):  # -> the page's data, its arrays unpacked
 
 @pytest.fixture(scope="module")
 def written(models):
-    """(the path of a page about HOSTILE with the model "tiny", its recording, ids and params)."""
-    folder, params = models
+    """(the path of a page about HOSTILE with the model "wide", its recording, ids and params)."""
+    folder, _ = models
     path = folder / "page.html"
     hparams = TINY | {"n_ctx": 128}
     rng = np.random.default_rng(secrets.randbits(32))
@@ -133,7 +133,7 @@ def test_the_page_holds_the_arrays(written):
     past = np.tril_indices(n_seq)
     np.testing.assert_allclose(data["attention"] / 65535, r["attention"][:, :, *past], atol=1e-5)
     given = probs[np.arange(n_seq - 1), ids[1:]]
-    np.testing.assert_allclose(data["given"], given, rtol=1e-6)
+    np.testing.assert_allclose(data["bits"], -np.log2(given), rtol=1e-6, atol=1e-6)
     for i, (rank, p) in enumerate(zip(data["rank"], given, strict=True)):
         assert rank == 1 + np.sum(probs[i] > p)
     # All 257 tokens of a byte model, in order.
@@ -253,10 +253,13 @@ def run(*args, cwd):
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["a" * 49], "error: 49 prompt tokens + 0 to generate = 49, but this model has only 48"),
+        (["a" * 49], "error: 49 tokens, but a page needs 1 and shows 48 at most"),
         (["a", "--out", "none/x.html"], "error: --out none/x.html: there is no folder "),
         (["a", "--out", "."], "error: --out .: is a folder"),
-        (["a" * 257, "--model_size", "long"], "error: 257 tokens, but a page shows 256 at most"),
+        (
+            ["a" * 257, "--model_size", "long"],
+            "error: 257 tokens, but a page needs 1 and shows 256 at most",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(models, tmp_path, args, line):
@@ -384,7 +387,7 @@ def test_a_click_on_a_map_enlarges_it(opened, written):
     _, r, ids, _ = written
     before = js(opened, "document.querySelector('#large canvas').toDataURL()")
     click(opened, "#heads .map", 3)
-    assert every(opened, "#head") == ["Layer 1, head 1"]
+    assert every(opened, "#head") == ["Block 1, head 1"]
     assert js(opened, "document.querySelector('#large canvas').toDataURL()") != before
     pixels = """(() => {const c = document.querySelector('#large canvas');
         return Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)})()"""
@@ -523,3 +526,334 @@ def test_the_pages_photograph_can_be_taken_again(browser, tmp_path):
     subprocess.run(command, check=True, timeout=120)
     taken, shown = (path.read_bytes() for path in (png, REPO / "docs" / "explain.png"))
     assert taken[:8] == b"\x89PNG\r\n\x1a\n" and taken[16:24] == shown[16:24]  # width and height
+
+
+# ---- What the page says and draws, one part after the other --------------------------------------
+
+
+def percent(p):
+    if p == 0:
+        return "0"
+    return "< 0.001 %" if p < 1e-5 else f"{100 * p:.{3 if p < 1e-3 else 1 if p < 0.0995 else 0}f} %"
+
+
+def parts(browser, elements):  # -> how strongly each is shaded, from 0 to 1
+    code = f"{elements}.map(e => parseFloat(e.style.background.match(/([\\d.]+)%/)[1]) / 55)"
+    return js(browser, code)
+
+
+def test_what_is_said_about_a_token(opened, written):
+    _, r, ids, _ = written
+    probs = gpt2.softmax(r["logits"].astype(np.float64))
+    shaded = parts(opened, "tokens.map(([e]) => e)")
+    for i in (1, 7, 30, len(ids) - 1):
+        click(opened, "#tokens .token", i)
+        p = probs[i - 1, ids[i]]
+        [text] = every(opened, "#detail")
+        assert (
+            f"token {i + 1} of {len(ids)}: id {ids[i]}, bytes {HOSTILE[i].encode().hex()}." in text
+        )
+        assert f"Its probability was {percent(p)}, {-np.log2(p):.1f} bits" in text
+        rank = 1 + int(np.sum(probs[i - 1] > p))
+        ordinal = js(opened, f"ordinal({rank})") + " " if rank > 1 else ""
+        assert text.endswith(f"of surprise: the {ordinal}likeliest of 257.")
+        assert shaded[i] == pytest.approx(min(-np.log2(p), 12) / 12, abs=0.002)
+    js(opened, "(data.rank[29] = 1, tokens[30][0].click())")
+    assert every(opened, "#detail")[0].endswith("surprise: the likeliest of 257.")
+    click(opened, "#tokens .token", 0)
+    assert every(opened, "#detail")[0].endswith("Nothing came before it.")
+    titles = every(opened, "#tokens .token", "title")
+    assert titles[5] == f"bytes {HOSTILE[5].encode().hex()}\nid {ids[5]}"
+    ordinals = js(opened, "[1, 2, 3, 4, 11, 12, 13, 21, 101, 111, 112].map(ordinal).join(' ')")
+    assert ordinals == "1st 2nd 3rd 4th 11th 12th 13th 21st 101st 111th 112th"
+    wanted = ["0", "< 0.001 %", "0.050 %", "5.0 %", "50 %"]
+    assert js(opened, "[0, 0.000001, 0.0005, 0.05, 0.5].map(percent)") == wanted
+
+
+def test_the_chosen_token_stays_in_sight(browser, models, tmp_path):
+    args = ["ab " * 16, "--model_size", "tiny", "--models_dir", models[0]]
+    assert run(*args, cwd=tmp_path)[0] == 0
+    emulate(browser, 200)
+    browser.get((tmp_path / "explain.html").as_uri())
+    for i in (47, 0, 20):
+        js(browser, f"set({{position: {i}}})")
+        where = """[$("text"), tokens[state.position][0]].map(e => e.getBoundingClientRect())
+            .map(box => [box.top, box.bottom])"""
+        (top, bottom), (above, below) = js(browser, where)
+        assert top <= above and below <= bottom + 1
+
+
+def test_the_bars_of_what_comes_next(opened, written):
+    _, r, _, _ = written
+    js(opened, "(data.ids[21] = rowOf(data.top_ids, 20)[3])")  # so that the text goes on with it
+    click(opened, "#tokens .token", 20)
+    values = every(opened, "#next .value")
+    assert [k for k, value in enumerate(values) if "it was this" in value] == [3]
+    order = np.argsort(-r["logits"][20], kind="stable")[:10]
+    titles = every(opened, "#next .name", "title")
+    assert [int(title.split()[-1]) for title in titles] == order.tolist()
+    js(opened, "set({temperature: 0.5})")
+    said, drawn = (gpt2.probabilities(r["logits"][20], t)[order] for t in (1, 0.5))
+    width = "[...document.querySelectorAll(arguments[0])].map(e => parseFloat(e.style.width))"
+    longest = max(said[0], drawn[0])
+    for kind, probs in ((".was", said), (".bar:not(.was)", drawn)):
+        widths = js(opened, width, f"#next {kind}")
+        np.testing.assert_allclose(widths, 100 * probs / longest, atol=0.01)
+    assert every(opened, "#top_k + output") == ["all"]
+    assert js(opened, "$('top_k').getAttribute('aria-valuetext')") == "all"
+
+
+def test_equals_stay_together(opened):
+    assert js(opened, "reshape(3, 1, 256, 1).n_kept") == 256
+    js(opened, "data.top_logits.fill(0)")
+    assert js(opened, "reshape(3, 1, 5, 1).n_kept") == 257
+    assert js(opened, "reshape(3, 1, 257, 0.5).n_kept") == 257
+
+
+def test_the_maps(opened, written):
+    _, r, ids, _ = written
+    weights = r["attention"]
+    pixel = "maps.map(m => m.firstChild.getContext('2d').getImageData(3, 50, 1, 1).data[0])"
+    np.testing.assert_allclose(
+        js(opened, pixel), 242 - 224 * weights[:, :, 50, 3].ravel() ** 0.5, atol=2
+    )
+    js(opened, "(maps[2].click(), tokens[40][0].click())")  # block 1, head 0
+    looked = parts(opened, "shaded.slice(0, 41).map(([e]) => e)")
+    np.testing.assert_allclose(looked, weights[1, 0, 40, :41] ** 0.5, atol=0.002)
+    point = """(() => {
+        const box = $("large").getBoundingClientRect(), at = (x) => (x + 0.5) / n_seq;
+        const where = {clientX: box.left + at(arguments[1]) * box.width,
+            clientY: box.top + at(arguments[0]) * box.height};
+        $("large").dispatchEvent(new PointerEvent(arguments[2], where));
+        return $("readout").textContent;
+    })()"""
+    for event in ("pointermove", "click"):
+        text = js(opened, point, 30, 20, event)
+        assert text.startswith("Token 31, ") and "looks at token 21, " in text
+        assert text.endswith(percent(round(float(weights[1, 0, 30, 20]) * 65535) / 65535))
+    assert js(opened, "state.position") == 30  # the click chose the row
+    assert "it comes later" in js(opened, point, 30, 31, "pointermove")
+    row = """(() => {
+        const [a, b] = ["#large .row", "#large"].map((selector) =>
+            document.querySelector(selector).getBoundingClientRect());
+        return [(a.top - b.top) / b.height, a.left - b.left, a.width / b.width];
+    })()"""
+    np.testing.assert_allclose(js(opened, row), [30 / len(ids), 0, 1], atol=0.01)
+    assert js(opened, "getComputedStyle($('large')).backgroundImage").startswith("repeating")
+    assert js(opened, "maps[3].getAttribute('aria-label')").startswith("block 1, head 1: ")
+    drawn = "[maps[0].firstChild, document.querySelector('.vector')].map(c => c.toDataURL())"
+    before = js(opened, drawn)
+    emulate(opened, 1100, "dark")
+    opened.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 50))")
+    assert all(a != b for a, b in zip(before, js(opened, drawn), strict=True))
+
+
+def test_the_lens(opened, written):
+    _, r, ids, params = written
+    exact = [gpt2.softmax(explain.lens(x, params).astype(np.float64)) for x in r["stream"]]
+    exact = np.stack(exact)
+    assert js(opened, "[state.lens, state.position]") == [2, len(ids) - 1]
+    names = js(opened, "arguments[0].map(nameOf)", exact.argmax(-1).ravel().tolist())
+    assert js(opened, "cells.map(cell => cell.textContent)") == names
+    np.testing.assert_allclose(parts(opened, "cells"), exact.max(-1).ravel(), atol=0.002)
+    assert every(opened, "#lens tbody th") == ["wte + wpe", "block 0", "block 1"]
+    js(opened, "cells[1 * n_seq + 9].click()")
+    assert every(opened, "#lens-title")[0].startswith("After block 0, following")
+    best = np.argsort(-exact[1, 9])[:5].tolist()
+    assert every(opened, "#lens-bars .name") == js(opened, "arguments[0].map(nameOf)", best)
+    inside = """[$("lens-scroll"), cells[1 * n_seq + 9]].map(e => e.getBoundingClientRect())
+        .map(box => [box.left, box.right])"""
+    (left, right), (first, last) = js(opened, inside)
+    assert left <= first and last <= right
+
+
+def test_the_stream_and_the_stripes(opened, written):
+    _, r, ids, params = written
+    click(opened, "#tokens .token", 9)
+    length = {name: np.linalg.norm(r[name][:, 9], axis=-1) for name in ("stream", "mha", "ffn")}
+    values = [float(value) for value in every(opened, "#stream .value")]
+    np.testing.assert_allclose(values, length["stream"], rtol=0.06)
+    titles = iter(every(opened, "#stream .half", "title"))
+    for block in range(2):
+        for name, lengths in (("attention", length["mha"]), ("MLP", length["ffn"])):
+            title = next(titles)
+            assert title.startswith(f"{name} of block {block}: ")
+            assert float(title.split()[-1]) == pytest.approx(lengths[block], rel=0.06)
+    vectors = [[params["wte"][ids[9]], params["wpe"][9]]]
+    vectors += [[r["mha"][block, 9], r["ffn"][block, 9]] for block in range(2)]
+    vectors += [[r["final"][9]], []]
+    pixels = """[...document.querySelectorAll("#stripes canvas")].map((c) =>
+        [...c.getContext("2d").getImageData(0, 0, c.width, 1).data])"""
+    for step, some in enumerate(vectors):
+        click(opened, "#strip button", step)
+        notes = [float(note.split()[-1]) for note in every(opened, "#stripes .note")]
+        np.testing.assert_allclose(notes, [np.linalg.norm(v) for v in some], rtol=0.06)
+        for data, v in zip(js(opened, pixels), some, strict=True):
+            red, _, blue, _ = np.array(data).reshape(-1, 4).T
+            large = np.abs(v) > 0.1 * np.abs(v).max()
+            assert np.array_equal((blue > red)[large], (v > 0)[large])
+
+
+def test_every_call_shows_its_lines(opened, written):
+    lines, n_seq = (REPO / "gpt2.py").read_text("utf-8").splitlines(), len(written[2])
+    seen = set()
+    for step in range(5):
+        click(opened, "#strip button", step)
+        for k in range(len(every(opened, "#calls button"))):
+            js(opened, f"document.querySelectorAll('#calls button')[{k}].click()")
+            [name] = every(opened, "#calls button[aria-pressed=true] b")
+            seen.add(name)
+            text = every(opened, "#source span")
+            numbers = js(
+                opened, "[...document.querySelectorAll('#source span')].map(e => +e.dataset.line)"
+            )
+            assert text[0].startswith(f"def {name}(")
+            assert [lines[number - 1] or " " for number in numbers] == text
+            caller = re.search(r"called by (\w+) in line (\d+)", every(opened, "#origin")[0])
+            assert caller or name == "gpt2"
+            called = lines[int(caller[2]) - 1] if caller else "gpt2"
+            assert not called.startswith("def") and (name in called or "attend(" in called)
+    assert seen >= {"softmax", "attention", "gelu", "linear", "mha", "ffn"} or n_seq > 64
+    click(opened, "#strip button", 1)
+    wanted = f"x [{n_seq}, 16], blocks.0.attn.c_attn.w [16, 48], blocks.0.attn.c_attn.b [48]"
+    assert every(opened, "#calls button")[3].endswith(f"{wanted} → [{n_seq}, 48]")
+
+
+def test_the_heading_and_what_is_chosen(opened, written):
+    shapes = dict(utils.tensor_shapes(TINY | {"n_ctx": 128})).values()
+    n = sum(int(np.prod(shape)) for shape in shapes)
+    wanted = "Model wide: 2 layers of 2 heads, 16 numbers a token, 257 tokens in the vocabulary, "
+    assert every(opened, "#model") == [f"{wanted}128 positions, {n:,} parameters."]
+    assert opened.title == "What GPT-2 (wide) did"
+    for kind in ("#tokens .token", "#heads .map", ".cell", "#strip button"):
+        assert len(every(opened, f"{kind}[aria-pressed=true]")) == 1
+        assert len(every(opened, f"{kind}[tabindex='0']")) == 1
+
+
+def test_names_of_odd_tokens(browser, tmp_path, rng):
+    hparams = TINY | {"n_vocab": 262}
+    encoder = Encoder([("Ã", "©"), ("Ģ", "Ĭ"), ("ï", "»"), ("ï»", "¿"), ("a", "b")])
+    ids = [*encoder.encode("é \n\t\x07\u00a0ab"), 257, *encoder.encode("\ufeff")]
+    params = random_params(rng, hparams)
+    data = explain.page_data(ids, explain.record(ids, params, 2), encoder, hparams, params)
+    (tmp_path / "page.html").write_text(explain.page({"model": "<!--<script>"} | data), "utf-8")
+    browser.get_log("browser")
+    browser.get((tmp_path / "page.html").as_uri())
+    names = js(browser, "data.ids.map(nameOf)")
+    assert names[:5] == ["é", "·", "⏎", "⇥", "‹7›"] and names[-1] == "‹feff›"
+    assert "ab" in names and "‹80 8a›" in names
+    assert browser.get_log("browser") == []
+
+
+def test_a_vocabulary_with_gaps_and_an_empty_piece(browser, tmp_path, rng):
+    pieces = {piece: id if id < 100 else id + 5 for piece, id in Encoder([]).vocab.items()}
+    encoder, hparams = Encoder([], pieces | {"": 101}), TINY | {"n_vocab": 262}
+    params, ids = random_params(rng, hparams), encoder.encode("gaps")
+    data = explain.page_data(ids, explain.record(ids, params, 2), encoder, hparams, params)
+    (tmp_path / "page.html").write_text(explain.page({"model": "x"} | data), "utf-8")
+    browser.get_log("browser")
+    browser.get((tmp_path / "page.html").as_uri())
+    assert len(every(browser, "#next .name")) == 10 and len(every(browser, "#source span")) > 1
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(opened, scheme):
+    """WCAG 2.2's 4.5 : 1 for notes, for tokens of any shade, and in the cells of the lens."""
+    emulate(opened, 1100, scheme)
+    js(opened, "tokens[3][0].style.background = shade(1, '--orange')")
+    js(opened, "cells[5].style.background = shade(1)")
+    js(opened, "tokens[3][0].classList.add('odd')")
+    code = """arguments[0].map((selector) => {
+        const paper = getComputedStyle(document.body).backgroundColor;
+        const style = getComputedStyle(eval(selector)), shaded = [paper, style.backgroundColor];
+        const canvas = new OffscreenCanvas(1, 1);
+        const context = canvas.getContext("2d", {willReadFrequently: true});
+        return [shaded, [...shaded, style.color]].map((colours) => {
+            for (context.fillStyle of colours) context.fillRect(0, 0, 1, 1);
+            return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
+        });
+    })"""
+    where = [
+        "document.querySelector('.note')",
+        "tokens[3][0]",
+        "cells[5]",
+        "document.querySelector('h1')",
+    ]
+    for paper, ink in js(opened, code, where):
+        light = [np.dot(linear_light(c), [0.2126, 0.7152, 0.0722]) + 0.05 for c in (paper, ink)]
+        assert max(light) / min(light) >= 4.5
+
+
+def linear_light(colour):  # https://www.w3.org/TR/WCAG22/#dfn-relative-luminance
+    c = np.array(colour) / 255
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+# ---- Odd places, odd weights ---------------------------------------------------------------------
+
+
+def test_out_may_be_a_link_but_no_device(models, tmp_path):
+    args = ["a", "--model_size", "tiny", "--models_dir", models[0], "--out"]
+    (tmp_path / "link.html").symlink_to("real.html")
+    assert run(*args, "link.html", cwd=tmp_path)[0] == 0
+    assert (tmp_path / "link.html").is_symlink() and not (tmp_path / "real.html").is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = run(*args, "pipe", cwd=tmp_path)
+    assert code == 2 and err.startswith("error: --out pipe: is no ordinary file; expected")
+    os.link(tmp_path / "real.html", tmp_path / "old")  # a new file takes the name: never half of it
+    old = (tmp_path / "old").read_bytes()
+    assert run("other", *args[1:], "real.html", cwd=tmp_path)[0] == 0
+    assert (tmp_path / "old").read_bytes() == old != (tmp_path / "real.html").read_bytes()
+    code, _, err = run(*args, "x" * 250, cwd=tmp_path)
+    assert code == 2 and ".tmp" not in err and err.startswith(f"error: cannot write {tmp_path}")
+
+
+def test_256_tokens_are_not_too_many_and_a_path_is_a_model(models, tmp_path):
+    folder, hparams = models[0], TINY | {"n_ctx": 300}
+    params = random_params(np.random.default_rng(0), hparams)
+    utils.save_model(folder / "longer", Encoder([]), hparams, params)
+    code, out, _ = run("ab" * 128, "--model_size", folder / "longer", cwd=tmp_path)
+    size = (tmp_path / "explain.html").stat().st_size
+    assert code == 0 and out.endswith(f": 256 tokens, {size / 1e6:.1f} MB. Open it in a browser.\n")
+    data = read_page(tmp_path / "explain.html")
+    assert data["model"] == "longer"
+
+    def check(call):
+        for inner in call["calls"]:
+            assert inner["function"] != call["function"]  # attention's halves are left out
+            check(inner)
+
+    check(data["call"])
+
+
+@pytest.mark.parametrize("scale", [np.nan, 1e30])
+def test_weights_that_make_no_numbers_are_refused(models, tmp_path, scale):
+    params = random_params(np.random.default_rng(0), TINY)
+    params["ln_f"]["g"] *= np.float32(scale)
+    params["wte"] *= np.float32(1e10)
+    utils.save_model(models[0] / "broken", Encoder([]), TINY, params)
+    code, out, err = run("a", "--model_size", "broken", "--models_dir", models[0], cwd=tmp_path)
+    assert (code, out) == (2, "") and os.listdir(tmp_path) == []
+    assert err.splitlines()[-1].startswith(
+        "error: broken: with its weights the logits are no finite"
+    )
+
+
+def test_a_profiler_that_was_there_is_there_again(rng):
+    def profiler(frame, event, value):
+        pass
+
+    sys.setprofile(profiler)
+    try:
+        explain.watch(gpt2.gelu, np.ones(3))
+        assert sys.getprofile() is profiler
+    finally:
+        sys.setprofile(None)
+
+
+def test_groups_follow_a_power_law_under_any_temperature():
+    logits = -3 * np.log(np.arange(258, 50258))[None]
+    counts, stand_ins = explain.group(logits)
+    exact = np.logaddexp.reduce(logits[0] / 2)
+    assert np.logaddexp.reduce(stand_ins[0] / 2 + np.log(counts)) == pytest.approx(exact, abs=0.01)
