@@ -29,11 +29,18 @@ import signal
 import sys
 import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from tqdm import tqdm
+
+try:
+    import jax
+    import jax.numpy as jnp
+    import optax
+except ModuleNotFoundError as missing:  # generating does not need them, so they may not be there
+    if __name__ != "__main__":
+        raise
+    print(f"error: {missing}: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 import progress
 from checkpoints import check_folder, find_checkpoint, load_checkpoint, save_checkpoint

@@ -170,3 +170,49 @@ def test_the_shipped_model_writes_like_a_play():
     words = out.replace("\n", " ").split()
     assert sum(word.strip(".,;:!?'").islower() for word in words) > 15
     assert {"the", "and", "to", "I", "of", "you", "my", "that", "in", "is"} & set(words)
+
+
+# What `make demo` does not install. A finder that knows none of it makes it so.
+WITHOUT = """
+import runpy, sys
+HEAVY = "jax jaxlib optax tensorflow torch transformers matplotlib ray pyarrow zstandard"
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in HEAVY.split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Nothing())
+sys.argv = sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "line, wanted",
+    [
+        ("gpt2.py Once --model_size tiny --n_tokens_to_generate 3", None),
+        ("gpt2_pico.py Once --model_size tiny --n_tokens_to_generate 3", None),
+        ("kv_cache.py Once --model_size tiny --n_tokens_to_generate 3", None),
+        ("explain.py Once --model_size tiny --out page.html", None),
+        ("evaluate.py perplexity --model_size tiny --data text.txt", None),
+        ("prepare.py text.txt --out shards", None),
+        ("prepare.py text.txt --out shards2 --ray auto", "pip install -r requirements-ray.txt"),
+        ("prepare.py text.parquet --out shards3", "pip install pyarrow"),
+        ("train_jax.py --data text.txt --out out", "pip install -r requirements.txt"),
+    ],
+)
+def test_what_is_not_installed_is_not_needed_or_asked_for(models, tmp_path, line, wanted):
+    for name in ("text.txt", "text.parquet"):
+        (tmp_path / name).write_text("some text\n" * 40)
+    script, *args = line.split()
+    command = [sys.executable, "-c", WITHOUT, str(REPO / script), *args]
+    command += ["--models_dir", str(models[0])] if "tiny" in args else []
+    done = subprocess.run(command, capture_output=True, timeout=120, cwd=tmp_path, encoding="utf-8")
+    if wanted is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: ") and done.stderr.endswith(f"{wanted}\n")
+        assert done.stderr.count("\n") == 1

@@ -1,0 +1,70 @@
+"""Does anything grow in a long run? Memory, open files and threads of the engine and the trainer.
+
+usage: python benchmarks/endurance.py generate [GENERATIONS]     # 10000, of changing batches
+       python benchmarks/endurance.py train [MINUTES]            # 20, a checkpoint every 50 steps
+
+Prints a line at every tenth. What is flat after the first lines stays flat: caches fill up first.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from common import random_params
+
+import kv_cache
+
+
+def usage(pid="self"):  # -> MiB in memory, open files, threads
+    with open(f"/proc/{pid}/status") as f:
+        status = dict(line.split(":", 1) for line in f)
+    files = len(os.listdir(f"/proc/{pid}/fd"))
+    return int(status["VmRSS"].split()[0]) / 1024, files, int(status["Threads"])
+
+
+def report(done, pid="self"):
+    memory, files, threads = usage(pid)
+    print(f"{done}: {memory:.1f} MiB, {files} files, {threads} threads", flush=True)
+
+
+def generate(n):
+    """Batches of 1 to 16 prompts, of 1 to 100 tokens, greedy and sampled, some left half-way."""
+    rng = np.random.default_rng(0)
+    params = random_params({"n_vocab": 257, "n_ctx": 128, "n_embd": 64, "n_head": 4, "n_layer": 2})
+    done, tenth = 0, 0
+    while done < n:
+        lengths = rng.integers(1, 101, size=rng.integers(1, 17))
+        prompts = [rng.integers(257, size=length).tolist() for length in lengths]
+        options = {"batch_size": int(rng.integers(1, 9)), "temperature": float(rng.choice([0, 1]))}
+        rows = kv_cache.generate_stream(prompts, params, 4, int(rng.integers(1, 28)), **options)
+        for _ in range(int(rng.choice([3, 10**9]))):  # 3: left half-way
+            if next(rows, None) is None:
+                break
+        done += len(prompts)
+        if done * 10 // n > tenth:
+            tenth = done * 10 // n
+            report(f"{done} generations")
+
+
+def train(minutes):
+    """The default recipe, as a process of its own, from python-docs; SIGTERM ends it."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "train_jax.py", "--data", "python-docs", "--out", folder]
+        command += ["--n_steps", "1000000", "--eval_every", "100", "--checkpoint_every", "50"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for tenth in range(1, 11):
+            time.sleep(6 * minutes)
+            report(f"{tenth * minutes / 10:g} minutes", process.pid)
+        process.terminate()
+        print("exit code", process.wait())
+
+
+if __name__ == "__main__":
+    what, amount = sys.argv[1], [float(word) for word in sys.argv[2:]]
+    if what == "generate":
+        generate(int(*amount) if amount else 10_000)
+    else:
+        train(*amount or [20])
