@@ -536,7 +536,9 @@ def test_two_runs_into_one_folder(corpus, tmp_path):
     out = tmp_path / "out"
     first = start(*flags, "--out", out, "--workers", "2")
     wait_for_notes(out, 1, first)
+    first.send_signal(signal.SIGSTOP)  # it cannot end before the other has begun
     code, printed, err = run(*flags, "--out", out)
+    first.send_signal(signal.SIGCONT)
     assert (code, printed, err) == (2, "", f"error: {out}: another prepare.py is at work there\n")
     assert first.wait(60) == 0
     assert tree(out) == whole
