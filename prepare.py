@@ -303,7 +303,8 @@ def run_ray(tasks, work, address):
             ray.cloudpickle.register_pickle_by_value(module)
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-        remote, running = ray.remote(lambda task: work(task)), {}
+        # Many retries: for some seconds Ray goes on sending tasks to a machine that has died.
+        remote, running = ray.remote(max_retries=100)(lambda task: work(task)), {}
         for task in itertools.chain(tasks, itertools.repeat(None)):
             if task:
                 running[remote.remote(task)] = task
