@@ -155,10 +155,6 @@ def flow(inputs, recording, params):
     }
 
 
-def probabilities(logits):  # [..., n_vocab] -> [..., n_vocab], float64: many small numbers
-    return gpt2.softmax(logits.astype(np.float64))
-
-
 def likeliest(logits, n):  # [n_seq, n_vocab] -> [n_seq, n], all where there are fewer
     """The ids of the n greatest logits, best first, the lower id first among equals.
 
@@ -191,7 +187,8 @@ def read_lens(stream, params):  # [n_layer + 1, n_seq, n_embd] -> two of [n_laye
     for x in stream:  # one by one: logits are large
         logits = lens(x, params)
         ids.append(likeliest(logits, N_LENS))
-        probs.append(np.take_along_axis(probabilities(logits), ids[-1], -1))
+        exact = gpt2.softmax(logits.astype(np.float64))
+        probs.append(np.take_along_axis(exact, ids[-1], -1))
     return {"lens_ids": np.stack(ids).astype(np.uint32), "lens_probs": unit(np.stack(probs))}
 
 

@@ -34,7 +34,7 @@ import numpy as np
 
 
 def gelu(x):  # [...] -> [...]
-    """A smooth step: near 0 for very negative x, near x for very positive x.
+    """A smooth bend: near 0 for very negative x, near x for very positive x.
 
     GPT-2 uses the tanh form (Hendrycks & Gimpel 2016, arXiv:1606.08415); the exact erf form gives
     slightly different logits. math.sqrt, not np.sqrt: a Python float leaves float32 arrays alone
@@ -57,7 +57,10 @@ def softmax(x):  # [...] -> [...], each row of the last axis positive and summin
 
 
 def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
-    """Gives every token's vector mean 0 and variance 1, then a learned gain g and bias b."""
+    """Gives every token's vector mean 0 and variance 1, then a learned gain g and bias b.
+
+    Ba et al. 2016, arXiv:1607.06450.
+    """
     x = x - x.mean(-1, keepdims=True)
     x /= ((x * x).mean(-1, keepdims=True) + eps) ** 0.5  # the root of the variance
     x *= g
@@ -76,7 +79,10 @@ def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
 
 
 def ffn(x, c_fc, c_proj):  # [..., n_seq, n_embd] -> [..., n_seq, n_embd]
-    """The feed-forward network: each token by itself, widened fourfold, bent by gelu, narrowed."""
+    """The feed-forward network: each token by itself, widened fourfold, bent by gelu, narrowed.
+
+    Vaswani et al. 2017, section 3.3, with gelu for their relu.
+    """
     return linear(gelu(linear(x, **c_fc)), **c_proj)
 
 
@@ -105,6 +111,7 @@ def mha(x, c_attn, c_proj, n_head, attend=attention):  # [..., n_seq, n_embd] ->
     """Multi-head attention: n_head attentions side by side, each on its own d_head-wide slices.
 
     One matrix makes queries, keys and values at once, so its output splits into 3 * n_head heads.
+    Vaswani et al. 2017, section 3.2.2.
     """
     heads = linear(x, **c_attn).reshape(*x.shape[:-1], 3 * n_head, -1).swapaxes(-2, -3)
     q, k, v = x.__array_namespace__().split(heads, 3, axis=-3)  # [..., n_head, n_seq, d_head] each
@@ -117,13 +124,18 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, attend=attention):  # ->
 
     `attend` is the one part that can be exchanged: a block whose dict has an entry of that name
     uses it in place of plain attention. A key-value cache or a GPU's fused kernel plugs in there.
+    The norm before each half, not after it, is GPT-2's: Radford et al. 2019, section 2.3.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, attend=attend)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
 
 
 def hidden_state(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..., n_seq, n_embd]
-    """All of GPT-2 but its last multiplication; `inputs` holds the ids of n_seq <= n_ctx tokens."""
+    """All of GPT-2 but its last multiplication, float32 where the parameters are.
+
+    `inputs` is an array or a list of token ids below n_vocab, n_seq <= n_ctx of them; the sum with
+    wpe raises ValueError for more.
+    """
     x = wte[inputs]  # what each token is ...
     x = x + wpe[..., : x.shape[-2], :]  # ... and where it stands: one row a position
     for block in blocks:
@@ -135,7 +147,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..., n_seq
     """The logits of the token after every position, float32 where the parameters are.
 
     The token embedding wte serves twice: above it turns ids into vectors, here vectors into a score
-    for every id.
+    for every id (Press & Wolf 2017, arXiv:1608.05859).
     """
     return hidden_state(inputs, wte, wpe, blocks, ln_f, n_head) @ wte.swapaxes(0, 1)
 
@@ -148,9 +160,10 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..., n_seq
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> [n_vocab], float64
     """The distribution that `sample` draws from.
 
-    temperature below 1 sharpens it, above 1 flattens it; top_k keeps the k likeliest tokens, 0 all;
-    top_p keeps the likeliest that together reach p, the one that crosses p included (Holtzman et
-    al. 2019, arXiv:1904.09751). float64, so that 50257 small numbers add up to 1.
+    temperature below 1 sharpens it, above 1 flattens it; top_k keeps the k likeliest tokens, 0 all
+    (Fan et al. 2018, arXiv:1805.04833); top_p keeps the likeliest that together reach p, the one
+    that crosses p included (Holtzman et al. 2019, arXiv:1904.09751). float64, so that 50257 small
+    numbers add up to 1.
     """
     logits = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, rightly
@@ -166,9 +179,15 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> 
 
 
 def sample(logits, rng, temperature=0.0, top_k=0, top_p=1.0):  # [n_vocab] -> one token id
-    """The likeliest token where temperature is 0 (the first of equals), else a draw with rng."""
+    """The likeliest token where temperature is 0 (the first of equals), else a draw with rng.
+
+    ValueError where the logits are no numbers, as those of damaged weights.
+    """
+    best = int(logits.argmax())  # of NaN, if there is any
+    if not math.isfinite(logits[best]):
+        raise ValueError("the logits are no finite numbers: the model's weights must be damaged")
     if temperature == 0:
-        return int(logits.argmax())
+        return best
     cumulative = np.cumsum(probabilities(logits, temperature, top_k, top_p))
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
@@ -206,7 +225,8 @@ def generate_stream(
     """Yields new token ids one at a time, stopping early (without yielding it) at `endoftext`.
 
     Autoregression: run the model, choose a token from the last position's logits, append, repeat.
-    Each step runs the whole sequence again, although only its last token is new.
+    Each step runs the whole sequence again, although only its last token is new. The first next()
+    raises ValueError for what check_sampling and check_length refuse.
     """
     check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)
     check_length(len(inputs), n_tokens_to_generate, n_ctx=len(params["wpe"]))

@@ -86,26 +86,28 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
     for cache, stop in zip(caches, stops, strict=True):
         make_room(cache, stop, n_ctx=len(params["wpe"]))
     tokens = np.concatenate(new_ids)  # [n_tokens], all rows' in one flat sequence
-    positions = np.concatenate([np.arange(*ends) for ends in zip(starts, stops, strict=True)])
-    ends = np.cumsum([len(ids) for ids in new_ids])  # where each row's tokens end in it
-    # Attention is done row by row; a prompt that is alone, by groups of heads, a thread each.
-    group = -(-n_head // skinny.n_threads()) if len(caches) == 1 < len(tokens) else n_head
-    heads = [slice(first, first + group) for first in range(0, n_head, group)]
-    pieces = [(i, some) for i in range(len(caches)) for some in heads]
+    positions = np.concatenate([np.arange(*span) for span in zip(starts, stops, strict=True)])
+    borders = np.cumsum([len(ids) for ids in new_ids])  # where each row ends in that sequence
+    pieces = share_attention(len(caches), len(tokens), n_head)
     n_scores = sum(stop * len(ids) for stop, ids in zip(stops, new_ids, strict=True))
 
     def attend(q, k, v, layer):  # [n_head, n_tokens, d_head] each -> [n_head, n_tokens, d_head]
+        # Laid out by tokens, so that what mha does with it next copies nothing.
         out = np.empty((q.shape[1], n_head, q.shape[2]), q.dtype).swapaxes(0, 1)
 
         def work(mine):
             for i, some in pieces[mine]:
                 start, stop = starts[i], stops[i]
-                row = slice(ends[i] - (stop - start), ends[i])
-                keys, values = caches[i]["kv"][layer][:, some]  # [n_heads, capacity, d_head] each
+                row = slice(borders[i] - (stop - start), borders[i])
+                keys, values = caches[i]["kv"][layer][
+                    :, some
+                ]  # these heads' [.., capacity, d_head]
                 keys[:, start:stop], values[:, start:stop] = k[some, row], v[some, row]
                 out[some, row] = attention(q[some, row], keys[:, :stop], values[:, :stop])
 
-        if len(pieces) > 1 and n_scores > 64 * len(pieces):  # else waking a thread takes longer
+        if len(pieces) > 1 and n_scores > 64 * len(
+            pieces
+        ):  # for less, waking a thread takes longer
             skinny.in_threads(work, len(pieces))
         else:
             work(slice(None))
@@ -120,6 +122,14 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
     return x
 
 
+def share_attention(n_rows, n_tokens, n_head):  # -> [(row, slice of its heads)]
+    """The pieces of attention's work: a row each; of a lone prompt, some heads for each thread."""
+    alone = n_rows == 1 and n_tokens > 1
+    n = -(-n_head // skinny.n_threads()) if alone else n_head  # heads a piece, rounded up
+    heads = [slice(first, first + n) for first in range(0, n_head, n)]
+    return [(row, some) for row in range(n_rows) for some in heads]
+
+
 def next_logits(x, params):  # [n_rows, n_embd] -> [n_rows, n_vocab]
     """The logits of the token after each row's last."""
     with skinny.own_threads(len(x)):
@@ -127,12 +137,18 @@ def next_logits(x, params):  # [n_rows, n_embd] -> [n_rows, n_vocab]
 
 
 def step(caches, tokens, params, n_head):  # n_rows caches and ids -> [n_rows, n_vocab]
-    """Appends one token to each row; returns the logits of the next."""
+    """Appends one token to each row; returns the logits of the next, float32.
+
+    ValueError where a row is full, or two have the same cache.
+    """
     return next_logits(extend(caches, [[token] for token in tokens], params, n_head), params)
 
 
 def prefill(cache, ids, params, n_head, chunk=CHUNK):  # one row's prompt -> [n_vocab]
-    """Reads a prompt, `chunk` tokens a pass; returns the logits of the next token."""
+    """Reads a prompt, `chunk` tokens a pass; returns the logits of the next token, float32.
+
+    ValueError for no ids, or for more than fit; then the cache is as it was.
+    """
     make_room(cache, cache["n_seq"] + len(ids), n_ctx=len(params["wpe"]))
     for start in range(0, max(1, len(ids)), chunk):
         x = extend([cache], [ids[start : start + chunk]], params, n_head)
@@ -322,6 +338,8 @@ def main(
 
 def read_lines(path):
     """The lines of a file, or of standard input for "-", without their ends."""
+    if path == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed")
     with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
         text = f.read().decode("utf-8", errors="replace")
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []

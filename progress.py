@@ -19,6 +19,8 @@ from utils import quiet_tensorflow
 # The makers' figures for dense products in bfloat16, FLOP/s of one device, by a part of its name.
 KNOWN_PEAKS = {
     "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "TPU v4": 275e12,

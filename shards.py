@@ -6,8 +6,9 @@
 The shards of a split are one long sequence; where it is cut into files makes no difference. Three
 kinds of folders open: prepare.py's own (its docstring describes them), nanoGPT's `train.bin` and
 `val.bin` (nothing but uint16), and those of llm.c and modded-nanogpt (names with `train` or `val`
-in them; uint16 after a header of 256 int32, of which the first is 20240520, the second the version
-and the third the number of ids). Only the first kind knows its tokenizer.
+in them, of which the last counts; uint16 after a header of 256 int32, of which the first is
+20240520, the second the version and the third the number of ids). Only the first kind knows its
+tokenizer.
 """
 
 import re
@@ -33,7 +34,8 @@ def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or 
     files = sorted(folder.glob("*.bin"))
     if any(SHARD.fullmatch(file.name) for file in files):
         raise ValueError(f"{folder}: no meta.json: prepare.py has not finished there, run it again")
-    shards = {s: [open_foreign(f) for f in files if s in f.name] for s in ("train", "val")}
+    split = {f: (re.findall("train|val", f.name) or [None])[-1] for f in files}
+    shards = {s: [open_foreign(f) for f in files if split[f] == s] for s in ("train", "val")}
     if not shards["train"]:
         raise FileNotFoundError(
             f"{folder}: no token shards: expected prepare.py's meta.json, or .bin files of nanoGPT "

@@ -172,11 +172,12 @@ def in_threads(work, n):
     lead = 0.08  # this thread takes a little more, for the others must wake first
     ends = [0, *(round(n * (i + lead) / (n_parts + lead)) for i in range(1, n_parts + 1))]
     slices = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
-    results, done, asked = [UNSET] * n_parts, SimpleQueue(), 0
+    results, done, asked, tasks = [UNSET] * n_parts, SimpleQueue(), 0, workers()
     try:
         for i in range(1, n_parts):
-            asked = i
-            workers().put((i, work, slices[i], results, done))
+            task = i, work, slices[i], results, done
+            asked = i  # from here to the end of put no signal is handled
+            tasks.put(task)
         results[0] = work(slices[0])
         for _ in range(1, n_parts):
             done.get()

@@ -3,7 +3,7 @@
 usage: python benchmarks/endurance.py generate [GENERATIONS]     # 10000, of changing batches
        python benchmarks/endurance.py train [MINUTES]            # 20, a checkpoint every 50 steps
 
-Prints a line at every tenth. What is flat after the first lines stays flat: caches fill up first.
+Prints a line at every tenth. Linux only: it reads /proc.
 """
 
 import os
@@ -13,7 +13,7 @@ import tempfile
 import time
 
 import numpy as np
-from common import random_params
+from common import ROOT, random_params
 
 import kv_cache
 
@@ -52,7 +52,7 @@ def generate(n):
 def train(minutes):
     """The default recipe, as a process of its own, from python-docs; SIGTERM ends it."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "train_jax.py", "--data", "python-docs", "--out", folder]
+        command = [sys.executable, ROOT / "train_jax.py", "--data", "python-docs", "--out", folder]
         command += ["--n_steps", "1000000", "--eval_every", "100", "--checkpoint_every", "50"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for tenth in range(1, 11):
@@ -63,8 +63,8 @@ def train(minutes):
 
 
 if __name__ == "__main__":
-    what, amount = sys.argv[1], [float(word) for word in sys.argv[2:]]
-    if what == "generate":
-        generate(int(*amount) if amount else 10_000)
-    else:
-        train(*amount or [20])
+    works = {"generate": (generate, 10_000), "train": (train, 20)}
+    if sys.argv[1:2] not in [[what] for what in works]:
+        sys.exit(__doc__)
+    work, amount = works[sys.argv[1]]
+    work(float(sys.argv[2]) if sys.argv[2:] else amount)

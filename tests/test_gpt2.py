@@ -19,7 +19,7 @@ import utils
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = {"n_vocab": 97, "n_ctx": 23, "n_embd": 30, "n_head": 3, "n_layer": 2}
-LONG = {"n_vocab": 61, "n_ctx": 150, "n_embd": 12, "n_head": 2, "n_layer": 2}  # > 128: halves
+LONG = {"n_vocab": 61, "n_ctx": 150, "n_embd": 12, "n_head": 2, "n_layer": 2}  # > 64: halves
 SHAPE_124M = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
 HEAVY = ["jax", "jaxlib", "optax", "tensorflow", "torch", "transformers", "safetensors", "tqdm"]
 OURS = [name[:-3] for name in os.listdir(REPO) if name.endswith(".py")]
@@ -177,7 +177,7 @@ def one_shot_attention(q, k, v):
 @pytest.mark.parametrize(
     "n_q, n_seq",
     [(1, 1), (1, 9), (3, 9), (9, 9), (127, 130), (128, 128), (129, 129), (129, 140), (257, 257)]
-    + [(131, 300), (300, 301), (517, 517)],
+    + [(64, 64), (65, 65), (65, 70), (131, 300), (300, 301), (517, 517)],
 )
 def test_attention_in_halves_is_attention(rng, n_q, n_seq):
     q, k, v = rng.normal(size=(3, 2, n_seq, 5))

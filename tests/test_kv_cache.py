@@ -569,6 +569,13 @@ def test_prompts_from_a_file_a_line_each(models, tmp_path, where):
     assert [entry["ids"] for entry in entries] == [expected(models[1], p, 4) for p in prompts]
 
 
+def test_a_closed_standard_input_is_one_line(models):
+    line = " ".join(map(str, command(models[0], ["--prompts_file", "-"]))) + " <&-"
+    done = subprocess.run(line, shell=True, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"error: standard input is closed\n"
+
+
 def test_samples_of_one_prompt(models):
     args = ["Once", "--n_tokens_to_generate", "9", "--temperature", "1", "--seed", "3"]
     code, out, err = run(models[0], *args, "--n_samples", "3")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,3 +218,11 @@ def test_a_text_may_have_a_tokenizer(tmp_path):
     n_ids = 300 * (len("the old man and the sea ") - 4)
     assert f", {n_ids * 9 // 10} training" in out
     assert get_encoder("m", tmp_path).n_vocab == 259
+
+
+def test_the_last_word_of_a_foreign_name_says_which_split_it_is(tmp_path):
+    for name in ("retrieval_train_1.bin", "training_val_1.bin", "other.bin"):
+        np.arange(5, dtype="<u2").tofile(tmp_path / name)
+    found, _ = shards.open_shards(tmp_path)
+    names = {split: [Path(shard.filename).name for shard in some] for split, some in found.items()}
+    assert names == {"train": ["retrieval_train_1.bin"], "val": ["training_val_1.bin"]}

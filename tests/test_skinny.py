@@ -233,3 +233,12 @@ assert not counts or max(n for _, n in counts) == min(64, len(os.sched_getaffini
     env = {k: v for k, v in os.environ.items() if not k.endswith("NUM_THREADS")}
     for _ in range(3):
         subprocess.run([sys.executable, "-c", script], check=True, cwd=REPO, env=env, timeout=60)
+
+
+def test_ctrl_c_while_the_workers_start_ends_the_call(threads, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(skinny, "workers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        skinny.in_threads(lambda mine: 1, threads)

@@ -100,3 +100,16 @@ def test_one_legal_token_is_always_drawn(rng, temperature, others):
         logits[legal := int(rng.integers(n_vocab))] = rng.normal()
         for top_k, top_p in ((0, 1.0), (1, 1.0), (40, 0.9), (n_vocab, 1e-9)):
             assert gpt2.sample(logits, rng, temperature, top_k, top_p) == legal
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_refused(rng, temperature, value):
+    params = random_params(rng, TINY)
+    params["wte"][7] = value
+    for generate in (
+        gpt2.generate,
+        lambda ids, *args, **how: kv_cache.generate([ids], *args, **how),
+    ):
+        with np.errstate(invalid="ignore"), pytest.raises(ValueError, match="no finite numbers"):
+            generate([1, 2], params, N_HEAD, 5, temperature=temperature)
