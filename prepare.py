@@ -10,8 +10,8 @@ writes a megabyte at a time, so that its memory depends neither on the span nor 
 JSON it holds a row, of Parquet 64); it writes the task's own shard under another name and renames
 it when it is complete, and a note of what is in it comes last. What has its note is not done again:
 a run that was killed goes on where it was. Cuts, order and numbers follow from the files alone:
-with one worker or a cluster, the bytes are the same. Compressed files and standard input cannot be cut
-in place: the parent unpacks them, a span at a time, into files that the workers then read.
+with one worker or a cluster, the bytes are the same. Compressed files and standard input cannot be
+cut in place: the parent unpacks them, a span at a time, into files that the workers then read.
 
 Documents are parted by lines that hold only <|endoftext|> (or --separator), by files, and in JSON
 lines and Parquet by the rows. Each ends with the id of <|endoftext|>; nothing else of them changes.
