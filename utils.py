@@ -518,7 +518,7 @@ def gather(url, f, path, sha256):
             remove(note)
             os.replace(part, path)
             return
-        except (RequestException, ConnectionError) as error:
+        except (RequestException, ConnectionError, ValueError) as error:  # ValueError: of redirects
             size = f.seek(0, os.SEEK_END)
             failures = 1 if size > most else failures + 1
             most = max(most, size)
@@ -548,9 +548,10 @@ def fetch(url, f, note):
     with requests.get(url, headers=headers, stream=True, timeout=(10, PATIENCE)) as response:
         sent = response.headers
         version = sent.get("ETag") or sent.get("Last-Modified") or ""
+        packed = sent.get("Content-Encoding", "identity") != "identity"  # though we asked for none
         if response.status_code == 200:
             f.truncate(0)
-            n_have, length = 0, sent.get("Content-Length", "")
+            n_have, length = 0, "" if packed else sent.get("Content-Length", "")
             known = {
                 "version": "" if version.startswith("W/") else version,  # weak: cannot be resumed
                 "length": int(length) if length.isdecimal() else None,
@@ -558,9 +559,13 @@ def fetch(url, f, note):
             }
             with open(note, "w") as g:
                 json.dump(known, g)
+            ends = "Content-Length" in sent or "Transfer-Encoding" in sent
+            if not (ends or known["md5"]):  # what breaks off could not be told from the whole
+                raise ConnectionError("the server does not say how much there is")
         elif response.status_code in (206, 416):
             rest = f"bytes {n_have}-{(known['length'] or 0) - 1}/{known['length']}"
-            if sent.get("Content-Range") != rest or version not in ("", known["version"]):
+            same = sent.get("Content-Range") == rest and version in ("", known["version"])
+            if packed or not same:
                 f.truncate(0)
                 raise ConnectionError("the server could not resume the download")
         else:
@@ -580,7 +585,10 @@ def copy_body(response, f, name, n_have, length):
         for chunk in response.iter_content(2**14):  # a broken line costs at most one chunk
             f.write(chunk)
             bar.update(len(chunk))
-    if length not in (None, f.seek(0, os.SEEK_END)):
+    size = f.seek(0, os.SEEK_END)
+    if size == 0:
+        raise ConnectionError("the server sent nothing")
+    if length not in (None, size):
         raise ConnectionError("the connection broke off")
 
 
@@ -615,7 +623,7 @@ def reason(error):
     if response is not None:
         code = response.status_code
         return f"the server answered {code} {response.reason}", code >= 500 or code in (408, 429)
-    if isinstance(error, ValueError):  # a malformed address
+    if isinstance(error, ValueError):  # a malformed address, or header
         return str(error), False
     if isinstance(error, Timeout):
         return "the server did not answer in time", True

@@ -1,6 +1,7 @@
 """Downloads from a server on this machine that misbehaves in every way we could think of."""
 
 import base64
+import gzip
 import hashlib
 import http.server
 import json
@@ -24,6 +25,19 @@ REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FILE = "/124M/model.ckpt.meta"
 
 
+ANSWERS = {  # instead of a file
+    "hang up": b"",
+    "half a header": b"HTTP/1.1 200 OK\r\nContent-Le",
+    "no HTTP": b"<html>Please log in to this network</html>",
+    "empty": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+    "206 unasked": b"HTTP/1.1 206 OK\r\nContent-Range: bytes 0-2/9\r\nContent-Length: 3\r\n\r\nabc",
+    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 3, 4\r\n\r\nabc",
+    "endless length": b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\nabc",
+}
+HALVED = {"drop", "no etag", "weak", "slow then stop", "gzip, halved", "no length, halved"}
+HALVED |= {"chunks, then none"}
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves server.files with ranges; server.faults holds one fault per request, "" for none."""
 
@@ -37,7 +51,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fault = server.faults.pop(0) if server.faults else server.always
         if fault == "silence":
             return server.stop.wait(20)
+        if fault in ANSWERS:
+            self.wfile.write(ANSWERS[fault])
+            self.close_connection = True
+            return None
         data = server.files.get(self.path)
+        if fault.startswith("3"):
+            status, _, place = fault.partition(" ")
+            self.send_response(int(status))
+            self.send_header(
+                "Location", place or server.url.replace("127.0.0.1", "localhost") + FILE
+            )
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if fault == "refuse" or data is None:
             return self.send_error(int(server.status) if data is not None else 404)
         etag = f'"{server.version}"'
@@ -48,7 +74,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if fault == "416":
             return self.send_error(416)
         body = data[start:]
+        if "gzip" in fault:
+            body = gzip.compress(body)
         self.send_response(206 if start else 200)
+        if "gzip" in fault:
+            self.send_header("Content-Encoding", "gzip")
         if start:
             first = start - 1 if fault == "wrong range" else start
             self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
@@ -58,11 +88,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             digest = hashlib.md5(data).digest()
             self.send_header("Content-MD5", base64.b64encode(digest).decode())
         extra = {"long": 1000, "short": -1000}.get(fault, 0)
-        self.send_header("Content-Length", str(len(body) + extra))
+        if fault == "chunks, then none":
+            self.send_header("Transfer-Encoding", "chunked")
+            body = b"1000\r\n" + body
+        elif "no length" not in fault:
+            self.send_header("Content-Length", str(len(body) + extra))
         self.end_headers()
         if fault == "corrupt":
             body = bytes([body[0] ^ 1]) + body[1:]
-        if fault in ("drop", "no etag", "weak", "slow then stop"):
+        if fault in HALVED:
             body = body[: len(body) // 2]
         self.wfile.write(body[: len(body) + min(extra, 0)])
         if fault == "slow then stop":
@@ -128,6 +162,14 @@ def test_a_file_arrives_whole_and_only_once(server, tmp_path):
         ["long", ""],
         ["short", ""],
         ["drop", "refuse", "corrupt", "drop", "", ""],
+        ["302", "drop", "307", ""],
+        ["gzip"],
+        ["drop", "gzip", ""],  # a range of what is packed is no range of the file
+        ["gzip, halved", "gzip, halved", "drop", ""],
+        ["drop", "corrupt", ""],  # a right header, and other bytes
+        ["chunks, then none", ""],
+        ["no length, halved", "no length"],
+        *([answer, "drop", answer, ""] for answer in ANSWERS if "length" not in answer),
     ],
     ids=str,
 )
@@ -189,12 +231,42 @@ def test_a_complete_part_needs_only_its_name(server, tmp_path):
         ("short", "checksum"),
         ("long", "broke off"),
         ("silence", "did not answer in time"),
+        ("301", "answered 301"),
+        ("302 /a", "answered 302"),
+        ("302 file:///etc/passwd", "file:///etc/passwd"),
+        ("302 http://[::1", "cannot download"),
+        ("302 http://" + "a" * 70 + "..b/", "cannot download"),
+        ("302 http://127.0.0.1:9/", "no connection"),
+        ("hang up", "no connection, or one that broke off"),
+        ("no HTTP", "no connection, or one that broke off"),
+        ("empty", "sent nothing"),
+        ("half a header", "does not say how much"),
+        ("two lengths", "Content-Length"),
+        ("endless length", "cannot download"),
+        ("206 unasked", "could not resume"),
+        ("gzip, halved", "broke off"),
+        ("no length, halved", "checksum"),
     ],
 )
 def test_a_hopeless_server_ends_in_one_line(server, tmp_path, monkeypatch, always, words):
     monkeypatch.setattr(utils, "PATIENCE", 0.2)
     server.always = always
     assert words in failure(server, tmp_path / "file")
+
+
+@pytest.mark.parametrize("fault", ["gzip, halved", "chunks, then none", "no length, halved"])
+def test_half_a_file_is_none_though_no_length_and_no_checksum_is_sent(server, tmp_path, fault):
+    server.md5, server.always = False, fault
+    assert failure(server, tmp_path / "file")
+    server.always = fault.removesuffix(", halved") if "gzip" in fault else ""
+    assert fetched(server, tmp_path / "file")
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_download_is_resumed_through_a_redirect_to_another_host(server, tmp_path, status):
+    server.faults = [f"{status}", "drop", f"{status}", ""]
+    assert fetched(server, tmp_path / "file")
+    assert resumed_at(server) == [0, 0, 9, 9]
 
 
 def test_a_stall_in_the_middle_is_resumed(server, tmp_path, monkeypatch):
