@@ -515,8 +515,8 @@ def gather(url, f, path, sha256):
         try:
             verify(f, fetch(url, f, note), sha256)
             os.fsync(f.fileno())
+            os.replace(part, path)  # first: without its note, a part that is whole is worth nothing
             remove(note)
-            os.replace(part, path)
             return
         except (RequestException, ConnectionError, ValueError) as error:  # ValueError: of redirects
             size = f.seek(0, os.SEEK_END)
