@@ -9,6 +9,7 @@ Everything here is NumPy's, whole and unpadded, however many devices held it. A 
 written under another name and renamed as a whole; the last two of a run are kept.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,23 +29,34 @@ def save_checkpoint(out, saved, step, params, moments, run, encoder, hparams):  
     place, stage = os.path.join(folder, f"{step:08d}"), None
     try:
         os.makedirs(folder, exist_ok=True)
-        names = [n for n in os.listdir(folder) if n.isdigit() or n.startswith(".saving-")]
-        for other in {os.path.join(folder, name) for name in names} - set(saved):
-            shutil.rmtree(other)  # an earlier run's, or half written
+        names = os.listdir(folder)
+        for name in filter(lambda name: name.startswith(".saving-"), names):
+            shutil.rmtree(os.path.join(folder, name))  # half written
         stage = tempfile.mkdtemp(prefix=".saving-", dir=folder)
         save_model(stage, encoder, hparams, params)
         write_safetensors(os.path.join(stage, "optimizer.safetensors"), moments)
         write_whole(Path(stage, "run.json"), json.dumps({"step": step} | run, indent=1))
+        for other in {os.path.join(folder, n) for n in filter(str.isdigit, names)} - set(saved):
+            put_away(other)  # an earlier run's, kept until this one is whole
         os.rename(stage, place)
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {place}: {error.strerror}") from error
+        why = error.strerror.rpartition(": ")[2]  # save_model's would name the stage
+        raise OSError(error.errno, f"cannot write {place}: {why}") from error
     finally:
         if stage:
             shutil.rmtree(stage, ignore_errors=True)
     for old in saved[:-1]:
-        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            put_away(old)
     saved[:] = [*saved[-1:], place]
     return place
+
+
+def put_away(place):
+    """Delete a checkpoint, first what makes it one: none that is half gone is ever resumed."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(place, "run.json"))
+    shutil.rmtree(place)
 
 
 def check_folder(out):
