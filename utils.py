@@ -12,6 +12,7 @@ here unpickles, and no length, shape or name found in a file is believed before 
 import base64
 import contextlib
 import errno
+import filecmp
 import functools
 import hashlib
 import inspect
@@ -371,7 +372,10 @@ def save_model(model_dir, encoder, hparams, params, dtype="float32"):
         config = json.dumps(hugging_face_config(encoder, hparams, dtype), indent=2) + "\n"
         write_whole(Path(stage, "config.json"), config)
         write_safetensors(os.path.join(stage, "model.safetensors"), tensors)
-        for name in sorted(os.listdir(stage), key=lambda name: name == "model.safetensors"):
+        *others, weights = sorted(os.listdir(stage), key=lambda name: name == "model.safetensors")
+        if filecmp.cmpfiles(stage, model_dir, others, shallow=False)[0] != others:
+            remove(os.path.join(model_dir, weights))  # they go with another tokenizer, other sizes
+        for name in (*others, weights):
             os.replace(os.path.join(stage, name), os.path.join(model_dir, name))
     except OSError as error:
         raise OSError(error.errno, f"cannot write {model_dir}: {error.strerror}") from error

@@ -62,3 +62,95 @@ def test_a_download_survives_a_fault_at_every_step(server, tmp_path, fault):
     assert int(n) >= (4 if fault == "full" else 6)  # folders, part, note; and the renaming
     assert all(line.startswith(f"cannot write {tmp_path}/models/new/file: ") for line in lines)
     assert len(lines) == (0 if fault == "killed" else int(n))
+
+
+# Three models of one size, of which no two have a tensor or a merge in common.
+MODELS = """
+import os, shutil, sys, numpy as np, checkpoints, faults, utils
+from encoder import Encoder
+folder, fault = sys.argv[1:]
+hparams = {"n_vocab": 258, "n_ctx": 4, "n_embd": 4, "n_head": 2, "n_layer": 1}
+encoders = {k: Encoder([("a", chr(97 + k))]) for k in (1, 2, 3)}
+
+def params(k):
+    return utils.nest({n: np.full(s, k, "f4") for n, s in utils.tensor_shapes(hparams)})
+
+def which(place):  # the number of the model there, or None
+    try:
+        encoder, _, found = utils.load_encoder_hparams_and_params(str(place), ".")
+    except (ValueError, OSError):
+        return None
+    k = int(found["wpe"][0, 0])
+    assert all((utils.leaf(found, n) == k).all() for n, _ in utils.tensor_shapes(hparams))
+    assert encoder.merges == encoders[k].merges, "a mixture"
+    return k
+
+def save(k, place=folder):
+    utils.save_model(place, encoders[k], hparams, params(k))
+"""
+
+SAVING = """
+before = folder + "-before"
+save(1, before)
+for n in faults.at_every_change(folder, fault, lambda: save(1)):
+    assert which(folder) in (1, None)
+for n in faults.at_every_change(folder, fault, lambda: save(2), before):
+    assert which(folder) in ((1, 2) if fault == "full" else (1, 2, None))
+    save(2)
+    assert which(folder) == 2
+encoders[2] = encoders[1]  # the same model with other weights, as a training run saves it
+for n in faults.at_every_change(folder, fault, lambda: save(2), before):
+    assert which(folder) in (1, 2)
+print(n)
+"""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_saving_survives_a_fault_at_every_step(tmp_path, fault):
+    lines = python(MODELS + SAVING, tmp_path / "model", fault)
+    assert int(lines.pop()) >= 7
+    assert set(lines) <= {f"cannot write {tmp_path}/model: {words}" for words in WORDS[fault]}
+
+
+CHECKPOINTS = """
+def save(out, k, step, saved=()):
+    moments, run = {"mu": np.full(3, k, "f4")}, {"flags": k}
+    what = params(k), moments, run, encoders[k], hparams
+    return checkpoints.save_checkpoint(out, [*saved], step, *what)
+
+def found():  # (step, the number of the model) of the checkpoint that would be resumed, or None
+    try:
+        place, run = checkpoints.find_checkpoint(folder)
+    except FileNotFoundError:
+        return None
+    *_, moments = checkpoints.load_checkpoint(place, lambda p: {"mu": ((3,), np.dtype("f4"))})
+    assert which(place) == run["flags"] == moments["mu"][0]
+    return run["step"], run["flags"]
+
+before = folder + "-before"
+saved = [save(before, 1, 40), save(before, 2, 60)]
+saved = [place.replace(before, folder) for place in saved]
+for n in faults.at_every_change(folder, fault, lambda: save(folder, 3, 80, saved), before):
+    assert found() in [(60, 2), (80, 3)]  # the same run goes on
+    save(folder, 1, 100, saved)
+    assert found() == (100, 1)
+for n in faults.at_every_change(folder, fault, lambda: save(folder, 3, 80, saved[1:]), before):
+    assert found() in [(60, 2), (80, 3)]  # a resumed run
+    save(folder, 1, 100, saved[1:])
+    assert found() == (100, 1) and len(os.listdir(folder + "/checkpoints")) == 2
+for n in faults.at_every_change(folder, fault, lambda: save(folder, 3, 20), before):
+    at_risk = [] if fault == "full" else [None, (40, 1)]  # while the old one is put away
+    assert found() in [(60, 2), (20, 3), *at_risk]
+    save(folder, 1, 20)
+    assert found() == (20, 1) and len(os.listdir(folder + "/checkpoints")) == 1
+print(n)
+"""
+WORDS = {"killed": [], "full": ["No space left on device"], "read-only": ["Read-only file system"]}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_checkpoint_survives_a_fault_at_every_step(tmp_path, fault):
+    lines = python(MODELS + CHECKPOINTS, tmp_path / "out", fault)
+    assert int(lines.pop()) >= 10
+    start = f"cannot write {tmp_path}/out/checkpoints/000000"
+    assert all(line.startswith(start) and line.endswith(*WORDS[fault]) for line in lines)
