@@ -349,14 +349,18 @@ def begin(out, plan):  # -> whether there is anything to do
 
 
 def clean(out):
-    """Delete what is half done and, where there is nothing to go on with, the work folder."""
+    """Delete what is half done and, where there is nothing to go on with, the work folder.
+
+    As far as it can be: the error that a run ends with is that of its work, not of its cleaning.
+    """
     work_dir = os.path.join(out, WORK)
     for folder, name in [(d, name) for d in (out, work_dir) for name in os.listdir(d)]:
         ours = folder == work_dir or OURS.fullmatch(name)
         if ours and name != "lock" and not name.endswith((".json", ".txt", ".bin")):
-            os.unlink(os.path.join(folder, name))
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(folder, name))
     if "meta.json" in os.listdir(out) or "plan.json" not in os.listdir(work_dir):
-        shutil.rmtree(work_dir)
+        shutil.rmtree(work_dir, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.rmdir(out)  # works only if it is empty
 

@@ -4,6 +4,7 @@ What was complete is still there, what is not complete does not look it, and the
 SIGXTYGPT_KILLS raises the number of kills at random times: SIXTYGPT_KILLS=50 pytest -k random
 """
 
+import gzip
 import hashlib
 import os
 import subprocess
@@ -145,7 +146,11 @@ for n in faults.at_every_change(folder, fault, lambda: save(folder, 3, 20), befo
     assert found() == (20, 1) and len(os.listdir(folder + "/checkpoints")) == 1
 print(n)
 """
-WORDS = {"killed": [], "full": ["No space left on device"], "read-only": ["Read-only file system"]}
+WORDS = {
+    "killed": [""],
+    "full": ["No space left on device"],
+    "read-only": ["Read-only file system"],
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -154,3 +159,89 @@ def test_a_checkpoint_survives_a_fault_at_every_step(tmp_path, fault):
     assert int(lines.pop()) >= 10
     start = f"cannot write {tmp_path}/out/checkpoints/000000"
     assert all(line.startswith(start) and line.endswith(*WORDS[fault]) for line in lines)
+
+
+# TensorFlow's part is played by a dict: a process that imported the real one could not be forked.
+CONVERTING = """
+import json, resource, types
+tf = types.ModuleType("tensorflow")
+variables = {}
+for name, shape in utils.tensor_shapes(hparams):
+    shape = (1, *shape) if name.endswith(".w") else shape
+    variables[utils.tensorflow_name(name)] = np.full(shape, 1, "f4")
+shapes = {name: list(array.shape) for name, array in variables.items()}
+reader = types.SimpleNamespace(
+    get_variable_to_shape_map=lambda: shapes, get_tensor=variables.__getitem__
+)
+tf.train = types.SimpleNamespace(load_checkpoint=lambda path: reader)
+tf.errors = types.SimpleNamespace(OpError=ZeroDivisionError)
+sys.modules["tensorflow"] = tf
+
+before, weights = folder + "-before", folder + "/model.safetensors"
+os.mkdir(before)
+for name, text in {
+    "model.ckpt.index": "", "vocab.bpe": "#version: 0.2\\na b\\n",
+    "encoder.json": json.dumps(encoders[1].vocab), "hparams.json": json.dumps(hparams),
+}.items():
+    with open(before + "/" + name, "w") as f:
+        f.write(text)
+for n in faults.at_every_change(folder, fault, lambda: which(folder) == 1 or sys.exit(1), before):
+    assert not os.path.exists(weights) or utils.read_safetensors(weights)
+    assert which(folder) == 1 and os.path.exists(weights)
+print(n)
+os.unlink(weights)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # a full disk, in the midst of the weights
+there = os.listdir(folder)
+assert which(folder) == 1 and os.listdir(folder) == there
+"""
+
+
+@pytest.mark.parametrize("fault", ["killed", "read-only"])
+def test_a_conversion_survives_a_fault_at_every_step(tmp_path, fault):
+    """Where it cannot be written, the model loads all the same, and nothing is said."""
+    [n] = python(MODELS + CONVERTING, tmp_path / "124M", fault)
+    assert int(n) >= 2
+
+
+PREPARING = """
+import os, sys, faults, prepare, utils
+folder, fault, *inputs = sys.argv[1:]
+how = {"shard_mb": 0.0004, "val_fraction": 0.2, "workers": 1, "out": folder}
+
+def work():
+    stdout, sys.stdout = sys.stdout, open(os.devnull, "w")
+    try:
+        prepare.main(*inputs, **how)
+    finally:
+        sys.stdout = stdout
+
+def complete():
+    return "meta.json" in os.listdir(folder)
+
+work()
+whole = faults.files(folder)
+shards = {name for name in whole if name.endswith(".bin")}
+for n in faults.at_every_change(folder, fault, work):
+    there = faults.files(folder) if os.path.isdir(folder) else {}
+    assert all(whole[name] == there[name] for name in shards & there.keys())
+    assert "meta.json" not in there or whole.items() <= there.items()
+    notes = {n for n in there if n.startswith(".work/0") and n.endswith(".json")}
+    done = {f"{split}_{name[6:12]}.bin" for name in notes for split in ("train", "val")} & shards
+    when = {name: os.stat(folder + "/" + name).st_mtime_ns for name in done}
+    work()
+    assert faults.files(folder) == whole
+    assert all(os.stat(folder + "/" + name).st_mtime_ns == ns for name, ns in when.items())
+print(n)
+"""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_preparation_survives_a_fault_at_every_step(tmp_path, fault):
+    """Of a plain file and a packed one: no shard is half written, none is written again."""
+    text = "".join(f"document {i} of some words\n<|endoftext|>\n" for i in range(30))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+    out = tmp_path / "shards"
+    *lines, n = python(PREPARING, out, fault, tmp_path / "a.txt", tmp_path / "b.txt.gz")
+    assert int(n) > 20
+    assert all(line.startswith(str(out)) and line.endswith(*WORDS[fault]) for line in lines)
