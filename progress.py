@@ -4,6 +4,7 @@ models/mine/metrics.jsonl    {"step": 20, "loss": 4.1, ...}, {"step": 200, "vali
 models/mine/loss.png         the same, drawn; `progress.draw("models/mine")` draws it again
 """
 
+import contextlib
 import json
 import os
 import time
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from encoder import parse_json, write_whole
-from utils import quiet_tensorflow
+from utils import open_locked, quiet_tensorflow
 
 # The makers' figures for dense products in bfloat16, FLOP/s of one device, by a part of its name.
 KNOWN_PEAKS = {
@@ -87,8 +88,7 @@ def make_log(out, n_done, flops, peak, source, schedule, tensorboard=False):
             values["mfu"] = values["tokens_per_second"] * flops / peak
             speed = tqdm.format_sizeof(values["tokens_per_second"])
             shown |= {"tok/s": speed, "mfu": f"{values['mfu']:.0%}"}
-        file.write(json.dumps(values) + "\n")
-        file.flush()
+        add_line(file, json.dumps(values))
         if writer:
             writer(values)
         return shown
@@ -100,12 +100,32 @@ def make_log(out, n_done, flops, peak, source, schedule, tensorboard=False):
 
 
 def open_log(out, n_done):  # -> an open file
-    """out/metrics.jsonl, to be added to: of a run resumed after n_done steps, the lines so far."""
-    os.makedirs(out, exist_ok=True)
+    """out/metrics.jsonl, to be added to: of a run resumed after n_done steps, the lines so far.
+
+    It is locked: ValueError if another run is at work in this folder.
+    """
     path = Path(out, "metrics.jsonl")
-    kept = [line for line in read_log(path) if line["step"] <= n_done] if n_done else []
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-    return open(path, "a", encoding="utf-8")
+    try:
+        os.makedirs(out, exist_ok=True)
+        with open_locked(path, wait=False):
+            kept = [line for line in read_log(path) if line["step"] <= n_done] if n_done else []
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        return open_locked(path, wait=False)
+    except BlockingIOError:
+        raise ValueError(f"{out}: another train_jax.py is at work there") from None
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from None
+
+
+def add_line(file, text):
+    """So that it is on the disk. OSError, which names the file, if it cannot be."""
+    try:
+        file.write(text.encode() + b"\n")
+        file.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # or Python would try once more, and complain, at exit
+            file.close()
+        raise OSError(error.errno, f"cannot write {file.name}: {error.strerror}") from None
 
 
 def read_log(path):  # -> [dict]
@@ -167,5 +187,8 @@ def draw(out):
     if axes.lines:
         axes.legend()
     temporary = Path(out, ".loss.png")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, Path(out, "loss.png"))
+    try:
+        figure.savefig(temporary, format="png", dpi=120)
+        os.replace(temporary, Path(out, "loss.png"))
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -497,12 +497,17 @@ def download_file(url, path, sha256=None):
 def open_locked(part, wait=True):
     """`part`, opened to append, and ours alone until it is closed or we are killed.
 
-    BlockingIOError if it is another's, and we shall not wait.
+    BlockingIOError if it is another's, and we shall not wait. Some clusters' file systems have no
+    locks: there, nothing is kept apart.
     """
     while True:
         f = open(part, "ab+")  # noqa: SIM115
-        if fcntl:
-            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            if fcntl:
+                fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
         with contextlib.suppress(FileNotFoundError):  # renamed by its owner while we waited
             if os.path.samestat(os.fstat(f.fileno()), os.stat(part)):
                 return f

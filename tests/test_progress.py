@@ -1,11 +1,14 @@
 """progress.py: what is counted, the log of a run that is resumed, and the picture."""
 
+import errno
 import json
+import os
 
 import jax
 import pytest
 
 import progress
+import utils
 
 
 def read(path):
@@ -52,6 +55,7 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint(log, tmp_path):
         write({"step": step, "loss": 2.0})
     with open(path, "a") as f:
         f.write('{"step": 80, "lo')  # cut short by a kill
+    del write
     write = log(n_done=40)
     write({"step": 60, "loss": 3.0})
     assert [(line["step"], line["loss"]) for line in read(path)] == [
@@ -59,8 +63,58 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint(log, tmp_path):
         (40, 2.0),
         (60, 3.0),
     ]
+    del write
     log()  # a new run in the same folder begins anew
     assert read(path) == []
+
+
+def test_two_runs_do_not_write_into_one_folder(log, tmp_path):
+    write = log()
+    write({"step": 20, "loss": 2.0})
+    for n_done in (0, 10):
+        with pytest.raises(ValueError, match="out: another train_jax.py is at work there"):
+            log(n_done)
+    write({"step": 40, "loss": 2.0})
+    assert [line["step"] for line in read(tmp_path / "out" / "metrics.jsonl")] == [20, 40]
+    del write  # as when a process ends, however it does
+    log()
+
+
+def test_where_there_are_no_locks_nothing_is_kept_apart(log, tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(utils.fcntl, "flock", flock)
+    log()({"step": 20, "loss": 2.0})
+    assert len(read(tmp_path / "out" / "metrics.jsonl")) == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_line_that_cannot_be_written_names_the_file(log, tmp_path):
+    log()
+    os.unlink(tmp_path / "out" / "metrics.jsonl")
+    os.symlink("/dev/full", tmp_path / "out" / "metrics.jsonl")
+    file = open(tmp_path / "out" / "metrics.jsonl", "ab+")  # noqa: SIM115
+    with pytest.raises(OSError, match=r"cannot write .*out/metrics.jsonl: No space left on device"):
+        progress.add_line(file, "{}")
+    assert file.closed
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(log, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    write = log()
+    progress.draw(tmp_path / "out")
+    before = (tmp_path / "out" / "loss.png").read_bytes()
+    write({"step": 20, "loss": 2.0})
+
+    def replace(source, to):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="No space left"):
+        progress.draw(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["loss.png", "metrics.jsonl"]
+    assert (tmp_path / "out" / "loss.png").read_bytes() == before
 
 
 def test_the_picture_shows_both_losses(log, tmp_path):
