@@ -12,6 +12,7 @@ written under another name and renamed as a whole; the last two of a run are kep
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -57,6 +58,15 @@ def put_away(place):
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(place, "run.json"))
     shutil.rmtree(place)
+
+
+def clear_away(out):
+    """Delete what a run that was killed left half written in a folder that is now ours alone."""
+    for path in Path(out).iterdir():
+        if path.name.startswith(".saving-"):
+            shutil.rmtree(path)
+        elif re.fullmatch(r"metrics\.jsonl\.\d+\.tmp", path.name):
+            path.unlink()
 
 
 def check_folder(out):

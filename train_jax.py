@@ -43,7 +43,13 @@ except ModuleNotFoundError as missing:  # generating does not need them, so they
     sys.exit(2)
 
 import progress
-from checkpoints import check_folder, find_checkpoint, load_checkpoint, save_checkpoint
+from checkpoints import (
+    check_folder,
+    clear_away,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from devices import (
     any_process,
     check_agreement,
@@ -838,6 +844,8 @@ def run(flags, tensorboard=False, model=None, place=None, saved=None):
     steps_per_call = from_first(next((n for n in STEPS_PER_CALL if n * seconds < 1), 1))
     shape = steps_per_call, flags["n_accumulate"], batch_size
     log = progress.make_log(out, n_done, flops, *peak, schedule, tensorboard)
+    if is_main:  # no other run is at work there, or make_log would have refused
+        clear_away(out)
     places = [place] if place else []
 
     def read(n_done):
