@@ -5,12 +5,14 @@ JAX's compiler does the rest, and its runtime moves the data between processes a
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import platform
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -57,6 +59,7 @@ def start_jax(coordinator, num_processes, process_id):
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
+            warnings.showwarning = functools.partial(mend_cache, folder, warnings.showwarning)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     try:
         found = jax.devices()[0].platform
@@ -64,6 +67,20 @@ def start_jax(coordinator, num_processes, process_id):
         found = "cpu"
     if "cpu" not in platforms and found == "cpu":
         raise ValueError(f"JAX_PLATFORMS is {platforms}, but JAX finds no such device")
+
+
+def mend_cache(folder, show, message, *rest):
+    """Forgets, in place of a warning, what a kill or a full disk cut short in JAX's cache.
+
+    JAX writes it in place, would complain at every start, and never write it again.
+    """
+    text = r"Error \w+ing persistent compilation cache entry for '(\w+)'"
+    if found := re.match(text, str(message)):
+        with contextlib.suppress(OSError):
+            for path in folder.glob(f"{found[1]}-*"):
+                path.unlink()
+    else:
+        show(message, *rest)
 
 
 def cut(mesh, *axes):  # the sharding that spreads the axis called "data" over the mesh
