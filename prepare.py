@@ -461,7 +461,7 @@ def run(sources, out, options, n_workers, ray):  # -> (notes in order, {path: it
             delete_unpacked(task)
             notes[task["number"]] = note
             n_tokens += sum(note["n_tokens"].values())
-            speed = n_tokens / (time.monotonic() - start) / 1e6
+            speed = n_tokens / max(time.monotonic() - start, 1e-9) / 1e6  # some clocks tick slowly
             bar.set_postfix_str(f"{speed:.2f}M tokens/s", refresh=False)
             bar.update(sum(span["progress"] for span in task["spans"]))
     return [notes[number] for number in sorted(notes)], sha256
