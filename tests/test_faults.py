@@ -4,16 +4,31 @@ What was complete is still there, what is not complete does not look it, and the
 SIGXTYGPT_KILLS raises the number of kills at random times: SIXTYGPT_KILLS=50 pytest -k random
 """
 
+import contextlib
 import gzip
 import hashlib
+import json
 import os
+import pty
+import random
+import resource
+import secrets
+import shutil
+import signal
 import subprocess
 import sys
+import termios
+import time
 
+import faults
 import pytest
 import test_download
 from conftest import REPO
 
+import checkpoints
+import utils
+
+KILLS = int(os.environ.get("SIXTYGPT_KILLS", 2))
 server = test_download.server  # a fixture
 FAULTS = ("killed", "full", "read-only")
 
@@ -245,3 +260,313 @@ def test_preparation_survives_a_fault_at_every_step(tmp_path, fault):
     *lines, n = python(PREPARING, out, fault, tmp_path / "a.txt", tmp_path / "b.txt.gz")
     assert int(n) > 20
     assert all(line.startswith(str(out)) and line.endswith(*WORDS[fault]) for line in lines)
+
+
+# At random times, as whole processes
+
+
+@pytest.fixture
+def rng():
+    seed = secrets.randbits(32)
+    print("seed", seed)
+    return random.Random(seed)
+
+
+def begin(script, *args, **options):
+    """A process group of its own, so that a test may kill its workers, too."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, str(REPO / script), *map(str, args)]
+    return subprocess.Popen(command, start_new_session=True, **pipes | options)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, ""), err
+    return out
+
+
+def text_of(rng, n):  # documents of a few words each
+    words = ["a", "king's", "hören", "我们", "🙂", "x" * 70, "1984", "\n\n"]
+    return "".join(
+        " ".join(rng.choices(words, k=rng.randrange(1, 40))) + f" {i}\n<|endoftext|>\n"
+        for i in range(n)
+    )
+
+
+def test_preparation_killed_at_random_times_makes_the_same_bytes(tmp_path, rng):
+    text = text_of(rng, 4000)
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+    args = [tmp_path / "a.txt", tmp_path / "b.txt.gz", "--shard_mb", "0.02", "--workers", "2"]
+    started = time.monotonic()
+    finish(begin("prepare.py", *args, "--out", tmp_path / "whole"))
+    seconds = time.monotonic() - started
+    whole, n_killed, n_finished = faults.files(tmp_path / "whole"), 0, 0
+    while n_killed < KILLS:
+        process, out = begin("prepare.py", *args, "--out", tmp_path / "out"), tmp_path / "out"
+        try:
+            process.wait(rng.uniform(0, seconds))
+        except subprocess.TimeoutExpired:
+            rng.choice([os.kill, os.killpg])(process.pid, signal.SIGKILL)
+            n_killed += 1
+        process.communicate()
+        there = faults.files(out) if out.exists() else {}
+        shards = {name for name in there if name.endswith(".bin")}
+        assert all(there[name] == whole[name] for name in shards)
+        assert "meta.json" not in there or whole.items() <= there.items()
+        if process.returncode == 0:
+            assert there == whole
+            n_finished += 1
+            shutil.rmtree(out)
+    finish(begin("prepare.py", *args, "--out", out))
+    assert faults.files(out) == whole
+    print(f"preparation: {n_killed} kills, {n_finished + 1} runs that finished, all alike")
+
+
+TRAINING = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--n_ctx", 16, "--n_steps", 240]
+TRAINING += ["--eval_every", 20, "--checkpoint_every", 40]
+
+
+def start_training(*args):
+    """-> the process, when it begins to write into its folder: what comes before is JAX's start."""
+    process = begin("train_jax.py", *args)
+    process.stdout.readline()
+    process.stdout.readline()
+    return process
+
+
+def trained(out):
+    """All bytes that a run leaves, but for the times in the log and the folder's own name."""
+    there = faults.files(out)
+    there.pop("loss.png", None)
+    lines = map(json.loads, there.pop("metrics.jsonl").splitlines())
+    log = [(line["step"], line.get("loss"), line.get("validation")) for line in lines]
+    return {name: data.replace(os.fsencode(out), b"OUT") for name, data in there.items()}, log
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    """The flags of a training run, and what it makes."""
+    seed = secrets.randbits(32)
+    print("seed", seed)
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "text").write_text(text_of(random.Random(seed), 300))
+    flags = ["--data", folder / "text", *TRAINING]
+    finish(begin("train_jax.py", *flags, "--out", folder / "whole"))
+    return flags, trained(folder / "whole")
+
+
+def wait_until(condition, process):  # or it has ended
+    while process.poll() is None and not condition():
+        time.sleep(0.002)
+
+
+def test_training_killed_at_random_times_comes_to_the_same_bits(training, tmp_path, rng):
+    flags, whole = training
+    out, n_killed, n_finished = tmp_path / "out", 0, 0
+    fresh = again = [*flags, "--out", out]
+
+    def n_lines():
+        log = out / "metrics.jsonl"
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+    while n_killed < KILLS:
+        process, n = start_training(*again), rng.randrange(len(whole[1]))
+        wait_until(lambda n=n: n_lines() >= n, process)
+        time.sleep(rng.uniform(0, 0.3))  # of a look at the validation text, a save, a picture
+        process.kill()
+        _, err = process.communicate()
+        assert err == "" and process.returncode in (0, -signal.SIGKILL)
+        n_killed += process.returncode != 0
+        if process.returncode == 0:
+            assert trained(out) == whole
+            n_finished += 1
+            shutil.rmtree(out)
+        try:
+            place, _ = checkpoints.find_checkpoint(out)
+            utils.load_encoder_hparams_and_params(place, ".")
+            again = ["--resume", out]
+        except FileNotFoundError:  # there is none yet
+            again = fresh
+        if (out / "model.safetensors").exists():
+            utils.load_encoder_hparams_and_params(str(out), ".")
+    finish(begin("train_jax.py", *again))
+    assert trained(out) == whole
+    print(f"training: {n_killed} kills, {n_finished + 1} runs that finished, all alike")
+
+
+def test_training_survives_full_disks_and_a_folder_that_is_lost(training, tmp_path):
+    """One after the other, and then goes on to the same bits as if nothing had been."""
+    flags, whole = training
+    out, away = tmp_path / "out", tmp_path / "away"
+
+    def ends(process, *refused):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and err.count("\n") == 1
+        assert any(err.startswith(f"error: cannot write {place}: ") for place in refused), err
+        return err
+
+    def fill_disk(process, n_bytes):  # no file may be larger now
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+    process = start_training(*flags, "--out", out)
+    wait_until((out / "checkpoints" / "00000040").exists, process)
+    fill_disk(process, 20_000)  # no room for the best model, nor for a checkpoint's
+    places = [out / "checkpoints" / f"{step:08d}" for step in range(40, 241, 40)]
+    assert ends(process, out, *places).endswith(": File too large\n")
+    process = start_training("--resume", out)
+    fill_disk(process, 40_000)  # for a model, but not for the moments
+    assert ends(process, *places).endswith(": File too large\n")
+    process = start_training("--resume", out)
+    process.stdout.readline()  # a look at the validation text
+    process.send_signal(signal.SIGSTOP)
+    os.rename(out, away)
+    out.write_text("a file")
+    process.send_signal(signal.SIGCONT)
+    ends(process, out, *places)
+    assert out.read_text() == "a file"
+    out.unlink()
+    os.rename(away, out)
+    finish(begin("train_jax.py", "--resume", out))
+    assert trained(out) == whole
+
+
+def test_two_trainings_into_one_folder(training, tmp_path):
+    flags, whole = training
+    out = tmp_path / "out"
+    first = start_training(*flags, "--out", out)
+    wait_until((out / "metrics.jsonl").exists, first)
+    second = begin("train_jax.py", *flags, "--out", out)
+    _, err = second.communicate(timeout=120)
+    held = (second.returncode, err) == (2, f"error: {out}: another train_jax.py is at work there\n")
+    assert held or second.returncode == 0 and first.poll() == 0, err  # or the first had ended
+    finish(first)
+    assert trained(out) == whole
+
+
+CACHE = """
+import os, sys, warnings, jax, jax.numpy as jnp, devices
+from pathlib import Path
+devices.start_jax(None, None, None)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+double = jax.jit(lambda x: jnp.sin(x) * 2)
+double(jnp.ones(3))
+whole = {path: path.stat().st_size for path in Path(os.environ["XDG_CACHE_HOME"]).rglob("*-cache")}
+for path, size in whole.items():
+    os.truncate(path, size // 2)
+for _ in range(2):
+    jax.clear_caches()
+    double(jnp.ones(3))
+assert whole and all(path.stat().st_size > 0.9 * size for path, size in whole.items())
+warnings.warn("something else")
+"""
+
+
+def test_what_a_kill_cut_short_in_jaxs_cache_is_made_again_without_a_word(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    done = subprocess.run([sys.executable, "-c", CACHE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(": ")[-1] for line in done.stderr.splitlines()] == ["something else"]
+
+
+def test_what_a_kill_left_of_a_save_is_cleared_away(tmp_path):
+    (tmp_path / ".saving-abc").mkdir()
+    (tmp_path / ".saving-abc" / "model.safetensors").write_bytes(b"half")
+    for name in ("metrics.jsonl.123.tmp", "metrics.jsonl", "notes.tmp"):
+        (tmp_path / name).write_text("x")
+    checkpoints.clear_away(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "notes.tmp"]
+
+
+def test_a_page_that_a_full_disk_refuses_leaves_the_old_one(tmp_path):
+    (tmp_path / "explain.html").write_text("an older page")
+    model = ["--model_size", "shakespeare", "--models_dir", REPO / "models"]
+    process = begin(
+        "explain.py", "ROMEO", *model, cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)),
+    )  # fmt: skip
+    out, err = process.communicate(timeout=120)
+    problem = f"error: cannot write {tmp_path}/explain.html: File too large\n"
+    assert (process.returncode, out, err) == (2, "", problem)
+    assert faults.files(tmp_path) == {"explain.html": b"an older page"}
+
+
+# A clock that goes back, or stands still
+
+BACKWARDS = """
+import itertools, sys, time
+clock = map(float, itertools.count(2e9, -3600))  # an hour less at every look
+time.time = lambda: next(clock)
+time.time_ns = lambda: int(next(clock) * 1e9)
+if "still" in sys.argv:
+    sys.argv.remove("still")
+    time.monotonic = time.perf_counter = lambda: 1000.0
+import prepare, train_jax, utils
+program = {"prepare.py": prepare, "train_jax.py": train_jax}[sys.argv.pop(1)]
+utils.run_cli(program.main)
+"""
+
+
+def run_backwards(program, *args):
+    """With a terminal for stderr, so that there are bars, which look at the clock all the time."""
+    screen, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    command = [sys.executable, "-c", BACKWARDS, program, *map(str, args)]
+    path = {"PYTHONPATH": str(REPO)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": terminal, "env": os.environ | path}
+    process = subprocess.Popen(command, **pipes)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # which is how a terminal's end is told
+        while some := os.read(screen, 2**16):
+            shown += some
+    process.communicate(timeout=120)
+    os.close(screen)
+    assert process.returncode == 0, shown.decode()
+    return shown
+
+
+@pytest.mark.parametrize("still", [[], ["still"]])
+def test_preparation_does_not_trust_the_clock(tmp_path, rng, still):
+    (tmp_path / "a.txt").write_text(text_of(rng, 300))
+    args = [tmp_path / "a.txt", "--workers", "1", "--shard_mb", "0.01", "--out"]
+    finish(begin("prepare.py", *args, tmp_path / "whole"))
+    assert b"tokens/s" in run_backwards("prepare.py", *args, tmp_path / "out", *still)
+    whole = faults.files(tmp_path / "whole")
+    assert faults.files(tmp_path / "out") == whole
+    for name in whole:  # made in the future, or long ago: nothing is made again
+        os.utime(tmp_path / "out" / name, (2**32, 2**32) if rng.random() < 0.5 else (0, 0))
+    there = {name: (tmp_path / "out" / name).stat() for name in whole}
+    finish(begin("prepare.py", *args, tmp_path / "out"))
+    assert all((tmp_path / "out" / name).stat().st_mtime == s.st_mtime for name, s in there.items())
+    text = (tmp_path / "a.txt").read_bytes()
+    (tmp_path / "a.txt").write_bytes(text[::-1])  # as long, and older than the shards that it made
+    os.utime(tmp_path / "a.txt", (0, 0))
+    _, err = (process := begin("prepare.py", *args, tmp_path / "out")).communicate(timeout=60)
+    assert process.returncode == 2 and "(other sources)" in err
+
+
+def test_training_does_not_trust_the_clock(training, tmp_path):
+    flags, whole = training
+    out = tmp_path / "out"
+    assert b"tok/s" in run_backwards("train_jax.py", *flags, "--out", out)
+    assert trained(out) == whole
+
+
+def test_the_last_checkpoint_is_that_of_the_last_step_not_of_the_latest_date(tmp_path):
+    for step in ("00000009", "00000010", "00000100"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+        (tmp_path / "checkpoints" / step / "run.json").write_text("{}")
+    for path in (tmp_path / "checkpoints" / "00000100").rglob("*"):
+        os.utime(path, (0, 0))
+    assert checkpoints.find_checkpoint(tmp_path)[0].endswith("00000100")
+
+
+def test_a_download_does_not_trust_the_clock(server, tmp_path, monkeypatch):
+    clock = iter(range(2 * 10**9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    server.faults = ["drop", "refuse", "drop"]
+    assert test_download.fetched(server, tmp_path / "models" / "file")
+    assert test_download.resumed_at(server) == [0, 9, 9, 13]
