@@ -24,6 +24,7 @@ import codecs
 import json
 import os
 import re
+import stat
 from collections import Counter, defaultdict
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
@@ -55,6 +56,10 @@ ENDOFTEXT = "<|endoftext|>"  # stands between the documents that GPT-2 was train
 LONG_PIECE = 50  # bytes from which merge_long overtakes merge_short
 CACHE_ENTRIES = 2**17  # texts that a Cache holds before it starts afresh: some 25 MB
 CACHE_CHARS = 64  # longer texts are unlikely to come again
+
+# What no tokenizer comes near, and what keeps a hostile one from filling the memory.
+MOST_BYTES = 2**24  # of its files: GPT-2's have one million. JSON that is read takes 25 times this
+MOST_IDS = 2**24  # each of which is a row of the model's embedding
 
 TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")]
 
@@ -374,8 +379,8 @@ def check_vocab(vocab):
         raise ValueError("a vocabulary is one JSON object, from pieces to ids")
     piece_of_id = {}
     for piece, id in vocab.items():
-        if type(id) is not int or id < 0:
-            raise ValueError(f"the id of {piece!r} is {id!r}, not an integer from 0 up")
+        if type(id) is not int or not 0 <= id < MOST_IDS:
+            raise ValueError(f"the id of {piece!r} is {id!r}, not an integer from 0 to 16777215")
         if id in piece_of_id:
             raise ValueError(f"{piece_of_id[id]!r} and {piece!r} have the same id, {id}")
         piece_of_id[id] = piece
@@ -406,7 +411,8 @@ def get_encoder(model_name, models_dir):
     malformed. From https://github.com/openai/gpt-2/blob/master/src/encoder.py.
     """
     vocab_file, merges_file = find_tokenizer(Path(models_dir) / model_name)
-    vocab = parse_json(vocab_file.read_bytes(), vocab_file)
+    vocab = read_json(vocab_file)
+    check_file(merges_file)
     file = vocab_file
     try:
         check_vocab(vocab)
@@ -443,6 +449,24 @@ def parse_merges(text):
     return merges
 
 
+def check_file(path, n_most=MOST_BYTES):
+    """ValueError for what is no ordinary file, or one of more bytes: nothing else is opened.
+
+    A pipe would have us wait for ever, and a link may lead to a device that has no end.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: not an ordinary file")
+    if status.st_size > n_most:
+        raise ValueError(f"{path}: {status.st_size} bytes, more than the {n_most} allowed")
+
+
+def read_json(path, n_most=MOST_BYTES):  # -> dict
+    """Return the JSON object in a file of at most so many bytes; ValueError for anything else."""
+    check_file(path, n_most)
+    return parse_json(Path(path).read_bytes(), path)
+
+
 def parse_json(data, path):  # bytes -> dict
     """Return the JSON object in data; ValueError, which names the path, for anything else."""
     try:
@@ -457,6 +481,7 @@ def parse_json(data, path):  # bytes -> dict
 def write_whole(path, text):
     """Write a file that is seen either complete or not at all: under another name, then renamed."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # a link of that name would have us write to where it leads
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from encoder import find_tokenizer, get_encoder, parse_json
+from encoder import find_tokenizer, get_encoder, read_json
 
 SHARD = re.compile(r"(train|val)_\d{6,}\.bin")  # prepare.py's names
 MAGIC, VERSION, N_HEADER = 20240520, 1, 256  # the header of llm.c's files, in int32
@@ -51,7 +51,7 @@ def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or 
 def open_prepared(folder):
     """The shards that meta.json lists."""
     shards, file = {"train": [], "val": []}, folder / "meta.json"
-    meta = parse_json(file.read_bytes(), file)
+    meta = read_json(file, n_most=2**30)  # it names every source
     dtype = {"uint16": "<u2", "uint32": "<u4"}.get(str(meta.get("dtype")))
     sizes = meta.get("shards")
     if dtype is None or not isinstance(sizes, dict):

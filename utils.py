@@ -18,6 +18,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import mmap
 import os
 import re
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from encoder import get_encoder, parse_json, write_whole
+from encoder import MOST_BYTES, check_file, get_encoder, read_json, write_whole
 
 try:
     import fcntl
@@ -121,8 +122,7 @@ def read_hparams(model_dir):
     path = sizes_file(model_dir)
     if path is None:
         raise FileNotFoundError(f"{model_dir}: no model, neither config.json nor hparams.json")
-    with open(path, "rb") as f:
-        config = parse_json(f.read(), path)
+    config = read_json(path)
     hugging_face = path.endswith("config.json")
     hparams = {}
     for ours, theirs in HUGGING_FACE_SIZES.items():
@@ -222,12 +222,12 @@ def read_weights(model_dir, hparams):
     if os.path.isfile(path):
         tensors = read_safetensors(path)
     elif os.path.isfile(index):
-        with open(index, "rb") as f:
-            shards = parse_json(f.read(), index).get("weight_map")
+        shards = read_json(index).get("weight_map")
+        shards = [*shards.values()] if isinstance(shards, dict) else [""]
+        if any(not isinstance(s, str) or s != os.path.basename(s) or not s for s in shards):
+            raise ValueError(f"{index}: weight_map should name files of this folder")
         tensors, path = {}, index
-        for shard in sorted(set(shards.values())) if isinstance(shards, dict) else [""]:
-            if not isinstance(shard, str) or shard != os.path.basename(shard) or not shard:
-                raise ValueError(f"{index}: weight_map should name files of this folder")
+        for shard in sorted(set(shards)):
             tensors |= read_safetensors(os.path.join(model_dir, shard))
     elif os.path.isfile(checkpoint + ".index"):
         tensors, path = convert_checkpoint(checkpoint, hparams, path), checkpoint
@@ -247,9 +247,14 @@ def read_safetensors(path):
     """{key: (dtype, shape, read-only uint8 view of the mapped file)}; ValueError if it lies."""
     from safetensors import SafetensorError, safe_open
 
+    check_file(path, math.inf)
     try:
-        with open(path, "rb") as f, safe_open(path, "np"):  # which checks the header
+        with open(path, "rb") as f:
             n_header = int.from_bytes(f.read(8), "little")
+            if n_header > MOST_BYTES:
+                raise ValueError(f"{path}: a header of {n_header} bytes, more than any model needs")
+            with safe_open(path, "np"):  # which checks it
+                pass
             header = json.loads(f.read(n_header))
             data = np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except SafetensorError as error:
@@ -257,6 +262,8 @@ def read_safetensors(path):
     header.pop("__metadata__", None)
     tensors = {}
     for key, entry in header.items():
+        if not isinstance(entry, dict):  # the library takes a list of the same values, too
+            raise ValueError(f"{path}: {key} is no JSON object")
         start, stop = (8 + n_header + offset for offset in entry["data_offsets"])
         tensors[key] = entry["dtype"], tuple(entry["shape"]), data[start:stop]
     return tensors
@@ -501,7 +508,7 @@ def open_locked(part, wait=True):
     locks: there, nothing is kept apart.
     """
     while True:
-        f = open(part, "ab+")  # noqa: SIM115
+        f = open(part, "ab+", opener=open_no_link)  # noqa: SIM115
         try:
             if fcntl:
                 fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -512,6 +519,11 @@ def open_locked(part, wait=True):
             if os.path.samestat(os.fstat(f.fileno()), os.stat(part)):
                 return f
         f.close()
+
+
+def open_no_link(path, flags):
+    """For open(): a link that came with a stranger's folder would have us write elsewhere."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def gather(url, f, path, sha256):
@@ -566,8 +578,7 @@ def fetch(url, f, note):
                 "length": int(length) if length.isdecimal() else None,
                 "md5": sent.get("Content-MD5"),
             }
-            with open(note, "w") as g:
-                json.dump(known, g)
+            write_whole(Path(note), json.dumps(known))
             ends = "Content-Length" in sent or "Transfer-Encoding" in sent
             if not (ends or known["md5"]):  # what breaks off could not be told from the whole
                 raise ConnectionError("the server does not say how much there is")
@@ -603,8 +614,11 @@ def copy_body(response, f, name, n_have, length):
 
 def read_note(note):
     known = {"version": "", "length": None, "md5": None}
-    with contextlib.suppress(OSError, ValueError), open(note, "rb") as g:
-        known |= parse_json(g.read(), note)
+    kinds = {"version": str, "length": int | None, "md5": str | None}
+    with contextlib.suppress(OSError, ValueError):
+        found = read_json(note)
+        if all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
+            known = {key: found.get(key) for key in kinds}
     return known
 
 
@@ -678,13 +692,18 @@ def run_cli(main):
 
 
 def one_line(error):
-    """What went wrong, without `[Errno 30]`: "/x/y: Read-only file system"."""
+    """What went wrong, without `[Errno 30]`: "/x/y: Read-only file system".
+
+    What a message repeats of a file may be long, or be meant for the terminal: neither is shown.
+    """
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, ModuleNotFoundError) and "pip install" not in text:
         text += ": pip install -r requirements.txt"
-    return " ".join(text.splitlines()) or type(error).__name__
+    text = " ".join(text.splitlines()) or type(error).__name__
+    text = text if len(text) <= 2000 else text[:1500] + " ... " + text[-500:]
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def read_arguments(main, argv):

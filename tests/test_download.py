@@ -202,7 +202,15 @@ def test_a_file_that_changed_on_the_server_starts_over(server, tmp_path):
     assert resumed_at(server)[-1] == 9  # asked to resume, was given all
 
 
-@pytest.mark.parametrize("note", ["", "{", None])
+STRANGE_NOTES = [
+    '{"version": "\\"one\\"", "length": "300000", "md5": null}',
+    '{"version": ["one"], "length": 300000, "md5": null}',
+    '{"version": "\\"one\\"", "length": 1000, "md5": 5}',
+    '{"version": null, "length": 2000, "md5": null}',
+]
+
+
+@pytest.mark.parametrize("note", ["", "{", "[" * 10**5, None, *STRANGE_NOTES])
 def test_a_part_of_unknown_origin_starts_over(server, tmp_path, note):
     (tmp_path / "file.part").write_bytes(b"x" * 1000)
     if note is not None:

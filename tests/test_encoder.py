@@ -27,6 +27,7 @@ from encoder import (
     CACHE_CHARS,
     CHAR_OF_BYTE,
     ENDOFTEXT,
+    MOST_BYTES,
     PIECE,
     SOLID,
     SPACE,
@@ -551,6 +552,7 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 
 
 BYTES = bytes_only.vocab
+DEEP = json.loads("[" * 500 + "]" * 500)
 MALFORMED = {
     "not JSON": ("{'a': 1}", "", "vocab.json: not JSON (Expecting property name"),
     "cut short": (json.dumps(BYTES)[:-9], "", "vocab.json: "),
@@ -565,6 +567,22 @@ MALFORMED = {
     "id is null": (BYTES | {"a": None}, "", "vocab.json: the id of 'a' is None"),
     "id is negative": (BYTES | {"a": -1}, "", "vocab.json: the id of 'a' is -1"),
     "two of one id": (BYTES | {"a": 65}, "", "vocab.json: 'a' and 'b' have the same id, 65"),
+    "id is not a number": (BYTES | {"a": float("nan")}, "", "vocab.json: the id of 'a' is nan"),
+    "id of 24 bits": (BYTES | {"a": 2**24}, "", "vocab.json: the id of 'a' is 16777216, not an"),
+    "id of 63 bits": (BYTES | {"a": 2**63}, "", f"vocab.json: the id of 'a' is {2**63}, not an"),
+    "id of 400 digits": (BYTES | {"a": 10**400}, "", "vocab.json: the id of 'a' is 1000"),
+    "id is a deep list": (BYTES | {"a": DEEP}, "", "vocab.json: the id of 'a' is [[["),
+    "twice, the last wrong": (
+        json.dumps(BYTES)[:-1] + ', "a": 65}',
+        "",
+        "vocab.json: 'a' and 'b' have the same id, 65",
+    ),
+    "lone surrogate": (BYTES | {"\ud800": 300}, "", "vocab.json: '\\ud800' is in a piece, but"),
+    "NUL": (BYTES | {"a\0": 300}, "", "vocab.json: '\\x00' is in a piece, but stands for no byte"),
+    "a huge file": (b" " * (MOST_BYTES + 1), "", "vocab.json: 16777217 bytes, more than"),
+    "huge merges": (BYTES, b"\n" * (MOST_BYTES + 1), "merges.txt: 16777217 bytes, more than"),
+    "merges of one line": (BYTES, b"a" * 10**6, "merges.txt: line 1 is 'aaaaaaaa"),
+    "many spaces": (BYTES, b" " * 10**6, "merges.txt: line 1 is '        "),
     "no bytes": ({}, "", "vocab.json: 256 of the 256 bytes have no id, the first is '!'"),
     "a byte lacks": (
         {piece: id for piece, id in BYTES.items() if piece != "Ġ"},
@@ -598,6 +616,52 @@ def test_malformed_files_give_one_clear_line(vocab, merges, problem, tmp_path):
     assert type(error.value) is ValueError
     assert str(tmp_path / "model" / problem) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spaces", range(940, 1000, 4))
+def test_nesting_that_json_just_bears_can_be_shown(spaces, tmp_path):
+    """A complaint repeats what it found, and repr() nests as deeply as what it shows."""
+    value = "[" * spaces + "]" * spaces
+    write_tokenizer(tmp_path, json.dumps(BYTES).replace('"a": 64', f'"a": {value}'), "")
+    with pytest.raises(ValueError, match=r"(the id of 'a' is \[\[|maximum recursion depth)"):
+        get_encoder("", tmp_path)
+
+
+# Lists that no training makes, but that are legal: they must end, and lose nothing
+
+STRANGE = {
+    "a merge twice": [("a", "b"), ("b", "a"), ("a", "b")],
+    "results before their parts": [("aba", "b"), ("ab", "a"), ("a", "b")],
+    "one that grows for ever": [("a" * n, "a" * n) for n in (1, 2, 4, 8, 16, 32)],
+    "one piece in many ways": [("a", "aa"), ("aa", "a"), ("a", "a"), ("aa", "aa"), ("aaa", "a")],
+    "endoftext": [("<|", "endoftext"), ("<|endoftext", "|>"), ("<", "|"), ("|", ">")]
+    + [("endoftex"[:i], "endoftext"[i]) for i in range(1, 9)],
+}
+
+
+@pytest.mark.parametrize("merges", STRANGE.values(), ids=STRANGE.keys())
+def test_strange_merges_end_and_lose_nothing(merges, tmp_path):
+    vocab = dict.fromkeys([*BYTES, *(left + right for left, right in merges)])
+    vocab = {piece: id for id, piece in enumerate(vocab)}
+    lines = "".join(f"{left} {right}\n" for left, right in merges)
+    write_tokenizer(tmp_path / "strange", vocab, lines)
+    encoder = get_encoder("strange", tmp_path)
+    for text in "abab" * 40, "aaa" * 33, "ababaaba " * 9, f"<{ENDOFTEXT}>{ENDOFTEXT} <|endoftext":
+        ids = encoder.encode(text)
+        assert encoder.decode(ids) == text
+        assert encoder.endoftext not in ids  # the pieces that encode() cuts part it
+        for piece in PIECE.findall(text):
+            before = [encoder.vocab[char] for char in piece.replace(" ", "Ġ")]
+            tables = encoder._ranks, encoder._merged
+            assert merge_short(before, *tables) == merge_long(before, *tables)
+            assert merge_short(before, *tables) == merge_plainly(before, *tables)
+
+
+def test_a_piece_of_ten_megabytes(tmp_path):
+    write_tokenizer(tmp_path / "long", BYTES | {"a" * 10**7: 257}, "")
+    encoder = get_encoder("long", tmp_path)
+    assert encoder.encode("aa") == [BYTES["a"]] * 2
+    assert encoder.decode([257]) == "a" * 10**7
 
 
 # GPT-2's own vocabulary, where it is at hand

@@ -1,6 +1,8 @@
 """shards.py: prepare.py's folders, nanoGPT's, llm.c's, whole or broken; a model from them."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,14 +35,20 @@ def write_llm_c(path, ids, version=1):
         file.write(np.array(ids, dtype=np.uint16).tobytes())
 
 
-@pytest.fixture
-def prepared(tmp_path):
-    """A folder of prepare.py's with several shards, and its text."""
+@pytest.fixture(scope="module")
+def prepared_once(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("prepared")
     text = f"\n{ENDOFTEXT}\n".join(f"story {i} of an old man" * 9 for i in range(200))
     (tmp_path / "a.txt").write_text(text)
     flags = ["--out", "s", "--shard_mb", "0.004", "--val_fraction", "0.2"]
     assert run("prepare.py", "a.txt", *flags, cwd=tmp_path)[0] == 0
     return tmp_path / "s"
+
+
+@pytest.fixture
+def prepared(prepared_once, tmp_path):
+    """A folder of prepare.py's with several shards."""
+    return shutil.copytree(prepared_once, tmp_path / "s")
 
 
 def test_prepared_shards_are_mapped(prepared):
@@ -95,6 +103,21 @@ def damage(folder, how):
         (folder / "meta.json").unlink()
     elif how == "other":
         (folder / "meta.json").write_text("[1]")
+    elif how == "huge":
+        with open(folder / "meta.json", "ab") as file:
+            file.truncate(2**40)  # a hole, which takes no room
+    elif how in ("pipe", "zero", "loop", "is a folder"):
+        name = "meta.json" if how != "loop" else "train_000001.bin"
+        (folder / name).unlink()
+        if how == "pipe":
+            os.mkfifo(folder / name)
+        elif how == "is a folder":
+            (folder / name).mkdir()
+        else:
+            (folder / name).symlink_to("/dev/zero" if how == "zero" else name)
+    elif how == "odd":
+        with open(folder / "train_000001.bin", "ab") as file:
+            file.write(b"x")
     elif how == "deep":
         (folder / "meta.json").write_text("[" * 200_000)
     elif isinstance(how, dict):
@@ -106,6 +129,12 @@ def damage(folder, how):
     [
         ("cut", r"train_000001.bin: \d+ bytes, but meta.json has \d+ ids"),
         ("gone", r"train_000001.bin"),
+        ("odd", r"train_000001.bin: \d+ bytes, but meta.json has \d+ ids"),
+        ("pipe", "meta.json: not an ordinary file"),
+        ("zero", "meta.json: not an ordinary file"),
+        ("is a folder", "meta.json: not an ordinary file"),
+        ("huge", f"meta.json: {2**40} bytes, more than"),
+        ("loop", "Too many levels of symbolic links: .*train_000001.bin"),
         ("no meta", r"no meta.json: prepare.py has not finished there, run it again"),
         ("other", r"meta.json: not a JSON object"),
         ("deep", r"meta.json: not JSON"),
@@ -126,7 +155,11 @@ def damage(folder, how):
                 "x_000000.bin",
                 "",
             )
-            for n in ((0, -1, 1.5, True, "9", None, 1e400) if name.startswith("train") else (9,))
+            for n in (
+                (0, -1, 1.5, True, "9", None, 1e400, float("nan"), [[1]])
+                if name.startswith("train")
+                else (9,)
+            )
         ),
     ],
     ids=str,
@@ -135,6 +168,13 @@ def test_damaged_folders(prepared, how, problem):
     damage(prepared, how)
     with pytest.raises((ValueError, OSError), match=problem):
         shards.open_shards(prepared)
+
+
+def test_a_shard_of_more_ids_than_numbers_have_bits(prepared):
+    for n_ids in (2**31, 2**63, 2**64, 10**400):
+        damage(prepared, {"shards": {"train_000000.bin": n_ids}})
+        with pytest.raises(ValueError, match="train_000000.bin: .* bytes, but meta.json has"):
+            shards.open_shards(prepared)
 
 
 def test_damaged_foreign_files(tmp_path):

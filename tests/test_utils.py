@@ -9,11 +9,13 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 from conftest import random_params
 
+import encoder as encoder_module
 import utils
 from encoder import Encoder
 
@@ -49,7 +51,7 @@ def load(folder):
 def refusal(folder, error=ValueError):
     """The message load fails with: one line, and no file appears."""
     before = sorted(os.listdir(folder)) if os.path.isdir(folder) else None
-    with pytest.raises(error) as caught:
+    with pytest.raises(getattr(error, "__args__", error)) as caught:
         load(folder)
     assert before == (sorted(os.listdir(folder)) if os.path.isdir(folder) else None)
     message = utils.one_line(caught.value)
@@ -313,11 +315,18 @@ def rewrite_header(path, change):
     n = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + n])
     header = change(header) or header
-    text = json.dumps(header).encode()
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + n :])
 
 
 WTE = "transformer.wte.weight"
+
+
+def again(header, **changes):
+    """A header's text with the embedding twice: JSON allows it, and parsers may choose."""
+    return f"{json.dumps(header)[:-1]}, {json.dumps({WTE: header[WTE] | changes})[1:]}"
+
+
 LIES = {
     "negative offset": lambda h: h[WTE].update(data_offsets=[-4, 9596]),
     "past the end": lambda h: h["transformer.ln_f.bias"].update(data_offsets=[0, 2**62]),
@@ -335,7 +344,18 @@ LIES = {
     "doubles": lambda h: h[WTE].update(dtype="F64"),
     "no dtype": lambda h: h[WTE].pop("dtype") and None,
     "dtype a list": lambda h: h[WTE].update(dtype=["F32"]),
+    "dtype an object": lambda h: h[WTE].update(dtype={"F32": None}),  # which the library takes
     "entry a number": lambda h: h.update({WTE: 1}),
+    "entry a list": lambda h: h.update({WTE: [*h[WTE].values()]}),  # this, too
+    "not a number": lambda h: h[WTE].update(shape=[float("nan"), 8]),
+    "infinite offset": lambda h: h[WTE].update(data_offsets=[0, float("inf")]),
+    "true offset": lambda h: h[WTE].update(data_offsets=[False, 8224]),
+    "offset of 400 digits": lambda h: h[WTE].update(data_offsets=[0, 10**400]),
+    "offsets turned round": lambda h: h[WTE].update(data_offsets=h[WTE]["data_offsets"][::-1]),
+    "twice, the last wrong": lambda h: again(h, shape=[8, 257]),
+    "twice, the last beyond the end": lambda h: again(h, data_offsets=[10**6, 10**6 + 8224]),
+    "a field twice": lambda h: json.dumps(h).replace('"dtype"', '"shape": [1], "dtype"', 1),
+    "deep": lambda h: json.dumps(h).replace('"dtype"', f'"x": {"[" * 999 + "]" * 999}, "dtype"', 1),
     "offsets a word": lambda h: h[WTE].update(data_offsets="ab"),
     "a list": lambda h: [1],
     "nothing": lambda h: {"__metadata__": {}},
@@ -374,12 +394,189 @@ def test_noise_in_the_header_never_escapes_as_another_error(saved, rng):
             load(folder)
 
 
-@pytest.mark.parametrize("weight_map", [None, [1], {}, {"a": 1}, {"a": "../x"}, {"a": ""}], ids=str)
+def backwards(header):  # the entries in the order opposite to that of their bytes
+    return dict(reversed(header.items()))
+
+
+HARMLESS = {
+    "backwards": backwards,
+    "shifted": lambda h: json.dumps(h) + "   ",  # so that no number is where its size wants it
+    "spaces": lambda h: " " + json.dumps(h, indent=3),
+    "escapes": lambda h: json.dumps(h).replace(WTE, "\\u0074" + WTE[1:]),
+    "twice, the first wrong": lambda h: (
+        f"""{{"{WTE}": {{"dtype": "F32", "shape": [7],
+        "data_offsets": [1, 29]}}, {json.dumps(h)[1:]}"""
+    ),
+    "no numbers": lambda h: h | {"x": {"dtype": "F4", "shape": [0], "data_offsets": [0, 0]}},
+}
+
+
+@pytest.mark.parametrize("form", HARMLESS)
+def test_a_header_may_be_written_otherwise(saved, form):
+    folder, params = saved
+    rewrite_header(folder / "model.safetensors", HARMLESS[form])
+    assert_same(load(folder)[2], params, HPARAMS)
+
+
+def test_the_memory_that_a_header_takes_is_bounded(saved):
+    """Rust's parser allows 100 MB, of which Python would make 2.5 GB."""
+    folder, _ = saved
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    size = encoder_module.MOST_BYTES - 10_000
+
+    def crowded(header):  # as many tensors of no numbers as fit
+        entry = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+        text = ",".join(f'"{i:x}":{entry}' for i in range(size // (len(entry) + 9)))
+        return f"{json.dumps(header)[:-1]},{text}}}"
+
+    rewrite_header(path, crowded)
+    code = f"""if True:
+        import utils
+        utils.load_encoder_hparams_and_params({str(folder)!r}, "models")
+        print(*[line for line in open("/proc/self/status") if "VmHWM" in line])
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[1]) < 700_000  # KiB
+    path.write_bytes(struct.pack("<Q", 99_999_999) + b" " * 99_999_999 + whole[8:])
+    assert "a header of 99999999 bytes" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_layer": 2**24},
+        {"n_embd": 2**24},
+        {"vocab_size": 2**24},
+        {"n_positions": 2**24},
+        {"n_layer": 10**400},
+        {"n_head": float("inf")},
+        {"n_embd": float("nan")},
+    ],
+    ids=lambda change: str(change)[:30],
+)
+def test_enormous_sizes_cost_nothing(saved, change):
+    folder, _ = saved
+    edit_json(folder / "config.json", **change)
+    start = time.process_time()
+    tracemalloc.start()
+    try:
+        refusal(folder)
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocab.json", "merges.txt", "index"])
+def test_a_text_file_of_any_size_is_not_read(saved, name):
+    """A file may have holes, of which a terabyte takes no room on the disk."""
+    folder, _ = saved
+    if name == "index":
+        name = "model.safetensors.index.json"
+        os.unlink(folder / "model.safetensors")
+    with open(folder / name, "ab") as file:
+        file.truncate(2**40)
+    assert f"{name}: {2**40} bytes, more than the {2**24} allowed" in refusal(folder)
+
+
+def put_in_the_way(path, kind):
+    """What is no ordinary file, or a link to such: opened or read, most of them never end."""
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"loop": path.name, "nowhere": "x"}.get(kind, f"/dev/{kind}"))
+
+
+ODD_KINDS = ["pipe", "folder", "zero", "urandom", "null", "loop", "nowhere"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="no signal.alarm to end a wait")
+@pytest.mark.parametrize("kind", ODD_KINDS)
+def test_what_is_no_ordinary_file_is_not_opened(saved, kind):
+    folder, _ = saved
+    os.rename(folder / "model.safetensors", folder / "x.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "x.safetensors"}}')
+    signal.alarm(10)  # which would end this process, and say so
+    for name in ("x.safetensors", index.name, "merges.txt", "vocab.json", "config.json"):
+        put_in_the_way(folder / name, kind)
+        message = refusal(folder, OSError | ValueError)
+        assert name in message or name != "x.safetensors"  # another is taken to be missing
+    signal.alarm(0)
+
+
+NAMES = ["..", ".", "/", "~", "-", " ", "a\0b", "124M\0", "a\nb", "\x1b[31m", "a" * 9999, "\udcff"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "small/..", "124M/../x", "../models/small/x"], ids=ascii)
+def test_a_name_that_means_no_model(saved, name, monkeypatch):
+    folder, _ = saved
+    monkeypatch.chdir(folder)
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        utils.load_encoder_hparams_and_params(name, str(folder.parent))
+    message = utils.one_line(caught.value)
+    assert message.isprintable() and len(message) < 2100
+    assert any(words in message for words in ("no model", "neither config.json nor hparams.json"))
+
+
+def test_a_model_may_be_a_link_and_have_links(saved, tmp_path):
+    """As in Hugging Face's cache, whose folders hold links to the files."""
+    folder, params = saved
+    (tmp_path / "links").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    (tmp_path / "link").symlink_to(tmp_path / "links")
+    _, _, loaded = utils.load_encoder_hparams_and_params("link", str(tmp_path))
+    assert_same(loaded, params, HPARAMS)
+
+
+def test_an_error_shows_neither_too_much_nor_what_a_terminal_obeys():
+    message = utils.one_line(ValueError("\x1b]0;title\x07 é \u202e\n\x9b31m \0 \udcff 中"))
+    assert message == r"\x1b]0;title\x07 é \u202e \x9b31m \x00 \udcff 中"
+    message = utils.one_line(ValueError("a" * 10**7 + "the end"))
+    assert len(message) < 2100 and message.endswith("the end")
+
+
+def test_a_temporary_file_that_is_there_as_a_link_is_not_followed(tmp_path):
+    """A folder that came with links of all such names could overwrite any file of ours."""
+    (tmp_path / "precious").write_text("precious")
+    for name in ("a.json", "a.safetensors"):
+        (tmp_path / f"{name}.{os.getpid()}.tmp").symlink_to("precious")
+    encoder_module.write_whole(tmp_path / "a.json", "{}")
+    utils.write_safetensors(tmp_path / "a.safetensors", {"a": np.zeros(1, np.float32)})
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / "a.json").read_text() == "{}"
+    (tmp_path / "b.part").symlink_to("precious")
+    with pytest.raises(OSError, match="b: Too many levels of symbolic links"):
+        utils.download_file("http://127.0.0.1:9/b", str(tmp_path / "b"))
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+BAD_MAPS = [None, [1], {}, {"a": 1}, {"a": "../x"}, {"a": ""}, {"a": "/etc/passwd"}, {"a": "x/y"}]
+BAD_MAPS += [{"a": []}, {"a": {"b": 1}}, {"a": 1, "b": "c"}, {"a": None, "b": 2.5}, {"a": "b/"}]
+OWN_NAME = "model.safetensors.index.json"
+BAD_MAPS += [{"a": OWN_NAME}, {f"{i}": f"{OWN_NAME[: i % 9]}{i}" for i in range(5000)} | {"a": 0}]
+
+
+@pytest.mark.parametrize("weight_map", BAD_MAPS, ids=lambda weight_map: str(weight_map)[:40])
 def test_a_bad_shard_index_is_refused(saved, weight_map):
     folder, _ = saved
     os.rename(folder / "model.safetensors", folder / "x")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert "index.json" in refusal(folder)
+
+
+@pytest.mark.parametrize("shard", ["..", ".", "b\0", "\ud800", "c" * 5000], ids=ascii)
+def test_a_shard_that_cannot_be_a_file(saved, shard):
+    folder, _ = saved
+    os.rename(folder / "model.safetensors", folder / "x")
+    (folder / OWN_NAME).write_text(json.dumps({"weight_map": {"a": shard}}))
+    assert refusal(folder, OSError | ValueError)
 
 
 def test_a_missing_shard_is_named(saved):
