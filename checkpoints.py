@@ -17,8 +17,18 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from encoder import parse_json, write_whole
-from utils import load_encoder_hparams_and_params, save_model, write_safetensors
+import numpy as np
+
+from encoder import read_json, write_whole
+from utils import (
+    load_encoder_hparams_and_params,
+    read_safetensors,
+    save_model,
+    write_safetensors,
+)
+
+CHECKPOINT = re.compile(r"[0-9]{8,}")  # their names; a folder "2024" is somebody else's
+DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
 
 
 def save_checkpoint(out, saved, step, params, moments, run, encoder, hparams):  # -> where
@@ -37,7 +47,7 @@ def save_checkpoint(out, saved, step, params, moments, run, encoder, hparams):  
         save_model(stage, encoder, hparams, params)
         write_safetensors(os.path.join(stage, "optimizer.safetensors"), moments)
         write_whole(Path(stage, "run.json"), json.dumps({"step": step} | run, indent=1))
-        for other in {os.path.join(folder, n) for n in filter(str.isdigit, names)} - set(saved):
+        for other in {os.path.join(folder, n) for n in filter(CHECKPOINT.fullmatch, names)} - set(saved):
             put_away(other)  # an earlier run's, kept until this one is whole
         os.rename(stage, place)
     except OSError as error:
@@ -83,12 +93,12 @@ def find_checkpoint(out):  # -> its path, what run.json says
     folder = os.path.join(out, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
     complete = [n for n in names if os.path.isfile(os.path.join(folder, n, "run.json"))]
-    last = max(filter(str.isdigit, complete), key=int, default=None)
+    last = max(filter(CHECKPOINT.fullmatch, complete), key=int, default=None)
     if last is None:
         raise FileNotFoundError(f"{out}: nothing to resume: no checkpoint in {folder}")
     place = os.path.join(folder, last)
     path = os.path.join(place, "run.json")
-    return place, parse_json(Path(path).read_bytes(), path)
+    return place, read_json(path)
 
 
 def load_checkpoint(place, shapes):  # -> encoder, hparams, params, {name: array}
@@ -97,16 +107,13 @@ def load_checkpoint(place, shapes):  # -> encoder, hparams, params, {name: array
     shapes: a function of the parameters, -> {name: (shape, dtype)} of the moments that the
     optimizer wants. ValueError if there are others.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     encoder, hparams, params = load_encoder_hparams_and_params(place, ".")
     path = os.path.join(place, "optimizer.safetensors")
-    try:
-        moments = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: cut short or corrupt ({error})") from None
-    wanted = shapes(params)
-    if {name: (x.shape, x.dtype) for name, x in moments.items()} != wanted:
+    tensors, wanted = read_safetensors(path), shapes(params)
+    if {name: (shape, DTYPES.get(d)) for name, (d, shape, _) in tensors.items()} != wanted:
         raise ValueError(f"{path}: is of another optimizer, or of another version of optax")
-    return encoder, hparams, params, {name: moments[name] for name in wanted}
+    moments = {
+        name: tensors[name][2].view(dtype).reshape(shape).copy()
+        for name, (shape, dtype) in wanted.items()
+    }
+    return encoder, hparams, params, moments

@@ -131,14 +131,18 @@ def add_line(file, text):
 def read_log(path):  # -> [dict]
     """The lines of metrics.jsonl, but for one that a kill cut short."""
     lines = []
-    for text in Path(path).read_text("utf-8").splitlines() if Path(path).exists() else ():
+    for text in Path(path).read_bytes().splitlines() if Path(path).is_file() else ():
         try:
-            line = parse_json(text.encode(), path)
+            line = parse_json(text, path)
         except ValueError:
             break
-        if isinstance(line.get("step"), int):
+        if type(line.get("step")) is int and all(map(is_number, line.values())):
             lines.append(line)
     return lines
+
+
+def is_number(value):  # that can be drawn
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def open_tensorboard(folder):  # -> a function that takes values
@@ -187,6 +191,7 @@ def draw(out):
     if axes.lines:
         axes.legend()
     temporary = Path(out, ".loss.png")
+    temporary.unlink(missing_ok=True)  # a link of that name would have us write to where it leads
     try:
         figure.savefig(temporary, format="png", dpi=120)
         os.replace(temporary, Path(out, "loss.png"))

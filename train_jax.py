@@ -790,12 +790,12 @@ def check_saved(saved, place):  # -> the flags of a run that is resumed
     """ValueError if run.json is damaged, or of another trainer."""
     try:
         flags = saved["flags"]
-        wanted = RECIPES[flags["recipe"]] | {"n_layer": 1, "n_head": 1, "n_embd": 1, "dtype": ""}
-        right = all(
-            isinstance(flags[name], type(wanted[name])) for name in wanted.keys() - {"data"}
-        )
-        right &= isinstance(saved["step"], int) and isinstance(saved["text"], dict)
-        right &= isinstance(saved["best"], float | None) and isinstance(flags["data"], str)
+        wanted = RECIPES[flags["recipe"]] | {"n_layer": 1, "n_head": 1, "n_embd": 1}
+        wanted |= {"dtype": "", "saved_dtype": "", "data": ""}
+        right = all(type(flags[name]) is type(value) for name, value in wanted.items())
+        right &= flags.keys() <= wanted.keys() | {"recipe", "out", "init_from", "tokenizer"}
+        right &= type(saved["step"]) is int and 0 <= saved["step"] <= flags["n_steps"]
+        right &= isinstance(saved["best"], float | None) and isinstance(saved["text"], dict)
         check_flags(flags)
     except (KeyError, TypeError, ValueError):
         right = False
@@ -815,6 +815,9 @@ def run(flags, tensorboard=False, model=None, place=None, saved=None):
     moments, encoder, is_tuned = None, None, model is not None
     if place:
         *model, moments = load_checkpoint(place, functools.partial(moment_shapes, optimizer))
+        same = all(flags[name] == model[1][name] for name in ("n_layer", "n_head", "n_embd"))
+        if not same or n_ctx > model[1]["n_ctx"]:
+            raise ValueError(f"{place}: run.json has other sizes than the model")
     if model:
         encoder, hparams, params = model
     elif flags.get("tokenizer"):

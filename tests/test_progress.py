@@ -174,3 +174,63 @@ def test_the_title_names_the_best(log, tmp_path, monkeypatch):
         write({"step": step, "validation": validation})
     progress.draw(tmp_path / "out")
     assert titles == ["best validation loss 2.5000 at step 200"]
+
+
+GOOD = {"step": 20, "loss": 2.0}
+STRANGE = [
+    b'{"step": "20", "loss": 2.0}',
+    b'{"step": true, "loss": 2.0}',
+    b'{"step": 20.0, "loss": 2.0}',
+    b'{"step": NaN, "loss": 2.0}',
+    b'{"loss": 2.0}',
+    b'{"step": 20, "loss": "2"}',
+    b'{"step": 20, "validation": null}',
+    b'{"step": 20, "loss": [2.0, 3.0]}',
+    b'{"step": 20, "validation": true}',
+    b'{"step": 1' + b"0" * 400 + b"}",
+    b'{"step": 20, "loss": 1' + b"0" * 400 + b"}",
+    b'{"step": 20, "loss": ' + b"[" * 500 + b"]" * 500 + b"}",
+]
+
+
+@pytest.mark.parametrize("line", STRANGE, ids=lambda line: line[:40].decode())
+def test_lines_that_the_trainer_never_writes_are_left_out(log, tmp_path, line):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "metrics.jsonl"
+    good = json.dumps(GOOD).encode()
+    path.write_bytes(b"\n".join([good, line, good]))
+    assert progress.read_log(path) == [GOOD, GOOD]
+    progress.draw(tmp_path / "out")
+    log(n_done=40)
+    assert read(path) == [GOOD, GOOD]
+
+
+@pytest.mark.parametrize("line", [b"\xff", b"[" * 10**5, b"[1]", b'{"step": ' + b"9" * 5000 + b"}"])
+def test_a_log_ends_where_it_is_no_json(log, tmp_path, line):
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "metrics.jsonl"
+    path.write_bytes(b"\n".join([json.dumps(GOOD).encode(), line, json.dumps(GOOD).encode()]))
+    log(n_done=40)
+    assert read(path) == [GOOD]
+
+
+def test_a_run_writes_to_no_link_that_came_with_its_folder(log, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious").write_text("precious")
+    names = [".loss.png", "loss.png", "metrics.jsonl", f"metrics.jsonl.{os.getpid()}.tmp"]
+    for name in names:
+        (tmp_path / "out" / name).symlink_to("../precious")
+    log(n_done=40)({"step": 60, "loss": 3.0})
+    progress.draw(tmp_path / "out")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [line["step"] for line in read(tmp_path / "out" / "metrics.jsonl")] == [60]
+
+
+def test_a_log_that_is_a_pipe_is_none(log, tmp_path):
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / "metrics.jsonl")
+    log(n_done=40)({"step": 60, "loss": 3.0})
+    assert [line["step"] for line in read(tmp_path / "out" / "metrics.jsonl")] == [60]

@@ -708,6 +708,24 @@ def test_what_cannot_be_resumed_is_said_in_one_line(never_stopped, tmp_path):
         lambda plan: plan["flags"].update(optimizer="sgd"),
         lambda plan: plan["flags"].update(recipe="old"),
         lambda plan: plan["flags"].pop("n_embd"),
+        lambda plan: plan["flags"].pop("saved_dtype"),
+        lambda plan: plan["flags"].update(recipe=["shakespeare"]),
+        lambda plan: plan["flags"].update(n_layer=True),
+        lambda plan: plan["flags"].update(n_ctx=10**400),
+        lambda plan: plan["flags"].update(learning_rate=float("nan")),
+        lambda plan: plan["flags"].update(grad_clip=float("inf")),
+        lambda plan: plan["flags"].update(data=["a"]),
+        lambda plan: plan["flags"].update(fsdp=1),
+        lambda plan: plan["flags"].update(schedule="a value for make_optimizer"),
+        lambda plan: plan["flags"].update(coordinator="evil.example:1"),
+        lambda plan: plan["flags"].update(resume="/"),
+        lambda plan: plan.update(step=-1),
+        lambda plan: plan.update(step=True),
+        lambda plan: plan.update(step=601),
+        lambda plan: plan.update(step=10**400),
+        lambda plan: plan.update(best="1.5"),
+        lambda plan: plan.update(flags=[1]),
+        lambda plan: plan.update(text=None),
     ],
 )
 def test_a_damaged_run_json_is_refused(never_stopped, change):
@@ -716,6 +734,57 @@ def test_a_damaged_run_json_is_refused(never_stopped, change):
     change(plan)
     with pytest.raises(ValueError, match=r"run.json: damaged, or not of this trainer"):
         train_jax.check_saved(plan, place)
+
+
+def test_only_the_flag_resume_says_where_to_write(never_stopped, tmp_path, monkeypatch):
+    """run.json has an `out`, too: that of the first run, on another machine perhaps."""
+    place, plan = checkpoints.find_checkpoint(never_stopped)
+    plan["flags"]["out"] = str(tmp_path / "elsewhere")
+    monkeypatch.setattr(train_jax, "find_checkpoint", lambda out: (place, plan))
+    monkeypatch.setattr(train_jax, "start_jax", lambda *_: None)
+    monkeypatch.setattr(train_jax, "run", lambda flags, *_: runs.append(flags["out"]))
+    runs = []
+    train_jax.main(resume="here")
+    assert runs == ["here"]
+
+
+@pytest.mark.parametrize("change", [{"n_head": 8}, {"n_layer": 2}, {"n_embd": 16}, {"n_ctx": 17}])
+def test_a_run_json_of_another_model_is_refused(never_stopped, change):
+    place, plan = checkpoints.find_checkpoint(never_stopped)
+    flags = train_jax.check_saved(plan, place) | change
+    with pytest.raises(ValueError, match="run.json has other sizes than the model"):
+        train_jax.run(flags, place=place, saved=plan)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3", "F4", "C64", "BOOL", "I64", "F64"])
+def test_moments_of_another_kind_are_refused(models, tmp_path, dtype):
+    """Of some, NumPy has no type, which is no reason for a traceback."""
+    place = shutil.copytree(models[0] / "tiny", tmp_path / "00000005")
+    shapes = {"a": ((8,), np.dtype("float32"))}
+    n_bytes = {"F4": 4, "F8_E4M3": 8, "BOOL": 8, "F64": 64, "C64": 64, "I64": 64}.get(dtype, 16)
+    header = json.dumps({"a": {"dtype": dtype, "shape": [8], "data_offsets": [0, n_bytes]}})
+    data = len(header).to_bytes(8, "little") + header.encode() + bytes(n_bytes)
+    (place / "optimizer.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="optimizer.safetensors: is of another optimizer"):
+        checkpoints.load_checkpoint(str(place), lambda params: shapes)
+    os.unlink(place / "optimizer.safetensors")
+    os.mkfifo(place / "optimizer.safetensors")
+    with pytest.raises(ValueError, match="optimizer.safetensors: not an ordinary file"):
+        checkpoints.load_checkpoint(str(place), lambda params: shapes)
+
+
+def test_names_that_only_look_like_checkpoints(tmp_path):
+    """int() does not take every digit, and a folder of photographs may be called 2024."""
+    names = ["²", "2024", "0000001", "00000010x", "-0000010", "٠٠٠٠٠٠١٠"]
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "run.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        checkpoints.find_checkpoint(tmp_path)
+    params = train_jax.init_params(jax.random.key(0), **SIZES)
+    hparams = {**SIZES, "n_head": 3}
+    checkpoints.save_checkpoint(tmp_path, [], 5, params, {}, {}, Encoder([]), hparams)
+    assert set(os.listdir(tmp_path / "checkpoints")) == {*names, "00000005"}
 
 
 def test_moments_are_those_of_the_optimizer_in_its_order(never_stopped, tmp_path):
