@@ -26,6 +26,7 @@ import regex
 from encoder import mend_surrogates
 
 BLOCK = 2**20  # bytes that are read at a time
+MOST_LINE = 2**28  # bytes of a line of JSON, which is held whole and takes several times its bytes
 NEWLINE = ord("\n")
 SHORTER = "the file became shorter while it was read"
 FORMATS = {
@@ -214,14 +215,14 @@ def read_packed(file, name):  # yields bytes
 
 
 def read_zst(file, name):
-    """Zstandard frames one after the other. Small bites, because each may grow a thousandfold."""
+    """Zstandard frames one after the other. Small bites: four bytes may stand for 131072."""
     try:
         import zstandard
     except ImportError:
         raise ImportError(f"{name}: reading it needs zstandard: pip install zstandard") from None
     frame = None
     try:
-        while bite := file.read(4096):
+        while bite := file.read(512):
             while bite:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
                 yield frame.decompress(bite)
@@ -302,9 +303,11 @@ def read_json(file, start, stop, field):  # yields lists of parts
     file.seek(start)
     parts, n_bytes, at = [], 0, start
     while at < stop:
-        line = file.readline()
+        line = file.readline(MOST_LINE + 1)
         if not line:
             raise ValueError(SHORTER, at)
+        if len(line) > MOST_LINE:
+            raise ValueError(f"a line of more than {MOST_LINE} bytes", at)
         if line.strip():
             parts += cut_long(at, text_of_line(line, field, at))
         at += len(line)

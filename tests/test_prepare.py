@@ -615,6 +615,7 @@ BROKEN = {
     "cut.jsonl.gz": (gzip.compress(ROW * 70 + b'{"text'), "cut.jsonl.gz: line 71: not JSON ("),
     "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), "latin.jsonl: line 1: not JSON ("),
     "deep.jsonl": (b"[" * 100000, "deep.jsonl: line 1: not JSON ("),
+    "digits.jsonl": (ROW + b'{"text": ' + b"9" * 5000 + b"}", "digits.jsonl: line 2: not JSON ("),
 }
 
 
@@ -635,6 +636,78 @@ def test_broken_files_give_one_clear_line(tmp_path, name):
     if not list((tmp_path / "out").glob("*.bin")):  # what failed at once is no hindrance
         (tmp_path / "good.txt").write_text("good")
         make("good.txt", "--out", "out", cwd=tmp_path)
+
+
+def test_a_line_of_json_longer_than_may_be_held(tmp_path, monkeypatch):
+    """Packed, ten gigabytes of one line are ten megabytes; and a row is held whole."""
+    monkeypatch.setattr(documents, "MOST_LINE", 1000)
+    row = json.dumps({"text": "x" * 988}).encode() + b"\n"
+    assert len(row) == 1001
+    for ending in ("", ".gz"):
+        for rows, problem in ((ROW + row[1:], "not JSON"), (ROW + row, "a line of more than 1000")):
+            path = tmp_path / f"a.jsonl{ending}"
+            path.write_bytes(gzip.compress(rows) if ending else rows)
+            with pytest.raises(ValueError, match=f"a.jsonl{ending}: line 2: {problem}"):
+                read_here(path, tmp_path)
+    (tmp_path / "a.jsonl").write_bytes(ROW + row.replace(b"xx", b"x", 1))
+    assert [len(text) for text in read_here(tmp_path / "a.jsonl", tmp_path)] == [1, 987]
+
+
+def read_here(path, work_dir):  # -> the parts of its documents
+    options = OPTIONS | {"shard_bytes": 10**9}
+    source = documents.describe(str(path), json_lines=False)
+    spans = documents.cut_source(0, source, options, str(work_dir))
+    return [
+        text
+        for span in spans
+        for parts in documents.read_span(span, options)
+        for _, text, _ in parts
+    ]
+
+
+def pack_zst(data, n):
+    """A frame of n blocks of 128 KiB of one byte: four bytes each. RFC 8878, section 3.1.1."""
+    block, last = (
+        ((2**17 << 3) | 0b010).to_bytes(3, "little"),
+        ((1 << 3) | 0b011).to_bytes(3, "little"),
+    )
+    return bytes.fromhex("28b52ffd0058") + n * (block + data) + last + data
+
+
+BOMBS = {
+    "spaces.txt.gz": lambda: gzip.compress(b" " * 10**7, 1) * 30,
+    "letters.txt.gz": lambda: gzip.compress(b"a" * 10**7, 1) * 30,
+    "lines.txt.gz": lambda: gzip.compress(b"\n" * 10**7, 1) * 30,
+    "line.jsonl.gz": lambda: gzip.compress(b"[" * 10**7, 1) * 30,
+    "letters.txt.zst": lambda: pack_zst(b"a", 2300),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_that_unpacks_to_300_megabytes_takes_little_memory(tmp_path, name):
+    if name.endswith("zst"):
+        pytest.importorskip("zstandard")
+    (tmp_path / name).write_bytes(BOMBS[name]())
+    assert os.path.getsize(tmp_path / name) < 2_000_000
+    code = f"""if True:
+        import documents
+        documents.MOST_LINE = 2**20
+        options = {OPTIONS | {"shard_bytes": 32 * 10**6}!r}
+        source = documents.describe({str(tmp_path / name)!r}, json_lines=False)
+        n_bytes = 0
+        try:
+            for span in documents.cut_source(0, source, options, {str(tmp_path)!r}):
+                n_bytes += span["size"]
+                next(documents.read_span(span, options))
+        except ValueError as error:
+            print(error)
+        print(n_bytes, *[x for x in open("/proc/self/status") if "VmHWM" in x])
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    n_bytes, memory = (int(done.stdout.split()[i]) for i in (-4, -2))
+    assert n_bytes > 299_000_000 and memory < 120_000  # KiB
+    assert name != "line.jsonl.gz" or "line.jsonl.gz: line 1: a line of more than" in done.stdout
 
 
 def test_a_zst_cut_short(tmp_path):
