@@ -340,11 +340,18 @@ def read_parquet(file, start, stop, field):  # yields lists of parts
     batches = table.iter_batches(64, row_groups=list(range(start, stop)), columns=[field])
     while batch := next_batch(batches):
         parts = []
-        for text in batch.column(0).to_pylist():
+        for value in batch.column(0):  # one at a time: a few bytes may stand for long texts
             row += 1
+            try:
+                text = value.as_py()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"row {row}: {error}", None) from None
             if not isinstance(text, str):
                 raise ValueError(f"row {row} has no text in the column {field!r}", None)
             parts += cut_long(row, text.encode())
+            if len(text) >= BLOCK:
+                yield parts
+                parts = []
         yield parts
 
 

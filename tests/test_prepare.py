@@ -718,6 +718,29 @@ def test_a_zst_cut_short(tmp_path):
     assert (code, out, err) == (2, "", "error: a.txt.zst: cut short\n")
 
 
+def test_parquet_whose_text_is_no_text(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    latin = pyarrow.array([b"a", b"caf\xe9"]).view(pyarrow.string())
+    for texts in (latin, ["a", None], [b"a", b"b"], [["a"]], [{"text": "a"}], [1, 2]):
+        parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match=r"a.parquet: row [12](: 'utf-8'| has no text in the)"):
+            read_here(tmp_path / "a.parquet", tmp_path)
+
+
+def test_rows_of_parquet_that_are_one_long_text(tmp_path):
+    """A text that comes often is in the file but once, so the rows must not be held together."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 30), ["x" * 3_000_000])
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    assert os.path.getsize(tmp_path / "a.parquet") < 300_000
+    source = documents.describe(str(tmp_path / "a.parquet"), json_lines=False)
+    (span,) = documents.cut_source(0, source, OPTIONS | {"shard_bytes": 10**9}, str(tmp_path))
+    sizes = [sum(len(x) for _, x, _ in parts) for parts in documents.read_span(span, OPTIONS)]
+    assert sum(sizes) == 30 * 3_000_000 and max(sizes) == 3_000_000
+
+
 def test_parquet_without_the_column(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
