@@ -31,23 +31,25 @@ CHECKPOINT = re.compile(r"[0-9]{8,}")  # their names; a folder "2024" is somebod
 DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
 
 
-def save_checkpoint(out, saved, step, params, moments, run, encoder, hparams):  # -> where
-    """Write a checkpoint; of this run's others, which the list `saved` names, keep the last.
+def save_checkpoint(out, places, step, params, moments, about, encoder, hparams):  # -> where
+    """Write a checkpoint; of this run's others, which the list `places` names, keep the last.
 
-    params is the model's tree, moments {name: array}, run what run.json shall say besides the step.
+    params is the model's tree, moments {name: array}, about what run.json says besides the step.
     """
     folder = os.path.join(out, "checkpoints")
     place, stage = os.path.join(folder, f"{step:08d}"), None
     try:
         os.makedirs(folder, exist_ok=True)
         names = os.listdir(folder)
-        for name in filter(lambda name: name.startswith(".saving-"), names):
-            shutil.rmtree(os.path.join(folder, name))  # half written
+        older = {os.path.join(folder, name) for name in filter(CHECKPOINT.fullmatch, names)}
+        for name in names:
+            if name.startswith(".saving-"):
+                shutil.rmtree(os.path.join(folder, name))  # half written
         stage = tempfile.mkdtemp(prefix=".saving-", dir=folder)
         save_model(stage, encoder, hparams, params)
         write_safetensors(os.path.join(stage, "optimizer.safetensors"), moments)
-        write_whole(Path(stage, "run.json"), json.dumps({"step": step} | run, indent=1))
-        for other in {os.path.join(folder, n) for n in filter(CHECKPOINT.fullmatch, names)} - set(saved):
+        write_whole(Path(stage, "run.json"), json.dumps({"step": step} | about, indent=1))
+        for other in older - set(places):
             put_away(other)  # an earlier run's, kept until this one is whole
         os.rename(stage, place)
     except OSError as error:
@@ -56,10 +58,10 @@ def save_checkpoint(out, saved, step, params, moments, run, encoder, hparams):  
     finally:
         if stage:
             shutil.rmtree(stage, ignore_errors=True)
-    for old in saved[:-1]:
+    for old in places[:-1]:
         with contextlib.suppress(OSError):
             put_away(old)
-    saved[:] = [*saved[-1:], place]
+    places[:] = [*places[-1:], place]
     return place
 
 

@@ -157,6 +157,7 @@ class Encoder:
     A merge of pieces that the vocabulary lacks is a ValueError, as is all check_vocab refuses.
 
     n_vocab: one more than the largest id. endoftext: its id, None where the vocabulary has none.
+    piece_of_id: the inverse of vocab.
 
     >>> encoder = Encoder([("Ġ", "a"), ("b", "c")])
     >>> encoder.encode(" abc"), encoder.decode([256, 257]), encoder.endoftext, encoder.n_vocab
@@ -168,7 +169,7 @@ class Encoder:
         self.vocab = number_pieces(self.merges) if vocab is None else check_vocab(vocab)
         self.n_vocab = max(self.vocab.values()) + 1
         self.endoftext = self.vocab.get(ENDOFTEXT)
-        self._piece_of_id = {id: piece for piece, id in self.vocab.items()}
+        self.piece_of_id = {id: piece for piece, id in self.vocab.items()}
         self._byte_ids = [self.vocab[CHAR_OF_BYTE[byte]] for byte in range(256)]
         self._ranks, self._merged = rank_merges(self.merges, self.vocab)
         self._ids_of_piece = Cache(self._encode_piece)
@@ -188,6 +189,10 @@ class Encoder:
         for document in others:
             ids += [self.endoftext, *self._encode_plain(document)]
         return ids
+
+    def encode_prompt(self, text):
+        """Return encode(text); for an empty one <|endoftext|> alone, if the vocabulary has it."""
+        return self.encode(text) or ([] if self.endoftext is None else [self.endoftext])
 
     def decode(self, ids):
         """Return the text of an iterable of ids; bytes that are no UTF-8 become U+FFFD.
@@ -245,7 +250,7 @@ class Encoder:
     def _decode_bytes(self, ids):
         ids = [index(id) for id in ids]
         try:
-            printable = "".join([self._piece_of_id[id] for id in ids])
+            printable = "".join([self.piece_of_id[id] for id in ids])
         except KeyError as unknown:
             raise ValueError(f"id {unknown} is not in the vocabulary of {self.n_vocab}") from None
         return bytes([BYTE_OF_CHAR[char] for char in printable])

@@ -70,7 +70,7 @@ def load_ids(data, encoder):  # the --data flag -> ids [1 + n_tokens], n_bytes, 
     if encoder.endoftext is not None:
         ids = [encoder.endoftext, *ids]
     elif ids:
-        first = next(piece for piece, id in encoder.vocab.items() if id == ids[0])
+        first = encoder.piece_of_id[ids[0]]
         predicted = predicted[len(first) :]  # a piece has a character for every byte
     if len(ids) < 2:
         raise ValueError(f"{data}: an empty text, or too short a one to predict any of it")

@@ -105,9 +105,10 @@ def page_data(inputs, recording, encoder, hparams, params):
     data |= predictions(inputs, recording["logits"])
     data |= read_lens(recording["stream"], params)
     data |= flow(inputs, recording, params)
-    piece_of_id = {id: piece for piece, id in encoder.vocab.items()}
     ids = {*inputs, *data["top_ids"].ravel().tolist(), *data["lens_ids"].ravel().tolist()}
-    pieces = {id: piece_of_id.get(id, "") for id in sorted(ids)}  # a vocabulary may have gaps
+    pieces = {
+        id: encoder.piece_of_id.get(id, "") for id in sorted(ids)
+    }  # a vocabulary may have gaps
     data["bytes"] = {id: bytes(map(BYTE_OF_CHAR.get, piece)).hex() for id, piece in pieces.items()}
     data["call"] = outline(recording["call"], names_of(params))
     names = sorted(functions(recording["call"]))
@@ -278,9 +279,7 @@ def main(
         what = odd if path.exists() else f"there is no folder {path.parent}"
         raise ValueError(f"--out {out}: {what}; expected a file's name, such as explain.html")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    inputs = encoder.encode(text)
-    if not inputs and encoder.endoftext is not None:
-        inputs = [encoder.endoftext]
+    inputs = encoder.encode_prompt(text)
     n_most = min(MAX_TOKENS, hparams["n_ctx"])
     if not 0 < len(inputs) <= n_most:
         raise ValueError(f"{len(inputs)} tokens, but a page needs 1 and shows {n_most} at most")

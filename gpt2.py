@@ -273,9 +273,7 @@ def main(
 
     check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)  # before any download
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    inputs = encoder.encode(prompt)
-    if not inputs and encoder.endoftext is not None:
-        inputs = [encoder.endoftext]
+    inputs = encoder.encode_prompt(prompt)
     new_ids = generate_stream(
         inputs, params, hparams["n_head"], n_tokens_to_generate,
         temperature, top_k, top_p, seed, encoder.endoftext,

@@ -46,6 +46,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_seq] -> [n_seq, n_vocab]
 
 def generate(inputs, params, n_head, n_tokens_to_generate):
     ids, n_ctx = list(inputs), len(params["wpe"])
+    if not ids:
+        raise ValueError("the prompt has no tokens")
     if not 0 <= n_tokens_to_generate <= n_ctx - len(ids):
         raise ValueError(f"{len(ids)} + {n_tokens_to_generate} tokens do not fit n_ctx {n_ctx}")
     for _ in range(n_tokens_to_generate):
@@ -57,7 +59,7 @@ def main(prompt: str, n_tokens_to_generate: int = 40, model_size="124M", models_
     from utils import load_encoder_hparams_and_params
 
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    ids = encoder.encode(prompt) or [encoder.endoftext]
+    ids = encoder.encode_prompt(prompt)
     new_ids = generate(ids, params, hparams["n_head"], n_tokens_to_generate)
     print(encoder.decode(new_ids).split("<|endoftext|>")[0])
 

@@ -317,9 +317,8 @@ def main(
     if not prompts:
         raise ValueError("no prompts: give one or more, or --prompts_file")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    start = [] if encoder.endoftext is None else [encoder.endoftext]
     rows = generate_stream(
-        [encoder.encode(prompt) or start for prompt in prompts],
+        [encoder.encode_prompt(prompt) for prompt in prompts],
         params, hparams["n_head"], n_tokens_to_generate,
         temperature, top_k, top_p, seed, encoder.endoftext,
         stop and (lambda ids: stop in encoder.decode(ids)), n_samples, batch_size,

@@ -81,7 +81,7 @@ def load_encoder_hparams_and_params(model_size, models_dir="models"):
     """
     model_dir = find_model(model_size, models_dir)
     hparams = read_hparams(model_dir)
-    encoder = get_encoder(os.path.basename(model_dir), os.path.dirname(model_dir))
+    encoder = get_encoder("", model_dir)
     check_vocabulary(encoder, hparams, model_dir)
     params = load_params(model_dir, hparams)
     # Rows beyond the tokenizer's ids only pad the matrix to a rounder size: they must not be drawn.
