@@ -114,7 +114,7 @@ def open_log(out, n_done):  # -> an open file
     except BlockingIOError:
         raise ValueError(f"{out}: another train_jax.py is at work there") from None
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from None
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def add_line(file, text):

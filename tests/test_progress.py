@@ -219,8 +219,7 @@ def test_a_run_writes_to_no_link_that_came_with_its_folder(log, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     (tmp_path / "out").mkdir()
     (tmp_path / "precious").write_text("precious")
-    names = [".loss.png", "loss.png", "metrics.jsonl", f"metrics.jsonl.{os.getpid()}.tmp"]
-    for name in names:
+    for name in (".loss.png", "loss.png", f"metrics.jsonl.{os.getpid()}.tmp"):
         (tmp_path / "out" / name).symlink_to("../precious")
     log(n_done=40)({"step": 60, "loss": 3.0})
     progress.draw(tmp_path / "out")
@@ -229,8 +228,12 @@ def test_a_run_writes_to_no_link_that_came_with_its_folder(log, tmp_path):
     assert [line["step"] for line in read(tmp_path / "out" / "metrics.jsonl")] == [60]
 
 
-def test_a_log_that_is_a_pipe_is_none(log, tmp_path):
+@pytest.mark.parametrize("what", ["a link", "a pipe"])
+def test_a_log_that_is_no_file_is_refused(log, tmp_path, what):
     (tmp_path / "out").mkdir()
-    os.mkfifo(tmp_path / "out" / "metrics.jsonl")
-    log(n_done=40)({"step": 60, "loss": 3.0})
-    assert [line["step"] for line in read(tmp_path / "out" / "metrics.jsonl")] == [60]
+    (tmp_path / "precious").write_text("precious")
+    path = tmp_path / "out" / "metrics.jsonl"
+    path.symlink_to("../precious") if what == "a link" else os.mkfifo(path)
+    with pytest.raises(OSError, match=r"^cannot write .*metrics\.jsonl: [^N]"):
+        log(n_done=40)
+    assert (tmp_path / "precious").read_text() == "precious"
