@@ -11,6 +11,7 @@ in them, of which the last counts; uint16 after a header of 256 int32, of which 
 tokenizer.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -29,9 +30,10 @@ def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or 
     another size than it says.
     """
     folder = Path(folder)
+    files = sorted(folder.glob("*.bin"))
+    allow_open_files(len(files))
     if (folder / "meta.json").exists():
         return open_prepared(folder), get_encoder("", folder)
-    files = sorted(folder.glob("*.bin"))
     if any(SHARD.fullmatch(file.name) for file in files):
         raise ValueError(f"{folder}: no meta.json: prepare.py has not finished there, run it again")
     split = {f: (re.findall("train|val", f.name) or [None])[-1] for f in files}
@@ -46,6 +48,18 @@ def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or 
     except FileNotFoundError:
         return shards, None
     return shards, get_encoder("", folder)
+
+
+def allow_open_files(n):
+    """Raise the limit, often 1024, if that is needed for n more: a map keeps its file open."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (math.inf if x == resource.RLIM_INFINITY else x for x in limits)
+    if soft < n + 256:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(n + 256, hard), limits[1]))
 
 
 def open_prepared(folder):

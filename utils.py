@@ -316,6 +316,7 @@ def convert_checkpoint(checkpoint, hparams, path):
     """The tensors of a TensorFlow checkpoint, as read_safetensors gives them; written to `path`.
 
     A folder that cannot be written still loads, with a notice; TensorFlow is then needed again.
+    Of most broken files its reader says so (ValueError); a few make it abort the process.
     """
     quiet_tensorflow()
     try:

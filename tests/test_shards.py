@@ -266,3 +266,14 @@ def test_the_last_word_of_a_foreign_name_says_which_split_it_is(tmp_path):
     found, _ = shards.open_shards(tmp_path)
     names = {split: [Path(shard.filename).name for shard in some] for split, some in found.items()}
     assert names == {"train": ["retrieval_train_1.bin"], "val": ["training_val_1.bin"]}
+
+
+def test_there_may_be_more_shards_than_open_files(tmp_path):
+    for i in range(400):
+        np.array([i], "<u2").tofile(tmp_path / f"train{i:03}.bin")
+    code = (
+        "import shards, sys; print(shards.count_ids(shards.open_shards(sys.argv[1])[0]['train']))"
+    )
+    command = f'ulimit -Sn 100 && exec {sys.executable} -c "{code}" {tmp_path}'
+    done = subprocess.run(command, shell=True, capture_output=True, cwd=REPO, encoding="utf-8")
+    assert (done.stdout, done.stderr) == ("400\n", "")
