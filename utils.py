@@ -579,7 +579,8 @@ def fetch(url, f, note):
                 "length": int(length) if length.isdecimal() else None,
                 "md5": sent.get("Content-MD5"),
             }
-            write_whole(Path(note), json.dumps(known))
+            with open(note, "w", opener=open_no_link) as g:
+                json.dump(known, g)
             ends = "Content-Length" in sent or "Transfer-Encoding" in sent
             if not (ends or known["md5"]):  # what breaks off could not be told from the whole
                 raise ConnectionError("the server does not say how much there is")
