@@ -468,7 +468,8 @@ def test_what_a_kill_cut_short_in_jaxs_cache_is_made_again_without_a_word(tmp_pa
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     done = subprocess.run([sys.executable, "-c", CACHE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [line.split(": ")[-1] for line in done.stderr.splitlines()] == ["something else"]
+    first, *source = done.stderr.splitlines()  # which newer Pythons show, too
+    assert first.endswith("UserWarning: something else") and len(source) < 2
 
 
 def test_what_a_kill_left_of_a_save_is_cleared_away(tmp_path):
