@@ -106,9 +106,7 @@ def page_data(inputs, recording, encoder, hparams, params):
     data |= read_lens(recording["stream"], params)
     data |= flow(inputs, recording, params)
     ids = {*inputs, *data["top_ids"].ravel().tolist(), *data["lens_ids"].ravel().tolist()}
-    pieces = {
-        id: encoder.piece_of_id.get(id, "") for id in sorted(ids)
-    }  # a vocabulary may have gaps
+    pieces = {id: encoder.piece_of_id.get(id, "") for id in sorted(ids)}  # "": a gap in the ids
     data["bytes"] = {id: bytes(map(BYTE_OF_CHAR.get, piece)).hex() for id, piece in pieces.items()}
     data["call"] = outline(recording["call"], names_of(params))
     names = sorted(functions(recording["call"]))
@@ -143,9 +141,8 @@ def flow(inputs, recording, params):
     """
     past = np.tril_indices(len(inputs))
     added = [params["wte"][inputs], params["wpe"][: len(inputs)]]
-    added += [
-        half for pair in zip(recording["mha"], recording["ffn"], strict=True) for half in pair
-    ]
+    for pair in zip(recording["mha"], recording["ffn"], strict=True):
+        added += pair
     vectors, scales = compress(np.stack([*added, recording["final"]]))
     names = ("stream", "mha", "ffn")
     return {
@@ -182,8 +179,8 @@ def group(logits):  # [n_seq, n], descending -> [n_groups], [n_seq, n_groups]
     return counts, largest + means
 
 
-def read_lens(stream, params):  # [n_layer + 1, n_seq, n_embd] -> two of [n_layer + 1, n_seq, 5]
-    """The likeliest tokens and their probabilities, as every layer would have it."""
+def read_lens(stream, params):  # of [n_layer + 1, n_seq, n_embd]
+    """The five likeliest ids and their probabilities, as every layer would have it."""
     ids, probs = [], []
     for x in stream:  # one by one: logits are large
         logits = lens(x, params)
@@ -286,9 +283,8 @@ def main(
     recording = record(inputs, params, hparams["n_head"])
     if not np.isfinite(recording["logits"]).all():
         raise ValueError(f"{model_size}: with its weights the logits are no finite numbers")
-    data = {"model": os.path.basename(os.path.abspath(model_size))} | page_data(
-        inputs, recording, encoder, hparams, params
-    )
+    data = page_data(inputs, recording, encoder, hparams, params)
+    data["model"] = os.path.basename(os.path.abspath(model_size))
     try:
         write_whole(path, page(data))
     except OSError as error:  # which would name a temporary file
