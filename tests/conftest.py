@@ -49,6 +49,14 @@ def random_params(rng, hparams):
     return utils.nest(arrays)
 
 
+def tree_map(f, node):
+    if isinstance(node, dict):
+        return {key: tree_map(f, child) for key, child in node.items()}
+    if isinstance(node, list):
+        return [tree_map(f, child) for child in node]
+    return f(node)
+
+
 def hugging_face(params, hparams):
     """transformers' GPT-2 with a copy of these parameters; skips the test without transformers."""
     torch = pytest.importorskip("torch", reason="torch is not installed")

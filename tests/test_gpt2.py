@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import hugging_face, random_params
+from conftest import hugging_face, random_params, tree_map
 
 import gpt2
 import gpt2_pico
@@ -36,14 +36,6 @@ def jax():
 @pytest.fixture
 def params(rng):
     return random_params(rng, SMALL)
-
-
-def tree_map(f, node):
-    if isinstance(node, dict):
-        return {key: tree_map(f, child) for key, child in node.items()}
-    if isinstance(node, list):
-        return [tree_map(f, child) for child in node]
-    return f(node)
 
 
 def float64(params):

@@ -4,19 +4,13 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import TINY, random_params
+from conftest import TINY, random_params, tree_map
 
 import gpt2
 import gpt2_pico
 import kv_cache
 
 N_HEAD = TINY["n_head"]
-
-
-def tree_map(f, node):
-    if isinstance(node, dict):
-        return {key: tree_map(f, child) for key, child in node.items()}
-    return [tree_map(f, child) for child in node] if isinstance(node, list) else f(node)
 
 
 def jax_gpt2(ids, params):
