@@ -385,7 +385,8 @@ def check_vocab(vocab):
     piece_of_id = {}
     for piece, id in vocab.items():
         if type(id) is not int or not 0 <= id < MOST_IDS:
-            raise ValueError(f"the id of {piece!r} is {id!r}, not an integer from 0 to 16777215")
+            wanted = f"an integer from 0 to {MOST_IDS - 1}"
+            raise ValueError(f"the id of {piece!r} is {id!r}, not {wanted}")
         if id in piece_of_id:
             raise ValueError(f"{piece_of_id[id]!r} and {piece!r} have the same id, {id}")
         piece_of_id[id] = piece

@@ -99,15 +99,11 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
             for i, some in pieces[mine]:
                 start, stop = starts[i], stops[i]
                 row = slice(borders[i] - (stop - start), borders[i])
-                keys, values = caches[i]["kv"][layer][
-                    :, some
-                ]  # these heads' [.., capacity, d_head]
+                keys, values = caches[i]["kv"][layer][:, some]  # [n_heads, capacity, d_head] each
                 keys[:, start:stop], values[:, start:stop] = k[some, row], v[some, row]
                 out[some, row] = attention(q[some, row], keys[:, :stop], values[:, :stop])
 
-        if len(pieces) > 1 and n_scores > 64 * len(
-            pieces
-        ):  # for less, waking a thread takes longer
+        if len(pieces) > 1 and n_scores > 64 * len(pieces):  # else waking a thread takes longer
             skinny.in_threads(work, len(pieces))
         else:
             work(slice(None))

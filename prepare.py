@@ -47,14 +47,13 @@ import documents
 import encoder as encoder_module
 from documents import cut_source, describe, find_files, is_same, notice, read_span
 from encoder import CHAR_OF_BYTE, ENDOFTEXT, Encoder, get_encoder, parse_json, write_whole
-from shards import open_prepared
+from shards import SHARD, open_prepared
 
 TRAINING_BYTES = 10**8  # of text, and at most a document more, from which a tokenizer learns
 SPLITS = ["train", "val"]
 TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json"]
 OURS = re.compile(  # what may be deleted in the folder of the shards
-    r"(train|val)_\d{6,}\.bin|(vocab\.json|merges\.txt|tokenizer_config\.json)(\.\d+\.tmp)?"
-    r"|meta\.json\.\d+\.tmp"
+    rf"{SHARD.pattern}|({'|'.join(map(re.escape, TOKENIZER))})(\.\d+\.tmp)?|meta\.json\.\d+\.tmp"
 )
 WORK = ".work"  # the folder, in that of the shards, that holds what is not complete
 
