@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from encoder import read_json, write_whole
+from files import read_json, write_whole
 from utils import (
     load_encoder_hparams_and_params,
     read_safetensors,

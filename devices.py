@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from utils import one_line
+from cli import one_line
 
 
 def start_jax(coordinator, num_processes, process_id):

@@ -22,9 +22,7 @@ https://github.com/openai/tiktoken, for what to do with broken Unicode.
 
 import codecs
 import json
-import os
 import re
-import stat
 from collections import Counter, defaultdict
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
@@ -32,6 +30,8 @@ from operator import index
 from pathlib import Path
 
 import regex
+
+from files import check_file, read_json, write_whole
 
 # GPT-2's pattern, letter for letter, since another one would give other ids. Read it as a list
 # of what a piece may be, the first that fits being taken: the ending of an English contraction;
@@ -57,10 +57,7 @@ LONG_PIECE = 50  # bytes from which merge_long overtakes merge_short
 CACHE_ENTRIES = 2**17  # texts that a Cache holds before it starts afresh: some 25 MB
 CACHE_CHARS = 64  # longer texts are unlikely to come again
 
-# What no tokenizer comes near, and what keeps a hostile one from filling the memory.
-MOST_BYTES = 2**24  # of its files: GPT-2's have one million. JSON that is read takes 25 times this
-MOST_IDS = 2**24  # each of which is a row of the model's embedding
-
+MOST_IDS = 2**24  # each is a row of the model's embedding: no tokenizer comes near
 TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")]
 
 
@@ -453,46 +450,3 @@ def parse_merges(text):
         if len(pair) != 2 or "" in pair:
             raise ValueError(f"line {number} is {' '.join(pair)!r}, not two pieces and a space")
     return merges
-
-
-def check_file(path, n_most=MOST_BYTES):
-    """ValueError for what is no ordinary file, or one of more bytes: nothing else is opened.
-
-    A pipe would have us wait for ever, and a link may lead to a device that has no end.
-    """
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path}: not an ordinary file")
-    if status.st_size > n_most:
-        raise ValueError(f"{path}: {status.st_size} bytes, more than the {n_most} allowed")
-
-
-def read_json(path, n_most=MOST_BYTES):  # -> dict
-    """Return the JSON object in a file of at most so many bytes; ValueError for anything else."""
-    check_file(path, n_most)
-    return parse_json(Path(path).read_bytes(), path)
-
-
-def parse_json(data, path):  # bytes -> dict
-    """Return the JSON object in data; ValueError, which names the path, for anything else."""
-    try:
-        value = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return value
-
-
-def write_whole(path, text):
-    """Write a file that is seen either complete or not at all: under another name, then renamed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)  # a link of that name would have us write to where it leads
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 import gpt2
-from encoder import BYTE_OF_CHAR, write_whole
+from encoder import BYTE_OF_CHAR
+from files import write_whole
 
 TEMPLATE = Path(__file__).with_name("explain_page.html")
 MAX_TOKENS = 256  # the maps grow with the square of the text
@@ -294,6 +295,6 @@ def main(
 
 
 if __name__ == "__main__":
-    from utils import run_cli
+    from cli import run_cli
 
     run_cli(main)

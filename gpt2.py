@@ -284,6 +284,6 @@ def main(
 
 
 if __name__ == "__main__":
-    from utils import run_cli
+    from cli import run_cli
 
     run_cli(main)

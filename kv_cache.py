@@ -389,6 +389,6 @@ def print_rows(rows, prompts, n_samples, n_tokens_to_generate, encoder, stop, js
 
 
 if __name__ == "__main__":
-    from utils import run_cli
+    from cli import run_cli
 
     run_cli(main)

@@ -43,10 +43,10 @@ from pathlib import Path
 
 import numpy as np
 
-import documents
 import encoder as encoder_module
 from documents import cut_source, describe, find_files, is_same, notice, read_span
-from encoder import CHAR_OF_BYTE, ENDOFTEXT, Encoder, get_encoder, parse_json, write_whole
+from encoder import CHAR_OF_BYTE, ENDOFTEXT, Encoder, get_encoder
+from files import open_locked, parse_json, write_whole
 from shards import SHARD, open_prepared
 
 TRAINING_BYTES = 10**8  # of text, and at most a document more, from which a tokenizer learns
@@ -297,9 +297,7 @@ def run_ray(tasks, work, address):
         import ray
     except ImportError:
         raise ImportError("--ray needs ray: pip install -r requirements-ray.txt") from None
-    for module in (sys.modules[do_task.__module__], documents, encoder_module):
-        if module.__name__ != "__main__":  # which is sent by value anyway
-            ray.cloudpickle.register_pickle_by_value(module)
+    send_by_value(ray.cloudpickle)
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
         # Many retries: for some seconds Ray goes on sending tasks to a machine that has died.
@@ -318,6 +316,14 @@ def run_ray(tasks, work, address):
         raise ConnectionError(f"Ray: {error}") from None
     finally:
         ray.shutdown()
+
+
+def send_by_value(cloudpickle):
+    """Have all modules of this project travel with what is pickled."""
+    for module in list(sys.modules.values()):
+        folder = os.path.dirname(getattr(module, "__file__", None) or "")
+        if folder == os.path.dirname(__file__) and module.__name__ != "__main__":  # which does so
+            cloudpickle.register_pickle_by_value(module)
 
 
 # --- The whole run ------------------------------------------------------------------------------
@@ -559,7 +565,7 @@ def main(
         ray: local, auto or an address: use a Ray cluster, whose machines all see the files.
         models_dir: the folder that holds the models.
     """
-    from utils import download_shakespeare, open_locked
+    from utils import download_shakespeare
 
     tokenizers = (tokenizer, train_tokenizer)
     check_flags(inputs, out, separator, val_fraction, seed, shard_mb, workers, tokenizers)
@@ -592,6 +598,6 @@ def main(
 
 
 if __name__ == "__main__":
-    from utils import run_cli
+    from cli import run_cli
 
     run_cli(main)

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from encoder import parse_json, write_whole
-from utils import open_locked, quiet_tensorflow
+from files import open_locked, parse_json, write_whole
+from utils import quiet_tensorflow
 
 # The makers' figures for dense products in bfloat16, FLOP/s of one device, by a part of its name.
 KNOWN_PEAKS = {

@@ -50,6 +50,7 @@ from checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from cli import run_cli
 from devices import (
     any_process,
     check_agreement,
@@ -71,7 +72,6 @@ from utils import (
     download_shakespeare,
     find_model,
     load_encoder_hparams_and_params,
-    run_cli,
     save_model,
 )
 

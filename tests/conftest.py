@@ -3,6 +3,8 @@
 import contextlib
 import os
 import secrets
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,15 @@ def rng():
     seed = secrets.randbits(32)
     print("seed", seed)  # pytest shows it when the test fails
     return np.random.default_rng(seed)
+
+
+def run(script, *args, models_dir=None, timeout=300, **options):
+    """A script as a person runs it: (its exit code, what it printed, what it complained)."""
+    where = [] if models_dir is None else ["--models_dir", str(models_dir)]
+    words = [word if isinstance(word, bytes) else str(word) for word in args]
+    command = [sys.executable, str(REPO / script), *words, *where]
+    done = subprocess.run(command, capture_output=True, timeout=timeout, **options)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
 def random_params(rng, hparams):

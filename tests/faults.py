@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-import utils
+import cli
 
 ROOM = {"open", "os.mkdir"}  # what a full disk refuses
 CHANGES = ROOM | {"os.rename", "os.remove", "os.rmdir", "os.chmod"}
@@ -85,7 +85,7 @@ def run(folder, fault, n, work):
             work()
             code = SURVIVED if fired else NOT_FIRED
         except OSError as error:
-            print(utils.one_line(error), flush=True)
+            print(cli.one_line(error), flush=True)
             code = ENDED if fired else 1
     except BaseException:
         sys.excepthook(*sys.exc_info())

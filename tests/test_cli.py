@@ -1,5 +1,6 @@
-"""gpt2.py and gpt2_pico.py as a person runs them: processes, streams, exit codes."""
+"""cli.py, then gpt2.py and gpt2_pico.py as a person runs them: streams, signals, exit codes."""
 
+import io
 import os
 import signal
 import subprocess
@@ -8,18 +9,225 @@ import time
 
 import numpy as np
 import pytest
-from conftest import REPO, TINY
+from conftest import REPO, TINY, run
 
+import cli
 import gpt2
 import utils
 from encoder import Encoder
 
+# --- cli.py ---------------------------------------------------------------------------------------
 
-def run(script, *args, models_dir=None, **kwargs):
-    where = [] if models_dir is None else ["--models_dir", str(models_dir)]
-    command = [sys.executable, str(REPO / script), *args, *where]
-    done = subprocess.run(command, capture_output=True, timeout=120, **kwargs)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+SCRIPT = """
+import sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import cli
+
+def main(prompt: str, n_tokens: int = 40, heat: float = 0.0, top_k: int | None = None,
+         note: str | None = None, quick: bool = False):
+    \"\"\"Continue a PROMPT.
+
+    Args:
+        prompt: the text to continue
+        heat: how daring
+    \"\"\"
+    print("ran", ascii((prompt, n_tokens, heat, top_k, note, quick)))
+    if prompt == "print":
+        print("é€😀")
+    if prompt == "wait":
+        sys.stdout.flush(); time.sleep(60)
+    if prompt == "flood":
+        while True: print("x" * 100)
+    if prompt == "value":
+        raise ValueError("one\\ntwo")
+    if prompt == "write":
+        open("/proc/version/x", "w")
+    if prompt == "import":
+        import no_such_thing
+
+cli.run_cli(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "speak.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def outcome(monkeypatch, capsys, *argv):
+    """run_cli in this process: (the arguments main got or None, exit code, stderr)."""
+    got = []
+
+    def main(
+        prompt: str,
+        n_tokens: int = 40,
+        heat: float = 0.0,
+        top_k: int | None = None,
+        note: str | None = None,
+        quick: bool = False,
+    ):
+        got.append((prompt, n_tokens, heat, top_k, note, quick))
+
+    monkeypatch.setattr(sys, "argv", ["speak.py", *argv])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    code = 0
+    try:
+        cli.run_cli(main)
+    except SystemExit as stop:
+        code = stop.code
+    return (got[0] if got else None), code, capsys.readouterr().err
+
+
+PROMPTS = [
+    "1984",
+    "None",
+    "[1]",
+    "{}",
+    "True",
+    "1e3",
+    "-",
+    "--",
+    "---",
+    "",
+    " ",
+    "-1",
+    "a=b",
+    "x - y",
+]
+PROMPTS += [
+    "-- yes, dashes",
+    "--a b",
+    "- item",
+    "'quoted'",
+    '"',
+    "\\n",
+    "\n",
+    "#",
+    "😀",
+    "__class__",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=repr)
+def test_a_prompt_is_text_whatever_it_looks_like(monkeypatch, capsys, prompt):
+    wanted = (prompt, 40, 0.0, None, None, False)
+    assert outcome(monkeypatch, capsys, prompt) == (wanted, 0, "")
+    assert outcome(monkeypatch, capsys, f"--prompt={prompt}") == (wanted, 0, "")
+    assert outcome(monkeypatch, capsys, "--prompt", prompt)[0] == wanted
+    wanted = (prompt, 7, 0.5, 3, "None", True)
+    argv = [prompt, "--n_tokens=7", "--heat", ".5", "--top-k", "3", "--note", "None", "--quick"]
+    assert outcome(monkeypatch, capsys, *argv) == (wanted, 0, "")
+
+
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["a", "--n_tokens", "abc"], "--n_tokens: expected a whole number, got 'abc'"),
+        (["a", "--n_tokens", "1.5"], "--n_tokens: expected a whole number, got '1.5'"),
+        (["a", "--heat", "warm"], "--heat: expected a number, got 'warm'"),
+        (["a", "--quick", "maybe"], "--quick: expected True or False, got 'maybe'"),
+        (["a", "--top_k", "few"], "--top_k: expected a whole number, got 'few'"),
+        (["a", "--note", "--quick"], "--note: expected a value"),
+        (["a", "--tempo", "1"], "--tempo"),
+        (["a", "b"], "--n_tokens: expected a whole number, got 'b'"),
+        (["a", "1", "2", "3", "4", "true", "b"], "b"),
+        ([], "prompt"),
+    ],
+    ids=str,
+)
+def test_a_line_not_understood_is_one_line_and_runs_nothing(monkeypatch, capsys, argv, complaint):
+    got, code, err = outcome(monkeypatch, capsys, *argv)
+    assert (got, code) == (None, 2)
+    assert (
+        err.startswith("error: ") and complaint in err and err.count("\n") == 1 and "\0" not in err
+    )
+
+
+def test_none_is_a_number_left_out_and_a_bool_can_be_spelt(monkeypatch, capsys):
+    argv = ["a", "--top_k", "None", "--quick=true"]
+    assert outcome(monkeypatch, capsys, *argv)[0] == ("a", 40, 0.0, None, None, True)
+    assert outcome(monkeypatch, capsys, "a", "--noquick")[0][-1] is False
+
+
+def test_varargs_are_text_too(monkeypatch):
+    got = []
+
+    def main(*prompts: str, n: int = 1):
+        got.append((prompts, n))
+
+    monkeypatch.setattr(sys, "argv", ["x", "1", "-", "[2]", "--n", "3", ""])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    cli.run_cli(main)
+    assert got == [(("1", "-", "[2]", ""), 3)]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--help"], ["-h"], ["a", "--help"], ["--", "--help"], ["a", "--heat", "1", "-h"]],
+    ids=str,
+)
+def test_help_reads_well(script, argv):
+    code, out, err = run(script, REPO, *argv)
+    assert (code, err) == (0, "") and "ran" not in out
+    for words in ("speak.py PROMPT <flags>", "the text to continue", "--heat=HEAT", "Default: 40"):
+        assert words in out
+    assert "FIRE" not in out and "\x1b" not in out and "\0" not in out
+
+
+def test_errors_of_main_are_one_line_and_code_2(script):
+    assert run(script, REPO, "value")[0::2] == (2, "error: one two\n")
+    assert run(script, REPO, "write")[0::2] == (2, "error: /proc/version/x: Not a directory\n")
+    code, _, err = run(script, REPO, "import")
+    assert code == 2 and "no_such_thing" in err and "pip install" in err and err.count("\n") == 1
+
+
+def test_stdout_is_utf8_in_any_locale_and_argv_may_be_broken(script):
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code, out, _ = run(
+        script, REPO, "print", env=os.environ | plain | {"PYTHONIOENCODING": "ascii"}
+    )
+    assert code == 0 and "é€😀" in out
+    for env in (os.environ | plain, os.environ):
+        code, out, _ = run(script, REPO, b"\xff \xc3\xa9", env=env)
+        assert code == 0 and ascii("\ufffd é") in out
+
+
+def test_ctrl_c_is_quiet_and_130(script):
+    process = subprocess.Popen(
+        [sys.executable, script, REPO, "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline().startswith(b"ran")
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, b"", b"")
+
+
+def test_a_closed_pipe_and_a_full_stdout(script):
+    process = subprocess.Popen(
+        [sys.executable, script, REPO, "flood"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=20) == 141
+    process.stderr.close()
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, script, REPO, "print"], stdout=full, stderr=subprocess.PIPE
+            )
+        assert (done.returncode, done.stderr) == (2, b"error: No space left on device\n")
+
+
+def test_without_fire_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fire", None)
+    got, code, err = outcome(monkeypatch, capsys, "a")
+    assert (got, code) == (None, 2) and "pip install -r requirements.txt" in err
+
+
+# --- gpt2.py and gpt2_pico.py ---------------------------------------------------------------------
 
 
 def expected(params, prompt, n_tokens, **sampling):
@@ -33,7 +241,7 @@ def expected(params, prompt, n_tokens, **sampling):
 @pytest.mark.parametrize(
     "prompt", ["Alan Turing", "1984", "None", "[1, 2]", "", " ", "-", "héllo 🙂", "'\"", "a\nb"]
 )
-def test_a_prompt_is_text_whatever_it_looks_like(models, prompt):
+def test_gpt2_takes_any_prompt_as_text(models, prompt):
     folder, params = models
     flags = ["--model_size", "tiny", "--n_tokens_to_generate", "20"]
     code, out, err = run("gpt2.py", prompt, *flags, models_dir=folder)

@@ -7,18 +7,17 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import REPO
 
 import devices
 import train_jax
 from utils import load_encoder_hparams_and_params
 
-REPO = Path(__file__).parent.parent
 SIZES = {"n_vocab": 257, "n_ctx": 16, "n_embd": 24, "n_layer": 2}
 TEXT = [np.random.default_rng(0).integers(0, 257, 5000, dtype=np.uint16)]
 

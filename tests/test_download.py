@@ -15,13 +15,12 @@ import time
 
 import numpy as np
 import pytest
-from conftest import GPT2_FILES
+from conftest import GPT2_FILES, REPO
 
 import utils
 from encoder import Encoder
 
 pytest.importorskip("requests", reason="requests is not installed")
-REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FILE = "/124M/model.ckpt.meta"
 
 
@@ -355,12 +354,12 @@ def test_many_processes_at_once_do_no_harm(server, tmp_path):
 
 def test_a_full_disk_keeps_no_broken_file(server, tmp_path):
     code = f"""if True:
-        import resource, utils
+        import cli, resource, utils
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
             utils.download_file({server.url + FILE!r}, {str(tmp_path / "file")!r})
         except OSError as error:
-            print(utils.one_line(error))
+            print(cli.one_line(error))
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.stdout == f"cannot write {tmp_path / 'file'}: File too large\n", done.stderr

@@ -27,7 +27,6 @@ from encoder import (
     CACHE_CHARS,
     CHAR_OF_BYTE,
     ENDOFTEXT,
-    MOST_BYTES,
     PIECE,
     SOLID,
     SPACE,
@@ -39,6 +38,7 @@ from encoder import (
     parse_merges,
     train,
 )
+from files import MOST_BYTES
 
 TEXTS = {
     "empty": "",

@@ -3,12 +3,11 @@
 import json
 import math
 import os
-import subprocess
-import sys
 
+import conftest
 import numpy as np
 import pytest
-from conftest import REPO, TINY, hugging_face, random_params
+from conftest import TINY, hugging_face, random_params
 
 import evaluate
 import gpt2
@@ -554,10 +553,8 @@ def test_the_default_file_is_downloaded_once(tmp_path, monkeypatch, task):
 
 
 def run(folder, *args, model="tiny"):
-    command = [sys.executable, str(REPO / "evaluate.py"), *args, "--models_dir", str(folder)]
-    command += [] if "--model_size" in args else ["--model_size", model]
-    done = subprocess.run(command, capture_output=True, timeout=120)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+    which = [] if "--model_size" in args else ["--model_size", model]
+    return conftest.run("evaluate.py", *args, *which, models_dir=folder)
 
 
 def result(*args, **kwargs):

@@ -1,6 +1,7 @@
 """explain.py: what it records against the model and transformers; its page in a real browser."""
 
 import base64
+import functools
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 from conftest import GPT2_FILES, REPO, TINY, hugging_face, random_params
@@ -244,10 +246,7 @@ def test_a_page_of_64_tokens_of_124m_is_below_5_megabytes(rng):
 # ---- The command line ----------------------------------------------------------------------------
 
 
-def run(*args, cwd):
-    command = [sys.executable, str(REPO / "explain.py"), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, timeout=120, cwd=cwd)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+run = functools.partial(conftest.run, "explain.py")
 
 
 @pytest.mark.parametrize(

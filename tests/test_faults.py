@@ -504,9 +504,9 @@ time.time_ns = lambda: int(next(clock) * 1e9)
 if "still" in sys.argv:
     sys.argv.remove("still")
     time.monotonic = time.perf_counter = lambda: 1000.0
-import prepare, train_jax, utils
+import cli, prepare, train_jax
 program = {"prepare.py": prepare, "train_jax.py": train_jax}[sys.argv.pop(1)]
-utils.run_cli(program.main)
+cli.run_cli(program.main)
 """
 
 

@@ -11,13 +11,12 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import hugging_face, random_params, tree_map
+from conftest import REPO, hugging_face, random_params, tree_map
 
 import gpt2
 import gpt2_pico
 import utils
 
-REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = {"n_vocab": 97, "n_ctx": 23, "n_embd": 30, "n_head": 3, "n_layer": 2}
 LONG = {"n_vocab": 61, "n_ctx": 150, "n_embd": 12, "n_head": 2, "n_layer": 2}  # > 64: halves
 SHAPE_124M = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}

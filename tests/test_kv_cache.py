@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 
+import conftest
 import numpy as np
 import pytest
 from conftest import REPO, TINY, hugging_face, random_params
@@ -497,8 +498,8 @@ def command(models_dir, args, model="tiny"):
 
 
 def run(models_dir, *args, stdin=b""):
-    done = subprocess.run(command(models_dir, args), capture_output=True, input=stdin, timeout=120)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+    flags = ["--model_size", "tiny"]
+    return conftest.run("kv_cache.py", *args, *flags, models_dir=models_dir, input=stdin)
 
 
 def expected(params, prompt, n_tokens, **options):

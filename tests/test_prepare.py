@@ -1,5 +1,6 @@
 """prepare.py and documents.py against plain twins: whatever the format, the cuts, the workers."""
 
+import functools
 import gzip
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 from conftest import REPO, SHAKESPEARE
@@ -37,10 +39,7 @@ def rng():
     return random.Random(seed)
 
 
-def run(*args, timeout=120, **kwargs):
-    command = [sys.executable, str(REPO / "prepare.py"), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, timeout=timeout, **kwargs)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+run = functools.partial(conftest.run, "prepare.py")
 
 
 def make(*args, **kwargs):
@@ -862,6 +861,32 @@ def test_ray_on_this_machine(corpus, tmp_path):
     assert "bad.jsonl: line 1: no text in the field" in err.splitlines()[-1]
     code, out, err = run(flags[0], "--out", tmp_path / "no", "--ray", "auto")
     assert code == 2 and err.splitlines()[-1].startswith("error: Ray: ")
+
+
+def test_what_ray_sends_needs_no_copy_of_the_project(tmp_path):
+    pytest.importorskip("ray", reason="ray is not installed (requirements-ray.txt)")
+    small.save(tmp_path)
+    send = f"""if True:
+        import sys
+        sys.path.insert(0, {str(REPO)!r})
+        import prepare
+        from ray import cloudpickle
+        prepare.send_by_value(cloudpickle)
+        work = lambda: prepare.get_encoder("", ".").encode("Once upon a time")
+        sys.stdout.buffer.write(cloudpickle.dumps((prepare.do_task, work)))
+    """
+    receive = """if True:
+        import pickle, sys
+        do_task, work = pickle.load(sys.stdin.buffer)
+        print(work())
+    """
+    pickled = b""
+    for code in (send, receive):
+        command = [sys.executable, "-I", "-c", code]
+        done = subprocess.run(command, input=pickled, cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+        pickled = done.stdout
+    assert json.loads(done.stdout) == small.encode("Once upon a time")
 
 
 # What reviewers and mutations of the code found

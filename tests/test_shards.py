@@ -9,16 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO
+from conftest import REPO, run
 
 import shards
 from encoder import ENDOFTEXT, Encoder, get_encoder
-
-
-def run(script, *args, **kwargs):
-    command = [sys.executable, str(REPO / script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
-    return done.returncode, done.stdout, done.stderr
 
 
 def write_nano(path, ids):

@@ -1,5 +1,6 @@
 """train_jax.py against plain restatements, PyTorch, and a run from text to a model folder."""
 
+import functools
 import inspect
 import json
 import os
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ import optax
 import pytest
 import safetensors.numpy
 import torch
-from conftest import SHAKESPEARE, TINY, hugging_face, random_params
+from conftest import REPO, SHAKESPEARE, TINY, hugging_face, random_params
 from transformers import GPT2LMHeadModel
 
 import checkpoints
@@ -30,7 +32,6 @@ from encoder import Encoder
 from gpt2 import attention, gpt2
 from utils import load_encoder_hparams_and_params
 
-REPO = Path(__file__).parent.parent
 ONE_DEVICE = cut(make_mesh(1))
 SIZES = {"n_vocab": 257, "n_ctx": 16, "n_embd": 24, "n_layer": 2}
 
@@ -42,10 +43,7 @@ def seed():
     return seed
 
 
-def run(*args, timeout=300):
-    command = [sys.executable, str(REPO / "train_jax.py"), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    return done.returncode, done.stdout, done.stderr
+run = functools.partial(conftest.run, "train_jax.py")
 
 
 def names(tree):

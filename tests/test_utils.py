@@ -1,7 +1,6 @@
 """Model folders against transformers, safetensors and TensorFlow; broken ones against one line."""
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -13,13 +12,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import REPO, random_params
 
-import encoder as encoder_module
+import cli
+import files
 import utils
 from encoder import Encoder
 
-REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HPARAMS = {"n_vocab": 257, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
 
 
@@ -54,7 +53,7 @@ def refusal(folder, error=ValueError):
     with pytest.raises(getattr(error, "__args__", error)) as caught:
         load(folder)
     assert before == (sorted(os.listdir(folder)) if os.path.isdir(folder) else None)
-    message = utils.one_line(caught.value)
+    message = cli.one_line(caught.value)
     assert "\n" not in str(caught.value) and message
     return message
 
@@ -423,7 +422,7 @@ def test_the_memory_that_a_header_takes_is_bounded(saved):
     folder, _ = saved
     path = folder / "model.safetensors"
     whole = path.read_bytes()
-    size = encoder_module.MOST_BYTES - 10_000
+    size = files.MOST_BYTES - 10_000
 
     def crowded(header):  # as many tensors of no numbers as fit
         entry = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
@@ -519,7 +518,7 @@ def test_a_name_that_means_no_model(saved, name, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         utils.load_encoder_hparams_and_params(name, str(folder.parent))
-    message = utils.one_line(caught.value)
+    message = cli.one_line(caught.value)
     assert message.isprintable() and len(message) < 2100
     assert any(words in message for words in ("no model", "neither config.json nor hparams.json"))
 
@@ -536,9 +535,9 @@ def test_a_model_may_be_a_link_and_have_links(saved, tmp_path):
 
 
 def test_an_error_shows_neither_too_much_nor_what_a_terminal_obeys():
-    message = utils.one_line(ValueError("\x1b]0;title\x07 é \u202e\n\x9b31m \0 \udcff 中"))
+    message = cli.one_line(ValueError("\x1b]0;title\x07 é \u202e\n\x9b31m \0 \udcff 中"))
     assert message == r"\x1b]0;title\x07 é \u202e \x9b31m \x00 \udcff 中"
-    message = utils.one_line(ValueError("a" * 10**7 + "the end"))
+    message = cli.one_line(ValueError("a" * 10**7 + "the end"))
     assert len(message) < 2100 and message.endswith("the end")
 
 
@@ -547,7 +546,7 @@ def test_a_temporary_file_that_is_there_as_a_link_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("precious")
     for name in ("a.json", "a.safetensors"):
         (tmp_path / f"{name}.{os.getpid()}.tmp").symlink_to("precious")
-    encoder_module.write_whole(tmp_path / "a.json", "{}")
+    files.write_whole(tmp_path / "a.json", "{}")
     utils.write_safetensors(tmp_path / "a.safetensors", {"a": np.zeros(1, np.float32)})
     assert (tmp_path / "precious").read_text() == "precious"
     assert (tmp_path / "a.json").read_text() == "{}"
@@ -617,7 +616,7 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_else(saved, tmp_path):
     folder, params = saved
     files = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
     code = f"""if True:
-        import resource, numpy as np, utils
+        import cli, resource, numpy as np, utils
         encoder, hparams, params = utils.load_encoder_hparams_and_params({str(folder)!r}, "models")
         zeros = {{n: np.zeros(s, np.float32) for n, s in utils.tensor_shapes(hparams)}}
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
@@ -625,7 +624,7 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_else(saved, tmp_path):
             try:
                 utils.save_model(to, encoder, hparams, utils.nest(zeros))
             except OSError as error:
-                print(utils.one_line(error))
+                print(cli.one_line(error))
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     lines = done.stdout.splitlines()
@@ -652,7 +651,7 @@ def test_saving_where_a_file_is_in_the_way(rng, tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(OSError) as caught:
         utils.save_model(tmp_path / "x", Encoder([]), HPARAMS, random_params(rng, HPARAMS))
-    assert utils.one_line(caught.value).startswith(f"cannot write {tmp_path / 'x'}: ")
+    assert cli.one_line(caught.value).startswith(f"cannot write {tmp_path / 'x'}: ")
 
 
 # --- OpenAI's TensorFlow checkpoints -------------------------------------------------------
@@ -758,211 +757,3 @@ def test_a_checkpoint_without_tensorflow_says_what_to_install(saved, monkeypatch
     os.rename(folder / "model.safetensors", folder / "model.ckpt.index")
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     assert "pip install -r requirements.txt" in refusal(folder, ImportError)
-
-
-# --- command lines -------------------------------------------------------------------------
-
-SCRIPT = """
-import sys, time
-sys.path.insert(0, sys.argv.pop(1))
-import utils
-
-def main(prompt: str, n_tokens: int = 40, heat: float = 0.0, top_k: int | None = None,
-         note: str | None = None, quick: bool = False):
-    \"\"\"Continue a PROMPT.
-
-    Args:
-        prompt: the text to continue
-        heat: how daring
-    \"\"\"
-    print("ran", ascii((prompt, n_tokens, heat, top_k, note, quick)))
-    if prompt == "print":
-        print("é€😀")
-    if prompt == "wait":
-        sys.stdout.flush(); time.sleep(60)
-    if prompt == "flood":
-        while True: print("x" * 100)
-    if prompt == "value":
-        raise ValueError("one\\ntwo")
-    if prompt == "write":
-        open("/proc/version/x", "w")
-    if prompt == "import":
-        import no_such_thing
-
-utils.run_cli(main)
-"""
-
-
-@pytest.fixture(scope="module")
-def script(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cli") / "speak.py"
-    path.write_text(SCRIPT)
-    return [sys.executable, str(path), REPO]
-
-
-def run(script, *args, **options):
-    done = subprocess.run([*script, *args], capture_output=True, **options)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-
-def outcome(monkeypatch, capsys, *argv):
-    """run_cli in this process: (the arguments main got or None, exit code, stderr)."""
-    got = []
-
-    def main(
-        prompt: str,
-        n_tokens: int = 40,
-        heat: float = 0.0,
-        top_k: int | None = None,
-        note: str | None = None,
-        quick: bool = False,
-    ):
-        got.append((prompt, n_tokens, heat, top_k, note, quick))
-
-    monkeypatch.setattr(sys, "argv", ["speak.py", *argv])
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
-    code = 0
-    try:
-        utils.run_cli(main)
-    except SystemExit as stop:
-        code = stop.code
-    return (got[0] if got else None), code, capsys.readouterr().err
-
-
-PROMPTS = [
-    "1984",
-    "None",
-    "[1]",
-    "{}",
-    "True",
-    "1e3",
-    "-",
-    "--",
-    "---",
-    "",
-    " ",
-    "-1",
-    "a=b",
-    "x - y",
-]
-PROMPTS += [
-    "-- yes, dashes",
-    "--a b",
-    "- item",
-    "'quoted'",
-    '"',
-    "\\n",
-    "\n",
-    "#",
-    "😀",
-    "__class__",
-]
-
-
-@pytest.mark.parametrize("prompt", PROMPTS, ids=repr)
-def test_a_prompt_is_text_whatever_it_looks_like(monkeypatch, capsys, prompt):
-    wanted = (prompt, 40, 0.0, None, None, False)
-    assert outcome(monkeypatch, capsys, prompt) == (wanted, 0, "")
-    assert outcome(monkeypatch, capsys, f"--prompt={prompt}") == (wanted, 0, "")
-    assert outcome(monkeypatch, capsys, "--prompt", prompt)[0] == wanted
-    wanted = (prompt, 7, 0.5, 3, "None", True)
-    argv = [prompt, "--n_tokens=7", "--heat", ".5", "--top-k", "3", "--note", "None", "--quick"]
-    assert outcome(monkeypatch, capsys, *argv) == (wanted, 0, "")
-
-
-@pytest.mark.parametrize(
-    "argv, complaint",
-    [
-        (["a", "--n_tokens", "abc"], "--n_tokens: expected a whole number, got 'abc'"),
-        (["a", "--n_tokens", "1.5"], "--n_tokens: expected a whole number, got '1.5'"),
-        (["a", "--heat", "warm"], "--heat: expected a number, got 'warm'"),
-        (["a", "--quick", "maybe"], "--quick: expected True or False, got 'maybe'"),
-        (["a", "--top_k", "few"], "--top_k: expected a whole number, got 'few'"),
-        (["a", "--note", "--quick"], "--note: expected a value"),
-        (["a", "--tempo", "1"], "--tempo"),
-        (["a", "b"], "--n_tokens: expected a whole number, got 'b'"),
-        (["a", "1", "2", "3", "4", "true", "b"], "b"),
-        ([], "prompt"),
-    ],
-    ids=str,
-)
-def test_a_line_not_understood_is_one_line_and_runs_nothing(monkeypatch, capsys, argv, complaint):
-    got, code, err = outcome(monkeypatch, capsys, *argv)
-    assert (got, code) == (None, 2)
-    assert (
-        err.startswith("error: ") and complaint in err and err.count("\n") == 1 and "\0" not in err
-    )
-
-
-def test_none_is_a_number_left_out_and_a_bool_can_be_spelt(monkeypatch, capsys):
-    argv = ["a", "--top_k", "None", "--quick=true"]
-    assert outcome(monkeypatch, capsys, *argv)[0] == ("a", 40, 0.0, None, None, True)
-    assert outcome(monkeypatch, capsys, "a", "--noquick")[0][-1] is False
-
-
-def test_varargs_are_text_too(monkeypatch):
-    got = []
-
-    def main(*prompts: str, n: int = 1):
-        got.append((prompts, n))
-
-    monkeypatch.setattr(sys, "argv", ["x", "1", "-", "[2]", "--n", "3", ""])
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
-    utils.run_cli(main)
-    assert got == [(("1", "-", "[2]", ""), 3)]
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [["--help"], ["-h"], ["a", "--help"], ["--", "--help"], ["a", "--heat", "1", "-h"]],
-    ids=str,
-)
-def test_help_reads_well(script, argv):
-    code, out, err = run(script, *argv)
-    assert (code, err) == (0, "") and "ran" not in out
-    for words in ("speak.py PROMPT <flags>", "the text to continue", "--heat=HEAT", "Default: 40"):
-        assert words in out
-    assert "FIRE" not in out and "\x1b" not in out and "\0" not in out
-
-
-def test_errors_of_main_are_one_line_and_code_2(script):
-    assert run(script, "value")[0::2] == (2, "error: one two\n")
-    assert run(script, "write")[0::2] == (2, "error: /proc/version/x: Not a directory\n")
-    code, _, err = run(script, "import")
-    assert code == 2 and "no_such_thing" in err and "pip install" in err and err.count("\n") == 1
-
-
-def test_stdout_is_utf8_in_any_locale_and_argv_may_be_broken(script):
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    code, out, _ = run(script, "print", env=os.environ | plain | {"PYTHONIOENCODING": "ascii"})
-    assert code == 0 and "é€😀" in out
-    for env in (os.environ | plain, os.environ):
-        code, out, _ = run(script, b"\xff \xc3\xa9", env=env)
-        assert code == 0 and ascii("\ufffd é") in out
-
-
-def test_ctrl_c_is_quiet_and_130(script):
-    process = subprocess.Popen([*script, "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline().startswith(b"ran")
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err) == (130, b"", b"")
-
-
-def test_a_closed_pipe_and_a_full_stdout(script):
-    process = subprocess.Popen([*script, "flood"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(10)
-    process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait(timeout=20) == 141
-    process.stderr.close()
-    if os.path.exists("/dev/full"):
-        with open("/dev/full", "w") as full:
-            done = subprocess.run([*script, "print"], stdout=full, stderr=subprocess.PIPE)
-        assert (done.returncode, done.stderr) == (2, b"error: No space left on device\n")
-
-
-def test_without_fire_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "fire", None)
-    got, code, err = outcome(monkeypatch, capsys, "a")
-    assert (got, code) == (None, 2) and "pip install -r requirements.txt" in err

@@ -1,0 +1,93 @@
+"""Files that cannot be trusted, and files that must not be left half-written.
+
+What is read may come from a stranger: nothing is opened that is no ordinary file, nor read that is
+larger than it should be. What is written is seen complete or not at all, whenever we are killed.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes at one file are not kept apart there
+    fcntl = None
+
+MOST_BYTES = 2**24  # of a file of JSON, or a tokenizer's: GPT-2's have 1 MB. Read, JSON takes 25 x
+
+
+def check_file(path, n_most=MOST_BYTES):
+    """ValueError for what is no ordinary file, or one of more bytes: nothing else is opened.
+
+    A pipe would have us wait for ever, and a link may lead to a device that has no end.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: not an ordinary file")
+    if status.st_size > n_most:
+        raise ValueError(f"{path}: {status.st_size} bytes, more than the {n_most} allowed")
+
+
+def read_json(path, n_most=MOST_BYTES):  # -> dict
+    """Return the JSON object in a file of at most so many bytes; ValueError for anything else."""
+    check_file(path, n_most)
+    return parse_json(Path(path).read_bytes(), path)
+
+
+def parse_json(data, path):  # bytes -> dict
+    """Return the JSON object in data; ValueError, which names the path, for anything else."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+def write_whole(path, text):
+    """Write a file that is seen either complete or not at all: under another name, then renamed."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # a link of that name would have us write to where it leads
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove(*paths):
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def open_locked(part, wait=True):
+    """`part`, opened to append, and ours alone until it is closed or we are killed.
+
+    BlockingIOError if it is another's, and we shall not wait. Some clusters' file systems have no
+    locks: there, nothing is kept apart.
+    """
+    while True:
+        f = open(part, "ab+", opener=open_no_link)  # noqa: SIM115
+        try:
+            if fcntl:
+                fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+        with contextlib.suppress(FileNotFoundError):  # renamed by its owner while we waited
+            if os.path.samestat(os.fstat(f.fileno()), os.stat(part)):
+                return f
+        f.close()
+
+
+def open_no_link(path, flags):
+    """For open(): a link that came with a stranger's folder would have us write elsewhere."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
