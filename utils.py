@@ -14,12 +14,15 @@ import contextlib
 import errno
 import filecmp
 import hashlib
+import importlib.util
 import json
 import math
 import mmap
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import one_line
 from encoder import get_encoder
 from files import (
     MOST_BYTES,
@@ -185,7 +187,7 @@ def load_params(model_dir, hparams):
 
     Every array is float32, C-contiguous and read-only; ValueError if any disagrees with `hparams`.
     """
-    tensors, source = read_weights(model_dir, hparams)
+    tensors, source = read_weights(model_dir)
     arrays = {}
     for name, shape in tensor_shapes(hparams):
         key = hugging_face_name(name)
@@ -215,7 +217,7 @@ def nest(arrays):
     return params
 
 
-def read_weights(model_dir, hparams):
+def read_weights(model_dir):
     """({Hugging Face's key: (dtype, shape, bytes)}, the path to name in complaints)."""
     path = os.path.join(model_dir, "model.safetensors")
     index = path + ".index.json"
@@ -231,7 +233,7 @@ def read_weights(model_dir, hparams):
         for shard in sorted(set(shards)):
             tensors |= read_safetensors(os.path.join(model_dir, shard))
     elif os.path.isfile(checkpoint + ".index"):
-        tensors, path = convert_checkpoint(checkpoint, hparams, path), checkpoint
+        tensors, path = convert_checkpoint(model_dir, path), checkpoint
     else:
         raise FileNotFoundError(
             f"{model_dir}: no weights, neither model.safetensors nor model.ckpt"
@@ -313,52 +315,32 @@ def quiet_tensorflow():
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
-def convert_checkpoint(checkpoint, hparams, path):
+def convert_checkpoint(model_dir, path):
     """The tensors of a TensorFlow checkpoint, as read_safetensors gives them; written to `path`.
 
-    A folder that cannot be written still loads, with a notice; TensorFlow is then needed again.
-    Of most broken files its reader says so (ValueError); a few make it abort the process.
+    By another process, since TensorFlow's reader aborts on some damaged files; ValueError if that
+    fails. A folder that cannot be written still loads, with a notice: TensorFlow is needed again.
     """
-    quiet_tensorflow()
-    try:
-        import tensorflow as tf
-    except ImportError as error:
+    checkpoint = os.path.join(model_dir, "model.ckpt")
+    if importlib.util.find_spec("tensorflow") is None:
         raise ImportError(
-            f"{checkpoint}: reading it, once, needs tensorflow ({error}): "
+            f"{checkpoint}: reading it, once, needs tensorflow: "
             "pip install -r requirements.txt, with Python 3.13 or older"
-        ) from None
-    try:
-        reader = tf.train.load_checkpoint(checkpoint)
-        tensors = read_variables(reader, hparams, checkpoint)
-    except (tf.errors.OpError, RuntimeError, IndexError) as error:
-        raise ValueError(f"{checkpoint}: unreadable: {one_line(error)}") from None
-    try:
-        write_safetensors(path, tensors)
-        return read_safetensors(path)
-    except OSError as error:
-        if sys.stderr.isatty():
-            print(f"notice: {path} not written: {error.strerror}", file=sys.stderr)
-    return {key: ("F32", a.shape, a.reshape(-1).view(np.uint8)) for key, a in tensors.items()}
-
-
-def read_variables(reader, hparams, checkpoint):  # -> {Hugging Face's key: float32 array}
-    """Exactly the variables a model of these sizes has. Conv weights are [1, n_in, n_out]."""
-    found = reader.get_variable_to_shape_map()
-    tensors = {}
-    for name, shape in tensor_shapes(hparams):
-        variable = tensorflow_name(name)
-        stored = (1, *shape) if name.endswith(".w") else shape
-        if tuple(found.get(variable, ())) != stored:
-            sizes = found.get(variable, "missing")
-            raise ValueError(f"{checkpoint}: {variable} is {sizes}, hparams.json asks for {stored}")
-        tensor = reader.get_tensor(variable)
-        if tensor.dtype != np.float32:
-            raise ValueError(f"{checkpoint}: {variable} is {tensor.dtype}, not float32")
-        tensors[hugging_face_name(name)] = tensor.reshape(shape)  # equal but for that leading 1
-    extra = f"model/h{hparams['n_layer']}/ln_1/g"
-    if extra in found:
-        raise ValueError(f"{checkpoint}: {extra} is one layer more than hparams.json has")
-    return tensors
+        )
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "convert.py")
+    with tempfile.TemporaryDirectory() as folder:
+        spare = os.path.join(folder, "model.safetensors")
+        command = [sys.executable, script, model_dir, path, spare]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+        *_, said = done.stderr.decode(errors="replace").strip().split("\n")
+        if done.returncode < 0:
+            name = signal.Signals(-done.returncode).name
+            said = f"{checkpoint}: damaged, or too large: TensorFlow's reader died of {name}"
+        if done.returncode != 0:
+            raise ValueError(said.removeprefix("error: "))
+        if said.startswith("notice: ") and sys.stderr.isatty():
+            print(said, file=sys.stderr)
+        return read_safetensors(path if os.path.isfile(path) else spare)  # a map outlives its name
 
 
 # --- Saving -------------------------------------------------------------------------------------
