@@ -298,7 +298,7 @@ def find_cut(text):  # bytes -> position
     return len(text) - rest
 
 
-def read_json(file, start, stop, field):  # yields lists of parts
+def read_json_lines(file, start, stop, field):  # yields lists of parts
     """The documents of a span of JSON lines; ValueError says which line is wrong."""
     file.seek(start)
     parts, n_bytes, at = [], 0, start
@@ -355,7 +355,8 @@ def read_parquet(file, start, stop, field):  # yields lists of parts
         yield parts
 
 
-def next_batch(batches):  # -> or None after the last
+def next_batch(batches):
+    """The next of them, None after the last; ValueError for what pyarrow cannot read."""
     try:
         return next(batches, None)
     except Exception as error:  # pyarrow has OSError, ValueError and others for damage
@@ -378,7 +379,7 @@ def read_span(span, options):  # yields lists of parts, none of them much longer
     """The documents of a span, whatever its format, without empty ones."""
     read, option = {
         "text": (read_text, "separator"),
-        "json": (read_json, "field"),
+        "json": (read_json_lines, "field"),
         "parquet": (read_parquet, "field"),
     }[span["format"]]
     try:

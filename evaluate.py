@@ -32,8 +32,10 @@ URLS = {
     "lambada": "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
 }
 
-CHUNK = 256  # positions that have their logits at the same time: 51 MB of them with 50257 ids
-GROUP = 2048  # tokens in caches at the same time, or those of one item: 144 MiB for GPT-2 124M
+LOGITS_ROWS = 256  # positions that have their logits at the same time: 51 MB of them with 50257 ids
+CACHED_TOKENS = (
+    2048  # tokens in caches at the same time, or those of one item: 144 MiB for GPT-2 124M
+)
 
 
 def score(x, targets, params):  # [n, n_embd], [n] -> [n] float32, [n] bool
@@ -43,8 +45,8 @@ def score(x, targets, params):  # [n, n_embd], [n] -> [n] float32, [n] bool
     is no number: NaN would be wrong at everything without a word.
     """
     log_probs, hits = np.empty(len(x), np.float32), np.empty(len(x), bool)
-    for start in range(0, len(x), CHUNK):
-        some = slice(start, start + CHUNK)
+    for start in range(0, len(x), LOGITS_ROWS):
+        some = slice(start, start + LOGITS_ROWS)
         logits = next_logits(x[some], params)  # [n_some, n_vocab]
         rows, best = np.arange(len(logits)), logits.argmax(-1)
         logits -= logits[rows, best, None]
@@ -229,11 +231,11 @@ def encode_item(where, context, endings, label, encoder, n_ctx):  # texts -> a d
 
 
 def group_items(items):  # -> lists of neighbours
-    """As many items together as GROUP allows: the more tokens a pass has, the less each takes."""
+    """As many together as CACHED_TOKENS allows: the more tokens a pass has, the less each takes."""
     group, n_tokens = [], 0
     for item in items:
         n_more = item["n_seq"] * (1 + len(item["endings"]))  # a cache for the context, and copies
-        if group and n_tokens + n_more > GROUP:
+        if group and n_tokens + n_more > CACHED_TOKENS:
             yield group
             group, n_tokens = [], 0
         group.append(item)

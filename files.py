@@ -63,6 +63,7 @@ def write_whole(path, text):
 
 
 def remove(*paths):
+    """Deletes the files that are there."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)

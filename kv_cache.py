@@ -192,7 +192,7 @@ def generate_stream(
                 row |= {"cache": new_cache(params, n_head), "new": prompts[prompt], "logits": None}
             rows.append(row)
             kept = None if number == n_samples - 1 else kept
-        run(rows, params, n_head, max(chunk, batch_size))
+        advance(rows, params, n_head, max(chunk, batch_size))
         for row in rows:
             if row["logits"] is None:  # it has not read all of its prompt
                 continue
@@ -227,7 +227,7 @@ def row_rng(seed, row):
     return np.random.default_rng([seed, row] if seed is not None and row > 0 else seed)
 
 
-def run(rows, params, n_head, chunk):
+def advance(rows, params, n_head, chunk):
     """One pass: each row's new ids, at most `chunk` together; logits for the rows it completes."""
     batch = []
     for row in sorted(rows, key=lambda row: len(row["new"])):  # the writers first, with one each
@@ -321,7 +321,7 @@ def main(
     )  # fmt: skip
     if len(prompts) * n_samples == 1 and not jsonl:
         new_ids = (ids[-1] for _, ids, why in rows if why != "endoftext" and ids)
-        for text in cut(encoder.decode_stream(new_ids), stop):
+        for text in up_to(encoder.decode_stream(new_ids), stop):
             print(text, end="", flush=True)
         print()
     else:
@@ -340,7 +340,7 @@ def read_lines(path):
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
 
 
-def cut(texts, stop):  # iterable of str -> iterable of str
+def up_to(texts, stop):  # iterable of str -> iterable of str
     """The stream up to `stop`. What may be its beginning is held back until that is clear."""
     held = ""
     for text in texts:
@@ -361,7 +361,7 @@ def print_rows(rows, prompts, n_samples, n_tokens_to_generate, encoder, stop, js
     from tqdm import tqdm
 
     def show(row, ids, why):
-        prompt, text = prompts[row // n_samples], "".join(cut([encoder.decode(ids)], stop))
+        prompt, text = prompts[row // n_samples], "".join(up_to([encoder.decode(ids)], stop))
         title = json.dumps(prompt, ensure_ascii=False)
         if n_samples > 1:
             title += f" (sample {row % n_samples + 1} of {n_samples})"

@@ -106,7 +106,7 @@ def cut_document(span, options):  # -> the only span, or its two parts
 encoders = {}  # a worker reads the tokenizer once
 
 
-def read_json_file(path):
+def read_or_empty(path):
     """A JSON object, or an empty one where there is no such file, or a broken one."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         return parse_json(Path(path).read_bytes(), path)
@@ -124,7 +124,7 @@ def do_task(task, out, options):  # -> its note: counts of what is in its shards
     shards = {split: os.path.join(out, f"{split}_{number}.bin") for split in SPLITS}
     names = {split: os.path.join(work_dir, f"{split}_{uuid.uuid4().hex}") for split in SPLITS}
     note_file = Path(work_dir, f"{number}.json")
-    if is_done(note := read_json_file(note_file), shards, options):
+    if is_done(note := read_or_empty(note_file), shards, options):
         return note
     if out not in encoders:
         encoders[out] = get_encoder("", out)
@@ -155,6 +155,7 @@ def is_done(note, shards, options):
 
 
 def write_shards(spans, names, encoder, options):  # -> the note
+    """Encode the documents of some spans into the files `names`, a split each, and count them."""
     note = {"n_tokens": dict.fromkeys(SPLITS, 0), "n_documents": dict.fromkeys(SPLITS, 0)}
     note |= {"n_bytes": 0, "n_replaced": 0, "least": 1.0, "val_fraction": options["val_fraction"]}
     with open(names["train"], "wb") as train, open(names["val"], "wb") as val:
@@ -225,7 +226,7 @@ def encode(texts, ends, encoder, dtype):  # [UTF-8], [bool] -> [n] ids
     return np.fromiter(ids, dtype, len(ids))
 
 
-def checksum(path):
+def checksum(path):  # -> SHA-256, hexadecimal
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -332,8 +333,8 @@ def send_by_value(cloudpickle):
 def begin(out, plan):  # -> whether there is anything to do
     """Compare the plan with what an earlier run left in the folder; ValueError if it is foreign."""
     work_dir = os.path.join(out, WORK)
-    complete = read_json_file(os.path.join(out, "meta.json")).get("plan")
-    begun = read_json_file(os.path.join(work_dir, "plan.json"))
+    complete = read_or_empty(os.path.join(out, "meta.json")).get("plan")
+    begun = read_or_empty(os.path.join(work_dir, "plan.json"))
     repeatable = plan["sources"][0]["name"] != "-"  # standard input may be another text now
     if complete == plan and repeatable:
         open_prepared(Path(out))  # ValueError or OSError if a shard is missing or damaged
@@ -594,7 +595,7 @@ def main(
                 clean(out)
     except BlockingIOError:
         raise ValueError(f"{out}: another prepare.py is at work there") from None
-    report(out, read_json_file(os.path.join(out, "meta.json")))
+    report(out, read_or_empty(os.path.join(out, "meta.json")))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from queue import SimpleQueue
 import numpy as np
 from numpy._core._multiarray_umath import __cpu_features__
 
-MAX_ROWS = {"rows": 16, "columns": 32}  # of x; with more, packing pays
+MOST_ROWS_SUMMED, MOST_ROWS_SIDE_BY_SIDE = 16, 32  # of x; with more, packing pays
 MIN_SIZE = 1 << 17  # a smaller matrix is not worth waking a thread
 
 # --------------------------------------------------------------------------------------------------
@@ -65,8 +65,10 @@ def product(x, w):  # [rows, n_in], [n_in, n_out] -> [rows, n_out]
     plain = x.dtype != np.float32 or w.dtype != np.float32 or not (by_rows or by_columns)
     if plain or w.size < MIN_SIZE or len(x) == 0 or n_threads() == 1:
         return x @ w
-    if 1 < len(x) <= MAX_ROWS["rows" if by_rows else "columns"]:
-        return sum_of_slabs(x, w) if by_rows else row_of_slabs(x, w)
+    if by_rows and 1 < len(x) <= MOST_ROWS_SUMMED:
+        return sum_of_slabs(x, w)
+    if by_columns and 1 < len(x) <= MOST_ROWS_SIDE_BY_SIDE:
+        return row_of_slabs(x, w)
     return split_columns(x, w) if n_users and (by_columns or len(x) > 1) else x @ w
 
 

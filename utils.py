@@ -572,7 +572,8 @@ def copy_body(response, f, name, n_have, length):
         raise ConnectionError("the connection broke off")
 
 
-def read_note(note):
+def read_note(note):  # -> {"version": str, "length": int or None, "md5": str or None}
+    """What a note says of the file in its `.part`; nothing, where there is none or a broken one."""
     known = {"version": "", "length": None, "md5": None}
     kinds = {"version": str, "length": int | None, "md5": str | None}
     with contextlib.suppress(OSError, ValueError):

@@ -64,7 +64,7 @@ def test_score_is_log_softmax_in_chunks_of_any_size(rng, params, monkeypatch):
     targets[::3] = logits.argmax(-1)[::3]
     expected = logits[range(13), targets] - np.log(np.exp(logits).sum(-1))
     for chunk in (1, 2, 5, 12, 13, 14, 256):
-        monkeypatch.setattr(evaluate, "CHUNK", chunk)
+        monkeypatch.setattr(evaluate, "LOGITS_ROWS", chunk)
         log_probs, hits = evaluate.score(x, targets, params)
         np.testing.assert_allclose(log_probs, expected, rtol=0, atol=1e-4)
         assert hits.tolist() == (logits.argmax(-1) == targets).tolist() and hits[::3].all()
@@ -312,8 +312,8 @@ def test_hellaswags_accuracies_are_those_of_hugging_faces_model(rng, params, mon
         items.append(item)
     sizes = {"n_items": len(items), "n_cut": sum(item["cut"] for item in items)}
     expected = {name: n / len(items) for name, n in expected.items()} | sizes
-    for limit in (1, 500, evaluate.GROUP):
-        monkeypatch.setattr(evaluate, "GROUP", limit)
+    for limit in (1, 500, evaluate.CACHED_TOKENS):
+        monkeypatch.setattr(evaluate, "CACHED_TOKENS", limit)
         assert evaluate.accuracy(items, evaluate.mark_hellaswag, params, N_HEAD) == expected
 
 
@@ -356,7 +356,7 @@ def test_a_context_runs_once_and_nothing_is_padded(rng, params, monkeypatch):
 
 
 def test_no_cache_grows(rng, params, monkeypatch):
-    """n_seq is what an item needs: growing would copy, and take more room than GROUP says."""
+    """n_seq is what an item needs: growing would copy, and take more than CACHED_TOKENS."""
     caches, plain = [], evaluate.copy_cache
     monkeypatch.setattr(
         evaluate, "copy_cache", lambda cache: caches.append(plain(cache)) or caches[-1]
@@ -370,7 +370,7 @@ def test_no_cache_grows(rng, params, monkeypatch):
 
 def test_groups_keep_their_order_and_the_limit(rng, monkeypatch):
     for limit in (1, 90, 300, 2048):
-        monkeypatch.setattr(evaluate, "GROUP", limit)
+        monkeypatch.setattr(evaluate, "CACHED_TOKENS", limit)
         items = random_items(rng, 20)
         groups = list(evaluate.group_items(items))
         assert [item for group in groups for item in group] == items

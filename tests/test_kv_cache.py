@@ -468,9 +468,9 @@ def test_what_cannot_be_is_one_clear_error_before_any_work(params, monkeypatch, 
 @given(pieces=st.lists(st.text("ab\n", max_size=4), max_size=12), stop=st.text("ab\n", min_size=1))
 def test_cut_ends_before_the_stop_wherever_the_pieces_break(pieces, stop):
     text = "".join(pieces)
-    shown = list(kv_cache.cut(iter(pieces), stop))
+    shown = list(kv_cache.up_to(iter(pieces), stop))
     assert "".join(shown) == text.split(stop)[0]
-    assert "".join(kv_cache.cut(iter(pieces), None)) == text
+    assert "".join(kv_cache.up_to(iter(pieces), None)) == text
 
 
 def test_cut_shows_text_as_soon_as_it_is_sure(rng):
@@ -481,7 +481,7 @@ def test_cut_shows_text_as_soon_as_it_is_sure(rng):
             taken.append(piece)
             yield piece
 
-    stream = kv_cache.cut(pieces(), "END")
+    stream = kv_cache.up_to(pieces(), "END")
     assert next(stream) == "Hel" and taken == ["Hel"]
     assert next(stream) == "lo, " and next(stream) == "Enough " and list(stream) == [""]
     assert taken[-1] == "ND of"  # nothing after the stop is even asked for

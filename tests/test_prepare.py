@@ -237,7 +237,9 @@ def test_json_lines(tmp_path_factory, rows, block):
     data = b"".join(json.dumps({"id": 1, "text": row}).encode() + b"\n\n \n" for row in rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "BLOCK", block)
-        parts = parts_of(data, documents.read_json, "text", tmp_path_factory.getbasetemp() / "json")
+        parts = parts_of(
+            data, documents.read_json_lines, "text", tmp_path_factory.getbasetemp() / "json"
+        )
     assert joined(parts) == [row.encode() for row in rows if row]
 
 
