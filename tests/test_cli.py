@@ -1,6 +1,7 @@
 """cli.py, then gpt2.py and gpt2_pico.py as a person runs them: streams, signals, exit codes."""
 
 import io
+import itertools
 import os
 import signal
 import subprocess
@@ -282,22 +283,33 @@ def test_an_empty_prompt_needs_a_tokenizer_with_an_end_of_text(models):
 
 def test_sampling_flags_reach_the_sampler(models):
     folder, params = models
-    flags = [
-        "--n_tokens_to_generate",
-        "20",
-        "--temperature",
-        "0.8",
-        "--top_k",
-        "40",
-        "--top_p",
-        "0.9",
-        "--seed",
-        "7",
-    ]
-    code, out, err = run("gpt2.py", "Once", "--model_size", "tiny", *flags, models_dir=folder)
-    assert (code, err) == (0, "")
     sampling = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 7}
-    assert out == expected(params, "Once", 20, **sampling)
+    flags = [f"--{name}={value}" for name, value in sampling.items()]
+    flags += ["--model_size", "tiny", "--n_tokens_to_generate", "20"]
+    code, out, err = run("gpt2.py", "Once", *flags, models_dir=folder)
+    assert (code, out, err) == (0, expected(params, "Once", 20, **sampling), "")
+
+
+def test_flags_left_out_mean_40_tokens_from_all_there_are(models):
+    folder, params = models
+    for flags, sampling in (
+        ([], {}),
+        (["--temperature=0.9", "--seed=3"], {"temperature": 0.9, "seed": 3}),
+    ):
+        code, out, err = run("gpt2.py", "Once", "--model_size", "tiny", *flags, models_dir=folder)
+        assert (code, out, err) == (0, expected(params, "Once", 40, **sampling), "")
+
+
+def test_text_is_shown_as_it_is_produced(models, monkeypatch):
+    """Each piece is flushed before the model runs again."""
+    folder, params = models
+    shown, seen = io.StringIO(), []
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(shown, "flush", lambda: seen.append(shown.getvalue()), raising=False)
+    gpt2.main("Once", 8, "tiny", str(folder))
+    assert expected(params, "Once", 8) == shown.getvalue()
+    assert len(seen) > 1 and seen == sorted(set(seen), key=len)
+    assert all(later.startswith(one) for one, later in itertools.pairwise(seen))
 
 
 def test_prompt_and_new_tokens_may_fill_the_context_exactly(models):
