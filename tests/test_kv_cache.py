@@ -1,6 +1,7 @@
 """kv_cache.py: the same text as without a cache, alone or in any company, within its memory."""
 
 import gc
+import io
 import json
 import os
 import signal
@@ -605,6 +606,15 @@ def test_rows_that_end_out_of_order_are_all_printed(capsys):
     assert [entry["prompt"] for entry in entries] == ["a", "b", "c"]
 
 
+def test_the_bar_counts_tokens_and_ends_full(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    steps = [(0, [6], None), (1, [7], "stop"), (0, [6, 6], "length"), (2, [], "endoftext")]
+    kv_cache.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), None, True, bar=True)
+    assert " 0/6 " in terminal.getvalue() and " 3/3 " in terminal.getvalue().split("\r")[-1]
+
+
 def test_no_tokens_are_legal(models):
     assert run(models[0], "Once", "--n_tokens_to_generate", "0") == (0, "\n", "")
     code, out, err = run(models[0], "Once", "--n_tokens_to_generate", "0", "--jsonl")
@@ -633,6 +643,11 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(models, case):
     code, out, err = run(models[0], *args)
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_sampling_is_checked_before_a_model_is_looked_for():
+    code, out, err = conftest.run("kv_cache.py", "One", "--top_p=0", "--model_size=nowhere")
+    assert (code, out) == (2, "") and err.startswith("error: top_p must be")
 
 
 @pytest.mark.parametrize("jsonl", [False, True])
