@@ -1,7 +1,8 @@
 """Command lines: a function's parameters are its flags, and a mistake ends in one line.
 
-if __name__ == "__main__":
     run_cli(main)
+
+Fire reads the flags; what is here tames it, and turns errors and signals into exit codes.
 """
 
 import contextlib
