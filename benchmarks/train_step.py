@@ -19,6 +19,7 @@ from common import alternate, hugging_face, machine, print_table
 
 import devices
 import progress
+import recipes
 import train_jax
 import utils
 
@@ -79,7 +80,7 @@ def theirs(flags, params, tokens, compiled):
 def main():
     recipe = sys.argv[1] if len(sys.argv) > 1 else "shakespeare-cpu"
     devices.start_jax(None, None, None)
-    flags = train_jax.choose(recipe, {"data": ""})
+    flags = recipes.choose(recipe, {"data": ""}, jax.default_backend())
     n_vocab = 257 if "shakespeare" in recipe else 50257
     sizes = {name: flags[name] for name in ("n_ctx", "n_embd", "n_layer", "n_head")}
     rng = np.random.default_rng(0)

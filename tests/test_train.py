@@ -25,6 +25,7 @@ from conftest import REPO, SHAKESPEARE, TINY, hugging_face, random_params
 from transformers import GPT2LMHeadModel
 
 import checkpoints
+import recipes
 import train_jax
 import utils
 from devices import cut, make_mesh
@@ -206,10 +207,10 @@ def test_schedule_warms_up_from_above_zero_and_ends_at_the_lowest_rate():
     assert train_jax.make_schedule(1, 1.0, 0.1, n_warmup=100)(0) > 0
 
 
-@pytest.mark.parametrize("name", train_jax.RECIPES)
+@pytest.mark.parametrize("name", recipes.RECIPES)
 def test_every_recipe_says_everything(name):
-    recipe = train_jax.RECIPES[name]
-    flags = train_jax.choose(name, {"data": "x"}, HPARAMS if name == "finetune" else None)
+    recipe = recipes.RECIPES[name]
+    flags = recipes.choose(name, {"data": "x"}, "cpu", HPARAMS if name == "finetune" else None)
     asked = "n_layer n_head n_embd n_ctx batch_size n_steps learning_rate min_learning_rate "
     asked += "n_warmup weight_decay grad_clip n_accumulate optimizer dtype eval_every "
     asked += "checkpoint_every seed"
@@ -218,7 +219,7 @@ def test_every_recipe_says_everything(name):
     parameters = inspect.signature(train_jax.main).parameters
     assert recipe.keys() <= parameters.keys()
     typed = {"n_steps": 7, "seed": 5, "data": "y", "grad_clip": 0.25}
-    flags = train_jax.choose(name, typed, HPARAMS if name == "finetune" else None)
+    flags = recipes.choose(name, typed, "cpu", HPARAMS if name == "finetune" else None)
     assert typed.items() <= flags.items() and flags["recipe"] == name
 
 
@@ -227,7 +228,7 @@ def test_every_recipe_says_everything(name):
     [("gpt2-124M", 124439808), ("gpt2-1558M", 1557611200), ("gpt3-175B", 1.746e11)],
 )
 def test_the_larger_recipes_have_the_published_sizes(name, n_params):
-    recipe = train_jax.RECIPES[name]
+    recipe = recipes.RECIPES[name]
     sizes = {size: recipe[size] for size in ("n_ctx", "n_embd", "n_layer")}
     key = jax.random.key(0)
     params = jax.eval_shape(lambda: train_jax.init_params(key, 50257, **sizes))
@@ -728,10 +729,10 @@ def test_what_cannot_be_resumed_is_said_in_one_line(never_stopped, tmp_path):
 )
 def test_a_damaged_run_json_is_refused(never_stopped, change):
     place, plan = checkpoints.find_checkpoint(never_stopped)
-    assert train_jax.check_saved(plan, place) == plan["flags"]
+    assert recipes.check_saved(plan, place) == plan["flags"]
     change(plan)
     with pytest.raises(ValueError, match=r"run.json: damaged, or not of this trainer"):
-        train_jax.check_saved(plan, place)
+        recipes.check_saved(plan, place)
 
 
 def test_only_the_flag_resume_says_where_to_write(never_stopped, tmp_path, monkeypatch):
@@ -749,7 +750,7 @@ def test_only_the_flag_resume_says_where_to_write(never_stopped, tmp_path, monke
 @pytest.mark.parametrize("change", [{"n_head": 8}, {"n_layer": 2}, {"n_embd": 16}, {"n_ctx": 17}])
 def test_a_run_json_of_another_model_is_refused(never_stopped, change):
     place, plan = checkpoints.find_checkpoint(never_stopped)
-    flags = train_jax.check_saved(plan, place) | change
+    flags = recipes.check_saved(plan, place) | change
     with pytest.raises(ValueError, match="run.json has other sizes than the model"):
         train_jax.run(flags, place=place, saved=plan)
 
@@ -814,10 +815,11 @@ def test_only_checkpoints_are_put_away(tmp_path):
 
 
 def test_the_lowest_rate_follows_the_highest():
-    flags = train_jax.choose("shakespeare-cpu", {"learning_rate": 1e-6})
+    flags = recipes.choose("shakespeare-cpu", {"learning_rate": 1e-6}, "cpu")
     assert np.isclose(flags["min_learning_rate"], 1e-8)
     with pytest.raises(ValueError, match="must not be more than learning_rate"):
-        train_jax.choose("shakespeare-cpu", {"learning_rate": 1e-3, "min_learning_rate": 2e-3})
+        typed = {"learning_rate": 1e-3, "min_learning_rate": 2e-3}
+        recipes.choose("shakespeare-cpu", typed, "cpu")
 
 
 def test_a_new_run_puts_an_older_ones_checkpoints_away(tmp_path):
