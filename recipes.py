@@ -73,37 +73,39 @@ RECIPES |= {
     for name, (n_layer, n_head, n_embd, rate) in LARGER.items()
 }
 
+SIZE = "from 1 to 1048576", lambda n: 1 <= n <= 2**20
+COUNT = "from 1 to 2147483647", lambda n: 1 <= n < 2**31
+POSITIVE = "more than 0", lambda x: 0 < x < math.inf
+NOT_NEGATIVE = "0 or more", lambda x: 0 <= x < math.inf
+LIMITS = {  # what a flag must be, in words and as a test
+    "n_layer": SIZE,
+    "n_head": COUNT,  # and n_embd's divisor
+    "n_embd": SIZE,
+    "n_ctx": SIZE,
+    "batch_size": SIZE,
+    "n_accumulate": SIZE,
+    "n_steps": COUNT,
+    "optimizer": ("adamw or muon", lambda word: word in ("adamw", "muon")),
+    "learning_rate": POSITIVE,
+    "min_learning_rate": NOT_NEGATIVE,
+    "n_warmup": COUNT,
+    "weight_decay": NOT_NEGATIVE,
+    "grad_clip": POSITIVE,
+    "adam_b2": ("more than 0 and less than 1", lambda x: 0 < x < 1),
+    "drop_rate": ("from 0 to 0.9", lambda x: 0 <= x <= 0.9),
+    "dtype": ("float32 or bfloat16", lambda word: word in ("float32", "bfloat16")),
+    "eval_every": COUNT,
+    "checkpoint_every": COUNT,
+    "seed": ("from 0 to 4294967295", lambda n: 0 <= n < 2**32),
+    "saved_dtype": ("float32 or float16", lambda word: word in ("float32", "float16")),
+}
+
 
 def check_flags(flags):
     """Raises ValueError, one clear line, for a model or a run that cannot be."""
     for name, value in flags.items():
-        if isinstance(value, bool):
-            right, wanted = True, ""
-        elif name == "seed":
-            right, wanted = 0 <= value < 2**32, "from 0 to 4294967295"
-        elif name == "drop_rate":
-            right, wanted = 0 <= value <= 0.9, "from 0 to 0.9"
-        elif name in ("weight_decay", "min_learning_rate"):
-            right, wanted = 0 <= value < math.inf, "0 or more"
-        elif name == "adam_b2":
-            right, wanted = 0 < value < 1, "more than 0 and less than 1"
-        elif name == "dtype":
-            right, wanted = value in ("float32", "bfloat16"), "float32 or bfloat16"
-        elif name == "saved_dtype":
-            right, wanted = value in ("float32", "float16"), "float32 or float16"
-        elif name == "optimizer":
-            right, wanted = value in ("adamw", "muon"), "adamw or muon"
-        elif isinstance(value, float):
-            right, wanted = 0 < value < math.inf, "more than 0"
-        elif isinstance(value, int):
-            right, wanted = 1 <= value < 2**31, "from 1 to 2147483647"
-        else:
-            continue
-        if not right:
-            raise ValueError(f"{name} must be {wanted}, not {value}")
-    for name in ("n_layer", "n_embd", "n_ctx", "batch_size", "n_accumulate"):
-        if flags[name] > 2**20:
-            raise ValueError(f"{name} must be at most 1048576, not {flags[name]}")
+        if name in LIMITS and not LIMITS[name][1](value):
+            raise ValueError(f"{name} must be {LIMITS[name][0]}, not {value}")
     if flags["n_embd"] % flags["n_head"]:
         raise ValueError("n_embd {n_embd} must be a multiple of n_head {n_head}".format(**flags))
     if flags["min_learning_rate"] > flags["learning_rate"]:

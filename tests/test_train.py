@@ -218,6 +218,7 @@ def test_every_recipe_says_everything(name):
     assert recipe["min_learning_rate"] < recipe["learning_rate"]
     parameters = inspect.signature(train_jax.main).parameters
     assert recipe.keys() <= parameters.keys()
+    assert recipe.keys() <= recipes.LIMITS.keys() | {"data", "fsdp"}
     typed = {"n_steps": 7, "seed": 5, "data": "y", "grad_clip": 0.25}
     flags = recipes.choose(name, typed, "cpu", HPARAMS if name == "finetune" else None)
     assert typed.items() <= flags.items() and flags["recipe"] == name
@@ -452,7 +453,7 @@ BAD = {
     "recipe": (["--recipe", "gpt5"], "no recipe 'gpt5': there are shakespeare-cpu, "),
     "half a model": (["--recipe", "finetune", "--n_layer", 1], "recipe finetune needs --init_from"),
     "huge": (["--n_accumulate", 10**10], "n_accumulate must be from 1 to"),
-    "large": (["--n_embd", 2**21], "n_embd must be at most"),
+    "large": (["--n_embd", 2**21], "n_embd must be from 1 to 1048576, not 2097152"),
     "nowhere": (["--out", ""], "--out is empty"),
     "one of several": (["--process_id", 1], "--num_processes and --process_id go together"),
     "address": (
