@@ -83,7 +83,8 @@ def mend_cache(folder, show, message, *rest):
         show(message, *rest)
 
 
-def cut(mesh, *axes):  # the sharding that spreads the axis called "data" over the mesh
+def make_sharding(mesh, *axes):
+    """That of an array whose axes are called so: "data" is spread over the mesh, None is not."""
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
@@ -114,11 +115,11 @@ def spread(tree, mesh, fsdp):
         axes = [i for i in range(x.ndim) if x.ndim > 1 and fsdp and x.shape[i] % mesh.size == 0]
         return max(axes, key=lambda i: x.shape[i], default=None)
 
-    def cut_axis(x):
+    def shard(x):
         chosen = axis(x)
-        return cut(mesh, *("data" if i == chosen else None for i in range(x.ndim)))
+        return make_sharding(mesh, *("data" if i == chosen else None for i in range(x.ndim)))
 
-    return jax.tree.map(cut_axis, tree)
+    return jax.tree.map(shard, tree)
 
 
 def put(tree, shardings):
@@ -131,7 +132,7 @@ def put(tree, shardings):
     return jax.tree.map(put_one, tree, shardings)
 
 
-def gather(tree):
+def to_host(tree):
     """The whole arrays in NumPy, wherever their parts are. All processes have to call this."""
     if jax.process_count() > 1:
         tree = multihost_utils.process_allgather(tree, tiled=True)

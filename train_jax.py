@@ -54,14 +54,14 @@ from cli import run_cli
 from devices import (
     any_process,
     check_agreement,
-    cut,
     end_together,
     from_first,
-    gather,
     make_mesh,
+    make_sharding,
     put,
     spread,
     start_jax,
+    to_host,
 )
 from encoder import Encoder, get_encoder
 from gpt2 import hidden_state
@@ -383,7 +383,7 @@ def start_state(params, moments, n_done, optimizer, n_rows, mesh, fsdp):
     """
     params = resize_vocab(jax.tree.map(np.asarray, params), n_rows)
     shapes = jax.eval_shape(optimizer.init, params)
-    shardings = spread(params, mesh, fsdp), spread(shapes, mesh, fsdp), cut(mesh)
+    shardings = spread(params, mesh, fsdp), spread(shapes, mesh, fsdp), make_sharding(mesh)
     params = put(params, shardings[0])
     if moments is None:
         moments = jax.jit(optimizer.init, out_shardings=shardings[1])(params)
@@ -451,7 +451,7 @@ def make_train_steps(optimizer, drop_rate=0.0, seed=0, dtype="float32", sharding
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "n_head", "n_vocab", "n_chunks", "attend"))
-def evaluate(params, windows, counts, dtype="float32", **how):  # -> [], nats a token
+def validation_loss(params, windows, counts, dtype="float32", **how):  # -> [], nats a token
     """The loss on all of the validation text, [n, batch_size, n_ctx + 1], a batch at a time.
 
     counts: [n, batch_size], 1 for a window, 0 for what fills the last batch up.
@@ -460,7 +460,7 @@ def evaluate(params, windows, counts, dtype="float32", **how):  # -> [], nats a 
     return (jax.lax.map(lambda w: losses(weights, w, **how), windows) * counts).sum() / counts.sum()
 
 
-def fill_batches(windows, batch_size):  # [n, n_ctx + 1] -> evaluate's windows and counts
+def fill_batches(windows, batch_size):  # [n, n_ctx + 1] -> validation_loss's windows, counts
     n_missing = -len(windows) % batch_size
     counts = np.append(np.ones(len(windows), np.float32), np.zeros(n_missing, np.float32))
     filled = np.concatenate([windows, np.repeat(windows[:1], n_missing, axis=0)])
@@ -649,12 +649,12 @@ def main(
         if resume is None:
             flags = choose(recipe, typed, jax.default_backend(), model and model[1])
         try:
-            run(flags, tensorboard, model, place, saved)
+            run_training(flags, tensorboard, model, place, saved)
         except jax.errors.JaxRuntimeError as error:  # out of memory, as a rule
             raise MemoryError(str(error)) from None
 
 
-def run(flags, tensorboard=False, model=None, place=None, saved=None):
+def run_training(flags, tensorboard=False, model=None, place=None, saved=None):
     """Train from the beginning, from (tokenizer, sizes, parameters), or from a checkpoint."""
     seed, out, batch_size, n_ctx = (flags[name] for name in ("seed", "out", "batch_size", "n_ctx"))
     mesh, is_main = make_mesh(batch_size), jax.process_index() == 0
@@ -691,7 +691,7 @@ def run(flags, tensorboard=False, model=None, place=None, saved=None):
     model = params = moments = None  # their memory is free again
     how = loss_options(flags, n_vocab, batch_size // mesh.size)
     train_steps = make_train_steps(optimizer, flags["drop_rate"], seed, shardings=shardings, **how)
-    windows = put(fill_batches(windows, batch_size), 2 * (cut(mesh, None, "data"),))
+    windows = put(fill_batches(windows, batch_size), 2 * (make_sharding(mesh, None, "data"),))
     peak = progress.peak_flops(mesh.devices.ravel(), flags["dtype"])
     seconds = flops * flags["n_accumulate"] * batch_size * n_ctx / peak[0]  # a step's, at best
     steps_per_call = from_first(next((n for n in STEPS_PER_CALL if n * seconds < 1), 1))
@@ -702,21 +702,21 @@ def run(flags, tensorboard=False, model=None, place=None, saved=None):
     places = [place] if place else []
 
     def read(n_done):
-        spec = cut(mesh, None, None, "data")
+        spec = make_sharding(mesh, None, None, "data")
         return read_batches(shards["train"], seed, n_done, shape, n_ctx, spec)
 
     def validate(params):
-        return float(evaluate(params, *windows, **how))
+        return float(validation_loss(params, *windows, **how))
 
     def keep(params, is_best):
-        params = resize_vocab(gather(params), n_vocab)
+        params = resize_vocab(to_host(params), n_vocab)
         if is_main and is_best:
             save_model(out, encoder, hparams, params, flags["saved_dtype"])
         if is_main:
             tqdm.write(sample(params, encoder, hparams, seed))
 
     def checkpoint(state, best):
-        params, moments = resize_vocab(gather(state[:2]), n_vocab)
+        params, moments = resize_vocab(to_host(state[:2]), n_vocab)
         if not is_main:
             return out
         about = {"flags": flags, "best": best if best < math.inf else None, "text": text}

@@ -35,7 +35,7 @@ def ours(flags, params, tokens, optimizer):  # -> a function that trains N_STEPS
     state, shardings = train_jax.start_state(params, None, 0, rule, n_rows, mesh, flags["fsdp"])
     how = train_jax.loss_options(flags, n_vocab, flags["batch_size"] // mesh.size)
     steps = train_jax.make_train_steps(rule, flags["drop_rate"], 0, shardings=shardings, **how)
-    batches = devices.put(tokens, devices.cut(mesh, None, None, "data"))
+    batches = devices.put(tokens, devices.make_sharding(mesh, None, None, "data"))
 
     def train():
         nonlocal state

@@ -38,12 +38,12 @@ def train(seed, n_devices, fsdp, optimizer, dtype="float32"):
     state, shardings = train_jax.start_state(params, None, 0, optimizer, 384, mesh, fsdp)
     how = {"dtype": dtype, "n_head": 3, "n_vocab": 257, "n_chunks": 2}
     steps = train_jax.make_train_steps(optimizer, 0.1, seed, shardings=shardings, **how)
-    spec = devices.cut(mesh, None, None, "data")
+    spec = devices.make_sharding(mesh, None, None, "data")
     batches = train_jax.read_batches(TEXT, seed, 0, (4, 2, 8), 16, spec)
     state, loss = steps(state, batches, 4)
     windows = train_jax.fill_batches(train_jax.cut_windows(TEXT, 16)[:13], 8)
-    windows = devices.put(windows, 2 * (devices.cut(mesh, None, "data"),))
-    return state, float(loss), float(train_jax.evaluate(state[0], *windows, **how))
+    windows = devices.put(windows, 2 * (devices.make_sharding(mesh, None, "data"),))
+    return state, float(loss), float(train_jax.validation_loss(state[0], *windows, **how))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -52,7 +52,7 @@ def test_eight_devices_compute_what_one_does(seed, fsdp, optimizer):
     one, *wanted = train(seed, 1, False, optimizer)
     state, *losses = train(seed, 8, fsdp, optimizer)
     assert np.allclose(losses, wanted, rtol=1e-5)
-    pairs = (jax.tree.leaves(devices.gather(tree)) for tree in (state, one))
+    pairs = (jax.tree.leaves(devices.to_host(tree)) for tree in (state, one))
     for ours, theirs in zip(*pairs, strict=True):
         assert ours.dtype == theirs.dtype
         assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs)
@@ -81,7 +81,7 @@ def test_every_device_reads_only_its_stretches(seed, monkeypatch):
         return np.zeros((len(starts), n), np.int32)
 
     monkeypatch.setattr(train_jax, "read_stretches", read_stretches)
-    spec = devices.cut(devices.make_mesh(8), None, None, "data")
+    spec = devices.make_sharding(devices.make_mesh(8), None, None, "data")
     train_jax.read_batches(TEXT, seed, 0, (3, 2, 16), 16, spec)
     assert read == 8 * [3 * 2 * 2]
 
@@ -213,10 +213,10 @@ def test_a_platform_that_is_not_there_is_refused(tmp_path, monkeypatch):
     assert (code, err) == (2, "error: JAX_PLATFORMS is cuda, but JAX finds no such device\n")
 
 
-def test_put_and_gather_are_inverse(seed):
+def test_put_and_to_host_are_inverse(seed):
     mesh = devices.make_mesh(8)
     tree = {"w": np.arange(48.0).reshape(6, 8), "b": np.arange(3)}
     placed = devices.put(tree, devices.spread(tree, mesh, fsdp=True))
     assert placed["w"].addressable_shards[0].data.shape == (6, 1)
-    assert jax.tree.all(jax.tree.map(np.array_equal, devices.gather(placed), tree))
+    assert jax.tree.all(jax.tree.map(np.array_equal, devices.to_host(placed), tree))
     assert isinstance(placed["b"], jnp.ndarray)

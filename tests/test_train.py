@@ -28,12 +28,12 @@ import checkpoints
 import recipes
 import train_jax
 import utils
-from devices import cut, make_mesh
+from devices import make_mesh, make_sharding
 from encoder import Encoder
 from gpt2 import attention, gpt2
 from utils import load_encoder_hparams_and_params
 
-ONE_DEVICE = cut(make_mesh(1))
+ONE_DEVICE = make_sharding(make_mesh(1))
 SIZES = {"n_vocab": 257, "n_ctx": 16, "n_embd": 24, "n_layer": 2}
 
 
@@ -374,7 +374,7 @@ def test_validation_is_the_mean_over_all_windows(seed):
     for batch_size in (1, 3, 7, 20):
         filled, counts = train_jax.fill_batches(windows, batch_size)
         assert filled.shape[1:] == (batch_size, 17) and counts.sum() == 7
-        assert abs(train_jax.evaluate(params, filled, counts, n_head=3) - wanted) < 1e-5
+        assert abs(train_jax.validation_loss(params, filled, counts, n_head=3) - wanted) < 1e-5
 
 
 def make_optimizer(optimizer="muon", schedule=None, weight_decay=0.1):
@@ -742,7 +742,7 @@ def test_only_the_flag_resume_says_where_to_write(never_stopped, tmp_path, monke
     plan["flags"]["out"] = str(tmp_path / "elsewhere")
     monkeypatch.setattr(train_jax, "find_checkpoint", lambda out: (place, plan))
     monkeypatch.setattr(train_jax, "start_jax", lambda *_: None)
-    monkeypatch.setattr(train_jax, "run", lambda flags, *_: runs.append(flags["out"]))
+    monkeypatch.setattr(train_jax, "run_training", lambda flags, *_: runs.append(flags["out"]))
     runs = []
     train_jax.main(resume="here")
     assert runs == ["here"]
@@ -753,7 +753,7 @@ def test_a_run_json_of_another_model_is_refused(never_stopped, change):
     place, plan = checkpoints.find_checkpoint(never_stopped)
     flags = recipes.check_saved(plan, place) | change
     with pytest.raises(ValueError, match="run.json has other sizes than the model"):
-        train_jax.run(flags, place=place, saved=plan)
+        train_jax.run_training(flags, place=place, saved=plan)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3", "F4", "C64", "BOOL", "I64", "F64"])
@@ -900,7 +900,7 @@ def test_the_shipped_model_has_the_validation_loss_that_its_readme_states():
     encoder, hparams, params = load_encoder_hparams_and_params(str(folder), "models")
     _, windows = split_text(encoder.encode(SHAKESPEARE.read_text()), hparams["n_ctx"])
     filled = train_jax.fill_batches(windows, 16)
-    validation = train_jax.evaluate(params, *filled, n_head=hparams["n_head"])
+    validation = train_jax.validation_loss(params, *filled, n_head=hparams["n_head"])
     assert abs(validation - stated) < 1e-3 and stated <= 1.5
     assert sum(x.size for x in jax.tree.leaves(params)) == 2_768_064
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
