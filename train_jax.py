@@ -649,71 +649,128 @@ def main(
         if resume is None:
             flags = choose(recipe, typed, jax.default_backend(), model and model[1])
         try:
-            run_training(flags, tensorboard, model, place, saved)
+            stopped = run_training(flags, tensorboard, model, place, saved)
         except jax.errors.JaxRuntimeError as error:  # out of memory, as a rule
             raise MemoryError(str(error)) from None
+    if stopped == signal.SIGTERM:
+        sys.exit(143)
+    if stopped:
+        raise KeyboardInterrupt
+    if jax.process_index() == 0:
+        print(f"the best model is in {flags['out']}")
+
+
+# --- A run --------------------------------------------------------------------------------------
 
 
 def run_training(flags, tensorboard=False, model=None, place=None, saved=None):
-    """Train from the beginning, from (tokenizer, sizes, parameters), or from a checkpoint."""
-    seed, out, batch_size, n_ctx = (flags[name] for name in ("seed", "out", "batch_size", "n_ctx"))
-    mesh, is_main = make_mesh(batch_size), jax.process_index() == 0
+    """Train from the beginning, from (tokenizer, sizes, parameters), or from a checkpoint.
+
+    place, saved: find_checkpoint's. -> the signal that ended the run early, or 0.
+    """
+    mesh, is_main = make_mesh(flags["batch_size"]), jax.process_index() == 0
     if flags["dtype"] == "float32":  # or accelerators would make its products in less
         jax.config.update("jax_default_matmul_precision", "float32")
     schedule = make_schedule(**flags)
-    optimizer = make_optimizer(schedule, **flags)
-    moments, encoder, is_tuned = None, None, model is not None
-    if place:
-        *model, moments = load_checkpoint(place, functools.partial(moment_shapes, optimizer))
-        same = all(flags[name] == model[1][name] for name in ("n_layer", "n_head", "n_embd"))
-        if not same or n_ctx > model[1]["n_ctx"]:
-            raise ValueError(f"{place}: run.json has other sizes than the model")
-    if model:
-        encoder, hparams, params = model
-    elif flags.get("tokenizer"):
-        encoder = get_encoder("", find_model(flags["tokenizer"], only_tokenizer=True))
-    shards, windows, text, encoder = open_text(flags["data"], encoder, n_ctx)
-    if saved and saved["text"] != text:
-        raise ValueError(f"{flags['data']}: is not the text that {place} was trained on")
-    check_agreement([flags, text])
-    if flags["data"] not in NAMED_TEXTS:
-        flags |= {"data": os.path.abspath(flags["data"])}  # a run may be resumed from elsewhere
-    if not model:
-        hparams, params = new_model(flags, encoder.n_vocab)
-    flops = progress.flops_per_token(params, n_ctx)
+    optimizer, is_tuned = make_optimizer(schedule, **flags), model is not None
+    shards, windows, text, model, moments = load_start(flags, model, place, saved, optimizer)
+    encoder, hparams, params = model
     if is_main:
         n_params = sum(x.size for x in jax.tree.leaves(params))
         n_val = windows[:, 1:].size
         print(f"{n_params} parameters, {text['n_train']} training and {n_val} validation tokens")
-    n_vocab, n_done = hparams["n_vocab"], saved["step"] if saved else 0
-    n_rows = count_rows(n_vocab)
-    state, shardings = start_state(params, moments, n_done, optimizer, n_rows, mesh, flags["fsdp"])
+    flops, n_done = progress.flops_per_token(params, flags["n_ctx"]), saved["step"] if saved else 0
+    state, train_steps, validate = set_up(flags, mesh, optimizer, params, moments, n_done, windows)
     model = params = moments = None  # their memory is free again
-    how = loss_options(flags, n_vocab, batch_size // mesh.size)
-    train_steps = make_train_steps(optimizer, flags["drop_rate"], seed, shardings=shardings, **how)
-    windows = put(fill_batches(windows, batch_size), 2 * (make_sharding(mesh, None, "data"),))
-    peak = progress.peak_flops(mesh.devices.ravel(), flags["dtype"])
-    seconds = flops * flags["n_accumulate"] * batch_size * n_ctx / peak[0]  # a step's, at best
-    steps_per_call = from_first(next((n for n in STEPS_PER_CALL if n * seconds < 1), 1))
-    shape = steps_per_call, flags["n_accumulate"], batch_size
-    log = progress.make_log(out, n_done, flops, *peak, schedule, tensorboard)
+    peak, source = progress.peak_flops(mesh.devices.ravel(), flags["dtype"])
+    shape = batches_shape(flags, flops, peak)
+    log = progress.make_log(flags["out"], n_done, flops, peak, source, schedule, tensorboard)
     if is_main:  # no other run is at work there, or make_log would have refused
-        clear_away(out)
-    places = [place] if place else []
+        clear_away(flags["out"])
+    keep, checkpoint = make_savers(flags, encoder, hparams, text, place)
 
     def read(n_done):
         spec = make_sharding(mesh, None, None, "data")
-        return read_batches(shards["train"], seed, n_done, shape, n_ctx, spec)
+        return read_batches(shards["train"], flags["seed"], n_done, shape, flags["n_ctx"], spec)
 
-    def validate(params):
+    best = saved and saved["best"]
+    if is_tuned:  # the best so far is what it was
+        best = validate(state[0])
+        if is_main:
+            tqdm.write(f"step 0: validation {best:.4f}")
+        keep(state[0], is_best=True)
+    n_vocab = hparams["n_vocab"]  # an unfamiliar text may begin above its logarithm
+    start = {"place": place, "best": best, "worst": 2 * max(math.log(n_vocab), best or 0)}
+    return train(
+        state, flags, train_steps, read, validate, keep, checkpoint, log, start, not is_main
+    )
+
+
+def load_start(flags, model, place, saved, optimizer):
+    """What a run starts from: -> shards, windows, what a checkpoint says of both, model, moments.
+
+    model: (tokenizer, hparams, parameters), those given, else the checkpoint's, else new ones. The
+    moments are the checkpoint's {name: array}, or None. ValueError if the flags or the text are not
+    those that the checkpoint was made with, or other processes have others.
+    """
+    moments = encoder = None
+    if place:
+        *model, moments = load_checkpoint(place, functools.partial(moment_shapes, optimizer))
+        same = all(flags[name] == model[1][name] for name in ("n_layer", "n_head", "n_embd"))
+        if not same or flags["n_ctx"] > model[1]["n_ctx"]:
+            raise ValueError(f"{place}: run.json has other sizes than the model")
+    if model:
+        encoder = model[0]
+    elif flags.get("tokenizer"):
+        encoder = get_encoder("", find_model(flags["tokenizer"], only_tokenizer=True))
+    shards, windows, text, encoder = open_text(flags["data"], encoder, flags["n_ctx"])
+    if saved and saved["text"] != text:
+        raise ValueError(f"{flags['data']}: is not the text that {place} was trained on")
+    check_agreement([flags, text])
+    return shards, windows, text, model or (encoder, *new_model(flags, encoder.n_vocab)), moments
+
+
+def set_up(flags, mesh, optimizer, params, moments, n_done, windows):
+    """-> the state on the devices, train_steps and validate(params), both compiled when called."""
+    n_vocab, batch_size = len(params["wte"]), flags["batch_size"]
+    n_rows = count_rows(n_vocab)
+    state, shardings = start_state(params, moments, n_done, optimizer, n_rows, mesh, flags["fsdp"])
+    how = loss_options(flags, n_vocab, batch_size // mesh.size)
+    dropping = {"drop_rate": flags["drop_rate"], "seed": flags["seed"]}
+    train_steps = make_train_steps(optimizer, **dropping, shardings=shardings, **how)
+    windows = put(fill_batches(windows, batch_size), 2 * (make_sharding(mesh, None, "data"),))
+
+    def validate(params):  # -> nats a token
         return float(validation_loss(params, *windows, **how))
+
+    return state, train_steps, validate
+
+
+def batches_shape(flags, flops, peak):  # -> the steps of a call, n_accumulate, batch_size
+    """flops: a token's; peak: FLOP/s. Every process has the first one's, whatever it measured."""
+    n_accumulate, batch_size = flags["n_accumulate"], flags["batch_size"]
+    seconds = flops * n_accumulate * batch_size * flags["n_ctx"] / peak  # a step's, at best
+    n_steps = next((n for n in STEPS_PER_CALL if n * seconds < 1), 1)
+    return from_first(n_steps), n_accumulate, batch_size
+
+
+def make_savers(flags, encoder, hparams, text, place):
+    """-> keep(params, is_best) and checkpoint(state, best), as `train` wants them.
+
+    text: what a checkpoint says of it; place: the checkpoint that the run goes on from, or None.
+    Every process calls both, for its share of the parameters; the first one writes.
+    """
+    out, n_vocab, is_main = flags["out"], hparams["n_vocab"], jax.process_index() == 0
+    places = [place] if place else []
+    if flags["data"] not in NAMED_TEXTS:
+        flags = flags | {"data": os.path.abspath(flags["data"])}  # to be resumed from anywhere
 
     def keep(params, is_best):
         params = resize_vocab(to_host(params), n_vocab)
         if is_main and is_best:
             save_model(out, encoder, hparams, params, flags["saved_dtype"])
         if is_main:
-            tqdm.write(sample(params, encoder, hparams, seed))
+            tqdm.write(sample(params, encoder, hparams, flags["seed"]))
 
     def checkpoint(state, best):
         params, moments = resize_vocab(to_host(state[:2]), n_vocab)
@@ -727,23 +784,7 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None):
             progress.draw(out)
         return places[-1]
 
-    best = saved and saved["best"]
-    if is_tuned:  # the best so far is what it was
-        best = validate(state[0])
-        if is_main:
-            tqdm.write(f"step 0: validation {best:.4f}")
-        keep(state[0], is_best=True)
-    worst = 2 * max(math.log(n_vocab), best or 0)  # an unfamiliar text may begin above ln(n_vocab)
-    start = {"place": place, "best": best, "worst": worst}
-    stopped = train(
-        state, flags, train_steps, read, validate, keep, checkpoint, log, start, not is_main
-    )
-    if stopped == signal.SIGTERM:
-        sys.exit(143)
-    if stopped:
-        raise KeyboardInterrupt
-    if is_main:
-        print(f"the best model is in {out}")
+    return keep, checkpoint
 
 
 def count_rows(n_vocab):  # -> the rows of wte while it trains
