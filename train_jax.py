@@ -550,6 +550,7 @@ def main(
     init_from: str | None = None,
     resume: str | None = None,
     tokenizer: str | None = None,
+    models_dir: str = "models",
     n_layer: int | None = None,
     n_head: int | None = None,
     n_embd: int | None = None,
@@ -595,8 +596,9 @@ def main(
             (the default with init_from), gpt2-124M, -355M, -774M, -1558M, or gpt3-125M to -175B.
         init_from: start with this model, a name or a folder as in gpt2.py, and with its tokenizer.
         resume: the `out` of a run that was stopped: go on, with its flags and no others.
-        tokenizer: 124M (GPT-2's), a folder in models, or a path; by default that of the shards, and
-            bytes for a text.
+        tokenizer: 124M (GPT-2's), a folder in models_dir, or a path; by default that of the shards,
+            and bytes for a text.
+        models_dir: the folder that holds the models.
         n_layer: transformer blocks.
         n_head: attention heads in each; n_embd must be a multiple of it.
         n_embd: width of the model.
@@ -626,7 +628,8 @@ def main(
     """
     typed = {name: value for name, value in locals().items() if value is not None}
     default = {p.name: p.default for p in inspect.signature(main).parameters.values()}
-    others = ("resume", "tensorboard", "coordinator", "num_processes", "process_id")
+    others = ("resume", "models_dir", "tensorboard")
+    others += ("coordinator", "num_processes", "process_id")
     typed = {name: value for name, value in typed.items() if name not in others}
     if recipe is not None and recipe not in RECIPES:
         raise ValueError(f"no recipe {recipe!r}: there are {', '.join(RECIPES)}")
@@ -638,7 +641,8 @@ def main(
     if resume is None:
         check_target(out)  # better now than after the first steps
         check_folder(out)
-        model = load_encoder_hparams_and_params(init_from) if init_from is not None else None
+        if init_from is not None:
+            model = load_encoder_hparams_and_params(init_from, models_dir)
     else:
         if more := [name for name, value in typed.items() if value != default[name]]:
             raise ValueError(f"--resume takes the run's own flags: leave out --{more[0]}")
@@ -649,7 +653,7 @@ def main(
         if resume is None:
             flags = choose(recipe, typed, jax.default_backend(), model and model[1])
         try:
-            stopped = run_training(flags, tensorboard, model, place, saved)
+            stopped = run_training(flags, tensorboard, model, place, saved, models_dir)
         except jax.errors.JaxRuntimeError as error:  # out of memory, as a rule
             raise MemoryError(str(error)) from None
     if stopped == signal.SIGTERM:
@@ -663,7 +667,7 @@ def main(
 # --- A run --------------------------------------------------------------------------------------
 
 
-def run_training(flags, tensorboard=False, model=None, place=None, saved=None):
+def run_training(flags, tensorboard=False, model=None, place=None, saved=None, models_dir="models"):
     """Train from the beginning, from (tokenizer, sizes, parameters), or from a checkpoint.
 
     place, saved: find_checkpoint's. -> the signal that ended the run early, or 0.
@@ -673,8 +677,9 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None):
         jax.config.update("jax_default_matmul_precision", "float32")
     schedule = make_schedule(**flags)
     optimizer, is_tuned = make_optimizer(schedule, **flags), model is not None
-    shards, windows, text, model, moments = load_start(flags, model, place, saved, optimizer)
-    encoder, hparams, params = model
+    shards, windows, text, (encoder, hparams, params), moments = load_start(
+        flags, optimizer, model, place, saved, models_dir
+    )
     if is_main:
         n_params = sum(x.size for x in jax.tree.leaves(params))
         n_val = windows[:, 1:].size
@@ -706,7 +711,7 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None):
     )
 
 
-def load_start(flags, model, place, saved, optimizer):
+def load_start(flags, optimizer, model, place, saved, models_dir):
     """What a run starts from: -> shards, windows, what a checkpoint says of both, model, moments.
 
     model: (tokenizer, hparams, parameters), those given, else the checkpoint's, else new ones. The
@@ -722,7 +727,8 @@ def load_start(flags, model, place, saved, optimizer):
     if model:
         encoder = model[0]
     elif flags.get("tokenizer"):
-        encoder = get_encoder("", find_model(flags["tokenizer"], only_tokenizer=True))
+        folder = find_model(flags["tokenizer"], models_dir, only_tokenizer=True)
+        encoder = get_encoder("", folder)
     shards, windows, text, encoder = open_text(flags["data"], encoder, flags["n_ctx"])
     if saved and saved["text"] != text:
         raise ValueError(f"{flags['data']}: is not the text that {place} was trained on")

@@ -891,6 +891,22 @@ def test_finetuning_starts_at_the_models_own_loss(models, tmp_path):
     assert "n_ctx is at most 48 in that model" in refused("--n_ctx", 49)
 
 
+@pytest.mark.parametrize(
+    "flags", [["--init_from", "tiny"], ["--tokenizer", "tiny", "--n_layer", 1, "--n_embd", 8]]
+)
+def test_models_are_looked_for_in_models_dir_and_not_at_all_by_a_resumed_run(
+    models, tmp_path, flags
+):
+    (tmp_path / "text").write_text("some words " * 999)
+    flags = [*flags, "--data", tmp_path / "text", "--n_ctx", 16, "--n_steps", 2]
+    code, _, err = run(*flags, "--out", tmp_path / "out", models_dir=models[0])
+    assert (code, err) == (0, "")
+    _, plan = checkpoints.find_checkpoint(tmp_path / "out")
+    assert plan["flags"][flags[0][2:]] == "tiny" and "models_dir" not in plan["flags"]
+    code, _, err = run("--resume", tmp_path / "out")
+    assert (code, err) == (0, "")
+
+
 @pytest.mark.slow
 def test_the_shipped_model_has_the_validation_loss_that_its_readme_states():
     if not SHAKESPEARE.is_file():
