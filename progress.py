@@ -141,7 +141,7 @@ def read_log(path):  # -> [dict]
     return lines
 
 
-def is_number(value):  # that can be drawn
+def is_number(value):  # -> whether it can be drawn: a float, or an int of 64 bits
     return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 

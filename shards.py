@@ -63,8 +63,8 @@ def allow_open_files(n):
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(n + 256, hard), limits[1]))
 
 
-def open_prepared(folder):
-    """The shards that meta.json lists."""
+def open_prepared(folder):  # -> {"train": [arrays], "val": [arrays]}
+    """The shards that meta.json lists, mapped. ValueError for what differs from what it says."""
     shards, file = {"train": [], "val": []}, folder / "meta.json"
     meta = read_json(file, n_most=2**30)  # it names every source
     dtype = {"uint16": "<u2", "uint32": "<u4"}.get(str(meta.get("dtype")))
@@ -81,7 +81,7 @@ def open_prepared(folder):
     return shards
 
 
-def open_foreign(path):
+def open_foreign(path):  # -> [n_ids] uint16, mapped
     """nanoGPT's bare uint16, or llm.c's, which begins with a header."""
     n_bytes = path.stat().st_size
     if n_bytes == 0 or n_bytes % 2:

@@ -159,6 +159,7 @@ def draw_starts(seed, steps, n_places, batch_size):  # [n] -> [n, batch_size]
 
 
 def step_keys(seed, n_done):  # -> the key for the batch and the key for the weights to drop
+    """Those of the step after n_done: nothing but the seed and the step decides."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), n_done))
 
 
@@ -460,7 +461,8 @@ def validation_loss(params, windows, counts, dtype="float32", **how):  # -> [], 
     return (jax.lax.map(lambda w: losses(weights, w, **how), windows) * counts).sum() / counts.sum()
 
 
-def fill_batches(windows, batch_size):  # [n, n_ctx + 1] -> validation_loss's windows, counts
+def fill_batches(windows, batch_size):  # [n_windows, n_ctx + 1] -> windows, counts
+    """validation_loss's: in batches, the last one filled up; and 1 or, for what fills it up, 0."""
     n_missing = -len(windows) % batch_size
     counts = np.append(np.ones(len(windows), np.float32), np.zeros(n_missing, np.float32))
     filled = np.concatenate([windows, np.repeat(windows[:1], n_missing, axis=0)])
@@ -819,6 +821,7 @@ def open_text(data, encoder, n_ctx):
 
 
 def new_model(flags, n_vocab):  # -> hparams, parameters
+    """Of the flags' sizes, drawn from their seed, on the CPU."""
     sizes = {"n_vocab": n_vocab} | {name: flags[name] for name in ("n_ctx", "n_embd", "n_layer")}
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it may not fit on one GPU
         params = init_params(jax.random.key(flags["seed"]), **sizes)
