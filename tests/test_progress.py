@@ -7,8 +7,8 @@ import os
 import jax
 import pytest
 
+import files
 import progress
-import utils
 
 
 def read(path):
@@ -84,7 +84,7 @@ def test_where_there_are_no_locks_nothing_is_kept_apart(log, tmp_path, monkeypat
     def flock(file, how):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(utils.fcntl, "flock", flock)
+    monkeypatch.setattr(files.fcntl, "flock", flock)
     log()({"step": 20, "loss": 2.0})
     assert len(read(tmp_path / "out" / "metrics.jsonl")) == 1
 
