@@ -322,6 +322,19 @@ def test_caches_are_bounded_and_change_nothing(monkeypatch, rng):
     for cache in encoder._ids_of_word, encoder._ids_of_piece:
         assert 0 < len(cache) <= 10
         assert max(map(len, cache)) <= CACHE_CHARS
+    encoder = Encoder(small.merges)
+    encoder.encode("one two three four")
+    assert len(encoder._ids_of_word) == len(encoder._ids_of_piece) == 4  # until it is full
+
+
+def test_ids_may_lie_anywhere_below_the_most(rng):
+    """A byte model whose ids do not begin at 0, and one with the largest id there may be."""
+    for ids in range(1, 257), [*range(2**24 - 1, 2**24 - 257, -1)]:
+        encoder = Encoder([], dict(zip(BYTES, ids, strict=False)))
+        text = "".join(rng.choices(string.printable, k=50))
+        assert encoder.encode(text) == [ids[list(BYTES).index(CHAR_OF_BYTE[ord(c)])] for c in text]
+        assert encoder.n_vocab == max(ids) + 1 and encoder.decode(encoder.encode(text)) == text
+    assert encoder.encode_prompt("") == [] and Encoder([]).encode_prompt("") == [256]
 
 
 def test_what_a_caller_does_to_the_ids_stays_with_the_caller():

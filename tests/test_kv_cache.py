@@ -1,7 +1,9 @@
 """kv_cache.py: the same text as without a cache, alone or in any company, within its memory."""
 
 import gc
+import inspect
 import io
+import itertools
 import json
 import os
 import signal
@@ -643,6 +645,15 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(models, case):
     code, out, err = run(models[0], *args)
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_what_is_left_out_means_the_same_everywhere():
+    functions = (gpt2.generate_stream, gpt2.main, kv_cache.generate_stream, kv_cache.main)
+    defaults = [inspect.signature(function).parameters for function in functions]
+    for mine, others in itertools.permutations(defaults, 2):
+        for name in mine.keys() & others.keys():
+            if others[name].default is not inspect.Parameter.empty:
+                assert mine[name].default in (others[name].default, inspect.Parameter.empty), name
 
 
 def test_sampling_is_checked_before_a_model_is_looked_for():
