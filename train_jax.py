@@ -703,6 +703,7 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
     best = saved and saved["best"]
     if is_tuned:  # the best so far is what it was
         best = validate(state[0])
+        log({"step": 0, "validation": best})
         if is_main:
             tqdm.write(f"step 0: validation {best:.4f}")
         keep(state[0], is_best=True)

@@ -861,6 +861,8 @@ def test_finetuning_on_an_unfamiliar_text_is_no_explosion(models, tmp_path):
     code, out, err = run("--init_from", tmp_path / "loud", *flags, "--out", tmp_path / "out")
     assert (code, err) == (0, "")
     assert float(re.search(r"step 0: validation (\S+)", out)[1]) > 2 * np.log(257)
+    first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().split("\n")[0])
+    assert first["step"] == 0 and first["validation"] > 2 * np.log(257)
 
 
 def test_finetuning_starts_at_the_models_own_loss(models, tmp_path):
