@@ -228,6 +228,13 @@ def test_without_fire_says_what_to_install(monkeypatch, capsys):
     assert (got, code) == (None, 2) and "pip install -r requirements.txt" in err
 
 
+def test_an_error_shows_neither_too_much_nor_what_a_terminal_obeys():
+    message = cli.one_line(ValueError("\x1b]0;title\x07 é \u202e\n\x9b31m \0 \udcff 中"))
+    assert message == r"\x1b]0;title\x07 é \u202e \x9b31m \x00 \udcff 中"
+    message = cli.one_line(ValueError("a" * 10**7 + "the end"))
+    assert len(message) < 2100 and message.endswith("the end")
+
+
 # --- gpt2.py and gpt2_pico.py ---------------------------------------------------------------------
 
 

@@ -534,13 +534,6 @@ def test_a_model_may_be_a_link_and_have_links(saved, tmp_path):
     assert_same(loaded, params, HPARAMS)
 
 
-def test_an_error_shows_neither_too_much_nor_what_a_terminal_obeys():
-    message = cli.one_line(ValueError("\x1b]0;title\x07 é \u202e\n\x9b31m \0 \udcff 中"))
-    assert message == r"\x1b]0;title\x07 é \u202e \x9b31m \x00 \udcff 中"
-    message = cli.one_line(ValueError("a" * 10**7 + "the end"))
-    assert len(message) < 2100 and message.endswith("the end")
-
-
 def test_a_temporary_file_that_is_there_as_a_link_is_not_followed(tmp_path):
     """A folder that came with links of all such names could overwrite any file of ours."""
     (tmp_path / "precious").write_text("precious")
