@@ -279,7 +279,7 @@ def reference(model, item):
     return answers
 
 
-def test_endings_are_scored_as_by_hugging_face_in_any_grouping(rng, params, monkeypatch):
+def test_endings_are_scored_as_by_hugging_face_in_any_grouping(rng, params):
     model = hugging_face(params, TINY)
     items = random_items(rng, 9) + random_items(rng, 3, n_endings=2, longest=48)
     expected = [reference(model, item) for item in items]
@@ -333,7 +333,7 @@ def test_lambadas_accuracies_are_those_of_hugging_faces_model(rng, params):
     assert 0.5 <= ours["acc_last_token"] == sum(h[-1] for h in hits) / 24 <= 0.75
 
 
-def test_a_context_runs_once_and_nothing_is_padded(rng, params, monkeypatch):
+def test_a_context_runs_once_and_nothing_is_padded(params, monkeypatch):
     passes = []
 
     def count(plain):
@@ -673,7 +673,7 @@ def test_mistakes_that_only_the_model_shows(models, tmp_path):
         assert err.startswith("error: ") and err.count("\n") == 1 and words in err
 
 
-def test_a_bar_shows_the_running_figure_on_a_terminal_only(models, tmp_path, params, monkeypatch):
+def test_a_bar_shows_the_running_figure_on_a_terminal_only(params, monkeypatch):
     shown = []
 
     class Bar:

@@ -718,7 +718,7 @@ def test_every_call_shows_its_lines(opened, written):
     assert every(opened, "#calls button")[3].endswith(f"{wanted} → [{n_seq}, 48]")
 
 
-def test_the_heading_and_what_is_chosen(opened, written):
+def test_the_heading_and_what_is_chosen(opened):
     shapes = dict(utils.tensor_shapes(TINY | {"n_ctx": 128})).values()
     n = sum(int(np.prod(shape)) for shape in shapes)
     wanted = "Model wide: 2 layers of 2 heads, 16 numbers a token, 257 tokens in the vocabulary, "
@@ -839,7 +839,7 @@ def test_weights_that_make_no_numbers_are_refused(models, tmp_path, scale):
     )
 
 
-def test_a_profiler_that_was_there_is_there_again(rng):
+def test_a_profiler_that_was_there_is_there_again():
     def profiler(frame, event, value):
         pass
 

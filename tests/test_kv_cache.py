@@ -103,7 +103,7 @@ def test_every_new_token_has_its_state_in_the_order_of_the_rows(rng, params):
     assert x.dtype == np.float32 and [cache["n_seq"] for cache in caches] == [9, 1, 37, 4]
 
 
-def test_float32_all_through(rng, params):
+def test_float32_all_through(params):
     cache = kv_cache.new_cache(params, N_HEAD)
     x = kv_cache.extend([cache, kv_cache.copy_cache(cache)], [[1, 2], [3]], params, N_HEAD)
     logits = kv_cache.next_logits(x, params)
@@ -204,7 +204,7 @@ def test_wide_rows_and_long_prompts_take_the_fast_paths(rng, monkeypatch):
     kv_cache.skinny.start_workers.cache_clear()
 
 
-def test_a_copy_goes_its_own_way(rng, params):
+def test_a_copy_goes_its_own_way(params):
     cache = kv_cache.new_cache(params, N_HEAD)
     kv_cache.prefill(cache, [1, 2, 3], params, N_HEAD)
     other = kv_cache.copy_cache(cache)
@@ -476,7 +476,7 @@ def test_cut_ends_before_the_stop_wherever_the_pieces_break(pieces, stop):
     assert "".join(kv_cache.up_to(iter(pieces), None)) == text
 
 
-def test_cut_shows_text_as_soon_as_it_is_sure(rng):
+def test_up_to_shows_text_as_soon_as_it_is_sure():
     taken = []
 
     def pieces():

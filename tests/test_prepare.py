@@ -219,7 +219,7 @@ def test_every_place_to_cut_is_one(text):
         assert small.encode(text[:at]) + small.encode(text[at:]) == small.encode(text)
 
 
-def test_the_cut_is_found_however_far_back(rng):
+def test_the_cut_is_found_however_far_back():
     for n in (0, 10, 5000, 70000):
         tail = "我" * n
         text = ("word " * 20000 + tail).encode()
@@ -434,7 +434,7 @@ def test_a_tokenizer_is_learned_from_the_text(tmp_path, rng, monkeypatch):
     assert seen[0] in texts[0] and seen[-1] in "".join(texts[-60:])
 
 
-def test_released_tokenizers_are_asked_for_by_name(tmp_path, monkeypatch):
+def test_released_tokenizers_are_asked_for_by_name(tmp_path):
     """Only the tokenizer of a released size is downloaded, and none where it is there already."""
     small.save(tmp_path / "models" / "124M")
     (tmp_path / "models" / "124M" / "config.json").write_text("{}")
@@ -806,7 +806,7 @@ def test_strange_bytes_are_counted_and_the_rest_is_kept(tmp_path):
         assert err == "notice: 3 sequences of bytes were no UTF-8 and became U+FFFD\n"
 
 
-def test_a_line_of_many_blocks_and_bounded_memory(tmp_path, rng):
+def test_a_line_of_many_blocks_and_bounded_memory(tmp_path):
     """30 MB in one line, with spaces and without: read, encoded and written in little memory."""
     script = (
         "import sys, prepare; prepare.main(*sys.argv[1:3], out=sys.argv[3], workers=1);"

@@ -299,7 +299,7 @@ def test_missing_pieces_are_named(saved, tmp_path):
     load(folder)
 
 
-def test_a_forbidden_file_is_named(saved, monkeypatch):
+def test_a_forbidden_file_is_named(saved):
     folder, _ = saved
     for name in ("config.json", "model.safetensors"):
         os.chmod(folder / name, 0)
