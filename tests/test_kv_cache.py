@@ -64,7 +64,9 @@ def test_every_step_has_the_logits_of_the_whole_text(rng, params):
 
 def test_chunks_of_every_size_read_the_same(rng, params):
     ids = rng.integers(0, 61, 37).tolist()
-    plain = gpt2.gpt2(ids, **params, n_head=N_HEAD)[-1]
+    first, *_, plain = gpt2.gpt2(ids, **params, n_head=N_HEAD)
+    one = kv_cache.new_cache(params, N_HEAD)
+    assert_same_logits(kv_cache.prefill(one, ids[:1], params, N_HEAD, chunk=1), first)
     whole = kv_cache.new_cache(params, N_HEAD)
     kv_cache.prefill(whole, ids, params, N_HEAD)
     for chunk in range(1, 39):
@@ -343,7 +345,7 @@ def test_a_sampled_row_depends_on_the_seed_and_its_number_alone(rng, params):
     others[3] = prompts[3]
     assert kv_cache.generate(others, params, N_HEAD, 7, **sampling)[3] == rows[3][:7]
     same = kv_cache.generate([prompts[0]] * 6, params, N_HEAD, 12, **sampling)
-    assert len(set(map(tuple, same))) > 1  # rows differ though prompts do not
+    assert len(set(map(tuple, same))) == 6  # rows differ though prompts do not
     samples = kv_cache.generate(prompts[:1], params, N_HEAD, 12, n_samples=6, **sampling)
     assert samples == same
     unseeded = [kv_cache.generate(prompts, params, N_HEAD, 12, temperature=1.0) for _ in "ab"]
@@ -615,6 +617,16 @@ def test_the_bar_counts_tokens_and_ends_full(monkeypatch):
     steps = [(0, [6], None), (1, [7], "stop"), (0, [6, 6], "length"), (2, [], "endoftext")]
     kv_cache.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), None, True, bar=True)
     assert " 0/6 " in terminal.getvalue() and " 3/3 " in terminal.getvalue().split("\r")[-1]
+    terminal.truncate(0)
+    kv_cache.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), None, True, bar=False)
+    assert terminal.getvalue() == ""
+
+
+def test_a_title_is_the_prompt_as_it_was(capsys):
+    kv_cache.print_rows(
+        iter([(0, [0], "length")]), ['é "中"\n'], 1, 1, Encoder([]), None, False, bar=False
+    )
+    assert capsys.readouterr().out == '==> "é \\"中\\"\\n" <==\n!\n\n'
 
 
 def test_no_tokens_are_legal(models):
