@@ -327,6 +327,8 @@ def convert_checkpoint(model_dir, path):
             f"{checkpoint}: reading it, once, needs tensorflow: "
             "pip install -r requirements.txt, with Python 3.13 or older"
         )
+    if sys.stderr.isatty():
+        print(f"notice: converting {checkpoint}, which is needed once ...", file=sys.stderr)
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "convert.py")
     with tempfile.TemporaryDirectory() as folder:
         spare = os.path.join(folder, "model.safetensors")
