@@ -312,7 +312,7 @@ def test_text_is_shown_as_it_is_produced(models, monkeypatch):
     folder, params = models
     shown, seen = io.StringIO(), []
     monkeypatch.setattr(sys, "stdout", shown)
-    monkeypatch.setattr(shown, "flush", lambda: seen.append(shown.getvalue()), raising=False)
+    monkeypatch.setattr(shown, "flush", lambda: seen.append(shown.getvalue()))
     gpt2.main("Once", 8, "tiny", str(folder))
     assert expected(params, "Once", 8) == shown.getvalue()
     assert len(seen) > 1 and seen == sorted(set(seen), key=len)

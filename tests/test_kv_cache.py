@@ -333,6 +333,21 @@ def one_row(prompt, params, n_tokens, temperature, row):
     return ids[len(prompt) :]
 
 
+def test_a_pass_runs_at_most_a_chunk(rng, params, monkeypatch):
+    """Of all rows together; those that write go first, so that no prompt keeps them waiting."""
+    prompts, passes, extend = random_prompts(rng, [20, 30, 2, 9]), [], kv_cache.extend
+
+    def note(caches, new_ids, *rest):
+        passes.append([len(ids) for ids in new_ids])
+        return extend(caches, new_ids, *rest)
+
+    monkeypatch.setattr(kv_cache, "extend", note)
+    rows = kv_cache.generate(prompts, params, N_HEAD, 5, batch_size=3, chunk=8)
+    assert rows == alone(prompts, params, 5)
+    assert max(map(sum, passes)) == 8 and all(sizes == sorted(sizes) for sizes in passes)
+    assert sum(map(sum, passes)) == sum(map(len, prompts)) + 4 * len(prompts)
+
+
 def test_a_sampled_row_depends_on_the_seed_and_its_number_alone(rng, params):
     sampling = {"temperature": 1.0, "top_k": 20, "top_p": 0.95, "seed": 7}
     prompts = random_prompts(rng, [3, 8, 1, 15, 4])
@@ -580,6 +595,16 @@ def test_a_closed_standard_input_is_one_line(models):
     done = subprocess.run(line, shell=True, capture_output=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr == b"error: standard input is closed\n"
+
+
+def test_text_is_shown_as_it_is_produced(models, monkeypatch):
+    shown, seen = io.StringIO(), []
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(shown, "flush", lambda: seen.append(shown.getvalue()))
+    kv_cache.main("Once", n_tokens_to_generate=8, model_size="tiny", models_dir=str(models[0]))
+    ids = expected(models[1], "Once", 8)
+    assert shown.getvalue() == Encoder([]).decode(ids) + "\n"
+    assert len(set(seen)) > 1 and all(map(shown.getvalue().startswith, seen))
 
 
 def test_samples_of_one_prompt(models):
