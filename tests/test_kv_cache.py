@@ -647,6 +647,15 @@ def test_the_bar_counts_tokens_and_ends_full(monkeypatch):
     assert terminal.getvalue() == ""
 
 
+def test_prompts_of_a_file_have_a_bar(models, tmp_path, monkeypatch):
+    (tmp_path / "prompts").write_text("One\nTwo\n")
+    bars, how = [], {"model_size": "tiny", "models_dir": str(models[0])}
+    monkeypatch.setattr(kv_cache, "print_rows", lambda *_, bar: bars.append(bar))
+    kv_cache.main("One", "Two", **how)
+    kv_cache.main(prompts_file=str(tmp_path / "prompts"), **how)
+    assert bars == [False, True]
+
+
 def test_a_title_is_the_prompt_as_it_was(capsys):
     kv_cache.print_rows(
         iter([(0, [0], "length")]), ['é "中"\n'], 1, 1, Encoder([]), None, False, bar=False
