@@ -292,6 +292,7 @@ def write_safetensors(path, tensors):
     from safetensors.numpy import save_file
 
     temporary = f"{path}.{os.getpid()}.tmp"
+    remove(temporary)  # a link of that name would have older versions write to where it leads
     try:
         save_file(tensors, temporary, metadata={"format": "pt"})
         os.chmod(temporary, 0o644)  # the library lets nobody else read it

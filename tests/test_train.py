@@ -765,8 +765,11 @@ def test_moments_of_another_kind_are_refused(models, tmp_path, dtype):
     header = json.dumps({"a": {"dtype": dtype, "shape": [8], "data_offsets": [0, n_bytes]}})
     data = len(header).to_bytes(8, "little") + header.encode() + bytes(n_bytes)
     (place / "optimizer.safetensors").write_bytes(data)
-    with pytest.raises(ValueError, match="optimizer.safetensors: is of another optimizer"):
+    # Older versions of safetensors do not know all of these.
+    wanted = "optimizer.safetensors: (is of another optimizer|.*unknown variant)"
+    with pytest.raises(ValueError, match=wanted) as caught:
         checkpoints.load_checkpoint(str(place), lambda params: shapes)
+    assert "\n" not in str(caught.value)
     os.unlink(place / "optimizer.safetensors")
     os.mkfifo(place / "optimizer.safetensors")
     with pytest.raises(ValueError, match="optimizer.safetensors: not an ordinary file"):
