@@ -586,7 +586,7 @@ def test_prompts_from_a_file_a_line_each(models, tmp_path, where):
     code, out, err = run(models[0], *args, stdin=lines)
     assert (code, err) == (0, "")
     entries = [json.loads(line) for line in out.split("\n")[:-1]]
-    assert [entry["prompt"] for entry in entries] == prompts
+    assert [entry["prompt"] for entry in entries] == prompts and "ünï" in out
     assert [entry["ids"] for entry in entries] == [expected(models[1], p, 4) for p in prompts]
 
 
@@ -624,6 +624,11 @@ def test_samples_of_several_prompts_name_their_own(models):
     args = ["One", "Two", "--n_samples", "2", "--n_tokens_to_generate", "2", "--jsonl"]
     entries = [json.loads(line) for line in run(models[0], *args)[1].splitlines()]
     assert [entry["prompt"] for entry in entries] == ["One", "One", "Two", "Two"]
+    out = run(models[0], *args[:-1])[1]
+    titles = [line for line in out.split("\n") if line.startswith("==> ")]
+    assert titles == [
+        f'==> "{word}" (sample {i} of 2) <==' for word in ("One", "Two") for i in "12"
+    ]
 
 
 def test_rows_that_end_out_of_order_are_all_printed(capsys):
