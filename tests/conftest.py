@@ -32,6 +32,9 @@ GPT2_FILES = first_there(DATA / "gpt2-tokenizer", REPO / "models" / "124M")
 SHAKESPEARE = first_there(DATA / "shakespeare" / "input.txt", REPO / "data" / "shakespeare.txt")
 
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux, by /proc or prlimit")
+
+
 @pytest.fixture
 def rng():
     seed = secrets.randbits(32)

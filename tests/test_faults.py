@@ -23,7 +23,7 @@ import time
 import faults
 import pytest
 import test_download
-from conftest import REPO
+from conftest import REPO, on_linux
 
 import checkpoints
 import utils
@@ -404,6 +404,7 @@ def test_training_killed_at_random_times_comes_to_the_same_bits(training, tmp_pa
     print(f"training: {n_killed} kills, {n_finished + 1} runs that finished, all alike")
 
 
+@on_linux
 def test_training_survives_full_disks_and_a_folder_that_is_lost(training, tmp_path):
     """One after the other, and then goes on to the same bits as if nothing had been."""
     flags, whole = training

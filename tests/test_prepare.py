@@ -16,7 +16,7 @@ from pathlib import Path
 import conftest
 import numpy as np
 import pytest
-from conftest import REPO, SHAKESPEARE
+from conftest import REPO, SHAKESPEARE, on_linux
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -684,6 +684,7 @@ BOMBS = {
 }
 
 
+@on_linux
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_small_file_that_unpacks_to_300_megabytes_takes_little_memory(tmp_path, name):
     if name.endswith("zst"):
@@ -806,6 +807,7 @@ def test_strange_bytes_are_counted_and_the_rest_is_kept(tmp_path):
         assert err == "notice: 3 sequences of bytes were no UTF-8 and became U+FFFD\n"
 
 
+@on_linux
 def test_a_line_of_many_blocks_and_bounded_memory(tmp_path):
     """30 MB in one line, with spaces and without: read, encoded and written in little memory."""
     script = (

@@ -12,7 +12,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import REPO, random_params
+from conftest import REPO, on_linux, random_params
 
 import cli
 import convert
@@ -118,6 +118,7 @@ def test_jax_arrays_save(rng, tmp_path):
     assert_same(load(tmp_path)[2], params, HPARAMS)
 
 
+@on_linux
 def test_loading_maps_the_file_and_copies_nothing(rng, tmp_path):
     hparams = HPARAMS | {"n_vocab": 100_000, "n_embd": 256}  # wte is 100 MB
     utils.save_model(tmp_path, Encoder([]), hparams, random_params(rng, hparams))
@@ -418,6 +419,7 @@ def test_a_header_may_be_written_otherwise(saved, form):
     assert_same(load(folder)[2], params, HPARAMS)
 
 
+@on_linux
 def test_the_memory_that_a_header_takes_is_bounded(saved):
     """Rust's parser allows 100 MB, of which Python would make 2.5 GB."""
     folder, _ = saved
