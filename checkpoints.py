@@ -77,7 +77,7 @@ def clear_away(out):
     for path in Path(out).iterdir():
         if path.name.startswith(".saving-"):
             shutil.rmtree(path)
-        elif re.fullmatch(r"metrics\.jsonl\.\d+\.tmp", path.name):
+        elif re.fullmatch(r"(metrics\.jsonl|loss\.png)\.\d+\.tmp", path.name):
             path.unlink()
 
 

@@ -49,17 +49,26 @@ def parse_json(data, path):  # bytes -> dict
 
 
 def write_whole(path, text):
-    """Write a file that is seen either complete or not at all: under another name, then renamed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)  # a link of that name would have us write to where it leads
+    """Write a text file that is seen either complete or not at all."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Gives another name to write to; what is there at the end takes the place of `path`, whole.
+
+    It is on the disk by then. Where an error ends it, `path` is as it was and the other file gone.
+    """
+    temporary = f"{path}.{os.getpid()}.tmp"
+    remove(temporary)  # a link of that name would have us write to where it leads
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
 def remove(*paths):

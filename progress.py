@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from files import open_locked, parse_json, write_whole
+from files import open_locked, parse_json, replacing, write_whole
 from utils import quiet_tensorflow
 
 # The makers' figures for dense products in bfloat16, FLOP/s of one device, by a part of its name.
@@ -190,10 +190,5 @@ def draw(out):
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    temporary = Path(out, ".loss.png")
-    temporary.unlink(missing_ok=True)  # a link of that name would have us write to where it leads
-    try:
+    with replacing(Path(out, "loss.png")) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, Path(out, "loss.png"))
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -38,6 +38,7 @@ from files import (
     open_no_link,
     read_json,
     remove,
+    replacing,
     write_whole,
 )
 
@@ -291,20 +292,14 @@ def write_safetensors(path, tensors):
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    temporary = f"{path}.{os.getpid()}.tmp"
-    remove(temporary)  # a link of that name would have older versions write to where it leads
     try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.chmod(temporary, 0o644)  # the library lets nobody else read it
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            os.chmod(temporary, 0o644)  # the library lets nobody else read it
     except SafetensorError as error:  # it tells a full disk by its text alone
         found = re.search(r"os error (\d+)", str(error))
         code = int(found[1]) if found else errno.EIO
         raise OSError(code, os.strerror(code)) from None
-    finally:
-        remove(temporary)
 
 
 # --- OpenAI's TensorFlow checkpoint -------------------------------------------------------------

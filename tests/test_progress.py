@@ -219,7 +219,8 @@ def test_a_run_writes_to_no_link_that_came_with_its_folder(log, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     (tmp_path / "out").mkdir()
     (tmp_path / "precious").write_text("precious")
-    for name in (".loss.png", "loss.png", f"metrics.jsonl.{os.getpid()}.tmp"):
+    temporary = [f"{name}.{os.getpid()}.tmp" for name in ("loss.png", "metrics.jsonl")]
+    for name in ("loss.png", *temporary):
         (tmp_path / "out" / name).symlink_to("../precious")
     log(n_done=40)({"step": 60, "loss": 3.0})
     progress.draw(tmp_path / "out")
