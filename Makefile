@@ -34,14 +34,14 @@ clean:
 	@echo "setting up .venv ..." >&2
 	@$(PYTHON) -m venv .venv >&2 || { rm -rf .venv; exit 1; }
 
-.venv/generate: requirements-generate.txt | .venv/bin/python
-	@$(PIP) -r requirements-generate.txt >&2
+.venv/generate: requirements/generate.txt | .venv/bin/python
+	@$(PIP) -r requirements/generate.txt >&2
 	@touch $@
 
 # PyTorch without CUDA's gigabytes, where its own index can be reached; else whatever pip finds.
-.venv/test: $(wildcard requirements*.txt) | .venv/bin/python
+.venv/test: requirements.txt $(wildcard requirements/*.txt) | .venv/bin/python
 	@echo "installing what the tests need: some minutes the first time ..." >&2
-	@$(PIP) --no-deps --retries 0 --index-url $(TORCH_CPU) "$$(grep ^torch requirements-test.txt)" \
+	@$(PIP) --no-deps --retries 0 --index-url $(TORCH_CPU) "$$(grep ^torch requirements/test.txt)" \
 		>/dev/null 2>&1 || true
-	@$(PIP) -r requirements-test.txt >&2
+	@$(PIP) -r requirements/test.txt >&2
 	@touch $@ .venv/generate

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import regex
 
-from files import check_file, read_json, write_whole
+from plumbing.files import check_file, read_json, write_whole
 
 # GPT-2's pattern, letter for letter, since another one would give other ids. Read it as a list
 # of what a piece may be, the first that fits being taken: the ending of an English contraction;

@@ -21,11 +21,12 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
-from cli import run_cli
-from files import parse_json
 from gpt2 import hidden_state
 from kv_cache import copy_cache, extend, extend_all, new_cache, next_logits
-from utils import download_file, load_encoder_hparams_and_params
+from model_files.download import download_file
+from plumbing.cli import run_cli
+from plumbing.files import parse_json
+from utils import load_encoder_hparams_and_params
 
 URLS = {
     "hellaswag": "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",

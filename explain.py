@@ -4,8 +4,8 @@
 
 The forward pass is gpt2.py's own, run once, as it is, while `watch` notes every call of its
 functions: what went in, what came out. From these calls `record` picks the arrays that tell the
-story, `page_data` rounds them, `page` packs them into explain_page.html, and that draws them in any
-browser, without a network.
+story, `page_data` rounds them, `page` packs them into pages/explain.html, and that draws them in
+any browser, without a network.
 
 What the page calls the logit lens is nostalgebraist's "interpreting GPT: the logit lens" (2020):
 the stream after each block, read as if it were the last.
@@ -22,9 +22,9 @@ import numpy as np
 
 import gpt2
 from encoder import BYTE_OF_CHAR
-from files import write_whole
+from plumbing.files import write_whole
 
-TEMPLATE = Path(__file__).with_name("explain_page.html")
+TEMPLATE = Path(__file__).with_name("pages") / "explain.html"
 MAX_TOKENS = 256  # the maps grow with the square of the text
 N_SHOWN = 257  # a position's likeliest tokens are sent one by one (all, of a byte model) ...
 N_GROUPS = 64  # ... and the rest in groups, enough for the sum under any temperature
@@ -295,6 +295,6 @@ def main(
 
 
 if __name__ == "__main__":
-    from cli import run_cli
+    from plumbing.cli import run_cli
 
     run_cli(main)

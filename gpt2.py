@@ -284,6 +284,6 @@ def main(
 
 
 if __name__ == "__main__":
-    from cli import run_cli
+    from plumbing.cli import run_cli
 
     run_cli(main)

@@ -65,6 +65,6 @@ def main(prompt: str, n_tokens_to_generate: int = 40, model_size="124M", models_
 
 
 if __name__ == "__main__":
-    from cli import run_cli
+    from plumbing.cli import run_cli
 
     run_cli(main)

@@ -28,7 +28,7 @@ from functools import partial
 
 import numpy as np
 
-import skinny
+from engine import products, threads
 from gpt2 import attention, check_length, check_sampling, hidden_state, sample
 
 CHUNK = 512  # tokens that a pass runs at most, which bounds its scratch memory
@@ -80,7 +80,7 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
         raise ValueError("two rows have the same cache: give the second a copy_cache of it")
     if not all(len(ids) for ids in new_ids):
         raise ValueError("every row needs at least one new id")
-    params = skinny.wrap(params)
+    params = products.wrap(params)
     starts = [cache["n_seq"] for cache in caches]
     stops = [start + len(ids) for start, ids in zip(starts, new_ids, strict=True)]
     for cache, stop in zip(caches, stops, strict=True):
@@ -104,14 +104,14 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
                 out[some, row] = attention(q[some, row], keys[:, :stop], values[:, :stop])
 
         if len(pieces) > 1 and n_scores > 64 * len(pieces):  # else waking a thread takes longer
-            skinny.in_threads(work, len(pieces))
+            threads.in_threads(work, len(pieces))
         else:
             work(slice(None))
         return out
 
     blocks = [b | {"attend": partial(attend, layer=i)} for i, b in enumerate(params["blocks"])]
     here = {"wpe": params["wpe"][positions], "blocks": blocks}
-    with skinny.own_threads(len(tokens)):
+    with threads.own_threads(len(tokens)):
         x = hidden_state(tokens, **params | here, n_head=n_head)
     for cache, stop in zip(caches, stops, strict=True):
         cache["n_seq"] = stop  # only now: a pass that was interrupted leaves the row as it was
@@ -121,15 +121,15 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
 def share_attention(n_rows, n_tokens, n_head):  # -> [(row, slice of its heads)]
     """The pieces of attention's work: a row each; of a lone prompt, some heads for each thread."""
     alone = n_rows == 1 and n_tokens > 1
-    n = -(-n_head // skinny.n_threads()) if alone else n_head  # heads a piece, rounded up
+    n = -(-n_head // threads.n_threads()) if alone else n_head  # heads a piece, rounded up
     heads = [slice(first, first + n) for first in range(0, n_head, n)]
     return [(row, some) for row in range(n_rows) for some in heads]
 
 
 def next_logits(x, params):  # [n_rows, n_embd] -> [n_rows, n_vocab]
     """The logits of the token after each row's last."""
-    with skinny.own_threads(len(x)):
-        return x @ skinny.wrap(params)["wte"].swapaxes(0, 1)
+    with threads.own_threads(len(x)):
+        return x @ products.wrap(params)["wte"].swapaxes(0, 1)
 
 
 def step(caches, tokens, params, n_head):  # n_rows caches and ids -> [n_rows, n_vocab]
@@ -175,7 +175,7 @@ def generate_stream(
     check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)
     prompts = [list(ids) for ids in prompts]  # copies: the caller may change theirs meanwhile
     check_batch(prompts, n_tokens_to_generate, params, n_samples, batch_size, chunk)
-    params, sampling = skinny.wrap(params), (temperature, top_k, top_p)
+    params, sampling = products.wrap(params), (temperature, top_k, top_p)
     waiting, rows, kept = deque(range(len(prompts) * n_samples)), [], None
     while waiting and n_tokens_to_generate == 0:
         yield waiting.popleft(), [], "length"
@@ -389,6 +389,6 @@ def print_rows(rows, prompts, n_samples, n_tokens_to_generate, encoder, stop, js
 
 
 if __name__ == "__main__":
-    from cli import run_cli
+    from plumbing.cli import run_cli
 
     run_cli(main)

@@ -26,305 +26,36 @@ import contextlib
 import hashlib
 import itertools
 import json
-import multiprocessing
-import operator
 import os
 import re
 import shutil
-import signal
-import sys
-import threading
 import time
-import uuid
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import encoder as encoder_module
-from documents import cut_source, describe, find_files, is_same, notice, read_span
-from encoder import CHAR_OF_BYTE, ENDOFTEXT, Encoder, get_encoder
-from files import open_locked, parse_json, write_whole
-from shards import SHARD, open_prepared
+from corpus.documents import describe, find_files, is_same, notice, read_span
+from corpus.shards import SHARD, open_prepared
+from corpus.tasks import (
+    SPLITS,
+    WORK,
+    delete_unpacked,
+    do_task,
+    encoders,
+    make_tasks,
+    read_or_empty,
+)
+from corpus.workers import run_here, run_pool, run_ray
+from encoder import ENDOFTEXT, Encoder, get_encoder
+from plumbing.files import open_locked, write_whole
 
 TRAINING_BYTES = 10**8  # of text, and at most a document more, from which a tokenizer learns
-SPLITS = ["train", "val"]
 TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json"]
 OURS = re.compile(  # what may be deleted in the folder of the shards
     rf"{SHARD.pattern}|({'|'.join(map(re.escape, TOKENIZER))})(\.\d+\.tmp)?|meta\.json\.\d+\.tmp"
 )
-WORK = ".work"  # the folder, in that of the shards, that holds what is not complete
-
-
-# --- From spans to tasks ------------------------------------------------------------------------
-
-
-def make_tasks(sources, options, work_dir):  # yields {"number": ..., "spans": [...]}
-    """Spans in order, small ones together, so that a task has about shard_bytes to read."""
-    cut = [cut_source(i, source, options, work_dir) for i, source in enumerate(sources)]
-    spans = itertools.chain.from_iterable(cut)
-    first = list(itertools.islice(spans, 2))
-    if len(first) == 1:
-        yield {"number": 0, "spans": cut_document(*first, options)}
-        return
-    group, size, numbers = [], 0, itertools.count()
-    for span in itertools.chain(first, spans):
-        group.append(span)
-        size += span["size"]
-        if size >= options["shard_bytes"]:
-            yield {"number": next(numbers), "spans": group}
-            group, size = [], 0
-    if group:
-        yield {"number": next(numbers), "spans": group}
-
-
-def cut_document(span, options):  # -> the only span, or its two parts
-    """If all there is is one document, its end is for validation, not all of it or nothing."""
-    if span["format"] != "text":
-        return [span]
-    start, size = None, 0
-    for position, text, _ in itertools.chain.from_iterable(read_span(span, options)):
-        if start not in (None, position):
-            return [span]  # a second document
-        start, size = position, size + len(text)
-    if start is None:
-        return [span]
-    with open(span["path"], "rb") as file:
-        at = file.seek(start + int(size * (1 - options["last_fraction"])))
-        following = file.read(3)  # a character is not cut
-        at += len(following) - len(following.lstrip(bytes(range(0x80, 0xC0))))
-    stop = start + size
-    train = {"split": "train", "start": start, "stop": at, "ends": at == stop}
-    val = {"split": "val", "start": at, "stop": stop, "progress": 0}
-    return [span | train, span | val]
-
-
-# --- A task: from documents to shards -----------------------------------------------------------
-
-encoders = {}  # a worker reads the tokenizer once
-
-
-def read_or_empty(path):
-    """A JSON object, or an empty one where there is no such file, or a broken one."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return parse_json(Path(path).read_bytes(), path)
-    return {}
-
-
-def do_task(task, out, options):  # -> its note: counts of what is in its shards
-    """Write the shards of a task and then its note, each whole or not at all.
-
-    What another try at the same task does meanwhile, on a machine thought lost, harms nothing.
-    """
-    if "checksums" in task:
-        return {name: checksum(path) for name, path in task["checksums"].items()}
-    number, work_dir = f"{task['number']:06d}", os.path.join(out, WORK)
-    shards = {split: os.path.join(out, f"{split}_{number}.bin") for split in SPLITS}
-    names = {split: os.path.join(work_dir, f"{split}_{uuid.uuid4().hex}") for split in SPLITS}
-    note_file = Path(work_dir, f"{number}.json")
-    if is_done(note := read_or_empty(note_file), shards, options):
-        return note
-    if out not in encoders:
-        encoders[out] = get_encoder("", out)
-    try:
-        note = write_shards(task["spans"], names, encoders[out], options)
-        for split in SPLITS:
-            if note["n_tokens"][split]:
-                os.replace(names[split], shards[split])
-            elif os.path.exists(shards[split]):  # of another draw
-                os.unlink(shards[split])
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or out) from None
-    finally:
-        for name in names.values():
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-    write_whole(note_file, json.dumps(note))
-    return note
-
-
-def is_done(note, shards, options):
-    """Is there a note of the same draw, and are its shards as large as it says?"""
-    if note.get("val_fraction") != options["val_fraction"]:
-        return False
-    width = np.dtype(options["dtype"]).itemsize
-    sizes = {split: os.path.getsize(p) for split, p in shards.items() if os.path.exists(p)}
-    return all(sizes.get(split, 0) == width * n for split, n in note["n_tokens"].items())
-
-
-def write_shards(spans, names, encoder, options):  # -> the note
-    """Encode the documents of some spans into the files `names`, a split each, and count them."""
-    note = {"n_tokens": dict.fromkeys(SPLITS, 0), "n_documents": dict.fromkeys(SPLITS, 0)}
-    note |= {"n_bytes": 0, "n_replaced": 0, "least": 1.0, "val_fraction": options["val_fraction"]}
-    with open(names["train"], "wb") as train, open(names["val"], "wb") as val:
-        for span in spans:
-            for parts in read_span(span, options):
-                add_parts(parts, span, {"train": train, "val": val}, encoder, options, note)
-        for file in (train, val):
-            file.flush()
-            os.fsync(file.fileno())
-    return note
-
-
-def add_parts(parts, span, files, encoder, options, note):
-    """Encode some parts, append them to their split's file, and count them in the note."""
-    drawn = [span["split"] == "val"] * len(parts)
-    if span["split"] is None:
-        positions = np.array([position for position, _, _ in parts], np.uint64)
-        numbers = draw(positions + np.uint64(span["offset"]), span["source"], options["seed"])
-        drawn = (numbers < options["val_fraction"]).tolist()
-        note["least"] = min([note["least"], *numbers.tolist()])
-    for split, chosen in ("train", map(operator.not_, drawn)), ("val", drawn):
-        chosen = list(itertools.compress(parts, chosen))
-        ends = [ends and span["ends"] for _, _, ends in chosen]
-        texts, n_replaced = mend([text for _, text, _ in chosen])
-        ids = encode(texts, ends, encoder, options["dtype"])
-        files[split].write(ids)
-        note["n_tokens"][split] += len(ids)
-        note["n_documents"][split] += sum(ends)
-        note["n_bytes"] += sum(map(len, texts))
-        note["n_replaced"] += n_replaced
-
-
-def draw(positions, source, seed):  # [n] uint64 -> [n] float64 from 0 to 1, a number a document
-    """A hash of (seed, source, position), so that it does not depend on who asks, and when.
-
-    The mixing function is splitmix64's (Steele et al. 2014).
-    """
-    key = np.random.SeedSequence([seed, source]).generate_state(1, np.uint64)
-    x = key + positions * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return (x >> np.uint64(11)) * 2.0**-53
-
-
-def mend(texts):  # [bytes] -> [UTF-8], how many invalid sequences became U+FFFD
-    try:
-        b"\n".join(texts).decode()
-        return texts, 0
-    except UnicodeDecodeError:
-        mended = [text.decode(errors="replace").encode() for text in texts]
-        sign = "\ufffd".encode()
-        n_before, n_after = (sum(text.count(sign) for text in some) for some in (texts, mended))
-        return mended, n_after - n_before
-
-
-def encode(texts, ends, encoder, dtype):  # [UTF-8], [bool] -> [n] ids
-    """The ids of texts, each followed by that of <|endoftext|> where the text ends."""
-    if not encoder.merges:  # a table will do. The byte 0xFF, which is in no UTF-8, ends a document
-        table = [encoder.vocab[CHAR_OF_BYTE[byte]] for byte in range(255)] + [encoder.endoftext]
-        data = b"".join(itertools.chain(*zip(texts, (b"\xff"[:end] for end in ends), strict=True)))
-        return np.array(table, dtype)[np.frombuffer(data, np.uint8)]
-    ids = []
-    for text, end in zip(texts, ends, strict=True):
-        ids += encoder.encode(text.decode())
-        if end:
-            ids.append(encoder.endoftext)
-    return np.fromiter(ids, dtype, len(ids))
-
-
-def checksum(path):  # -> SHA-256, hexadecimal
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- Three scales: this process, a pool of processes, a Ray cluster -----------------------------
-# Each yields (task, note) as the tasks are done, in any order, and takes a new task only when one
-# is done, so that what was unpacked does not pile up.
-
-
-def run_here(tasks, work):
-    for task in tasks:
-        yield task, work(task)
-
-
-def run_pool(tasks, work, n_workers):
-    """OSError if a worker is killed. However this ends, no worker outlives it."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n_workers, context, initializer=follow_parent) as pool:
-        try:
-            running = {}
-            for task in tasks:
-                with held_back(signal.SIGINT):  # a worker that is starting would print a traceback
-                    running[pool.submit(work, task)] = task
-                if len(running) == 2 * n_workers:
-                    yield from finished(running)
-            while running:
-                yield from finished(running)
-        except BrokenProcessPool:
-            raise ChildProcessError(
-                "a worker was killed, for want of memory perhaps: "
-                "the same command goes on where this one stopped"
-            ) from None
-        except BaseException:
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise
-
-
-def finished(running):
-    for future in wait(running, return_when=FIRST_COMPLETED).done:
-        yield running.pop(future), future.result()
-
-
-@contextlib.contextmanager
-def held_back(sign):
-    """A signal that comes now comes afterwards; in a process that starts now, when it allows it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [sign])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def follow_parent():
-    """Ends this worker at once on Ctrl-C, and when its parent is gone, even by SIGKILL."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def run_ray(tasks, work, address):
-    """Ray core tasks; Ray runs those of a lost machine again on another.
-
-    The machines need Python with numpy and regex, and to see the files under the same names. The
-    code travels with the tasks, by value.
-    """
-    try:
-        import ray
-    except ImportError:
-        raise ImportError("--ray needs ray: pip install -r requirements-ray.txt") from None
-    send_by_value(ray.cloudpickle)
-    try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-        # Many retries: for some seconds Ray goes on sending tasks to a machine that has died.
-        remote, running = ray.remote(max_retries=100)(lambda task: work(task)), {}
-        for task in itertools.chain(tasks, itertools.repeat(None)):
-            if task:
-                running[remote.remote(task)] = task
-            elif not running:
-                break
-            if not task or len(running) >= 2 * ray.cluster_resources().get("CPU", 1):
-                (done,), _ = ray.wait(list(running))
-                yield running.pop(done), ray.get(done)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except (ray.exceptions.RayError, ConnectionError) as error:
-        raise ConnectionError(f"Ray: {error}") from None
-    finally:
-        ray.shutdown()
-
-
-def send_by_value(cloudpickle):
-    """Have all modules of this project travel with what is pickled."""
-    for module in list(sys.modules.values()):
-        folder = os.path.dirname(getattr(module, "__file__", None) or "")
-        if folder == os.path.dirname(__file__) and module.__name__ != "__main__":  # which does so
-            cloudpickle.register_pickle_by_value(module)
 
 
 # --- The whole run ------------------------------------------------------------------------------
@@ -405,11 +136,6 @@ def learn_tokenizer(n_vocab, sources, options, work_dir):  # -> Encoder
             delete_unpacked(task)
 
     return encoder_module.train(texts(), n_vocab)
-
-
-def delete_unpacked(task):
-    for path in {span["path"] for span in task["spans"] if span["temporary"]}:
-        os.unlink(path)
 
 
 def prepare(out, plan, encoder, options, n_workers, ray):
@@ -566,7 +292,7 @@ def main(
         ray: local, auto or an address: use a Ray cluster, whose machines all see the files.
         models_dir: the folder that holds the models.
     """
-    from utils import download_shakespeare
+    from model_files.download import download_shakespeare
 
     tokenizers = (tokenizer, train_tokenizer)
     check_flags(inputs, out, separator, val_fraction, seed, shard_mb, workers, tokenizers)
@@ -599,6 +325,6 @@ def main(
 
 
 if __name__ == "__main__":
-    from cli import run_cli
+    from plumbing.cli import run_cli
 
     run_cli(main)

@@ -20,8 +20,6 @@ derives from that what has to be sent where; no function below knows how many th
 
 import contextlib
 import functools
-import hashlib
-import inspect
 import math
 import operator
 import os
@@ -29,7 +27,6 @@ import signal
 import sys
 import time
 
-import numpy as np
 from tqdm import tqdm
 
 try:
@@ -42,188 +39,37 @@ except ModuleNotFoundError as missing:  # generating does not need them, so they
     print(f"error: {missing}: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
 
-import progress
-from checkpoints import (
+from gpt2 import hidden_state
+from kv_cache import generate
+from plumbing.cli import note_signals, run_cli
+from training import progress
+from training.attention import fused_attention
+from training.batches import batches_shape, fill_batches, read_batches, step_keys
+from training.checkpoints import (
     check_folder,
     clear_away,
     find_checkpoint,
-    load_checkpoint,
     save_checkpoint,
 )
-from cli import run_cli
-from devices import (
+from training.devices import (
     any_process,
-    check_agreement,
     end_together,
-    from_first,
     make_mesh,
     make_sharding,
+    peak_flops,
     put,
-    spread,
     start_jax,
     to_host,
 )
-from encoder import Encoder, get_encoder
-from gpt2 import hidden_state
-from kv_cache import generate
-from recipes import RECIPES, check_saved, choose
-from shards import check_ids, count_ids, open_shards, read_stretches
-from utils import (
-    check_target,
-    download_shakespeare,
-    find_model,
-    load_encoder_hparams_and_params,
-    save_model,
-)
+from training.flags import check_saved, choose, read_flags
+from training.state import count_rows, load_start, name_leaves, resize_vocab, start_state
+from training.text import NAMED_TEXTS
+from utils import check_target, load_encoder_hparams_and_params, save_model
 
-NAMED_TEXTS = ("shakespeare", "python-docs")
-MOST_VALIDATION = 2**20  # tokens that one look at the validation text takes
-STEPS_PER_CALL = (20, 5, 1)  # before Python sees a loss, or Ctrl-C, again: what takes about 1 s
 LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
 
 
-# --- The text -----------------------------------------------------------------------------------
-
-
-def load_text(data):  # the --data flag -> str
-    """`shakespeare` (1.1 MB, downloaded once), `python-docs`, or the text file of that path."""
-    if data == "python-docs":  # the language reference that every Python carries: no network needed
-        from pydoc_data.topics import topics
-
-        return "\n".join(topics[name] for name in sorted(topics))
-    path = data
-    if data == "shakespeare":
-        try:
-            path = download_shakespeare()
-        except ConnectionError as error:
-            raise ConnectionError(f"{error}; --data python-docs needs no network") from None
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"no text at {path}: --data takes a text file's path, shakespeare or python-docs"
-        )
-    with open(path, encoding="utf-8", errors="replace") as f:
-        return f.read()
-
-
-def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]}, Encoder
-    """Token shards from a folder, or a text in bytes or `encoder`'s tokens, its last tenth for val.
-
-    `encoder` is the model's own or --tokenizer's; shards that were made with another are refused.
-    """
-    if data in NAMED_TEXTS or not os.path.isdir(data):
-        encoder = encoder or Encoder([])
-        ids = np.array(encoder.encode(load_text(data)), np.int32)
-        n_train = len(ids) * 9 // 10
-        return {"train": [ids[:n_train]], "val": [ids[n_train:]]}, encoder
-    shards, own = open_shards(data)
-    if not (encoder or own):
-        raise ValueError(f"{data}: shards without a tokenizer: name theirs with --tokenizer")
-    if encoder and own and encoder.vocab != own.vocab:
-        raise ValueError(f"{data}: shards of another tokenizer: prepare them with the model's")
-    if not os.path.exists(os.path.join(data, "meta.json")):  # the tokenizer may be another's
-        for split in shards.values():
-            check_ids(split, (encoder or own).n_vocab, data)
-    return shards, encoder or own
-
-
-def check_enough(shards, n_ctx, data):
-    """ValueError if there is not one stretch to train on, or to validate with."""
-    for split, arrays in shards.items():
-        if count_ids(arrays) <= n_ctx:
-            raise ValueError(
-                f"{data}: too few tokens, {count_ids(arrays)} of {split}: n_ctx + 1 is {n_ctx + 1}"
-            )
-
-
-def cut_windows(shards, n_ctx):  # [arrays] -> [n_windows, n_ctx + 1]
-    """The validation text in windows side by side.
-
-    A window is one token longer than n_ctx, because its inputs and its targets are one apart; the
-    next begins with its last token. What is left at the end, less than a window, is not used. Of
-    more than MOST_VALIDATION tokens at most so many are, from all over the text.
-    """
-    n_windows = (count_ids(shards) - 1) // n_ctx
-    step = -(-n_windows * n_ctx // MOST_VALIDATION)
-    return read_stretches(shards, np.arange(0, n_windows, step) * n_ctx, n_ctx + 1)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def draw_starts(seed, steps, n_places, batch_size):  # [n] -> [n, batch_size]
-    """Random numbers below n_places: a function of the seed and the step."""
-
-    def draw(step):
-        key, _ = step_keys(seed, step)
-        return jax.random.randint(key, (batch_size, 1), 0, n_places)[:, 0]
-
-    return jax.vmap(draw)(steps)
-
-
-def step_keys(seed, n_done):  # -> the key for the batch and the key for the weights to drop
-    """Those of the step after n_done: nothing but the seed and the step decides."""
-    return jax.random.split(jax.random.fold_in(jax.random.key(seed), n_done))
-
-
-def read_batches(shards, seed, n_done, shape, n_ctx, sharding):  # -> [*shape, n_ctx + 1]
-    """Stretches of the text from random places, for the steps after n_done.
-
-    shape: [n steps, n_accumulate, batch_size]. Where the places are depends on neither devices nor
-    processes, but a process reads only those stretches that its own devices will work on.
-    """
-    n_places = count_ids(shards) - n_ctx
-    stride = -(-n_places // (2**31 - 1))  # int32 draws them: of more places, not all are used
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # a GPU is busy with the last
-        steps = jnp.arange(n_done, n_done + shape[0])
-        starts = draw_starts(seed, steps, n_places // stride, shape[1] * shape[2])
-    starts = np.asarray(starts, np.int64).reshape(shape) * stride
-
-    def read(index):
-        mine = starts[index[:3]]
-        return read_stretches(shards, mine.ravel(), n_ctx + 1).reshape(*mine.shape, n_ctx + 1)
-
-    return jax.make_array_from_callback((*shape, n_ctx + 1), sharding, read)
-
-
 # --- The model ----------------------------------------------------------------------------------
-
-
-def init_params(key, n_vocab, n_ctx, n_embd, n_layer):
-    """GPT-2's initialisation: normal with deviation 0.02, biases 0, gains 1, all float32.
-
-    What writes into the residual stream is scaled by 1 / sqrt(2 * n_layer), so that the stream has
-    the same variance however many layers add to it (Radford et al. 2019, section 2.3).
-    """
-    keys = iter(jax.random.split(key, 2 + 4 * n_layer))
-    residual = 0.02 / math.sqrt(2 * n_layer)
-
-    def normal(*shape, scale=0.02):
-        return scale * jax.random.normal(next(keys), shape)
-
-    def linear(n_in, n_out, scale=0.02):
-        return {"w": normal(n_in, n_out, scale=scale), "b": jnp.zeros(n_out)}
-
-    def layer_norm():
-        return {"g": jnp.ones(n_embd), "b": jnp.zeros(n_embd)}
-
-    def block():
-        return {
-            "attn": {
-                "c_attn": linear(n_embd, 3 * n_embd),
-                "c_proj": linear(n_embd, n_embd, residual),
-            },
-            "mlp": {
-                "c_fc": linear(n_embd, 4 * n_embd),
-                "c_proj": linear(4 * n_embd, n_embd, residual),
-            },
-            "ln_1": layer_norm(),
-            "ln_2": layer_norm(),
-        }
-
-    return {
-        "wte": normal(n_vocab, n_embd),
-        "wpe": normal(n_ctx, n_embd),
-        "blocks": [block() for _ in range(n_layer)],
-        "ln_f": layer_norm(),
-    }
 
 
 def losses(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None):
@@ -255,21 +101,6 @@ def losses(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None):
     return sums.sum(0) / targets.shape[1]
 
 
-def fused_attention(q, k, v):  # [n_batch, n_head, n_seq, d_head] each -> the same
-    """gpt2.attention for narrow numbers: its softmax is float32 even so.
-
-    One kernel of cuDNN's where there is one for it, else XLA's own, which holds all the scores.
-    """
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # JAX wants [n_batch, n_seq, n_head, d_head]
-    device, d_head = jax.devices()[0], q.shape[-1]
-    has_cudnn = device.platform == "gpu" and "cuda" in device.client.platform_version
-    has_cudnn = has_cudnn and float(device.compute_capability) >= 8  # Ampere, Hopper and later
-    fits = d_head % 8 == 0 and d_head <= 128 and q.dtype != jnp.float32
-    kernel = "cudnn" if has_cudnn and fits else "xla"
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)
-    return out.swapaxes(1, 2)
-
-
 def narrow(params, dtype):
     """A copy with the blocks' weights in `dtype`; embeddings and norms stay float32.
 
@@ -280,17 +111,6 @@ def narrow(params, dtype):
         return path[0].key == "blocks" and path[2].key in ("attn", "mlp")
 
     return jax.tree.map_with_path(lambda p, x: x.astype(dtype) if is_weight(p) else x, params)
-
-
-def resize_vocab(tree, n_rows):  # NumPy's wte, [n_vocab, n_embd], -> [n_rows, n_embd]
-    """Pads every wte in a tree of parameters or moments with zeros, or cuts these off again."""
-
-    def resize(path, x):
-        if "['wte']" not in jax.tree_util.keystr(path) or x.ndim != 2:
-            return x
-        return np.pad(x[:n_rows], ((0, max(0, n_rows - len(x))), (0, 0)))
-
-    return jax.tree.map_with_path(resize, tree)
 
 
 def is_matrix(params):
@@ -377,32 +197,6 @@ def make_optimizer(schedule, optimizer, weight_decay, grad_clip, adam_b2, **_):
     return optax.GradientTransformation(lambda params: rule.init(stack(params)), update)
 
 
-def start_state(params, moments, n_done, optimizer, n_rows, mesh, fsdp):
-    """-> (parameters, moments, n_done) on the devices, and their shardings.
-
-    params is a tree of NumPy's or JAX's; moments {name: array} of a checkpoint, or None: all new.
-    """
-    params = resize_vocab(jax.tree.map(np.asarray, params), n_rows)
-    shapes = jax.eval_shape(optimizer.init, params)
-    shardings = spread(params, mesh, fsdp), spread(shapes, mesh, fsdp), make_sharding(mesh)
-    params = put(params, shardings[0])
-    if moments is None:
-        moments = jax.jit(optimizer.init, out_shardings=shardings[1])(params)
-    else:
-        moments = jax.tree.unflatten(jax.tree.structure(shapes), moments.values())
-        moments = put(resize_vocab(moments, n_rows), shardings[1])
-    return (params, moments, put(np.int32(n_done), shardings[2])), shardings
-
-
-def name_leaves(tree):  # -> {where it is in the tree: array}
-    return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
-
-
-def moment_shapes(optimizer, params):  # -> {name: (shape, dtype)}, in the tree's order
-    moments = name_leaves(jax.eval_shape(optimizer.init, params))
-    return {name: (x.shape, x.dtype) for name, x in moments.items()}
-
-
 # --- Training -----------------------------------------------------------------------------------
 
 
@@ -459,33 +253,6 @@ def validation_loss(params, windows, counts, dtype="float32", **how):  # -> [], 
     """
     weights = narrow(params, dtype)
     return (jax.lax.map(lambda w: losses(weights, w, **how), windows) * counts).sum() / counts.sum()
-
-
-def fill_batches(windows, batch_size):  # [n_windows, n_ctx + 1] -> windows, counts
-    """validation_loss's: in batches, the last one filled up; and 1 or, for what fills it up, 0."""
-    n_missing = -len(windows) % batch_size
-    counts = np.append(np.ones(len(windows), np.float32), np.zeros(n_missing, np.float32))
-    filled = np.concatenate([windows, np.repeat(windows[:1], n_missing, axis=0)])
-    shape = len(filled) // batch_size, batch_size
-    return filled.reshape(*shape, -1), counts.reshape(shape)
-
-
-@contextlib.contextmanager
-def note_signals():
-    """Inside, the first Ctrl-C or SIGTERM only adds its number to the list; a second one acts."""
-    caught = []
-
-    def note(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(int(number))
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def train(state, flags, train_steps, read, validate, keep, checkpoint, log, start, quiet=False):
@@ -545,115 +312,25 @@ def train(state, flags, train_steps, read, validate, keep, checkpoint, log, star
 # --- The command line ---------------------------------------------------------------------------
 
 
-def main(
-    data: str | None = None,
-    out: str = "models/mine",
-    recipe: str | None = None,
-    init_from: str | None = None,
-    resume: str | None = None,
-    tokenizer: str | None = None,
-    models_dir: str = "models",
-    n_layer: int | None = None,
-    n_head: int | None = None,
-    n_embd: int | None = None,
-    n_ctx: int | None = None,
-    batch_size: int | None = None,
-    n_accumulate: int | None = None,
-    n_steps: int | None = None,
-    optimizer: str | None = None,
-    learning_rate: float | None = None,
-    min_learning_rate: float | None = None,
-    n_warmup: int | None = None,
-    weight_decay: float | None = None,
-    grad_clip: float | None = None,
-    adam_b2: float | None = None,
-    drop_rate: float | None = None,
-    dtype: str | None = None,
-    fsdp: bool | None = None,
-    eval_every: int | None = None,
-    checkpoint_every: int | None = None,
-    seed: int | None = None,
-    saved_dtype: str = "float32",
-    tensorboard: bool = False,
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-):
-    """Train a GPT-2 on a text or on token shards, and save it as a model folder.
-
-    The last tenth of a text is kept for validation. Losses, in nats a token, are printed as they
-    are measured, with a sample, and whenever the validation loss is the best so far the model is
-    saved to `out`, in place of what was there: whatever happens later, the best one is kept. Ctrl-C
-    and SIGTERM end a run after the current steps, with a checkpoint. Beside the model are
-    metrics.jsonl and loss.png, which show how it went.
-
-    A recipe has a value for each of the flags from n_layer to seed, and maybe for data: those that
-    are typed replace them. The recipes are in recipes.py.
-
-    Args:
-        data: a text file, shakespeare (downloaded once), python-docs (on every machine), or a
-            folder of token shards (prepare.py's, nanoGPT's or llm.c's).
-        out: the folder to write; `python gpt2.py "..." --model_size mine` then reads models/mine.
-        recipe: shakespeare-cpu, shakespeare (the default on a GPU or TPU), tinystories, finetune
-            (the default with init_from), gpt2-124M, -355M, -774M, -1558M, or gpt3-125M to -175B.
-        init_from: start with this model, a name or a folder as in gpt2.py, and with its tokenizer.
-        resume: the `out` of a run that was stopped: go on, with its flags and no others.
-        tokenizer: 124M (GPT-2's), a folder in models_dir, or a path; by default that of the shards,
-            and bytes for a text.
-        models_dir: the folder that holds the models.
-        n_layer: transformer blocks.
-        n_head: attention heads in each; n_embd must be a multiple of it.
-        n_embd: width of the model.
-        n_ctx: the longest stretch of text it sees at once.
-        batch_size: stretches at a time, on all devices together.
-        n_accumulate: so many batches make one step, their gradients averaged.
-        n_steps: steps in all.
-        optimizer: adamw, or muon for the matrices in the blocks and Adam for the rest.
-        learning_rate: the highest, reached after n_warmup steps.
-        min_learning_rate: the last, to which it goes down along a cosine.
-        n_warmup: steps of linear warmup, at most half of all.
-        weight_decay: of the matrices (with muon: of those in the blocks).
-        grad_clip: longest gradient allowed.
-        adam_b2: Adam's second decay rate.
-        drop_rate: share of the blocks' weights left out at random in every step, in 256ths.
-        dtype: float32 (the default on CPUs) or bfloat16, of the products; the rest is float32.
-        fsdp: spread parameters and moments over the devices, too, for models too large for one.
-        eval_every: steps between two looks at the validation text.
-        checkpoint_every: steps between two checkpoints in out/checkpoints; the last two are kept.
-        seed: the same seed gives the same run.
-        saved_dtype: float32 or float16, of the best model's weights on the disk.
-        tensorboard: also write the losses to out/tensorboard (needs pip install tensorboard).
-        coordinator: HOST:PORT of process 0, of a run in several processes. Each one is started
-            with the same flags; on Slurm, Kubernetes, TPU and Open MPI they find each other.
-        num_processes: how many there are.
-        process_id: which one this is, from 0.
-    """
-    typed = {name: value for name, value in locals().items() if value is not None}
-    default = {p.name: p.default for p in inspect.signature(main).parameters.values()}
-    others = ("resume", "models_dir", "tensorboard")
-    others += ("coordinator", "num_processes", "process_id")
-    typed = {name: value for name, value in typed.items() if name not in others}
-    if recipe is not None and recipe not in RECIPES:
-        raise ValueError(f"no recipe {recipe!r}: there are {', '.join(RECIPES)}")
-    if init_from is not None and tokenizer is not None:
-        raise ValueError("--init_from brings its own tokenizer: leave out --tokenizer")
+@functools.wraps(read_flags, assigned=["__doc__"])  # every flag is explained there
+def main(*args, **kwargs):
+    typed, how = read_flags(*args, **kwargs)
+    resume, models_dir, tensorboard = how["resume"], how["models_dir"], how["tensorboard"]
     if tensorboard:
         progress.import_writer()
     place = saved = model = None
     if resume is None:
-        check_target(out)  # better now than after the first steps
-        check_folder(out)
-        if init_from is not None:
-            model = load_encoder_hparams_and_params(init_from, models_dir)
+        check_target(typed["out"])  # better now than after the first steps
+        check_folder(typed["out"])
+        if "init_from" in typed:
+            model = load_encoder_hparams_and_params(typed["init_from"], models_dir)
     else:
-        if more := [name for name, value in typed.items() if value != default[name]]:
-            raise ValueError(f"--resume takes the run's own flags: leave out --{more[0]}")
         place, saved = find_checkpoint(resume)
         flags = check_saved(saved, place) | {"out": resume}
-    start_jax(coordinator, num_processes, process_id)
+    start_jax(how["coordinator"], how["num_processes"], how["process_id"])
     with end_together():
         if resume is None:
-            flags = choose(recipe, typed, jax.default_backend(), model and model[1])
+            flags = choose(typed, jax.default_backend(), model and model[1])
         try:
             stopped = run_training(flags, tensorboard, model, place, saved, models_dir)
         except jax.errors.JaxRuntimeError as error:  # out of memory, as a rule
@@ -686,14 +363,16 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
         n_params = sum(x.size for x in jax.tree.leaves(params))
         n_val = windows[:, 1:].size
         print(f"{n_params} parameters, {text['n_train']} training and {n_val} validation tokens")
-    flops, n_done = progress.flops_per_token(params, flags["n_ctx"]), saved["step"] if saved else 0
+    flops, n_done = progress.flops_per_token(hparams, flags["n_ctx"]), saved["step"] if saved else 0
     state, train_steps, validate = set_up(flags, mesh, optimizer, params, moments, n_done, windows)
     model = params = moments = None  # their memory is free again
-    peak, source = progress.peak_flops(mesh.devices.ravel(), flags["dtype"])
+    peak, source = peak_flops(mesh.devices.ravel(), flags["dtype"])
     shape = batches_shape(flags, flops, peak)
-    log = progress.make_log(flags["out"], n_done, flops, peak, source, schedule, tensorboard)
-    if is_main:  # no other run is at work there, or make_log would have refused
-        clear_away(flags["out"])
+    log = progress.no_log
+    if is_main:
+        speed = f"{jax.device_count()} x {jax.devices()[0].device_kind}", flops, peak, source
+        log = progress.make_log(flags["out"], n_done, *speed, schedule, tensorboard)
+        clear_away(flags["out"])  # no other run is at work there, or make_log would have refused
     keep, checkpoint = make_savers(flags, encoder, hparams, text, place)
 
     def read(n_done):
@@ -714,31 +393,6 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
     )
 
 
-def load_start(flags, optimizer, model, place, saved, models_dir):
-    """What a run starts from: -> shards, windows, what a checkpoint says of both, model, moments.
-
-    model: (tokenizer, hparams, parameters), those given, else the checkpoint's, else new ones. The
-    moments are the checkpoint's {name: array}, or None. ValueError if the flags or the text are not
-    those that the checkpoint was made with, or other processes have others.
-    """
-    moments = encoder = None
-    if place:
-        *model, moments = load_checkpoint(place, functools.partial(moment_shapes, optimizer))
-        same = all(flags[name] == model[1][name] for name in ("n_layer", "n_head", "n_embd"))
-        if not same or flags["n_ctx"] > model[1]["n_ctx"]:
-            raise ValueError(f"{place}: run.json has other sizes than the model")
-    if model:
-        encoder = model[0]
-    elif flags.get("tokenizer"):
-        folder = find_model(flags["tokenizer"], models_dir, only_tokenizer=True)
-        encoder = get_encoder("", folder)
-    shards, windows, text, encoder = open_text(flags["data"], encoder, flags["n_ctx"])
-    if saved and saved["text"] != text:
-        raise ValueError(f"{flags['data']}: is not the text that {place} was trained on")
-    check_agreement([flags, text])
-    return shards, windows, text, model or (encoder, *new_model(flags, encoder.n_vocab)), moments
-
-
 def set_up(flags, mesh, optimizer, params, moments, n_done, windows):
     """-> the state on the devices, train_steps and validate(params), both compiled when called."""
     n_vocab, batch_size = len(params["wte"]), flags["batch_size"]
@@ -753,14 +407,6 @@ def set_up(flags, mesh, optimizer, params, moments, n_done, windows):
         return float(validation_loss(params, *windows, **how))
 
     return state, train_steps, validate
-
-
-def batches_shape(flags, flops, peak):  # -> the steps of a call, n_accumulate, batch_size
-    """flops: a token's; peak: FLOP/s. Every process has the first one's, whatever it measured."""
-    n_accumulate, batch_size = flags["n_accumulate"], flags["batch_size"]
-    seconds = flops * n_accumulate * batch_size * flags["n_ctx"] / peak  # a step's, at best
-    n_steps = next((n for n in STEPS_PER_CALL if n * seconds < 1), 1)
-    return from_first(n_steps), n_accumulate, batch_size
 
 
 def make_savers(flags, encoder, hparams, text, place):
@@ -796,11 +442,6 @@ def make_savers(flags, encoder, hparams, text, place):
     return keep, checkpoint
 
 
-def count_rows(n_vocab):  # -> the rows of wte while it trains
-    """GPUs and TPUs prefer a multiple of 128: 50304 instead of 50257."""
-    return n_vocab if jax.default_backend() == "cpu" else -(-n_vocab // 128) * 128
-
-
 def loss_options(flags, n_vocab, n_batch):
     """The options of `losses`, and dtype, for batches of which a device has so many rows."""
     n_chunks, n_bytes = 1, 4 * n_batch * flags["n_ctx"] * count_rows(n_vocab)
@@ -809,24 +450,6 @@ def loss_options(flags, n_vocab, n_batch):
     attend = fused_attention if flags["dtype"] == "bfloat16" else None
     how = {"n_head": flags["n_head"], "n_vocab": n_vocab, "n_chunks": n_chunks, "attend": attend}
     return how | {"dtype": flags["dtype"]}
-
-
-def open_text(data, encoder, n_ctx):
-    """-> shards, the validation windows, what a checkpoint says of both, and the tokenizer."""
-    shards, encoder = load_tokens(data, encoder)
-    check_enough(shards, n_ctx, data)
-    windows = cut_windows(shards["val"], n_ctx)
-    text = {"n_train": count_ids(shards["train"])}
-    text["validation"] = hashlib.sha256(windows.tobytes()).hexdigest()
-    return shards, windows, text, encoder
-
-
-def new_model(flags, n_vocab):  # -> hparams, parameters
-    """Of the flags' sizes, drawn from their seed, on the CPU."""
-    sizes = {"n_vocab": n_vocab} | {name: flags[name] for name in ("n_ctx", "n_embd", "n_layer")}
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it may not fit on one GPU
-        params = init_params(jax.random.key(flags["seed"]), **sizes)
-    return sizes | {"n_head": flags["n_head"]}, params
 
 
 def sample(params, encoder, hparams, seed):  # -> some lines of text, set in

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import encoder  # noqa: E402
 import utils  # noqa: E402
+from model_files import config, weights  # noqa: E402
 
 HPARAMS = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
 
@@ -22,9 +23,9 @@ HPARAMS = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_laye
 def random_params(hparams=HPARAMS):
     """Random weights: what they say is nonsense, how long they take to say it is not."""
     rng = np.random.default_rng(0)
-    shapes = utils.tensor_shapes(hparams)
+    shapes = weights.tensor_shapes(hparams)
     arrays = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes}
-    return utils.nest({name: array * np.float32(0.02) for name, array in arrays.items()})
+    return weights.nest({name: array * np.float32(0.02) for name, array in arrays.items()})
 
 
 @contextlib.contextmanager
@@ -43,11 +44,11 @@ def hugging_face(params, hparams=HPARAMS):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {theirs: hparams[ours] for ours, theirs in utils.HUGGING_FACE_SIZES.items()}
+    sizes = {theirs: hparams[ours] for ours, theirs in config.HUGGING_FACE_SIZES.items()}
     model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
     state = {
-        "transformer." + utils.hugging_face_name(name): torch.tensor(utils.leaf(params, name))
-        for name, _ in utils.tensor_shapes(hparams)
+        "transformer." + weights.hugging_face_name(name): torch.tensor(weights.leaf(params, name))
+        for name, _ in weights.tensor_shapes(hparams)
     }
     model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]})
     return model

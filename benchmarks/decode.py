@@ -1,6 +1,6 @@
 """How fast does the cached engine write, beside Hugging Face and CTranslate2?
 
-usage: pip install -r requirements-benchmarks.txt; python benchmarks/decode.py
+usage: pip install -r requirements/benchmarks.txt; python benchmarks/decode.py
 
 Random weights of GPT-2 124M's shape, greedy, from one model folder that all of them read: float32
 memory-mapped here, float32 in PyTorch, CTranslate2's conversion to float32 and to int8. A step
@@ -22,8 +22,9 @@ from common import HPARAMS, alternate, hugging_face, machine, model_folder, prin
 
 import gpt2
 import kv_cache
-import skinny
 import utils
+from engine import products, threads
+from model_files import weights
 
 N_HEAD, N_VOCAB = HPARAMS["n_head"], HPARAMS["n_vocab"]
 N_PROMPT, SHORT, LONG, ROUNDS = 16, 8, 40, 5
@@ -85,29 +86,29 @@ def seconds_a_step(engines, n_rows):
 
 def floor(params):
     """(seconds to read the weights once, bytes a second), by NumPy's GEMV."""
-    names = [name for name, _ in utils.tensor_shapes(HPARAMS) if name != "wpe"]
-    n_bytes = sum(utils.leaf(params, name).nbytes for name in names)
+    names = [name for name, _ in weights.tensor_shapes(HPARAMS) if name != "wpe"]
+    n_bytes = sum(weights.leaf(params, name).nbytes for name in names)
     x, w = np.ones(768, np.float32), np.ones((768, n_bytes // 4 // 768), np.float32)
     seconds = alternate(ROUNDS, gemv=lambda: x @ w)["gemv"]
     return seconds, n_bytes / seconds
 
 
-def products(params):
-    """The products with the blocks' matrices alone: what skinny.py is for."""
-    names = [name for name, _ in utils.tensor_shapes(HPARAMS) if name.endswith(".w")]
-    weights = [utils.leaf(params, name) for name in names]
-    matrices = [w.view(skinny.Matrix) for w in weights]
-    print(f"\nthe blocks' products alone, ms\n{'rows':>6}{'NumPy':>10}{'skinny':>10}")
+def time_products(params):
+    """The products with the blocks' matrices alone: what engine/products.py is for."""
+    names = [name for name, _ in weights.tensor_shapes(HPARAMS) if name.endswith(".w")]
+    arrays = [weights.leaf(params, name) for name in names]
+    matrices = [w.view(products.Matrix) for w in arrays]
+    print(f"\nthe blocks' products alone, ms\n{'rows':>6}{'NumPy':>10}{'ours':>10}")
     for n_rows in (1, 2, 8, 16, 32):
-        x = {n_in: np.ones((n_rows, n_in), np.float32) for n_in in {len(w) for w in weights}}
+        x = {n_in: np.ones((n_rows, n_in), np.float32) for n_in in {len(w) for w in arrays}}
 
         def fast(x=x, n_rows=n_rows):
-            with skinny.own_threads(n_rows):
+            with threads.own_threads(n_rows):
                 for w in matrices * 10:
                     x[len(w)] @ w
 
         def plain(x=x):
-            for w in weights * 10:
+            for w in arrays * 10:
                 x[len(w)] @ w
 
         seconds = alternate(ROUNDS, plain=plain, fast=fast)
@@ -157,7 +158,7 @@ def main():
                 least, rate = floor(params)
                 seconds[f"the floor, at {rate / 1e9:.1f} GB/s"] = least
             print_table(f"a step of {n_rows} row{'s' * (n_rows > 1)}", seconds, "kv_cache")
-        products(params)
+        time_products(params)
         by_length(params)
 
 

@@ -11,7 +11,7 @@ import torch
 from common import HPARAMS, alternate, hugging_face, machine, print_table, random_params
 
 import gpt2
-import utils
+from model_files import weights
 
 
 def pico_gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_seq] -> [n_seq, n_vocab]
@@ -93,17 +93,17 @@ def main():
         ),
         "gpt2",
     )
-    names = [name for name, _ in utils.tensor_shapes(HPARAMS) if name.endswith(".w")]
-    weights = [utils.leaf(params, name) for name in names]
-    x = {n_in: np.ones((512, n_in), np.float32) for n_in in {len(w) for w in weights}}
+    names = [name for name, _ in weights.tensor_shapes(HPARAMS) if name.endswith(".w")]
+    matrices = [weights.leaf(params, name) for name in names]
+    x = {n_in: np.ones((512, n_in), np.float32) for n_in in {len(w) for w in matrices}}
 
     def products(rows):
-        return lambda: [x[len(w)][:rows] @ w for w in weights]
+        return lambda: [x[len(w)][:rows] @ w for w in matrices]
 
     seconds = alternate(9, **{str(rows): products(rows) for rows in (1, 10, 512)})
     print("\nthe products with the blocks' weights alone (one pass)")
     for rows, value in seconds.items():
-        rate = 2 * int(rows) * sum(w.size for w in weights) / value
+        rate = 2 * int(rows) * sum(w.size for w in matrices) / value
         print(f"{rows:>3} rows{value * 1e3:36.1f} ms{rate / 1e9:9.0f} GFLOP/s")
 
 

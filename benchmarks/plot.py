@@ -1,6 +1,6 @@
 """Draws what a key-value cache buys: benchmarks/cache.png.
 
-usage: pip install -r requirements-benchmarks.txt; python benchmarks/plot.py
+usage: pip install -r requirements/benchmarks.txt; python benchmarks/plot.py
 
 The time of one more token, by the length of the text before it, measured as in decode.py.
 """

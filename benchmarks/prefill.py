@@ -1,6 +1,6 @@
 """How fast does the cached engine read a prompt, beside Hugging Face and CTranslate2?
 
-usage: pip install -r requirements-benchmarks.txt; python benchmarks/prefill.py
+usage: pip install -r requirements/benchmarks.txt; python benchmarks/prefill.py
 
 Random weights of GPT-2 124M's shape: 512 tokens, for the logits of the next one, and 8 prompts of
 different lengths, together and one by one. Also what smaller chunks, which bound memory, cost.
@@ -16,8 +16,8 @@ from common import HPARAMS, alternate, machine, model_folder, print_table
 from decode import N_HEAD, N_VOCAB, engines
 
 import kv_cache
-import skinny
 import utils
+from engine import products
 
 ROUNDS = 7
 
@@ -44,7 +44,7 @@ def main():
         )
         print_table(f"8 prompts of {sum(lengths)} tokens in all", seconds, "together")
 
-        matrices = skinny.wrap(params)
+        matrices = products.wrap(params)
         seconds = {
             f"chunks of {chunk}": alternate(
                 3, read=lambda c=chunk: read_once(long_prompt(rng), matrices, c)

@@ -19,6 +19,7 @@ from common import HPARAMS, ROOT, alternate, machine, random_params
 
 import gpt2
 import utils
+from model_files import weights
 
 PROMPT, N_TOKENS, ROUNDS = "Alan Turing theorized that computers would one day become", 8, 7
 WATCH = "import sys, gpt2; gpt2.main({!r}, 1, {!r}); print(*sys.modules, file=sys.stderr)"
@@ -31,9 +32,9 @@ def main(tokenizer_folder):
         for name in ("encoder.json", "vocab.bpe"):
             shutil.copy(tokenizer_folder / name, folder)
         params = random_params()
-        shapes = utils.tensor_shapes(HPARAMS)
-        tensors = {utils.hugging_face_name(n): utils.leaf(params, n) for n, _ in shapes}
-        utils.write_safetensors(folder / "model.safetensors", tensors)
+        shapes = weights.tensor_shapes(HPARAMS)
+        tensors = {weights.hugging_face_name(n): weights.leaf(params, n) for n, _ in shapes}
+        weights.write_safetensors(folder / "model.safetensors", tensors)
         (folder / "hparams.json").write_text(json.dumps(HPARAMS))
         measure(folder)
 

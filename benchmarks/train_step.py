@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from common import alternate, hugging_face, machine, print_table
 
-import devices
-import progress
-import recipes
 import train_jax
-import utils
+from model_files import weights
+from training import devices, progress
+from training.flags import choose
+from training.state import count_rows, start_state
 
 N_STEPS = 20  # a measurement
 
@@ -31,8 +31,8 @@ def ours(flags, params, tokens, optimizer):  # -> a function that trains N_STEPS
     mesh = devices.make_mesh(flags["batch_size"])
     rule = train_jax.make_optimizer(train_jax.make_schedule(**flags), **flags)
     n_vocab = len(params["wte"])
-    n_rows = train_jax.count_rows(n_vocab)
-    state, shardings = train_jax.start_state(params, None, 0, rule, n_rows, mesh, flags["fsdp"])
+    n_rows = count_rows(n_vocab)
+    state, shardings = start_state(params, None, 0, rule, n_rows, mesh, flags["fsdp"])
     how = train_jax.loss_options(flags, n_vocab, flags["batch_size"] // mesh.size)
     steps = train_jax.make_train_steps(rule, flags["drop_rate"], 0, shardings=shardings, **how)
     batches = devices.put(tokens, devices.make_sharding(mesh, None, None, "data"))
@@ -80,16 +80,16 @@ def theirs(flags, params, tokens, compiled):
 def main():
     recipe = sys.argv[1] if len(sys.argv) > 1 else "shakespeare-cpu"
     devices.start_jax(None, None, None)
-    flags = recipes.choose(recipe, {"data": ""}, jax.default_backend())
+    flags = choose({"recipe": recipe, "data": ""}, jax.default_backend())
     n_vocab = 257 if "shakespeare" in recipe else 50257
     sizes = {name: flags[name] for name in ("n_ctx", "n_embd", "n_layer", "n_head")}
     rng = np.random.default_rng(0)
     arrays = {}
-    for name, shape in utils.tensor_shapes(sizes | {"n_vocab": n_vocab}):
+    for name, shape in weights.tensor_shapes(sizes | {"n_vocab": n_vocab}):
         arrays[name] = np.full(shape, name.endswith(".g"), np.float32)
         if len(shape) == 2:
             arrays[name] = rng.normal(0, 0.02, shape).astype(np.float32)
-    params = utils.nest(arrays)
+    params = weights.nest(arrays)
     shape = N_STEPS, flags["n_accumulate"], flags["batch_size"], flags["n_ctx"] + 1
     tokens = rng.integers(0, n_vocab, shape, dtype=np.int32)
 
@@ -104,8 +104,8 @@ def main():
     seconds = {name: value / N_STEPS for name, value in alternate(7, **sides).items()}
     n_tokens = int(np.prod(shape[1:3])) * flags["n_ctx"]
     all_devices = devices.make_mesh(flags["batch_size"]).devices.ravel()
-    peak, source = progress.peak_flops(all_devices, flags["dtype"])
-    floor = progress.flops_per_token(params, flags["n_ctx"]) * n_tokens / peak
+    peak, source = devices.peak_flops(all_devices, flags["dtype"])
+    floor = progress.flops_per_token(flags | {"n_vocab": n_vocab}, flags["n_ctx"]) * n_tokens / peak
     print(f"{machine()}, JAX {jax.__version__}, PyTorch {torch.__version__}")
     print_table(f"{recipe}: a step of {n_tokens} tokens", seconds, "ours_AdamW")
     print(f"floor at {peak / 1e12:.3g} TFLOP/s ({source}): {floor * 1e3:.1f} ms")

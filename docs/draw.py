@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import encoder as bpe  # noqa: E402
 import gpt2  # noqa: E402
 import utils  # noqa: E402
+from model_files import weights  # noqa: E402
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -331,7 +332,7 @@ def checkpoint():
     for y, (name, (n_layer, n_embd)) in enumerate(sizes.items()):
         hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_layer": n_layer}
         counts = dict.fromkeys(groups, 0)
-        for tensor, shape in utils.tensor_shapes(hparams):
+        for tensor, shape in weights.tensor_shapes(hparams):
             kind = {"attn": "attention", "mlp": "ffn"}.get(tensor.split(".")[-3:][0], tensor)
             counts[kind] = counts.get(kind, 0) + math.prod(shape)  # the norms: too thin to see
         total, left = sum(counts.values()), 0

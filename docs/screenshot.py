@@ -2,7 +2,7 @@
 
     python docs/screenshot.py [PNG]        # docs/explain.png
 
-Needs requirements-test.txt, chromium and its chromedriver.
+Needs requirements/test.txt, chromium and its chromedriver.
 """
 
 import base64

@@ -12,6 +12,7 @@ import pytest
 
 import utils
 from encoder import Encoder
+from model_files import config, weights
 
 with contextlib.suppress(ImportError):
     import jax
@@ -54,13 +55,13 @@ def run(script, *args, models_dir=None, timeout=300, **options):
 def random_params(rng, hparams):
     """Float32 parameters that make logits of a few units, and attention that has preferences."""
     arrays = {}
-    for name, shape in utils.tensor_shapes(hparams):
+    for name, shape in weights.tensor_shapes(hparams):
         kind = name.split(".")[-1]
         embedding = 2 * hparams["n_embd"] ** -0.5
         scales = {"wte": embedding, "wpe": embedding, "w": shape[0] ** -0.5, "g": 0.3, "b": 0.3}
         arrays[name] = rng.standard_normal(shape, dtype=np.float32) * scales[kind]
         arrays[name] += kind == "g"  # gains around 1
-    return utils.nest(arrays)
+    return weights.nest(arrays)
 
 
 def tree_map(f, node):
@@ -75,12 +76,12 @@ def hugging_face(params, hparams):
     """transformers' GPT-2 with a copy of these parameters; skips the test without transformers."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    sizes = {theirs: hparams[ours] for ours, theirs in utils.HUGGING_FACE_SIZES.items()}
-    config = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
-    model = transformers.GPT2LMHeadModel(config).eval()  # eval: no dropout
-    names = [name for name, _ in utils.tensor_shapes(hparams)]
+    sizes = {theirs: hparams[ours] for ours, theirs in config.HUGGING_FACE_SIZES.items()}
+    settings = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
+    model = transformers.GPT2LMHeadModel(settings).eval()  # eval: no dropout
+    names = [name for name, _ in weights.tensor_shapes(hparams)]
     state = {
-        "transformer." + utils.hugging_face_name(name): torch.tensor(utils.leaf(params, name))
+        "transformer." + weights.hugging_face_name(name): torch.tensor(weights.leaf(params, name))
         for name in names
     }
     model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]})
@@ -89,7 +90,7 @@ def hugging_face(params, hparams):
 
 def exclaiming(hparams):
     """Parameters whose equal logits always give id 0, which is "!" where ids are bytes."""
-    return utils.nest({n: np.ones(s, np.float32) for n, s in utils.tensor_shapes(hparams)})
+    return weights.nest({n: np.ones(s, np.float32) for n, s in weights.tensor_shapes(hparams)})
 
 
 TINY = {"n_vocab": 257, "n_ctx": 48, "n_embd": 16, "n_head": 2, "n_layer": 2}

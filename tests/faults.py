@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-import cli
+from plumbing import cli
 
 ROOM = {"open", "os.mkdir"}  # what a full disk refuses
 CHANGES = ROOM | {"os.rename", "os.remove", "os.rmdir", "os.chmod"}

@@ -1,4 +1,4 @@
-"""cli.py, then gpt2.py and gpt2_pico.py as a person runs them: streams, signals, exit codes."""
+"""plumbing/cli.py, then gpt2.py and gpt2_pico.py as a person runs them: streams, signals, codes."""
 
 import io
 import os
@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 from conftest import REPO, TINY, exclaiming, run
 
-import cli
 import gpt2
 import utils
 from encoder import Encoder
+from model_files import weights
+from plumbing import cli
 
-# --- cli.py ---------------------------------------------------------------------------------------
+# --- plumbing/cli.py ------------------------------------------------------------------------------
 
 SCRIPT = """
 import sys, time
 sys.path.insert(0, sys.argv.pop(1))
-import cli
+from plumbing import cli
 
 def main(prompt: str, n_tokens: int = 40, heat: float = 0.0, top_k: int | None = None,
          note: str | None = None, quick: bool = False):
@@ -267,7 +268,7 @@ def test_pico_writes_the_same(models, prompt):
 def test_both_stop_at_endoftext(models):
     """A model whose every logit but the end of text's is 0 there."""
     folder, params = models
-    silent = utils.nest({n: np.zeros(s, np.float32) for n, s in utils.tensor_shapes(TINY)})
+    silent = weights.nest({n: np.zeros(s, np.float32) for n, s in weights.tensor_shapes(TINY)})
     silent["ln_f"]["b"] += 1
     silent["wte"][-1] += 1
     utils.save_model(folder / "silent", Encoder([]), TINY, silent)
@@ -411,7 +412,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("explain.py Once --model_size tiny --out page.html", None),
         ("evaluate.py perplexity --model_size tiny --data text.txt", None),
         ("prepare.py text.txt --out shards", None),
-        ("prepare.py text.txt --out shards2 --ray auto", "pip install -r requirements-ray.txt"),
+        ("prepare.py text.txt --out shards2 --ray auto", "pip install -r requirements/ray.txt"),
         ("prepare.py text.parquet --out shards3", "pip install pyarrow"),
         ("train_jax.py --data text.txt --out out", "pip install -r requirements.txt"),
     ],

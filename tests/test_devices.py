@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 from conftest import REPO
 
-import devices
 import train_jax
+import training.batches
+from training import devices
+from training.batches import fill_batches, read_batches
+from training.state import init_params, start_state
+from training.text import cut_windows
 from utils import load_encoder_hparams_and_params
 
 SIZES = {"n_vocab": 257, "n_ctx": 16, "n_embd": 24, "n_layer": 2}
@@ -34,14 +38,14 @@ def train(seed, n_devices, fsdp, optimizer, dtype="float32"):
     mesh = devices.make_mesh(n_devices)  # that many of the 8 divide so large a batch
     schedule = train_jax.make_schedule(6, 1e-3, 1e-5, 2)
     optimizer = train_jax.make_optimizer(schedule, optimizer, 0.1, 1.0, 0.99)
-    params = train_jax.init_params(jax.random.key(seed), **SIZES)
-    state, shardings = train_jax.start_state(params, None, 0, optimizer, 384, mesh, fsdp)
+    params = init_params(jax.random.key(seed), **SIZES)
+    state, shardings = start_state(params, None, 0, optimizer, 384, mesh, fsdp)
     how = {"dtype": dtype, "n_head": 3, "n_vocab": 257, "n_chunks": 2}
     steps = train_jax.make_train_steps(optimizer, 0.1, seed, shardings=shardings, **how)
     spec = devices.make_sharding(mesh, None, None, "data")
-    batches = train_jax.read_batches(TEXT, seed, 0, (4, 2, 8), 16, spec)
+    batches = read_batches(TEXT, seed, 0, (4, 2, 8), 16, spec)
     state, loss = steps(state, batches, 4)
-    windows = train_jax.fill_batches(train_jax.cut_windows(TEXT, 16)[:13], 8)
+    windows = fill_batches(cut_windows(TEXT, 16)[:13], 8)
     windows = devices.put(windows, 2 * (devices.make_sharding(mesh, None, "data"),))
     return state, float(loss), float(train_jax.validation_loss(state[0], *windows, **how))
 
@@ -80,9 +84,9 @@ def test_every_device_reads_only_its_stretches(seed, monkeypatch):
         read.append(len(starts))
         return np.zeros((len(starts), n), np.int32)
 
-    monkeypatch.setattr(train_jax, "read_stretches", read_stretches)
+    monkeypatch.setattr(training.batches, "read_stretches", read_stretches)
     spec = devices.make_sharding(devices.make_mesh(8), None, None, "data")
-    train_jax.read_batches(TEXT, seed, 0, (3, 2, 16), 16, spec)
+    read_batches(TEXT, seed, 0, (3, 2, 16), 16, spec)
     assert read == 8 * [3 * 2 * 2]
 
 

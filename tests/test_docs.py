@@ -19,7 +19,7 @@ import sys
 import pytest
 from conftest import REPO, SHAKESPEARE
 
-import utils
+from model_files import weights
 
 DOCS = REPO / "docs"
 NUMBERED = sorted(path.name for path in DOCS.glob("[0-9]*.md"))
@@ -278,7 +278,7 @@ def test_the_sizes_of_the_checkpoint_add_up():
     """Each row of page 10's table is a shape and its product; all of them make 124M."""
     text = (DOCS / "10_checkpoint.md").read_text("utf-8")
     hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_layer": 12}
-    shapes, total = dict(utils.tensor_shapes(hparams)), 0
+    shapes, total = dict(weights.tensor_shapes(hparams)), 0
     rows = re.findall(r"^\| `([\w.]+)` \| ([\d x]+) \| ([\d ]+) \|", text, re.M)
     for name, shape, count in rows:
         shape, count = tuple(map(int, shape.split(" x "))), int(count.replace(" ", ""))

@@ -19,6 +19,7 @@ from conftest import GPT2_FILES, REPO
 
 import utils
 from encoder import Encoder
+from model_files import download, weights
 
 pytest.importorskip("requests", reason="requests is not installed")
 FILE = "/124M/model.ckpt.meta"
@@ -114,7 +115,7 @@ def server(monkeypatch):
     server.files = {FILE: secrets.token_bytes(300_000)}
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setattr(utils, "BACKOFF", 0.001)
+    monkeypatch.setattr(download, "BACKOFF", 0.001)
     monkeypatch.setenv("SIXTYGPT_DOWNLOAD_URL", server.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield server
@@ -125,7 +126,7 @@ def server(monkeypatch):
 
 def fetched(server, path, **how):
     """Download FILE to `path`; True if it is whole and alone in its folder."""
-    utils.download_file(server.url + FILE, str(path), **how)
+    download.download_file(server.url + FILE, str(path), **how)
     return path.read_bytes() == server.files[FILE] and os.listdir(path.parent) == [path.name]
 
 
@@ -136,7 +137,7 @@ def resumed_at(server):
 
 def failure(server, path, **how):
     with pytest.raises(ConnectionError) as caught:
-        utils.download_file(server.url + FILE, str(path), **how)
+        download.download_file(server.url + FILE, str(path), **how)
     assert not path.exists() and "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -256,7 +257,7 @@ def test_a_complete_part_needs_only_its_name(server, tmp_path):
     ],
 )
 def test_a_hopeless_server_ends_in_one_line(server, tmp_path, monkeypatch, always, words):
-    monkeypatch.setattr(utils, "PATIENCE", 0.2)
+    monkeypatch.setattr(download, "PATIENCE", 0.2)
     server.always = always
     assert words in failure(server, tmp_path / "file")
 
@@ -277,7 +278,7 @@ def test_a_download_is_resumed_through_a_redirect_to_another_host(server, tmp_pa
 
 
 def test_a_stall_in_the_middle_is_resumed(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "PATIENCE", 0.2)
+    monkeypatch.setattr(download, "PATIENCE", 0.2)
     server.faults = ["slow then stop", "slow then stop"]
     assert fetched(server, tmp_path / "file")
     assert resumed_at(server) == [0, 9, 13]
@@ -286,7 +287,7 @@ def test_a_stall_in_the_middle_is_resumed(server, tmp_path, monkeypatch):
 def test_the_checksums_are_those_of_openais_files():
     if not GPT2_FILES.is_dir():
         pytest.skip(f"no GPT-2 tokenizer files in {GPT2_FILES} (SIXTYGPT_DATA)")
-    for name, wanted in utils.SHA256.items():
+    for name, wanted in download.SHA256.items():
         with open(GPT2_FILES / name, "rb") as f:
             assert hashlib.file_digest(f, "sha256").hexdigest() == wanted
 
@@ -301,7 +302,7 @@ def test_what_cannot_get_better_is_not_retried(server, tmp_path):
     assert "answered 403" in failure(server, tmp_path / "file")
     assert len(server.seen) == 1 and os.listdir(tmp_path) == []
     with pytest.raises(ConnectionError, match="nonsense"):
-        utils.download_file("nonsense", str(tmp_path / "file"))
+        download.download_file("nonsense", str(tmp_path / "file"))
 
 
 def test_no_network_names_the_model_that_needs_none(server, tmp_path, monkeypatch):
@@ -316,11 +317,11 @@ def test_no_network_names_the_model_that_needs_none(server, tmp_path, monkeypatc
 def test_a_place_that_cannot_be_written(server, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write .*file/x: "):
-        utils.download_file(server.url + FILE, str(tmp_path / "file" / "x"))
+        download.download_file(server.url + FILE, str(tmp_path / "file" / "x"))
     assert server.seen == []
 
 
-DOWNLOAD = "import sys, utils; utils.download_file(*sys.argv[1:])"
+DOWNLOAD = "import sys, utils; download.download_file(*sys.argv[1:])"
 
 
 def start(server, path):
@@ -354,10 +355,10 @@ def test_many_processes_at_once_do_no_harm(server, tmp_path):
 
 def test_a_full_disk_keeps_no_broken_file(server, tmp_path):
     code = f"""if True:
-        import cli, resource, utils
+        import resource, utils; from plumbing import cli
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
-            utils.download_file({server.url + FILE!r}, {str(tmp_path / "file")!r})
+            download.download_file({server.url + FILE!r}, {str(tmp_path / "file")!r})
         except OSError as error:
             print(cli.one_line(error))
     """
@@ -372,21 +373,21 @@ def test_a_released_model_is_fetched_and_loads(server, tmp_path, monkeypatch):
     seed = secrets.randbits(32)
     print("seed", seed)
     rng = np.random.default_rng(seed)
-    shapes = utils.tensor_shapes(hparams)
+    shapes = weights.tensor_shapes(hparams)
     arrays = {n: rng.normal(size=s).astype(np.float32) for n, s in shapes}
-    names = (*utils.TEXT_FILES, "checkpoint", *utils.CKPT_FILES)
+    names = (*download.TEXT_FILES, "checkpoint", *download.CKPT_FILES)
     files = dict.fromkeys(names, b"x")
     files["encoder.json"] = json.dumps(Encoder([]).vocab).encode()
     files["vocab.bpe"], files["hparams.json"] = b"#version: 0.2\n", json.dumps(hparams).encode()
     server.files = {f"/355M/{name}": data for name, data in files.items()}
     with pytest.raises(ConnectionError, match=r"encoder\.json.* checksum"):
-        utils.download("355M", str(tmp_path))  # the real one's sha256 is expected
-    monkeypatch.setattr(utils, "SHA256", {})
-    utils.download("355M", str(tmp_path))
+        download.download("355M", str(tmp_path))  # the real one's sha256 is expected
+    monkeypatch.setattr(download, "SHA256", {})
+    download.download("355M", str(tmp_path))
     folder = tmp_path / "355M"
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == files
-    tensors = {utils.hugging_face_name(name): array for name, array in arrays.items()}
-    utils.write_safetensors(folder / "model.safetensors", tensors)
+    tensors = {weights.hugging_face_name(name): array for name, array in arrays.items()}
+    weights.write_safetensors(folder / "model.safetensors", tensors)
     for name in names[3:]:
         os.unlink(folder / name)
     server.seen.clear()

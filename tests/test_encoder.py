@@ -38,7 +38,7 @@ from encoder import (
     parse_merges,
     train,
 )
-from files import MOST_BYTES
+from plumbing.files import MOST_BYTES
 
 TEXTS = {
     "empty": "",

@@ -13,6 +13,7 @@ import evaluate
 import gpt2
 import utils
 from encoder import Encoder
+from model_files import download, weights
 
 N_HEAD, N_CTX, ENDOFTEXT = TINY["n_head"], TINY["n_ctx"], 256
 
@@ -24,8 +25,8 @@ def params(rng):
 
 def constant_params(favourite=None, hparams=TINY):
     """A model whose logits are all 0, or 16 for one id: whatever it has read."""
-    shapes = dict(utils.tensor_shapes(hparams))
-    params = utils.nest({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+    shapes = dict(weights.tensor_shapes(hparams))
+    params = weights.nest({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
     params["ln_f"]["b"] += 1
     if favourite is not None:
         params["wte"][favourite] += 1
@@ -536,7 +537,7 @@ def test_the_default_file_is_downloaded_once(tmp_path, monkeypatch, task):
     assert url.startswith("https://") and url.endswith(f"/data/{name}.jsonl")
     assert path == os.path.join("data", f"{name}.jsonl")
 
-    monkeypatch.setattr(evaluate, "download_file", utils.download_file)  # which finds it there
+    monkeypatch.setattr(evaluate, "download_file", download.download_file)  # which finds it there
     assert len(evaluate.load_items(task)) == 1
 
     def fail(url, path):

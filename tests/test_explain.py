@@ -21,6 +21,7 @@ import explain
 import gpt2
 import utils
 from encoder import Encoder, get_encoder, printable_bytes
+from model_files import weights
 
 HOSTILE = (
     """<script>alert(1)</script> "quotes" 'and' &amp; <!-- </script><img src=x onerror=alert(2)>"""
@@ -77,8 +78,8 @@ def test_everything_equals_what_transformers_says(rng):
         theirs = model(torch.tensor([inputs]), output_attentions=True, output_hidden_states=True)
     r = explain.record(inputs, params, 2)
     np.testing.assert_allclose(r["logits"], theirs.logits[0], atol=1e-4)
-    for layer, weights in enumerate(theirs.attentions):
-        np.testing.assert_allclose(r["attention"][layer], weights[0], atol=1e-5)
+    for layer, looks in enumerate(theirs.attentions):
+        np.testing.assert_allclose(r["attention"][layer], looks[0], atol=1e-5)
     *stream, final = theirs.hidden_states  # theirs ends with ln_f's output
     for ours, x in zip(r["stream"][:-1], stream, strict=True):
         np.testing.assert_allclose(ours, x[0], atol=1e-4)
@@ -719,7 +720,7 @@ def test_every_call_shows_its_lines(opened, written):
 
 
 def test_the_heading_and_what_is_chosen(opened):
-    shapes = dict(utils.tensor_shapes(TINY | {"n_ctx": 128})).values()
+    shapes = dict(weights.tensor_shapes(TINY | {"n_ctx": 128})).values()
     n = sum(int(np.prod(shape)) for shape in shapes)
     wanted = "Model wide: 2 layers of 2 heads, 16 numbers a token, 257 tokens in the vocabulary, "
     assert every(opened, "#model") == [f"{wanted}128 positions, {n:,} parameters."]

@@ -25,8 +25,8 @@ import pytest
 import test_download
 from conftest import REPO, on_linux
 
-import checkpoints
 import utils
+from training import checkpoints
 
 KILLS = int(os.environ.get("SIXTYGPT_KILLS", 2))
 server = test_download.server  # a fixture
@@ -53,17 +53,17 @@ DOWNLOAD = """
 import os, sys, faults, utils
 url, folder, fault, sha256 = sys.argv[1:]
 path = folder + "/new/file"
-utils.BACKOFF = 0.001
+download.BACKOFF = 0.001
 
 def whole():
     with open(path, "rb") as f:
         return utils.hashlib.file_digest(f, "sha256").hexdigest() == sha256
 
-for n in faults.at_every_change(folder, fault, lambda: utils.download_file(url, path)):
+for n in faults.at_every_change(folder, fault, lambda: download.download_file(url, path)):
     part = path + ".part"
     all_there = os.path.exists(part) and os.path.getsize(part) == 300_000
     assert not os.path.exists(path) or whole()
-    utils.download_file("http://127.0.0.1:9/nobody" if all_there else url, path)
+    download.download_file("http://127.0.0.1:9/nobody" if all_there else url, path)
     assert whole() and set(os.listdir(folder + "/new")) <= {"file", "file.part.json"}
 print(n)
 """
@@ -89,7 +89,7 @@ hparams = {"n_vocab": 258, "n_ctx": 4, "n_embd": 4, "n_head": 2, "n_layer": 1}
 encoders = {k: Encoder([("a", chr(97 + k))]) for k in (1, 2, 3)}
 
 def params(k):
-    return utils.nest({n: np.full(s, k, "f4") for n, s in utils.tensor_shapes(hparams)})
+    return weights.nest({n: np.full(s, k, "f4") for n, s in weights.tensor_shapes(hparams)})
 
 def which(place):  # the number of the model there, or None
     try:
@@ -97,7 +97,7 @@ def which(place):  # the number of the model there, or None
     except (ValueError, OSError):
         return None
     k = int(found["wpe"][0, 0])
-    assert all((utils.leaf(found, n) == k).all() for n, _ in utils.tensor_shapes(hparams))
+    assert all((weights.leaf(found, n) == k).all() for n, _ in weights.tensor_shapes(hparams))
     assert encoder.merges == encoders[k].merges, "a mixture"
     return k
 
@@ -181,9 +181,9 @@ TENSORFLOW = """
 import types, numpy as np, utils
 hparams = {"n_vocab": 258, "n_ctx": 4, "n_embd": 4, "n_head": 2, "n_layer": 1}
 variables = {}
-for name, shape in utils.tensor_shapes(hparams):
+for name, shape in weights.tensor_shapes(hparams):
     shape = (1, *shape) if name.endswith(".w") else shape
-    variables[utils.tensorflow_name(name)] = np.full(shape, 1, "f4")
+    variables[weights.tensorflow_name(name)] = np.full(shape, 1, "f4")
 shapes = {name: list(array.shape) for name, array in variables.items()}
 reader = types.SimpleNamespace(
     get_variable_to_shape_map=lambda: shapes, get_tensor=variables.__getitem__
@@ -206,10 +206,10 @@ def work():
     with contextlib.redirect_stderr(io.StringIO()) as said:
         convert.main(folder, weights, spare)
     if not os.path.exists(weights):
-        assert utils.read_safetensors(spare)
+        assert weights.read_safetensors(spare)
         assert said.getvalue() == f"notice: {weights} not written: Read-only file system\\n"
 for n in faults.at_every_change(folder, fault, work, before):
-    assert not os.path.exists(weights) or utils.read_safetensors(weights)
+    assert not os.path.exists(weights) or weights.read_safetensors(weights)
     assert which(folder) == 1 and os.path.exists(weights)
 print(n)
 os.unlink(weights)
@@ -514,7 +514,7 @@ time.time_ns = lambda: int(next(clock) * 1e9)
 if "still" in sys.argv:
     sys.argv.remove("still")
     time.monotonic = time.perf_counter = lambda: 1000.0
-import cli, prepare, train_jax
+import prepare, train_jax; from plumbing import cli
 program = {"prepare.py": prepare, "train_jax.py": train_jax}[sys.argv.pop(1)]
 cli.run_cli(program.main)
 """

@@ -1,10 +1,10 @@
-"""files.py: what is not read, and what is never half-written."""
+"""plumbing/files.py: what is not read, and what is never half-written."""
 
 import os
 
 import pytest
 
-import files
+from plumbing import files
 
 
 def test_a_file_may_have_as_many_bytes_as_are_allowed(tmp_path):

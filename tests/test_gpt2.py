@@ -15,7 +15,7 @@ from conftest import REPO, hugging_face, random_params, tree_map
 
 import gpt2
 import gpt2_pico
-import utils
+from model_files import weights
 
 SMALL = {"n_vocab": 97, "n_ctx": 23, "n_embd": 30, "n_head": 3, "n_layer": 2}
 LONG = {"n_vocab": 61, "n_ctx": 150, "n_embd": 12, "n_head": 2, "n_layer": 2}  # > 64: halves
@@ -317,9 +317,9 @@ def test_jaxs_gradients_are_torchs_of_transformers(rng, jax, hparams):
     jax_loss, gradients = jax.jit(jax.value_and_grad(loss))(params)
     assert float(jax_loss) == pytest.approx(torch_loss.item(), rel=1e-5)
     named = dict(model.named_parameters())
-    for name, shape in utils.tensor_shapes(hparams):
-        theirs = named["transformer." + utils.hugging_face_name(name)].grad.numpy()
-        ours = np.array(utils.leaf(gradients, name))
+    for name, shape in weights.tensor_shapes(hparams):
+        theirs = named["transformer." + weights.hugging_face_name(name)].grad.numpy()
+        ours = np.array(weights.leaf(gradients, name))
         assert ours.shape == shape and np.isfinite(ours).all() and ours.any()
         assert_close(ours, theirs, 1e-4 * np.abs(theirs).max())
 

@@ -22,6 +22,7 @@ import gpt2
 import kv_cache
 import utils
 from encoder import Encoder
+from model_files import weights
 
 N_HEAD = 2
 HPARAMS = {"n_vocab": 61, "n_ctx": 37, "n_embd": 24, "n_head": N_HEAD, "n_layer": 3}
@@ -129,9 +130,9 @@ def test_room_doubles_up_to_n_ctx_and_costs_what_the_docstring_says(params):
 
 def test_the_arithmetic_for_124m():
     sizes = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
-    shapes = dict(utils.tensor_shapes(sizes))
+    shapes = dict(weights.tensor_shapes(sizes))
     wide = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-    cache = kv_cache.new_cache(utils.nest(wide), 12, capacity=1024)
+    cache = kv_cache.new_cache(weights.nest(wide), 12, capacity=1024)
     assert cache["kv"].nbytes == 72 * 2**20 == 72 * 1024 * 1024
     assert round(sum(array.nbytes for array in wide.values()) / 2**20) == 475
     assert "72 KiB a token, 72 MiB for a full context of 1024, beside 475" in kv_cache.__doc__
@@ -170,7 +171,7 @@ def test_the_plain_functions_use_the_fast_products_too(params, monkeypatch):
 
     monkeypatch.setattr(kv_cache, "hidden_state", look)
     kv_cache.prefill(kv_cache.new_cache(params, N_HEAD), [1, 2], params, N_HEAD)
-    assert kinds == [kv_cache.skinny.Matrix]
+    assert kinds == [kv_cache.products.Matrix]
 
 
 def test_what_the_caller_does_with_its_lists_changes_nothing(rng, params):
@@ -189,12 +190,12 @@ def test_what_the_caller_does_with_its_lists_changes_nothing(rng, params):
 
 def test_wide_rows_and_long_prompts_take_the_fast_paths(rng, monkeypatch):
     """Sizes for which threads and slabs come into play, wherever this machine would use them."""
-    monkeypatch.setattr(kv_cache.skinny, "n_threads", lambda: 3)
-    kv_cache.skinny.start_workers.cache_clear()
+    monkeypatch.setattr(kv_cache.threads, "n_threads", lambda: 3)
+    kv_cache.threads.start_workers.cache_clear()
     hparams = {"n_vocab": 401, "n_ctx": 300, "n_embd": 512, "n_head": 4, "n_layer": 2}
     params = random_params(rng, hparams)
     prompts = random_prompts(rng, [290, 3, 120, 64, 1], n_vocab=401)
-    wrapped = kv_cache.skinny.wrap(params)
+    wrapped = kv_cache.products.wrap(params)
     caches = [kv_cache.new_cache(params, 4) for _ in prompts]
     for cache, ids in zip(caches, prompts, strict=True):
         logits = kv_cache.prefill(cache, ids, wrapped, 4, chunk=100)
@@ -203,7 +204,7 @@ def test_wide_rows_and_long_prompts_take_the_fast_paths(rng, monkeypatch):
     logits = kv_cache.step(caches, tokens, wrapped, 4)
     for row, ids, token in zip(logits, prompts, tokens, strict=True):
         assert_same_logits(row, gpt2.gpt2([*ids, token], **params, n_head=4)[-1])
-    kv_cache.skinny.start_workers.cache_clear()
+    kv_cache.threads.start_workers.cache_clear()
 
 
 def test_a_copy_goes_its_own_way(params):

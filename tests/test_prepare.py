@@ -1,4 +1,4 @@
-"""prepare.py and documents.py against plain twins: whatever the format, the cuts, the workers."""
+"""prepare.py and corpus/ against plain twins: whatever the format, the cuts, the workers."""
 
 import functools
 import gzip
@@ -20,9 +20,9 @@ from conftest import REPO, SHAKESPEARE, on_linux
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import documents
 import encoder as encoder_module
 import prepare
+from corpus import documents, tasks
 from encoder import ENDOFTEXT, Encoder, get_encoder
 
 OPTIONS = {"separator": ENDOFTEXT, "field": "text", "seed": 1, "dtype": "<u2"}
@@ -692,7 +692,7 @@ def test_a_small_file_that_unpacks_to_300_megabytes_takes_little_memory(tmp_path
     (tmp_path / name).write_bytes(BOMBS[name]())
     assert os.path.getsize(tmp_path / name) < 2_000_000
     code = f"""if True:
-        import documents
+        from corpus import documents
         documents.MOST_LINE = 2**20
         options = {OPTIONS | {"shard_bytes": 32 * 10**6}!r}
         source = documents.describe({str(tmp_path / name)!r}, json_lines=False)
@@ -842,7 +842,7 @@ def test_no_validation_is_noticed(tmp_path):
 
 def test_ray_gives_the_same_bytes_though_a_node_dies(corpus, tmp_path):
     """A cluster of two machines (nodes) of one processor each; one is killed half-way."""
-    pytest.importorskip("ray", reason="ray is not installed (requirements-ray.txt)")
+    pytest.importorskip("ray", reason="ray is not installed (requirements/ray.txt)")
     script = Path(__file__).parent / "ray_cluster.py"
     flags, whole = corpus
     command = [sys.executable, script, tmp_path / "out", *flags]
@@ -855,7 +855,7 @@ def test_ray_gives_the_same_bytes_though_a_node_dies(corpus, tmp_path):
 
 
 def test_ray_on_this_machine(corpus, tmp_path):
-    pytest.importorskip("ray", reason="ray is not installed (requirements-ray.txt)")
+    pytest.importorskip("ray", reason="ray is not installed (requirements/ray.txt)")
     flags, whole = corpus
     make(*flags, "--out", tmp_path / "out", "--ray", "local")
     assert tree(tmp_path / "out") == whole
@@ -868,16 +868,17 @@ def test_ray_on_this_machine(corpus, tmp_path):
 
 
 def test_what_ray_sends_needs_no_copy_of_the_project(tmp_path):
-    pytest.importorskip("ray", reason="ray is not installed (requirements-ray.txt)")
+    pytest.importorskip("ray", reason="ray is not installed (requirements/ray.txt)")
     small.save(tmp_path)
     send = f"""if True:
         import sys
         sys.path.insert(0, {str(REPO)!r})
         import prepare
         from ray import cloudpickle
-        prepare.send_by_value(cloudpickle)
-        work = lambda: prepare.get_encoder("", ".").encode("Once upon a time")
-        sys.stdout.buffer.write(cloudpickle.dumps((prepare.do_task, work)))
+        from corpus import tasks, workers
+        workers.send_by_value(cloudpickle)
+        work = lambda: tasks.get_encoder("", ".").encode("Once upon a time")
+        sys.stdout.buffer.write(cloudpickle.dumps((tasks.do_task, work)))
     """
     receive = """if True:
         import pickle, sys
@@ -944,7 +945,7 @@ def test_the_draw_is_splitmix64():
     for source in (0, 3):
         key = int(np.random.SeedSequence([7, source]).generate_state(1, np.uint64)[0])
         numbers = [mix((key + int(p) * 0x9E3779B97F4A7C15) % 2**64) for p in positions]
-        drawn = prepare.draw(positions, source, seed=7)
+        drawn = tasks.draw(positions, source, seed=7)
         assert drawn.tolist() == [(x >> 11) * 2.0**-53 for x in numbers]
 
 
@@ -954,7 +955,7 @@ def test_one_document_at_least_is_for_validation(tmp_path, workers):
     for i in range(10):
         (tmp_path / "in" / f"{i}.txt").write_text(f"document {i}")
     for seed in range(100):
-        numbers = [prepare.draw(np.zeros(1, np.uint64), i, seed)[0] for i in range(10)]
+        numbers = [tasks.draw(np.zeros(1, np.uint64), i, seed)[0] for i in range(10)]
         if min(numbers) > 0.01:
             break
     flags = ["--seed", seed, "--shard_mb", "0.00001", "--workers", workers]  # a shard each
@@ -967,7 +968,7 @@ def test_one_document_at_least_is_for_validation(tmp_path, workers):
 def test_standard_input_is_not_drawn_from_again(tmp_path):
     """Of 3 documents none falls to validation with seed 1, and there is no second reading."""
     text = f"\n{ENDOFTEXT}\n".join(["one", "two", "three"]).encode()
-    assert min(prepare.draw(np.array([0, 18, 36], np.uint64), 0, seed=1)) > 0.01
+    assert min(tasks.draw(np.array([0, 18, 36], np.uint64), 0, seed=1)) > 0.01
     out, err = make("-", "--out", "s", "--seed", "1", cwd=tmp_path, input=text)
     assert read(tmp_path / "s", "train") == ids_of([b"one\n", b"two\n", b"three"])
     assert err.startswith("notice: no document fell to validation")
@@ -1025,10 +1026,10 @@ def test_a_shard_that_cannot_be_placed_has_no_note(tmp_path, monkeypatch):
     Encoder([]).save(tmp_path / "out")
     options = OPTIONS | {"shard_bytes": 100}
     source = documents.describe(str(tmp_path / "a.txt"), False)
-    (task,) = prepare.make_tasks([source], options, str(tmp_path))
+    (task,) = tasks.make_tasks([source], options, str(tmp_path))
     monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
-        prepare.do_task(task, str(tmp_path / "out"), options)
+        tasks.do_task(task, str(tmp_path / "out"), options)
     assert list((tmp_path / "out" / ".work").iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""progress.py: what is counted, the log of a run that is resumed, and the picture."""
+"""training/progress.py: what is counted, the log of a run that is resumed, and the picture."""
 
 import errno
 import json
@@ -7,8 +7,8 @@ import os
 import jax
 import pytest
 
-import files
-import progress
+from plumbing import files
+from training import devices, progress
 
 
 def read(path):
@@ -20,7 +20,7 @@ def log(tmp_path):
     """make_log for tokens of 1000 FLOP, and 5 MFLOP/s."""
 
     def make(n_done=0, **options):
-        rate = {"flops": 1000, "peak": 5e6, "source": "measured"}
+        rate = {"machine": "1 x x", "flops": 1000, "peak": 5e6, "source": "measured"}
         return progress.make_log(
             tmp_path / "out", n_done, schedule=lambda n: n / 100, **rate, **options
         )
@@ -31,7 +31,7 @@ def log(tmp_path):
 def test_a_line_is_in_the_file_at_once_and_the_bar_shows_the_same(log, tmp_path, capsys):
     write = log()
     assert (
-        "5e-06 TFLOP/s (measured); a token takes 0.001 MFLOP (6 N + 12 L E T)"
+        "1 x x, 5e-06 TFLOP/s (measured); a token takes 0.001 MFLOP (6 N + 12 L E T)"
         in capsys.readouterr().out
     )
     assert write({"step": 20, "loss": 2.5}) == {"loss": "2.500"}
@@ -153,15 +153,15 @@ class Device:
 
 
 def test_a_known_device_has_the_makers_figure_in_bfloat16_only():
-    assert progress.peak_flops([Device()] * 4, "bfloat16") == (4 * 989e12, "known")
-    assert progress.peak_flops([Device()] * 4, "float32")[1] == "measured"
+    assert devices.peak_flops([Device()] * 4, "bfloat16") == (4 * 989e12, "known")
+    assert devices.peak_flops([Device()] * 4, "float32")[1] == "measured"
 
 
 @pytest.mark.parametrize("n_devices", [1, 2])
 def test_a_cpus_peak_is_that_of_one_product_on_all_cores(monkeypatch, n_devices):
     ticks = iter(range(100))
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(ticks))  # a product a second
-    peak = progress.peak_flops(jax.devices()[:n_devices], "float32")
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: next(ticks))  # a product a second
+    peak = devices.peak_flops(jax.devices()[:n_devices], "float32")
     assert peak == (2 * 2048**3, "measured")
 
 

@@ -1,4 +1,4 @@
-"""shards.py: prepare.py's folders, nanoGPT's, llm.c's, whole or broken; a model from them."""
+"""corpus/shards.py: prepare.py's folders, nanoGPT's, llm.c's; whole or broken; and models."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import REPO, run
 
-import shards
+from corpus import shards
 from encoder import ENDOFTEXT, Encoder, get_encoder
 
 
@@ -266,7 +266,8 @@ def test_there_may_be_more_shards_than_open_files(tmp_path):
     for i in range(400):
         np.array([i], "<u2").tofile(tmp_path / f"train{i:03}.bin")
     code = (
-        "import shards, sys; print(shards.count_ids(shards.open_shards(sys.argv[1])[0]['train']))"
+        "import sys; from corpus.shards import count_ids, open_shards; "
+        "print(count_ids(open_shards(sys.argv[1])[0]['train']))"
     )
     command = f'ulimit -Sn 100 && exec {sys.executable} -c "{code}" {tmp_path}'
     done = subprocess.run(command, shell=True, capture_output=True, cwd=REPO, encoding="utf-8")

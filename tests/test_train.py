@@ -24,13 +24,20 @@ import torch
 from conftest import REPO, SHAKESPEARE, TINY, hugging_face, random_params
 from transformers import GPT2LMHeadModel
 
-import checkpoints
-import recipes
 import train_jax
+import training.flags
+import training.text
 import utils
-from devices import make_mesh, make_sharding
 from encoder import Encoder
 from gpt2 import attention, gpt2
+from model_files import weights
+from plumbing.cli import note_signals
+from training import batches, checkpoints, progress, recipes
+from training.attention import fused_attention
+from training.batches import fill_batches, step_keys
+from training.devices import make_mesh, make_sharding
+from training.state import init_params, moment_shapes, name_leaves, resize_vocab, start_state
+from training.text import cut_windows, load_text
 from utils import load_encoder_hparams_and_params
 
 ONE_DEVICE = make_sharding(make_mesh(1))
@@ -53,7 +60,7 @@ def names(tree):
 
 
 def test_initial_parameters_have_the_right_sizes_and_deviations(seed):
-    params = names(train_jax.init_params(jax.random.key(seed), 257, 64, 128, 8))
+    params = names(init_params(jax.random.key(seed), 257, 64, 128, 8))
     assert {x.dtype for x in params.values()} == {jnp.dtype("float32")}
     for name, x in params.items():
         if name.endswith(".b"):
@@ -64,7 +71,7 @@ def test_initial_parameters_have_the_right_sizes_and_deviations(seed):
             wanted = 0.02 / 4 if name.endswith("c_proj.w") else 0.02  # sqrt(2 * 8 layers) is 4
             assert abs(x.std() / wanted - 1) < 0.05, name
     losses = train_jax.losses(
-        train_jax.init_params(jax.random.key(seed), 257, 64, 128, 8),
+        init_params(jax.random.key(seed), 257, 64, 128, 8),
         jax.random.randint(jax.random.key(seed), (4, 65), 0, 257),
         n_head=4,
     )
@@ -72,7 +79,7 @@ def test_initial_parameters_have_the_right_sizes_and_deviations(seed):
 
 
 def test_loss_is_the_mean_surprise(seed):
-    params = train_jax.init_params(jax.random.key(seed), **SIZES)
+    params = init_params(jax.random.key(seed), **SIZES)
     params = jax.tree.map(lambda x: x * 5, params)
     tokens = jax.random.randint(jax.random.key(seed + 1), (3, 17), 0, 257)
     logits = np.asarray(gpt2(tokens[:, :-1], **params, n_head=3), np.float64)
@@ -85,9 +92,9 @@ HPARAMS = {"n_vocab": 257, "n_ctx": 32, "n_embd": 24, "n_head": 3, "n_layer": 2}
 WAYS = {
     "plain": {},
     "in chunks": {"n_chunks": 4},
-    "fused": {"attend": train_jax.fused_attention},
+    "fused": {"attend": fused_attention},
     "padded": {"n_vocab": 257},
-    "all": {"n_chunks": 2, "attend": train_jax.fused_attention, "n_vocab": 257},
+    "all": {"n_chunks": 2, "attend": fused_attention, "n_vocab": 257},
 }
 
 
@@ -116,13 +123,13 @@ def test_loss_and_gradients_are_pytorchs(rng, way):
     theirs = {name: x.grad.numpy() for name, x in model.transformer.named_parameters()}
 
     n_rows = 384 if "n_vocab" in WAYS[way] else 257
-    padded = train_jax.resize_vocab(params, n_rows)
+    padded = resize_vocab(params, n_rows)
     value, ours = gradients(jax.tree.map(jnp.asarray, padded), jnp.asarray(tokens), **WAYS[way])
     assert abs(value / wanted.item() - 1) < 1e-4
     assert (ours["wte"][257:] == 0).all()  # rows that are no token learn nothing
-    ours = train_jax.resize_vocab(jax.tree.map(np.asarray, ours), 257)
-    for name, x in train_jax.name_leaves(ours).items():
-        name = utils.hugging_face_name(".".join(re.findall(r"\w+", name)))
+    ours = resize_vocab(jax.tree.map(np.asarray, ours), 257)
+    for name, x in name_leaves(ours).items():
+        name = weights.hugging_face_name(".".join(re.findall(r"\w+", name)))
         distance = np.linalg.norm(x - theirs[name]) / np.linalg.norm(theirs[name])
         assert distance < 1e-4, (name, distance)
         assert x.dtype == np.float32
@@ -130,7 +137,7 @@ def test_loss_and_gradients_are_pytorchs(rng, way):
 
 def test_fused_attention_is_attention(rng):
     q, k, v = jnp.asarray(rng.standard_normal((3, 2, 4, 37, 8), dtype=np.float32))
-    assert np.allclose(train_jax.fused_attention(q, k, v), attention(q, k, v), atol=1e-5)
+    assert np.allclose(fused_attention(q, k, v), attention(q, k, v), atol=1e-5)
 
 
 def test_bfloat16_rounds_the_blocks_weights_and_nothing_else(rng):
@@ -142,7 +149,7 @@ def test_bfloat16_rounds_the_blocks_weights_and_nothing_else(rng):
     assert all(x.dtype == jnp.float32 for name, x in narrow.items() if name not in weights)
 
     tokens = jnp.asarray(rng.integers(0, 257, (8, 33)))
-    how = {"attend": train_jax.fused_attention}
+    how = {"attend": fused_attention}
     value, ours = gradients(train_jax.narrow(params, "bfloat16"), tokens, **how)
     exact, wanted = gradients(params, tokens)
     assert value.dtype == jnp.float32 and 0 < abs(value / exact - 1) < 0.01
@@ -153,7 +160,7 @@ def test_with_bfloat16_norms_softmax_and_loss_are_float32(rng):
     """Every mean, exponential and logarithm of the compiled step, in what precision it is made."""
     params = train_jax.narrow(jax.tree.map(jnp.asarray, random_params(rng, HPARAMS)), "bfloat16")
     tokens = jnp.asarray(rng.integers(0, 257, (2, 33)))
-    how = {"n_head": 3, "attend": train_jax.fused_attention}
+    how = {"n_head": 3, "attend": fused_attention}
     found = []
 
     def look(jaxpr):
@@ -178,7 +185,7 @@ def test_the_logits_are_made_in_parts_that_fit(n_batch, n_ctx, n_vocab, n_chunks
 
 
 def test_only_the_matrices_of_the_blocks_decay_and_drop():
-    params = train_jax.init_params(jax.random.key(0), **SIZES)
+    params = init_params(jax.random.key(0), **SIZES)
     chosen = {
         name for name, is_matrix in names(train_jax.is_hidden_matrix(params)).items() if is_matrix
     }
@@ -188,7 +195,7 @@ def test_only_the_matrices_of_the_blocks_decay_and_drop():
 
 @pytest.mark.parametrize("name, also", [("adamw", ("wte", "wpe")), ("muon", ())])
 def test_weight_decay_shrinks_matrices_only(name, also):
-    params = jax.tree.map(jnp.ones_like, train_jax.init_params(jax.random.key(0), **SIZES))
+    params = jax.tree.map(jnp.ones_like, init_params(jax.random.key(0), **SIZES))
     optimizer = make_optimizer(name, lambda _: 0.5, weight_decay=0.1)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
@@ -210,7 +217,9 @@ def test_schedule_warms_up_from_above_zero_and_ends_at_the_lowest_rate():
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_every_recipe_says_everything(name):
     recipe = recipes.RECIPES[name]
-    flags = recipes.choose(name, {"data": "x"}, "cpu", HPARAMS if name == "finetune" else None)
+    flags = training.flags.choose(
+        {"recipe": name, "data": "x"}, "cpu", HPARAMS if name == "finetune" else None
+    )
     asked = "n_layer n_head n_embd n_ctx batch_size n_steps learning_rate min_learning_rate "
     asked += "n_warmup weight_decay grad_clip n_accumulate optimizer dtype eval_every "
     asked += "checkpoint_every seed"
@@ -218,9 +227,11 @@ def test_every_recipe_says_everything(name):
     assert recipe["min_learning_rate"] < recipe["learning_rate"]
     parameters = inspect.signature(train_jax.main).parameters
     assert recipe.keys() <= parameters.keys()
-    assert recipe.keys() <= recipes.LIMITS.keys() | {"data", "fsdp"}
+    assert recipe.keys() <= training.flags.LIMITS.keys() | {"data", "fsdp"}
     typed = {"n_steps": 7, "seed": 5, "data": "y", "grad_clip": 0.25}
-    flags = recipes.choose(name, typed, "cpu", HPARAMS if name == "finetune" else None)
+    flags = training.flags.choose(
+        {"recipe": name} | typed, "cpu", HPARAMS if name == "finetune" else None
+    )
     assert typed.items() <= flags.items() and flags["recipe"] == name
 
 
@@ -232,17 +243,17 @@ def test_the_larger_recipes_have_the_published_sizes(name, n_params):
     recipe = recipes.RECIPES[name]
     sizes = {size: recipe[size] for size in ("n_ctx", "n_embd", "n_layer")}
     key = jax.random.key(0)
-    params = jax.eval_shape(lambda: train_jax.init_params(key, 50257, **sizes))
+    params = jax.eval_shape(lambda: init_params(key, 50257, **sizes))
     total = sum(int(np.prod(x.shape, dtype=np.int64)) for x in jax.tree.leaves(params))
     assert total == n_params or abs(total / n_params - 1) < 1e-3
     tokens = recipe["batch_size"] * recipe["n_accumulate"] * recipe["n_ctx"]
     assert tokens == 2**19 and recipe["n_embd"] % recipe["n_head"] == 0
     if name == "gpt2-124M":
-        assert train_jax.progress.flops_per_token(params, 1024) == 855166464
+        assert progress.flops_per_token(sizes | {"n_vocab": 50257}, 1024) == 855166464
 
 
 def test_dropped_weights_are_the_asked_share_and_the_rest_is_scaled_up(seed):
-    params = train_jax.init_params(jax.random.key(seed), 257, 64, 128, 2)
+    params = init_params(jax.random.key(seed), 257, 64, 128, 2)
     params = jax.tree.map(lambda x: x + 1, params)  # no weight is 0 by itself
     dropped = names(train_jax.drop_weights(jax.random.key(seed), params, 0.25))
     chosen = names(train_jax.is_hidden_matrix(params))
@@ -257,7 +268,7 @@ def test_dropped_weights_are_the_asked_share_and_the_rest_is_scaled_up(seed):
 
 
 def test_a_drop_rate_is_rounded_to_256ths():
-    params = jax.tree.map(jnp.ones_like, train_jax.init_params(jax.random.key(0), **SIZES))
+    params = jax.tree.map(jnp.ones_like, init_params(jax.random.key(0), **SIZES))
     dropped = train_jax.drop_weights(jax.random.key(0), params, 0.1)
     w = np.asarray(dropped["blocks"][0]["mlp"]["c_fc"]["w"])
     assert set(np.unique(w)) == {0, np.float32(256 / 230)}  # 26 of 256
@@ -266,7 +277,7 @@ def test_a_drop_rate_is_rounded_to_256ths():
 def test_every_accumulated_batch_drops_other_weights(seed):
     """Two batches that are the same, and their losses restated."""
     batch = jax.random.randint(jax.random.key(seed), (2, 17), 0, 257)
-    key = train_jax.step_keys(seed, 0)[1]
+    key = step_keys(seed, 0)[1]
 
     def begin():  # with weights large enough to be missed
         params, *rest = start(make_optimizer(), seed)
@@ -279,11 +290,11 @@ def test_every_accumulated_batch_drops_other_weights(seed):
     steps = train_jax.make_train_steps(make_optimizer(), 0.5, seed, n_head=3)
     _, loss = steps(begin(), jnp.stack([batch, batch])[None], 1)
     assert abs(losses[0] - losses[1]) > 1e-3 and abs(loss - np.mean(losses)) < 1e-4
-    assert (train_jax.step_keys(seed, 0)[0] != train_jax.step_keys(seed, 0)[1]).any()
+    assert (step_keys(seed, 0)[0] != step_keys(seed, 0)[1]).any()
 
 
 def find(moments, *words):  # the one array whose name has all of the words
-    [x] = [x for name, x in train_jax.name_leaves(moments).items() if all(w in name for w in words)]
+    [x] = [x for name, x in name_leaves(moments).items() if all(w in name for w in words)]
     return np.asarray(x)
 
 
@@ -315,7 +326,7 @@ def test_muon_steps_along_the_nearest_orthogonal_matrix(rng):
 
 
 def read_batches(text, seed, n_done, shape, n_ctx):
-    return np.asarray(train_jax.read_batches(text, seed, n_done, shape, n_ctx, ONE_DEVICE))
+    return np.asarray(batches.read_batches(text, seed, n_done, shape, n_ctx, ONE_DEVICE))
 
 
 def test_batches_are_stretches_of_the_text_from_anywhere_in_it(seed):
@@ -341,13 +352,13 @@ def test_the_largest_seed_draws_too():
 def test_places_beyond_31_bits_are_drawn(seed, monkeypatch):
     """9 * 10**9 ids, which no random number of 31 bits reaches by itself."""
     places = []
-    monkeypatch.setattr(train_jax, "count_ids", lambda shards: 9 * 10**9)
+    monkeypatch.setattr(batches, "count_ids", lambda shards: 9 * 10**9)
 
     def read_stretches(shards, starts, n):
         places.extend(starts)
         return np.zeros((len(starts), n), np.int32)
 
-    monkeypatch.setattr(train_jax, "read_stretches", read_stretches)
+    monkeypatch.setattr(batches, "read_stretches", read_stretches)
     read_batches([], seed, 0, (50, 1, 20), 64)
     assert 0 <= min(places) < 2 * 10**9 and 7 * 10**9 < max(places) < 9 * 10**9 - 64
 
@@ -355,24 +366,24 @@ def test_places_beyond_31_bits_are_drawn(seed, monkeypatch):
 def split_text(text, n_ctx):
     """As train_jax.main takes a text: training ids, and validation windows."""
     n_train = len(text) * 9 // 10
-    return np.array(text[:n_train]), train_jax.cut_windows([np.array(text[n_train:])], n_ctx)
+    return np.array(text[:n_train]), cut_windows([np.array(text[n_train:])], n_ctx)
 
 
 def test_validation_predicts_each_token_once(monkeypatch):
-    windows = train_jax.cut_windows([np.arange(40), np.arange(40, 100)], n_ctx=16)
+    windows = cut_windows([np.arange(40), np.arange(40, 100)], n_ctx=16)
     assert list(windows[:, 1:].flat) == list(range(1, 1 + 6 * 16))
     assert (windows[:, :-1] + 1 == windows[:, 1:]).all()
-    assert train_jax.cut_windows([np.arange(17)], n_ctx=16).shape == (1, 17)
-    monkeypatch.setattr(train_jax, "MOST_VALIDATION", 32)  # of more, every third
-    assert list(train_jax.cut_windows([np.arange(100)], 16)[:, 0]) == [0, 48]
+    assert cut_windows([np.arange(17)], n_ctx=16).shape == (1, 17)
+    monkeypatch.setattr(training.text, "MOST_VALIDATION", 32)  # of more, every third
+    assert list(cut_windows([np.arange(100)], 16)[:, 0]) == [0, 48]
 
 
 def test_validation_is_the_mean_over_all_windows(seed):
-    params = train_jax.init_params(jax.random.key(seed), **SIZES)
+    params = init_params(jax.random.key(seed), **SIZES)
     windows = np.asarray(jax.random.randint(jax.random.key(seed), (7, 17), 0, 257))
     wanted = train_jax.losses(params, windows, 3).mean()
     for batch_size in (1, 3, 7, 20):
-        filled, counts = train_jax.fill_batches(windows, batch_size)
+        filled, counts = fill_batches(windows, batch_size)
         assert filled.shape[1:] == (batch_size, 17) and counts.sum() == 7
         assert abs(train_jax.validation_loss(params, filled, counts, n_head=3) - wanted) < 1e-5
 
@@ -383,8 +394,8 @@ def make_optimizer(optimizer="muon", schedule=None, weight_decay=0.1):
 
 
 def start(optimizer, seed, n_rows=257):
-    params = train_jax.init_params(jax.random.key(seed), **SIZES)
-    return train_jax.start_state(params, None, 0, optimizer, n_rows, make_mesh(1), False)[0]
+    params = init_params(jax.random.key(seed), **SIZES)
+    return start_state(params, None, 0, optimizer, n_rows, make_mesh(1), False)[0]
 
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.1])
@@ -434,10 +445,10 @@ def test_a_padded_vocabulary_changes_nothing_and_stays_zero(seed, optimizer):
     (plain, _, _), loss = steps(start(optimizer, seed), batches, 4)
     state, padded_loss = steps(start(optimizer, seed, 384), batches, 4)
     assert state[0]["wte"].shape == (384, 24) and (state[0]["wte"][257:] == 0).all()
-    cut_off, moments = train_jax.resize_vocab(jax.tree.map(np.asarray, state[:2]), 257)
+    cut_off, moments = resize_vocab(jax.tree.map(np.asarray, state[:2]), 257)
     assert abs(loss - padded_loss) < 1e-5 and close(cut_off, plain, 1e-3)
-    shapes = train_jax.moment_shapes(optimizer, plain)
-    moments = train_jax.name_leaves(moments)
+    shapes = moment_shapes(optimizer, plain)
+    moments = name_leaves(moments)
     assert {name: (x.shape, x.dtype) for name, x in moments.items()} == shapes
 
 
@@ -549,7 +560,7 @@ def test_a_stop_before_the_first_step_keeps_nothing():
 
 def test_a_second_signal_stops_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), train_jax.note_signals() as caught:
+    with pytest.raises(KeyboardInterrupt), note_signals() as caught:
         os.kill(os.getpid(), signal.SIGTERM)
         assert caught == [signal.SIGTERM]
         os.kill(os.getpid(), signal.SIGINT)
@@ -730,10 +741,10 @@ def test_what_cannot_be_resumed_is_said_in_one_line(never_stopped, tmp_path):
 )
 def test_a_damaged_run_json_is_refused(never_stopped, change):
     place, plan = checkpoints.find_checkpoint(never_stopped)
-    assert recipes.check_saved(plan, place) == plan["flags"]
+    assert training.flags.check_saved(plan, place) == plan["flags"]
     change(plan)
     with pytest.raises(ValueError, match=r"run.json: damaged, or not of this trainer"):
-        recipes.check_saved(plan, place)
+        training.flags.check_saved(plan, place)
 
 
 def test_only_the_flag_resume_says_where_to_write(never_stopped, tmp_path, monkeypatch):
@@ -751,7 +762,7 @@ def test_only_the_flag_resume_says_where_to_write(never_stopped, tmp_path, monke
 @pytest.mark.parametrize("change", [{"n_head": 8}, {"n_layer": 2}, {"n_embd": 16}, {"n_ctx": 17}])
 def test_a_run_json_of_another_model_is_refused(never_stopped, change):
     place, plan = checkpoints.find_checkpoint(never_stopped)
-    flags = recipes.check_saved(plan, place) | change
+    flags = training.flags.check_saved(plan, place) | change
     with pytest.raises(ValueError, match="run.json has other sizes than the model"):
         train_jax.run_training(flags, place=place, saved=plan)
 
@@ -784,7 +795,7 @@ def test_names_that_only_look_like_checkpoints(tmp_path):
         (tmp_path / "checkpoints" / name / "run.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         checkpoints.find_checkpoint(tmp_path)
-    params = train_jax.init_params(jax.random.key(0), **SIZES)
+    params = init_params(jax.random.key(0), **SIZES)
     hparams = {**SIZES, "n_head": 3}
     checkpoints.save_checkpoint(tmp_path, [], 5, params, {}, {}, Encoder([]), hparams)
     assert set(os.listdir(tmp_path / "checkpoints")) == {*names, "00000005"}
@@ -800,7 +811,7 @@ def test_moments_are_those_of_the_optimizer_in_its_order(never_stopped, tmp_path
     assert all((loaded[name] == moments[name]).all() for name in moments)
     other = train_jax.make_optimizer(lambda _: 1.0, "adamw", 0.1, 1.0, 0.9)
     with pytest.raises(ValueError, match="of another optimizer"):
-        checkpoints.load_checkpoint(str(place), lambda p: train_jax.moment_shapes(other, p))
+        checkpoints.load_checkpoint(str(place), lambda p: moment_shapes(other, p))
 
 
 def test_only_checkpoints_are_put_away(tmp_path):
@@ -808,7 +819,7 @@ def test_only_checkpoints_are_put_away(tmp_path):
     (folder / "mine").mkdir(parents=True)
     (folder / "notes.txt").write_text("x")
     (folder / ".saving-abc").mkdir()
-    params = train_jax.init_params(jax.random.key(0), **SIZES)
+    params = init_params(jax.random.key(0), **SIZES)
     hparams = {**SIZES, "n_head": 3}
     checkpoints.save_checkpoint(tmp_path, [], 5, params, {}, {}, Encoder([]), hparams)
     assert sorted(os.listdir(folder)) == ["00000005", "mine", "notes.txt"]
@@ -819,15 +830,15 @@ def test_only_checkpoints_are_put_away(tmp_path):
 
 
 def test_the_lowest_rate_follows_the_highest():
-    flags = recipes.choose("shakespeare-cpu", {"learning_rate": 1e-6}, "cpu")
+    flags = training.flags.choose({"recipe": "shakespeare-cpu", "learning_rate": 1e-6}, "cpu")
     assert np.isclose(flags["min_learning_rate"], 1e-8)
     with pytest.raises(ValueError, match="must not be more than learning_rate"):
         typed = {"learning_rate": 1e-3, "min_learning_rate": 2e-3}
-        recipes.choose("shakespeare-cpu", typed, "cpu")
+        training.flags.choose({"recipe": "shakespeare-cpu"} | typed, "cpu")
 
 
 def test_a_new_run_puts_an_older_ones_checkpoints_away(tmp_path):
-    params = train_jax.init_params(jax.random.key(0), **SIZES)
+    params = init_params(jax.random.key(0), **SIZES)
     old = tmp_path / "checkpoints" / "00000900"
     old.mkdir(parents=True)
     hparams, saved = {**SIZES, "n_head": 3}, []
@@ -920,7 +931,7 @@ def test_the_shipped_model_has_the_validation_loss_that_its_readme_states():
     stated = float(re.search(r"\*\*([\d.]+)\*\* nats", (folder / "README.md").read_text())[1])
     encoder, hparams, params = load_encoder_hparams_and_params(str(folder), "models")
     _, windows = split_text(encoder.encode(SHAKESPEARE.read_text()), hparams["n_ctx"])
-    filled = train_jax.fill_batches(windows, 16)
+    filled = fill_batches(windows, 16)
     validation = train_jax.validation_loss(params, *filled, n_head=hparams["n_head"])
     assert abs(validation - stated) < 1e-3 and stated <= 1.5
     assert sum(x.size for x in jax.tree.leaves(params)) == 2_768_064
@@ -944,7 +955,7 @@ def test_a_run_on_python_docs_learns_more_than_pairs_and_opens_in_transformers(t
     assert (code, err) == (0, "")
     validation = float(re.findall(r"validation (\S+)", out)[-1])
 
-    ids = Encoder([]).encode(train_jax.load_text("python-docs"))
+    ids = Encoder([]).encode(load_text("python-docs"))
     train, windows = split_text(ids, n_ctx=64)
     assert validation < bigram_loss(train.tolist(), ids[len(train) :]) - 0.1
 

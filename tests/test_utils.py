@@ -14,17 +14,16 @@ import numpy as np
 import pytest
 from conftest import REPO, on_linux, random_params
 
-import cli
-import convert
-import files
 import utils
 from encoder import Encoder
+from model_files import convert, download, weights
+from plumbing import cli, files
 
 HPARAMS = {"n_vocab": 257, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
 
 
 def leaves(params, hparams):
-    return {name: utils.leaf(params, name) for name, _ in utils.tensor_shapes(hparams)}
+    return {name: weights.leaf(params, name) for name, _ in weights.tensor_shapes(hparams)}
 
 
 def assert_same(params, wanted, hparams):
@@ -103,7 +102,7 @@ def test_float16_on_disk_is_float32_in_memory(rng, tmp_path):
     params = random_params(rng, HPARAMS)
     utils.save_model(tmp_path, Encoder([]), HPARAMS, params, dtype="float16")
     halves = {name: a.astype(np.float16) for name, a in leaves(params, HPARAMS).items()}
-    assert_same(load(tmp_path)[2], utils.nest(halves), HPARAMS)
+    assert_same(load(tmp_path)[2], weights.nest(halves), HPARAMS)
     size = sum(a.nbytes for a in halves.values())
     assert size < os.path.getsize(tmp_path / "model.safetensors") < size + 10_000
 
@@ -113,7 +112,7 @@ def test_jax_arrays_save(rng, tmp_path):
     params = random_params(rng, HPARAMS)
     arrays = {name: jnp.asarray(a) for name, a in leaves(params, HPARAMS).items()}
     arrays["wpe"] = arrays["wpe"].astype(jnp.bfloat16)
-    utils.save_model(tmp_path, Encoder([]), HPARAMS, utils.nest(arrays))
+    utils.save_model(tmp_path, Encoder([]), HPARAMS, weights.nest(arrays))
     params["wpe"] = np.asarray(arrays["wpe"]).astype(np.float32)
     assert_same(load(tmp_path)[2], params, HPARAMS)
 
@@ -167,7 +166,7 @@ def test_the_safetensors_library_reads_what_we_write(saved):
     folder, params = saved
     tensors = numpy.load_file(folder / "model.safetensors")
     for name, array in leaves(params, HPARAMS).items():
-        key = "transformer." + utils.hugging_face_name(name)
+        key = "transformer." + weights.hugging_face_name(name)
         np.testing.assert_array_equal(tensors.pop(key), array)
     assert not tensors
 
@@ -185,7 +184,7 @@ def test_transformers_opens_what_we_save(saved, rng):
     assert not any(info.values()), info
     state = model.state_dict()
     for name, array in leaves(params, HPARAMS).items():
-        key = "transformer." + utils.hugging_face_name(name)
+        key = "transformer." + weights.hugging_face_name(name)
         np.testing.assert_array_equal(state[key].numpy(), array)
     ids = rng.integers(0, 257, size=16)
     with torch.no_grad():
@@ -212,21 +211,21 @@ def test_we_load_what_transformers_saves(tmp_path, dtype, form):
     assert hparams == HPARAMS
     state = model.transformer.state_dict()
     for name, array in leaves(params, HPARAMS).items():
-        theirs = state[utils.hugging_face_name(name)].to(torch.float32).numpy()
+        theirs = state[weights.hugging_face_name(name)].to(torch.float32).numpy()
         np.testing.assert_array_equal(array, theirs)
 
 
 def test_masks_and_the_tied_head_of_older_files_are_ignored(saved):
     folder, params = saved
-    tensors = {utils.hugging_face_name(n): a for n, a in leaves(params, HPARAMS).items()}
+    tensors = {weights.hugging_face_name(n): a for n, a in leaves(params, HPARAMS).items()}
     buffer = np.ones((1, 1, 16, 16), np.float32)
     tensors |= {"h.0.attn.bias": buffer, "h.1.attn.masked_bias": buffer[0, 0, 0, :1]}
-    utils.write_safetensors(
+    weights.write_safetensors(
         folder / "model.safetensors", tensors | {"lm_head.weight": params["wte"]}
     )
     assert_same(load(folder)[2], params, HPARAMS)
     head = {"lm_head.weight": params["wte"][:-1]}
-    utils.write_safetensors(folder / "model.safetensors", tensors | head)
+    weights.write_safetensors(folder / "model.safetensors", tensors | head)
     assert "lm_head.weight" in refusal(folder)
 
 
@@ -543,12 +542,12 @@ def test_a_temporary_file_that_is_there_as_a_link_is_not_followed(tmp_path):
     for name in ("a.json", "a.safetensors"):
         (tmp_path / f"{name}.{os.getpid()}.tmp").symlink_to("precious")
     files.write_whole(tmp_path / "a.json", "{}")
-    utils.write_safetensors(tmp_path / "a.safetensors", {"a": np.zeros(1, np.float32)})
+    weights.write_safetensors(tmp_path / "a.safetensors", {"a": np.zeros(1, np.float32)})
     assert (tmp_path / "precious").read_text() == "precious"
     assert (tmp_path / "a.json").read_text() == "{}"
     (tmp_path / "b.part").symlink_to("precious")
     with pytest.raises(OSError, match="b: Too many levels of symbolic links"):
-        utils.download_file("http://127.0.0.1:9/b", str(tmp_path / "b"))
+        download.download_file("http://127.0.0.1:9/b", str(tmp_path / "b"))
     assert (tmp_path / "precious").read_text() == "precious"
 
 
@@ -612,13 +611,13 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_else(saved, tmp_path):
     folder, params = saved
     files = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
     code = f"""if True:
-        import cli, resource, numpy as np, utils
+        import resource, numpy as np, utils; from plumbing import cli
         encoder, hparams, params = utils.load_encoder_hparams_and_params({str(folder)!r}, "models")
-        zeros = {{n: np.zeros(s, np.float32) for n, s in utils.tensor_shapes(hparams)}}
+        zeros = {{n: np.zeros(s, np.float32) for n, s in weights.tensor_shapes(hparams)}}
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
         for to in ({str(folder)!r}, {str(tmp_path / "new")!r}):
             try:
-                utils.save_model(to, encoder, hparams, utils.nest(zeros))
+                utils.save_model(to, encoder, hparams, weights.nest(zeros))
             except OSError as error:
                 print(cli.one_line(error))
     """
@@ -661,7 +660,7 @@ def write_checkpoint(folder, hparams, params, extra=()):
     with tf.Graph().as_default(), v1.Session() as session:
         for name, array in [*leaves(params, hparams).items(), *extra]:
             value = array[None] if name.endswith(".w") else array
-            v1.Variable(value, name=utils.tensorflow_name(name))
+            v1.Variable(value, name=weights.tensorflow_name(name))
         v1.Variable(np.zeros(3, np.float32), name="optimizer/step")
         session.run(v1.global_variables_initializer())
         v1.train.Saver().save(session, str(folder / "model.ckpt"))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from encoder import find_tokenizer, get_encoder
-from files import read_json
+from plumbing.files import read_json
 
 SHARD = re.compile(r"(train|val)_\d{6,}\.bin")  # prepare.py's names
 MAGIC, VERSION, N_HEADER = 20240520, 1, 256  # the header of llm.c's files, in int32

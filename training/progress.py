@@ -6,32 +6,19 @@ models/mine/loss.png         the same, drawn; `progress.draw("models/mine")` dra
 
 import contextlib
 import json
+import math
 import os
 import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
-from files import open_locked, parse_json, replacing, write_whole
-from utils import quiet_tensorflow
-
-# The makers' figures for dense products in bfloat16, FLOP/s of one device, by a part of its name.
-KNOWN_PEAKS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
+from model_files.convert import quiet_tensorflow
+from model_files.weights import tensor_shapes
+from plumbing.files import open_locked, parse_json, replacing, write_whole
 
 
-def flops_per_token(params, n_ctx):
+def flops_per_token(hparams, n_ctx):
     """6 N + 12 L E T for a forward and a backward pass: FLOP a token in stretches of T = n_ctx.
 
     Six for each of the N parameters a token is multiplied with, so all but wpe (Kaplan et al. 2020,
@@ -39,41 +26,24 @@ def flops_per_token(params, n_ctx):
     ones too (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). nanoGPT counts like this: 855
     million for GPT-2 124M.
     """
-    n_params = sum(x.size for x in jax.tree.leaves(params)) - params["wpe"].size
-    return 6 * n_params + 12 * len(params["blocks"]) * params["wpe"].shape[1] * n_ctx
+    n_params = sum(math.prod(shape) for name, shape in tensor_shapes(hparams) if name != "wpe")
+    return 6 * n_params + 12 * hparams["n_layer"] * hparams["n_embd"] * n_ctx
 
 
-def peak_flops(devices, dtype):  # -> FLOP/s of all together, "known" or "measured"
-    """The makers' figure in bfloat16, else what one large product reaches just now."""
-    kind = devices[0].device_kind
-    for name, peak in KNOWN_PEAKS.items():
-        if name in kind and dtype == "bfloat16":
-            return peak * len(devices), "known"
-    n = 2048
-    x = jax.device_put(jnp.ones((n, n), dtype), jax.local_devices()[0])
-    product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        product(x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    # The CPU's devices are one processor, all of whose cores work on a single product.
-    n_devices = 1 if devices[0].platform == "cpu" else len(devices)
-    return n_devices * 2 * n**3 / min(seconds), "measured"
+def no_log(values):
+    """What a process that is not the first does with its values: nothing."""
+    return {}
 
 
-def make_log(out, n_done, flops, peak, source, schedule, tensorboard=False):
+def make_log(out, n_done, machine, flops, peak, source, schedule, tensorboard=False):
     """-> log(values), which adds a line to out/metrics.jsonl and returns what the bar shows.
 
-    flops: those of a token; peak and source: of peak_flops. Every process makes one, the first
-    process writes.
+    machine: its name; flops: those of a token; peak: the machine's FLOP/s, and source where that
+    is from.
     """
-    if jax.process_index() > 0:
-        return lambda values: {}
     print(
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}, {peak / 1e12:.3g} TFLOP/s "
-        f"({source}); a token takes {flops / 1e6:.4g} MFLOP (6 N + 12 L E T)"
+        f"{machine}, {peak / 1e12:.3g} TFLOP/s ({source}); "
+        f"a token takes {flops / 1e6:.4g} MFLOP (6 N + 12 L E T)"
     )
     file, began = open_log(out, n_done), time.perf_counter()
     writer = open_tensorboard(os.path.join(out, "tensorboard")) if tensorboard else None

@@ -19,13 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from files import read_json, write_whole
-from utils import (
-    load_encoder_hparams_and_params,
-    read_safetensors,
-    save_model,
-    write_safetensors,
-)
+from model_files.weights import read_safetensors, write_safetensors
+from plumbing.files import read_json, write_whole
+from utils import load_encoder_hparams_and_params, save_model
 
 CHECKPOINT = re.compile(r"[0-9]{8,}")  # their names; a folder "2024" is somebody else's
 DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}

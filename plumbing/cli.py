@@ -11,6 +11,7 @@ import inspect
 import io
 import os
 import re
+import signal
 import sys
 import typing
 
@@ -130,3 +131,21 @@ def parse(name, annotation, word):
         return text if wanted is None else {int: int, float: float}[kind](text)
     except (ValueError, KeyError):
         raise ValueError(f"--{name}: expected {wanted}, got {text!r}") from None
+
+
+@contextlib.contextmanager
+def note_signals():
+    """Inside, the first Ctrl-C or SIGTERM only adds its number to the list; a second one acts."""
+    caught = []
+
+    def note(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(int(number))
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -12,15 +12,17 @@ import os
 import platform
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from cli import one_line
+from plumbing.cli import one_line
 
 
 def start_jax(coordinator, num_processes, process_id):
@@ -81,6 +83,40 @@ def mend_cache(folder, show, message, *rest):
                 path.unlink()
     else:
         show(message, *rest)
+
+
+# The makers' figures for dense products in bfloat16, FLOP/s of one device, by a part of its name.
+KNOWN_PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def peak_flops(devices, dtype):  # -> FLOP/s of all together, "known" or "measured"
+    """The makers' figure in bfloat16, else what one large product reaches just now."""
+    kind = devices[0].device_kind
+    for name, peak in KNOWN_PEAKS.items():
+        if name in kind and dtype == "bfloat16":
+            return peak * len(devices), "known"
+    n = 2048
+    x = jax.device_put(jnp.ones((n, n), dtype), jax.local_devices()[0])
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    # The CPU's devices are one processor, all of whose cores work on a single product.
+    n_devices = 1 if devices[0].platform == "cpu" else len(devices)
+    return n_devices * 2 * n**3 / min(seconds), "measured"
 
 
 def make_sharding(mesh, *axes):

@@ -1,4 +1,4 @@
-"""skinny.py: every way to multiply gives the product, on any number of threads."""
+"""engine/: every way to multiply gives the product, on any number of threads."""
 
 import os
 import signal
@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from conftest import REPO
 
-import skinny
+from engine import products, threads
 
 
 @pytest.fixture(params=[1, 2, 3, 5])
-def threads(request, monkeypatch):
+def n_threads(request, monkeypatch):
     """Pretends that OpenBLAS had this many threads, whatever this machine is."""
-    monkeypatch.setattr(skinny, "n_threads", lambda: request.param)
-    skinny.start_workers.cache_clear()
+    monkeypatch.setattr(threads, "n_threads", lambda: request.param)
+    threads.start_workers.cache_clear()
     yield request.param
-    skinny.start_workers.cache_clear()
+    threads.start_workers.cache_clear()
 
 
 def close(y, x, w):
@@ -32,24 +32,24 @@ def close(y, x, w):
 
 @pytest.mark.parametrize("order", ["C", "F", "neither"])
 @pytest.mark.parametrize("n_rows", [0, 1, 2, 3, 7, 8, 16, 17, 32, 33, 70])
-def test_every_product_equals_the_plain_one(rng, threads, n_rows, order):
+def test_every_product_equals_the_plain_one(rng, n_threads, n_rows, order):
     for n_in, n_out in [(768, 700), (257, 1031), (2048, 65), (64, 2049), (131073, 1), (1, 131072)]:
         w = rng.standard_normal((n_in, n_out), dtype=np.float32)
         w = {"C": w, "F": np.asfortranarray(w), "neither": np.repeat(w, 2, axis=1)[:, ::2]}[order]
         x = rng.standard_normal((n_rows, n_in), dtype=np.float32)
-        for where in (skinny.own_threads(1), skinny.own_threads(2)):
+        for where in (threads.own_threads(1), threads.own_threads(2)):
             with where:
-                y = x @ w.view(skinny.Matrix)
+                y = x @ w.view(products.Matrix)
             assert type(y) is np.ndarray and y.dtype == np.float32
             assert close(y, x, w), (n_in, n_out)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_the_parts_themselves(rng, threads, order):
+def test_the_parts_themselves(rng, n_threads, order):
     """Each way by name, for sizes that `product` would not choose it for, too."""
     ways = {
-        "C": [skinny.sum_of_slabs, skinny.split_columns],
-        "F": [skinny.row_of_slabs, skinny.split_columns],
+        "C": [products.sum_of_slabs, products.split_columns],
+        "F": [products.row_of_slabs, products.split_columns],
     }
     for _ in range(40):
         n_rows, n_in, n_out = rng.integers(1, [40, 300, 300])
@@ -59,72 +59,72 @@ def test_the_parts_themselves(rng, threads, order):
             assert close(way(x, w), x, w), (way.__name__, n_rows, n_in, n_out)
 
 
-def test_the_same_product_is_the_same_to_the_last_bit(rng, threads):
+def test_the_same_product_is_the_same_to_the_last_bit(rng, n_threads):
     x = rng.standard_normal((8, 768), dtype=np.float32)
-    w = rng.standard_normal((768, 700), dtype=np.float32).view(skinny.Matrix)
+    w = rng.standard_normal((768, 700), dtype=np.float32).view(products.Matrix)
     first = x @ w
     assert all(np.array_equal(first, x @ w) for _ in range(20))
 
 
-def test_leading_axes_and_vectors(rng, threads):
+def test_leading_axes_and_vectors(rng, n_threads):
     w = rng.standard_normal((512, 300), dtype=np.float32)
     for shape in [(512,), (1, 512), (3, 4, 512), (2, 3, 5, 512)]:
         x = rng.standard_normal(shape, dtype=np.float32)
-        np.testing.assert_allclose(x @ w.view(skinny.Matrix), x @ w, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(x @ w.view(products.Matrix), x @ w, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_other_dtypes_are_left_to_numpy(rng, threads, order):
+def test_other_dtypes_are_left_to_numpy(rng, n_threads, order):
     for kinds in [("f4", "f8"), ("f8", "f4"), ("f8", "f8"), ("f2", "f2")]:
         x = rng.standard_normal((4, 512)).astype(kinds[0])
         w = np.asarray(rng.standard_normal((512, 512)), kinds[1], order=order)
-        with skinny.own_threads(4):
-            y = x @ w.view(skinny.Matrix)
+        with threads.own_threads(4):
+            y = x @ w.view(products.Matrix)
             assert y.dtype == np.result_type(x, w) and np.array_equal(y, x @ w)
 
 
 def test_wrap_copies_nothing_and_leaks_nothing(rng):
     params = {"wte": rng.standard_normal((9, 4)), "blocks": [{"b": np.ones(3), "w": np.eye(4)}]}
-    wrapped = skinny.wrap(params)
+    wrapped = products.wrap(params)
     assert type(params["wte"]) is np.ndarray
     for before, after in [(params["wte"], wrapped["wte"]), *zip(
         params["blocks"][0].values(), wrapped["blocks"][0].values(), strict=True
     )]:  # fmt: skip
         assert np.shares_memory(before, after) and before.strides == after.strides
     wte = wrapped["wte"]
-    assert type(wte) is type(wte.swapaxes(0, 1)) is skinny.Matrix
+    assert type(wte) is type(wte.swapaxes(0, 1)) is products.Matrix
     for plain in (wte[1], wte[[1, 2]], wte[2:], wte @ np.ones(4), np.ones(9) @ wte):
         assert type(plain) is np.ndarray
     assert type(wrapped["blocks"][0]["b"]) is np.ndarray
 
 
-def test_in_threads_keeps_order_and_covers_everything(threads):
+def test_in_threads_keeps_order_and_covers_everything(n_threads):
     for n in (1, 2, 3, 4, 24, 100):
-        parts = skinny.in_threads(lambda mine, n=n: list(range(n))[mine], n)
+        parts = threads.in_threads(lambda mine, n=n: list(range(n))[mine], n)
         assert sum(parts, []) == list(range(n)) and all(parts)
 
     def slower_when_earlier(mine):
-        time.sleep(0.02 * (threads - mine.start))
+        time.sleep(0.02 * (n_threads - mine.start))
         return mine.start
 
-    assert skinny.in_threads(slower_when_earlier, threads) == list(range(threads))
-    seen = skinny.in_threads(lambda mine: threading.get_ident(), threads)
-    assert seen[0] == threading.get_ident() and len(seen) == threads
+    assert threads.in_threads(slower_when_earlier, n_threads) == list(range(n_threads))
+    seen = threads.in_threads(lambda mine: threading.get_ident(), n_threads)
+    assert seen[0] == threading.get_ident() and len(seen) == n_threads
 
 
-def test_an_error_in_a_worker_is_raised_by_the_caller(threads):
+def test_an_error_in_a_worker_is_raised_by_the_caller(n_threads):
     def work(mine):
         if mine.start > 0:
             raise MemoryError(f"at {mine.start}")
         return "fine"
 
-    if threads > 1:
+    if n_threads > 1:
         with pytest.raises(MemoryError, match="at "):
-            skinny.in_threads(work, 100)
-    assert skinny.in_threads(lambda mine: "fine", threads) == ["fine"] * threads
+            threads.in_threads(work, 100)
+    assert threads.in_threads(lambda mine: "fine", n_threads) == ["fine"] * n_threads
 
 
-def test_ctrl_c_waits_for_the_workers(threads):
+def test_ctrl_c_waits_for_the_workers(n_threads):
     written = []
 
     def work(mine):
@@ -134,14 +134,14 @@ def test_ctrl_c_waits_for_the_workers(threads):
         written.append(mine)
 
     with pytest.raises(KeyboardInterrupt):
-        skinny.in_threads(work, 100)
-    assert len(written) == threads - 1
+        threads.in_threads(work, 100)
+    assert len(written) == n_threads - 1
 
 
-def test_workers_keep_nothing_alive(threads):
+def test_workers_keep_nothing_alive(n_threads):
     large = np.ones(9)
     alive = weakref.ref(large)
-    skinny.in_threads(lambda mine, large=large: large[0], threads)
+    threads.in_threads(lambda mine, large=large: large[0], n_threads)
     del large
     deadline = time.monotonic() + 5
     while alive() is not None and time.monotonic() < deadline:
@@ -151,30 +151,30 @@ def test_workers_keep_nothing_alive(threads):
 
 def test_own_threads_gives_openblas_its_threads_back():
     def counts():
-        return [lib.num_threads for lib, _ in skinny.blas()]
+        return [lib.num_threads for lib, _ in threads.blas()]
 
-    before = [n for _, n in skinny.blas()]
+    before = [n for _, n in threads.blas()]
     assert counts() == before
-    with skinny.own_threads(1):
+    with threads.own_threads(1):
         assert counts() == before
-    with skinny.own_threads(2):
+    with threads.own_threads(2):
         assert counts() == [1] * len(before)
-        with skinny.own_threads(2):
+        with threads.own_threads(2):
             pass
         assert counts() == [1] * len(before)
-    with pytest.raises(RuntimeError), skinny.own_threads(2):
+    with pytest.raises(RuntimeError), threads.own_threads(2):
         raise RuntimeError
     assert counts() == before
 
     entered, leave = threading.Barrier(2), threading.Event()
 
     def other():
-        with skinny.own_threads(2):
+        with threads.own_threads(2):
             entered.wait()
             leave.wait()
 
     thread = threading.Thread(target=other)
-    with skinny.own_threads(2):
+    with threads.own_threads(2):
         thread.start()
         entered.wait()
     assert counts() == [1] * len(before)  # the other is still inside
@@ -183,13 +183,13 @@ def test_own_threads_gives_openblas_its_threads_back():
     assert counts() == before
 
 
-def test_several_callers_at_once(rng, threads):
+def test_several_callers_at_once(rng, n_threads):
     w = rng.standard_normal((768, 700), dtype=np.float32)
     xs = [rng.standard_normal((n, 768), dtype=np.float32) for n in (2, 5, 8, 16)]
     right = []
 
     def call(x):
-        right.append(all(close(x @ w.view(skinny.Matrix), x, w) for _ in range(30)))
+        right.append(all(close(x @ w.view(products.Matrix), x, w) for _ in range(30)))
 
     callers = [threading.Thread(target=call, args=(x,)) for x in xs]
     for caller in callers:
@@ -201,32 +201,33 @@ def test_several_callers_at_once(rng, threads):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_starts_its_own_workers(threads):
-    assert skinny.in_threads(lambda mine: 1, threads) == [1] * threads
+def test_a_forked_process_starts_its_own_workers(n_threads):
+    assert threads.in_threads(lambda mine: 1, n_threads) == [1] * n_threads
     child = os.fork()
     if child == 0:
         signal.alarm(20)  # ends a child that waits for workers it does not have
-        os._exit(0 if skinny.in_threads(lambda mine: 1, threads) == [1] * threads else 1)
+        os._exit(0 if threads.in_threads(lambda mine: 1, n_threads) == [1] * n_threads else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
 def test_two_first_callers_at_once_lose_no_threads():
     """In a new process, where nothing has been looked up yet."""
     script = """
-import threading, numpy as np, skinny
+import threading, numpy as np
+from engine import products, threads
 barrier = threading.Barrier(4)
 def call():
     barrier.wait()
-    with skinny.own_threads(2):
-        np.ones((2, 512), np.float32) @ np.ones((512, 512), np.float32).view(skinny.Matrix)
+    with threads.own_threads(2):
+        np.ones((2, 512), np.float32) @ np.ones((512, 512), np.float32).view(products.Matrix)
 callers = [threading.Thread(target=call) for _ in range(4)]
 for c in callers: c.start()
 for c in callers: c.join()
-counts = [(lib.num_threads, n) for lib, n in skinny.blas()]
+counts = [(lib.num_threads, n) for lib, n in threads.blas()]
 from threadpoolctl import ThreadpoolController
-print(counts, skinny.n_users)
-assert all(now == first for now, first in counts) and skinny.n_users == 0
-assert not counts or skinny.n_threads() == max(n for _, n in counts)
+print(counts, threads.n_users)
+assert all(now == first for now, first in counts) and threads.n_users == 0
+assert not counts or threads.n_threads() == max(n for _, n in counts)
 import os
 assert not counts or max(n for _, n in counts) == min(64, len(os.sched_getaffinity(0)))
 """
@@ -235,10 +236,10 @@ assert not counts or max(n for _, n in counts) == min(64, len(os.sched_getaffini
         subprocess.run([sys.executable, "-c", script], check=True, cwd=REPO, env=env, timeout=60)
 
 
-def test_ctrl_c_while_the_workers_start_ends_the_call(threads, monkeypatch):
+def test_ctrl_c_while_the_workers_start_ends_the_call(n_threads, monkeypatch):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(skinny, "workers", interrupted)
+    monkeypatch.setattr(threads, "workers", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        skinny.in_threads(lambda mine: 1, threads)
+        threads.in_threads(lambda mine: 1, n_threads)

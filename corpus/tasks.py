@@ -1,0 +1,200 @@
+"""Tasks: some spans of the sources each, from which a worker writes two numbered shards and a note.
+
+A task can be done anywhere, any number of times, by two workers at once: its cuts, its order and
+its random numbers follow from the files alone, and its note comes last of all.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import operator
+import os
+import uuid
+from pathlib import Path
+
+import numpy as np
+
+from corpus.documents import cut_source, read_span
+from encoder import CHAR_OF_BYTE, get_encoder
+from plumbing.files import parse_json, write_whole
+
+SPLITS = ["train", "val"]
+WORK = ".work"  # the folder, in that of the shards, that holds what is not complete
+
+# --- From spans to tasks ------------------------------------------------------------------------
+
+
+def make_tasks(sources, options, work_dir):  # yields {"number": ..., "spans": [...]}
+    """Spans in order, small ones together, so that a task has about shard_bytes to read."""
+    cut = [cut_source(i, source, options, work_dir) for i, source in enumerate(sources)]
+    spans = itertools.chain.from_iterable(cut)
+    first = list(itertools.islice(spans, 2))
+    if len(first) == 1:
+        yield {"number": 0, "spans": cut_document(*first, options)}
+        return
+    group, size, numbers = [], 0, itertools.count()
+    for span in itertools.chain(first, spans):
+        group.append(span)
+        size += span["size"]
+        if size >= options["shard_bytes"]:
+            yield {"number": next(numbers), "spans": group}
+            group, size = [], 0
+    if group:
+        yield {"number": next(numbers), "spans": group}
+
+
+def cut_document(span, options):  # -> the only span, or its two parts
+    """If all there is is one document, its end is for validation, not all of it or nothing."""
+    if span["format"] != "text":
+        return [span]
+    start, size = None, 0
+    for position, text, _ in itertools.chain.from_iterable(read_span(span, options)):
+        if start not in (None, position):
+            return [span]  # a second document
+        start, size = position, size + len(text)
+    if start is None:
+        return [span]
+    with open(span["path"], "rb") as file:
+        at = file.seek(start + int(size * (1 - options["last_fraction"])))
+        following = file.read(3)  # a character is not cut
+        at += len(following) - len(following.lstrip(bytes(range(0x80, 0xC0))))
+    stop = start + size
+    train = {"split": "train", "start": start, "stop": at, "ends": at == stop}
+    val = {"split": "val", "start": at, "stop": stop, "progress": 0}
+    return [span | train, span | val]
+
+
+# --- A task: from documents to shards -----------------------------------------------------------
+
+encoders = {}  # a worker reads the tokenizer once
+
+
+def read_or_empty(path):
+    """A JSON object, or an empty one where there is no such file, or a broken one."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return parse_json(Path(path).read_bytes(), path)
+    return {}
+
+
+def do_task(task, out, options):  # -> its note: counts of what is in its shards
+    """Write the shards of a task and then its note, each whole or not at all.
+
+    What another try at the same task does meanwhile, on a machine thought lost, harms nothing.
+    """
+    if "checksums" in task:
+        return {name: checksum(path) for name, path in task["checksums"].items()}
+    number, work_dir = f"{task['number']:06d}", os.path.join(out, WORK)
+    shards = {split: os.path.join(out, f"{split}_{number}.bin") for split in SPLITS}
+    names = {split: os.path.join(work_dir, f"{split}_{uuid.uuid4().hex}") for split in SPLITS}
+    note_file = Path(work_dir, f"{number}.json")
+    if is_done(note := read_or_empty(note_file), shards, options):
+        return note
+    if out not in encoders:
+        encoders[out] = get_encoder("", out)
+    try:
+        note = write_shards(task["spans"], names, encoders[out], options)
+        for split in SPLITS:
+            if note["n_tokens"][split]:
+                os.replace(names[split], shards[split])
+            elif os.path.exists(shards[split]):  # of another draw
+                os.unlink(shards[split])
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or out) from None
+    finally:
+        for name in names.values():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+    write_whole(note_file, json.dumps(note))
+    return note
+
+
+def is_done(note, shards, options):
+    """Is there a note of the same draw, and are its shards as large as it says?"""
+    if note.get("val_fraction") != options["val_fraction"]:
+        return False
+    width = np.dtype(options["dtype"]).itemsize
+    sizes = {split: os.path.getsize(p) for split, p in shards.items() if os.path.exists(p)}
+    return all(sizes.get(split, 0) == width * n for split, n in note["n_tokens"].items())
+
+
+def write_shards(spans, names, encoder, options):  # -> the note
+    """Encode the documents of some spans into the files `names`, a split each, and count them."""
+    note = {"n_tokens": dict.fromkeys(SPLITS, 0), "n_documents": dict.fromkeys(SPLITS, 0)}
+    note |= {"n_bytes": 0, "n_replaced": 0, "least": 1.0, "val_fraction": options["val_fraction"]}
+    with open(names["train"], "wb") as train, open(names["val"], "wb") as val:
+        for span in spans:
+            for parts in read_span(span, options):
+                add_parts(parts, span, {"train": train, "val": val}, encoder, options, note)
+        for file in (train, val):
+            file.flush()
+            os.fsync(file.fileno())
+    return note
+
+
+def add_parts(parts, span, files, encoder, options, note):
+    """Encode some parts, append them to their split's file, and count them in the note."""
+    drawn = [span["split"] == "val"] * len(parts)
+    if span["split"] is None:
+        positions = np.array([position for position, _, _ in parts], np.uint64)
+        numbers = draw(positions + np.uint64(span["offset"]), span["source"], options["seed"])
+        drawn = (numbers < options["val_fraction"]).tolist()
+        note["least"] = min([note["least"], *numbers.tolist()])
+    for split, chosen in ("train", map(operator.not_, drawn)), ("val", drawn):
+        chosen = list(itertools.compress(parts, chosen))
+        ends = [ends and span["ends"] for _, _, ends in chosen]
+        texts, n_replaced = mend([text for _, text, _ in chosen])
+        ids = encode(texts, ends, encoder, options["dtype"])
+        files[split].write(ids)
+        note["n_tokens"][split] += len(ids)
+        note["n_documents"][split] += sum(ends)
+        note["n_bytes"] += sum(map(len, texts))
+        note["n_replaced"] += n_replaced
+
+
+def draw(positions, source, seed):  # [n] uint64 -> [n] float64 from 0 to 1, a number a document
+    """A hash of (seed, source, position), so that it does not depend on who asks, and when.
+
+    The mixing function is splitmix64's (Steele et al. 2014).
+    """
+    key = np.random.SeedSequence([seed, source]).generate_state(1, np.uint64)
+    x = key + positions * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return (x >> np.uint64(11)) * 2.0**-53
+
+
+def mend(texts):  # [bytes] -> [UTF-8], how many invalid sequences became U+FFFD
+    try:
+        b"\n".join(texts).decode()
+        return texts, 0
+    except UnicodeDecodeError:
+        mended = [text.decode(errors="replace").encode() for text in texts]
+        sign = "\ufffd".encode()
+        n_before, n_after = (sum(text.count(sign) for text in some) for some in (texts, mended))
+        return mended, n_after - n_before
+
+
+def encode(texts, ends, encoder, dtype):  # [UTF-8], [bool] -> [n] ids
+    """The ids of texts, each followed by that of <|endoftext|> where the text ends."""
+    if not encoder.merges:  # a table will do. The byte 0xFF, which is in no UTF-8, ends a document
+        table = [encoder.vocab[CHAR_OF_BYTE[byte]] for byte in range(255)] + [encoder.endoftext]
+        data = b"".join(itertools.chain(*zip(texts, (b"\xff"[:end] for end in ends), strict=True)))
+        return np.array(table, dtype)[np.frombuffer(data, np.uint8)]
+    ids = []
+    for text, end in zip(texts, ends, strict=True):
+        ids += encoder.encode(text.decode())
+        if end:
+            ids.append(encoder.endoftext)
+    return np.fromiter(ids, dtype, len(ids))
+
+
+def checksum(path):  # -> SHA-256, hexadecimal
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def delete_unpacked(task):
+    for path in {span["path"] for span in task["spans"] if span["temporary"]}:
+        os.unlink(path)

@@ -1,0 +1,110 @@
+"""Who does the tasks: this process, a pool of processes, or a Ray cluster.
+
+Each of the three yields (task, note) as the tasks are done, in any order, and takes a new task only
+when one is done, so that what was unpacked does not pile up.
+"""
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def run_here(tasks, work):
+    for task in tasks:
+        yield task, work(task)
+
+
+def run_pool(tasks, work, n_workers):
+    """OSError if a worker is killed. However this ends, no worker outlives it."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n_workers, context, initializer=follow_parent) as pool:
+        try:
+            running = {}
+            for task in tasks:
+                with held_back(signal.SIGINT):  # a worker that is starting would print a traceback
+                    running[pool.submit(work, task)] = task
+                if len(running) == 2 * n_workers:
+                    yield from finished(running)
+            while running:
+                yield from finished(running)
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a worker was killed, for want of memory perhaps: "
+                "the same command goes on where this one stopped"
+            ) from None
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
+
+def finished(running):
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        yield running.pop(future), future.result()
+
+
+@contextlib.contextmanager
+def held_back(sign):
+    """A signal that comes now comes afterwards; in a process that starts now, when it allows it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [sign])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def follow_parent():
+    """Ends this worker at once on Ctrl-C, and when its parent is gone, even by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def run_ray(tasks, work, address):
+    """Ray core tasks; Ray runs those of a lost machine again on another.
+
+    The machines need Python with numpy and regex, and to see the files under the same names. The
+    code travels with the tasks, by value.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ImportError("--ray needs ray: pip install -r requirements/ray.txt") from None
+    send_by_value(ray.cloudpickle)
+    try:
+        ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        # Many retries: for some seconds Ray goes on sending tasks to a machine that has died.
+        remote, running = ray.remote(max_retries=100)(lambda task: work(task)), {}
+        for task in itertools.chain(tasks, itertools.repeat(None)):
+            if task:
+                running[remote.remote(task)] = task
+            elif not running:
+                break
+            if not task or len(running) >= 2 * ray.cluster_resources().get("CPU", 1):
+                (done,), _ = ray.wait(list(running))
+                yield running.pop(done), ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        raise ConnectionError(f"Ray: {error}") from None
+    finally:
+        ray.shutdown()
+
+
+def send_by_value(cloudpickle):
+    """Have all modules of this project travel with what is pickled."""
+    for module in list(sys.modules.values()):
+        folder = Path(getattr(module, "__file__", None) or "/").resolve().parent
+        ours = PROJECT in (folder, folder.parent)  # the root, or a wing
+        if ours and module.__name__ != "__main__":  # which does so
+            cloudpickle.register_pickle_by_value(module)

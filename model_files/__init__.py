@@ -1,0 +1,1 @@
+"""A model's files: downloading them, tensors in safetensors, and TensorFlow checkpoints."""

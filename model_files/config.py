@@ -1,0 +1,67 @@
+"""A model's sizes on the disk: Hugging Face's config.json, or OpenAI's hparams.json."""
+
+import os
+
+from plumbing.files import read_json
+
+HUGGING_FACE_SIZES = {
+    "n_vocab": "vocab_size",
+    "n_ctx": "n_positions",
+    "n_embd": "n_embd",
+    "n_head": "n_head",
+    "n_layer": "n_layer",
+}
+OUR_ARITHMETIC = {  # the values of Hugging Face's settings that mean what gpt2.py computes
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
+    "layer_norm_epsilon": (1e-5,),
+    "tie_word_embeddings": (True,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+
+
+def sizes_file(model_dir):
+    """The path of a folder's config.json (Hugging Face's) or hparams.json (OpenAI's), or None."""
+    paths = [os.path.join(model_dir, name) for name in ("config.json", "hparams.json")]
+    return next(filter(os.path.isfile, paths), None)
+
+
+def read_hparams(model_dir):
+    """The sizes {n_vocab, n_ctx, n_embd, n_head, n_layer}, whichever layout they are written in.
+
+    ValueError for sizes no model has, and for variants of GPT-2 that we would compute wrongly.
+    """
+    path = sizes_file(model_dir)
+    if path is None:
+        raise FileNotFoundError(f"{model_dir}: no model, neither config.json nor hparams.json")
+    config = read_json(path)
+    hugging_face = path.endswith("config.json")
+    hparams = {}
+    for ours, theirs in HUGGING_FACE_SIZES.items():
+        key = theirs if hugging_face else ours
+        size = hparams[ours] = config.get(key)
+        if type(size) is not int or not 0 < size <= 2**24:
+            raise ValueError(f"{path}: {key} is {size!r}, not a sensible number")
+    if hparams["n_embd"] % hparams["n_head"]:
+        raise ValueError(f"{path}: n_embd {hparams['n_embd']} is no multiple of n_head")
+    if hugging_face:
+        n_inner = {"n_inner": (None, 4 * hparams["n_embd"])}
+        for key, same in (OUR_ARITHMETIC | n_inner).items():
+            if config.get(key, same[0]) not in same:
+                raise ValueError(f"{path}: {key} {config[key]!r} is not supported, {same[0]!r} is")
+    return hparams
+
+
+def hugging_face_config(encoder, hparams, dtype):
+    """What transformers must know to compute what gpt2.py computes."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        **{key: same[0] for key, same in OUR_ARITHMETIC.items()},
+        **{key: hparams[ours] for ours, key in HUGGING_FACE_SIZES.items()},
+        "n_inner": None,
+        "bos_token_id": encoder.endoftext,
+        "eos_token_id": encoder.endoftext,
+        "torch_dtype": dtype,
+    }

@@ -1,0 +1,119 @@
+"""OpenAI's TensorFlow checkpoint as model.safetensors, once, in a process of its own.
+
+    python -m model_files.convert models/124M models/124M/model.safetensors
+
+TensorFlow's reader aborts its process on some damaged files; the one that wants the model goes on.
+"""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from model_files.config import read_hparams
+from model_files.weights import (
+    hugging_face_name,
+    read_safetensors,
+    tensor_shapes,
+    tensorflow_name,
+    write_safetensors,
+)
+from plumbing.cli import one_line, run_cli
+
+
+def quiet_tensorflow():
+    """Keep it from greeting at length; to be called before it is imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+def convert_checkpoint(model_dir, path):
+    """The tensors of a TensorFlow checkpoint, as read_safetensors gives them; written to `path`.
+
+    By another process, since TensorFlow's reader aborts on some damaged files; ValueError if that
+    fails. A folder that cannot be written still loads, with a notice: TensorFlow is needed again.
+    """
+    checkpoint = os.path.join(model_dir, "model.ckpt")
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ImportError(
+            f"{checkpoint}: reading it, once, needs tensorflow: "
+            "pip install -r requirements.txt, with Python 3.13 or older"
+        )
+    if sys.stderr.isatty():
+        print(f"notice: converting {checkpoint}, which is needed once ...", file=sys.stderr)
+    project = str(Path(__file__).resolve().parent.parent)
+    python_path = os.pathsep.join([project, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory() as folder:
+        spare = os.path.join(folder, "model.safetensors")
+        command = [sys.executable, "-P", "-m", "model_files.convert", model_dir, path, spare]
+        environment = os.environ | {"PYTHONPATH": python_path}
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, env=environment
+        )
+        *_, said = done.stderr.decode(errors="replace").strip().split("\n")
+        if done.returncode < 0:
+            name = signal.Signals(-done.returncode).name
+            said = f"{checkpoint}: damaged, or too large: TensorFlow's reader died of {name}"
+        if done.returncode != 0:
+            raise ValueError(said.removeprefix("error: "))
+        if said.startswith("notice: ") and sys.stderr.isatty():
+            print(said, file=sys.stderr)
+        return read_safetensors(path if os.path.isfile(path) else spare)  # a map outlives its name
+
+
+def main(model_dir: str, path: str, spare: str | None = None):
+    """Convert the TensorFlow checkpoint of MODEL_DIR.
+
+    Args:
+        model_dir: a folder with hparams.json and model.ckpt.*.
+        path: the file to write.
+        spare: the file to write where that is not possible.
+    """
+    tensors = read_checkpoint(os.path.join(model_dir, "model.ckpt"), read_hparams(model_dir))
+    try:
+        write_safetensors(path, tensors)
+    except OSError as error:
+        if spare is None:
+            raise
+        write_safetensors(spare, tensors)
+        print(f"notice: {path} not written: {error.strerror}", file=sys.stderr)
+
+
+def read_checkpoint(checkpoint, hparams):  # -> {Hugging Face's key: float32 array}
+    """The variables of a checkpoint; ValueError if it is not as `hparams` says, or unreadable."""
+    quiet_tensorflow()
+    import tensorflow as tf
+
+    try:
+        return read_variables(tf.train.load_checkpoint(checkpoint), hparams, checkpoint)
+    except (tf.errors.OpError, RuntimeError, IndexError) as error:
+        raise ValueError(f"{checkpoint}: unreadable: {one_line(error)}") from None
+
+
+def read_variables(reader, hparams, checkpoint):  # -> {Hugging Face's key: float32 array}
+    """Exactly the variables a model of these sizes has. Conv weights are [1, n_in, n_out]."""
+    found = reader.get_variable_to_shape_map()
+    tensors = {}
+    for name, shape in tensor_shapes(hparams):
+        variable = tensorflow_name(name)
+        stored = (1, *shape) if name.endswith(".w") else shape
+        if tuple(found.get(variable, ())) != stored:
+            sizes = found.get(variable, "missing")
+            raise ValueError(f"{checkpoint}: {variable} is {sizes}, hparams.json asks for {stored}")
+        tensor = reader.get_tensor(variable)
+        if tensor.dtype != np.float32:
+            raise ValueError(f"{checkpoint}: {variable} is {tensor.dtype}, not float32")
+        tensors[hugging_face_name(name)] = tensor.reshape(shape)  # equal but for that leading 1
+    extra = f"model/h{hparams['n_layer']}/ln_1/g"
+    if extra in found:
+        raise ValueError(f"{checkpoint}: {extra} is one layer more than hparams.json has")
+    return tensors
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,206 @@
+"""Downloads that survive anything: resumed after a kill, checked, and complete or absent.
+
+download("124M")                       # the files of a released model that its folder lacks
+download_file(url, path, sha256=None)  # any file
+"""
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import time
+
+from plumbing.files import open_locked, open_no_link, read_json, remove
+
+SIZES = ("124M", "355M", "774M", "1558M")
+RELEASED = "https://openaipublic.blob.core.windows.net/gpt-2/models"
+TEXT_FILES = ("encoder.json", "vocab.bpe", "hparams.json")
+CKPT_FILES = tuple(f"model.ckpt.{end}" for end in ("meta", "index", "data-00000-of-00001"))
+SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+ATTEMPTS = 5  # without a new byte between them
+PATIENCE = 30  # seconds a server may stay silent
+BACKOFF = 0.25  # seconds before the first retry; doubled for every further one
+
+
+def download(model_size, models_dir="models", only_tokenizer=False):
+    """Fetch those files of a released model that its folder lacks (124M: 0.5 GB, tokenizer 1.5 MB).
+
+    SIXTYGPT_DOWNLOAD_URL may name another server that holds {model_size}/{file}.
+    """
+    if model_size not in SIZES:
+        raise ValueError(f"no released model {model_size!r}: choose one of {', '.join(SIZES)}")
+    folder = os.path.join(models_dir, model_size)
+    have = os.listdir(folder) if os.path.isdir(folder) else []
+    if "config.json" in have:  # somebody put Hugging Face's there
+        return
+    names = [*TEXT_FILES, "checkpoint", *CKPT_FILES]
+    if only_tokenizer or "model.safetensors" in have:
+        names = TEXT_FILES
+    server = os.environ.get("SIXTYGPT_DOWNLOAD_URL", RELEASED).rstrip("/")
+    try:
+        for name in names:
+            url = f"{server}/{model_size}/{name}"
+            download_file(url, os.path.join(folder, name), SHA256.get(name))
+    except ConnectionError as error:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)  # if it is empty
+        which = "--tokenizer" if only_tokenizer else "--model_size"
+        raise ConnectionError(f"{error}; {which} shakespeare needs no network") from None
+
+
+def download_shakespeare():  # -> its path
+    """Fetch tiny Shakespeare (1.1 MB) to data/shakespeare.txt, unless it is there."""
+    path = os.path.join("data", "shakespeare.txt")
+    download_file(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
+    return path
+
+
+def download_file(url, path, sha256=None):
+    """Fetch `url` to `path`, if it is not there; ConnectionError says what failed.
+
+    The bytes gather in `path.part`, which survives a kill and is resumed by the next call. It is
+    locked: of two processes, one fetches and the other waits. `path` is complete or absent.
+    """
+    if os.path.exists(path):
+        return
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open_locked(path + ".part") as f:
+            gather(url, f, path, sha256)
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+
+
+def gather(url, f, path, sha256):
+    """Try until `f`, which is `path.part`, is complete and right, then give it its name."""
+    from requests import RequestException
+
+    part, note = path + ".part", path + ".part.json"
+    most = failures = 0
+    while not os.path.exists(path):  # it does, if another process was faster
+        try:
+            verify(f, fetch(url, f, note), sha256)
+            os.fsync(f.fileno())
+            os.replace(part, path)  # first: without its note, a part that is whole is worth nothing
+            remove(note)
+            return
+        except (RequestException, ConnectionError, ValueError) as error:  # ValueError: of redirects
+            size = f.seek(0, os.SEEK_END)
+            failures = 1 if size > most else failures + 1
+            most = max(most, size)
+            words, may_help = reason(error)
+            if failures == ATTEMPTS or not may_help:
+                if size == 0:
+                    remove(part, note)
+                raise ConnectionError(f"cannot download {url}: {words}") from None
+            time.sleep(BACKOFF * 2 ** (failures - 1))
+    remove(part, note)
+
+
+def fetch(url, f, note):
+    """Append to `f` what it lacks of `url`, by one request; return the whole's Content-MD5 or None.
+
+    The file `note` says which version of the remote file the bytes in `f` belong to. If that
+    has changed since, or the server cannot resume, `f` starts over.
+    """
+    import requests
+
+    known, n_have = read_note(note), f.seek(0, os.SEEK_END)
+    if n_have and n_have == known["length"]:
+        return known["md5"]  # we were stopped after the last byte and before the renaming
+    headers = {"Accept-Encoding": "identity"}  # Content-Length shall count the file's own bytes
+    if known["version"] and 0 < n_have < (known["length"] or 0):
+        headers |= {"Range": f"bytes={n_have}-", "If-Range": known["version"]}
+    with requests.get(url, headers=headers, stream=True, timeout=(10, PATIENCE)) as response:
+        sent = response.headers
+        version = sent.get("ETag") or sent.get("Last-Modified") or ""
+        packed = sent.get("Content-Encoding", "identity") != "identity"  # though we asked for none
+        if response.status_code == 200:
+            f.truncate(0)
+            n_have, length = 0, "" if packed else sent.get("Content-Length", "")
+            known = {
+                "version": "" if version.startswith("W/") else version,  # weak: cannot be resumed
+                "length": int(length) if length.isdecimal() else None,
+                "md5": sent.get("Content-MD5"),
+            }
+            with open(note, "w", opener=open_no_link) as g:
+                json.dump(known, g)
+            ends = "Content-Length" in sent or "Transfer-Encoding" in sent
+            if not (ends or known["md5"]):  # what breaks off could not be told from the whole
+                raise ConnectionError("the server does not say how much there is")
+        elif response.status_code in (206, 416):
+            rest = f"bytes {n_have}-{(known['length'] or 0) - 1}/{known['length']}"
+            same = sent.get("Content-Range") == rest and version in ("", known["version"])
+            if packed or not same:
+                f.truncate(0)
+                raise ConnectionError("the server could not resume the download")
+        else:
+            response.raise_for_status()
+            raise ConnectionError(f"the server answered {response.status_code}")
+        copy_body(response, f, os.path.basename(url), n_have, known["length"])
+    return known["md5"]
+
+
+def copy_body(response, f, name, n_have, length):
+    """Append a response's body to `f`; ConnectionError if that does not make `length` bytes."""
+    from tqdm import tqdm
+
+    with tqdm(
+        desc=name, total=length, initial=n_have, unit="B", unit_scale=True, disable=None
+    ) as bar:  # disable=None: no bar where stderr is no terminal
+        for chunk in response.iter_content(2**14):  # a broken line costs at most one chunk
+            f.write(chunk)
+            bar.update(len(chunk))
+    size = f.seek(0, os.SEEK_END)
+    if size == 0:
+        raise ConnectionError("the server sent nothing")
+    if length not in (None, size):
+        raise ConnectionError("the connection broke off")
+
+
+def read_note(note):  # -> {"version": str, "length": int or None, "md5": str or None}
+    """What a note says of the file in its `.part`; nothing, where there is none or a broken one."""
+    known = {"version": "", "length": None, "md5": None}
+    kinds = {"version": str, "length": int | None, "md5": str | None}
+    with contextlib.suppress(OSError, ValueError):
+        found = read_json(note)
+        if all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
+            known = {key: found.get(key) for key in kinds}
+    return known
+
+
+def verify(f, md5, sha256):  # md5: base64, as in a Content-MD5 header; sha256: hexadecimal
+    """Empty `f` and raise ConnectionError if its bytes do not have these checksums."""
+    f.seek(0)
+    wrong = md5 and base64.b64encode(hashlib.file_digest(f, "md5").digest()).decode() != md5
+    f.seek(0)
+    if wrong or (sha256 and hashlib.file_digest(f, "sha256").hexdigest() != sha256):
+        f.truncate(0)
+        raise ConnectionError("what arrived does not match its checksum")
+
+
+def reason(error):
+    """(A few words instead of urllib3's several lines, whether another try may help.)"""
+    from requests import Timeout
+
+    response = getattr(error, "response", None)
+    if response is not None:
+        code = response.status_code
+        return f"the server answered {code} {response.reason}", code >= 500 or code in (408, 429)
+    if isinstance(error, ValueError):  # a malformed address, or header
+        return str(error), False
+    if isinstance(error, Timeout):
+        return "the server did not answer in time", True
+    if isinstance(error, ConnectionError):  # Python's, which only this file raises here
+        return str(error), True
+    return f"no connection, or one that broke off ({type(error).__name__})", True

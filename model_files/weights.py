@@ -1,0 +1,151 @@
+"""A model's tensors: their names and shapes, the tree they make, and safetensors files of them.
+
+Weights are memory maps wherever a file holds float32, so that loading costs no time and no second
+copy. No length, shape or name found in a file is believed before it is checked.
+"""
+
+import errno
+import json
+import math
+import mmap
+import os
+import re
+
+import numpy as np
+
+from plumbing.files import MOST_BYTES, check_file, replacing
+
+# --- Names and shapes ---------------------------------------------------------------------------
+
+
+def tensor_shapes(hparams):
+    """Every parameter's (name, shape). A name is its way through the tree: blocks.0.ln_1.g."""
+    n_embd = hparams["n_embd"]
+    yield "wte", (hparams["n_vocab"], n_embd)
+    yield "wpe", (hparams["n_ctx"], n_embd)
+    for i in range(hparams["n_layer"]):
+        for layer, n_in, n_out in (
+            ("attn.c_attn", n_embd, 3 * n_embd),
+            ("attn.c_proj", n_embd, n_embd),
+            ("mlp.c_fc", n_embd, 4 * n_embd),
+            ("mlp.c_proj", 4 * n_embd, n_embd),
+        ):
+            yield f"blocks.{i}.{layer}.w", (n_in, n_out)
+            yield f"blocks.{i}.{layer}.b", (n_out,)
+        for norm in ("ln_1", "ln_2"):
+            yield f"blocks.{i}.{norm}.g", (n_embd,)
+            yield f"blocks.{i}.{norm}.b", (n_embd,)
+    yield "ln_f.g", (n_embd,)
+    yield "ln_f.b", (n_embd,)
+
+
+def hugging_face_name(name):  # "blocks.0.ln_1.g" -> "h.0.ln_1.weight", "wte" -> "wte.weight"
+    *way, last = name.replace("blocks.", "h.").split(".")
+    endings = {"w": ["weight"], "g": ["weight"], "b": ["bias"]}
+    return ".".join(way + endings.get(last, [last, "weight"]))
+
+
+def tensorflow_name(name):  # "blocks.0.ln_1.g" -> "model/h0/ln_1/g", "wte" -> "model/wte"
+    return "model/" + name.replace("blocks.", "h").replace(".", "/")
+
+
+def nest(arrays):
+    """{"blocks.0.ln_1.g": array, ...} -> {"blocks": [{"ln_1": {"g": array}}], ...}"""
+    params = {}
+    for name, array in arrays.items():
+        *way, last = name.split(".")
+        node = params
+        for step in way:
+            node = node.setdefault(step, {})
+        node[last] = array
+    params["blocks"] = list(params["blocks"].values())
+    return params
+
+
+def leaf(params, name):  # (params, "blocks.0.ln_1.g") -> params["blocks"][0]["ln_1"]["g"]
+    try:
+        for step in name.split("."):
+            params = params[int(step) if isinstance(params, (list, tuple)) else step]
+        return params
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(f"params: no {name}") from None
+
+
+def named_tensors(params, hparams, dtype):
+    """{Hugging Face's key: array of `dtype`}; ValueError if `params` is not what hparams says."""
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f"dtype: expected float32 or float16, got {dtype!r}")
+    n_blocks = len(leaf(params, "blocks"))
+    if n_blocks != hparams["n_layer"]:
+        raise ValueError(f"params: {n_blocks} blocks, but n_layer is {hparams['n_layer']}")
+    tensors = {}
+    for name, shape in tensor_shapes(hparams):
+        array = np.asarray(leaf(params, name))
+        if array.shape != shape:
+            raise ValueError(f"params: {name} is {array.shape}, but hparams ask for {shape}")
+        with np.errstate(over="ignore"):
+            stored = array.astype(dtype, order="C", copy=False)
+        if dtype == "float16" and np.isinf(stored).any():
+            raise ValueError(f"{name} holds numbers too large for float16; save as float32")
+        tensors["transformer." + hugging_face_name(name)] = stored
+    return tensors
+
+
+# --- safetensors --------------------------------------------------------------------------------
+# 8 bytes n, n bytes of JSON {key: {dtype, shape, data_offsets}}, then the numbers; see
+# https://github.com/huggingface/safetensors, whose NumPy reader copies where this one maps.
+
+
+def read_safetensors(path):
+    """{key: (dtype, shape, read-only uint8 view of the mapped file)}; ValueError if it lies."""
+    from safetensors import SafetensorError, safe_open
+
+    check_file(path, math.inf)
+    try:
+        with open(path, "rb") as f:
+            n_header = int.from_bytes(f.read(8), "little")
+            if n_header > MOST_BYTES:
+                raise ValueError(f"{path}: a header of {n_header} bytes, more than any model needs")
+            with safe_open(path, "np"):  # which checks it
+                pass
+            header = json.loads(f.read(n_header))
+            data = np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cut short or corrupt ({error})") from None
+    header.pop("__metadata__", None)
+    tensors = {}
+    for key, entry in header.items():
+        if not isinstance(entry, dict):  # the library takes a list of the same values, too
+            raise ValueError(f"{path}: {key} is no JSON object")
+        start, stop = (8 + n_header + offset for offset in entry["data_offsets"])
+        tensors[key] = entry["dtype"], tuple(entry["shape"]), data[start:stop]
+    return tensors
+
+
+def to_float32(dtype, data, source):
+    """Bytes as a flat, read-only float32 array: a view of float32, a copy of the 16-bit formats."""
+    if dtype == "F32":
+        array = np.require(data.view("<f4"), requirements="A")  # a copy only if badly aligned
+    elif dtype == "F16":
+        array = data.view("<f2").astype(np.float32)
+    elif dtype == "BF16":  # the upper half of a float32
+        array = (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        raise ValueError(f"{source} is {dtype}, not F32, F16 or BF16")
+    array.flags.writeable = False
+    return array
+
+
+def write_safetensors(path, tensors):
+    """Write {key: C-contiguous float32 or float16 array}: a complete file, or none."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            os.chmod(temporary, 0o644)  # the library lets nobody else read it
+    except SafetensorError as error:  # it tells a full disk by its text alone
+        found = re.search(r"os error (\d+)", str(error))
+        code = int(found[1]) if found else errno.EIO
+        raise OSError(code, os.strerror(code)) from None

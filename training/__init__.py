@@ -1,0 +1,1 @@
+"""What carries a training run: recipes, batches, state, devices, checkpoints, and what it shows."""

@@ -1,0 +1,19 @@
+"""A GPU's own attention, which plugs in where gpt2.py takes `attend`."""
+
+import jax
+import jax.numpy as jnp
+
+
+def fused_attention(q, k, v):  # [n_batch, n_head, n_seq, d_head] each -> the same
+    """gpt2.attention for narrow numbers: its softmax is float32 even so.
+
+    One kernel of cuDNN's where there is one for it, else XLA's own, which holds all the scores.
+    """
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # JAX wants [n_batch, n_seq, n_head, d_head]
+    device, d_head = jax.devices()[0], q.shape[-1]
+    has_cudnn = device.platform == "gpu" and "cuda" in device.client.platform_version
+    has_cudnn = has_cudnn and float(device.compute_capability) >= 8  # Ampere, Hopper and later
+    fits = d_head % 8 == 0 and d_head <= 128 and q.dtype != jnp.float32
+    kernel = "cudnn" if has_cudnn and fits else "xla"
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)
+    return out.swapaxes(1, 2)

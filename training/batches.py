@@ -1,0 +1,65 @@
+"""Which stretches of the text a step sees: a function of the seed and the step alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corpus.shards import count_ids, read_stretches
+from training.devices import from_first
+
+STEPS_PER_CALL = (20, 5, 1)  # before Python sees a loss, or Ctrl-C, again: what takes about 1 s
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def draw_starts(seed, steps, n_places, batch_size):  # [n] -> [n, batch_size]
+    """Random numbers below n_places: a function of the seed and the step."""
+
+    def draw(step):
+        key, _ = step_keys(seed, step)
+        return jax.random.randint(key, (batch_size, 1), 0, n_places)[:, 0]
+
+    return jax.vmap(draw)(steps)
+
+
+def step_keys(seed, n_done):  # -> the key for the batch and the key for the weights to drop
+    """Those of the step after n_done: nothing but the seed and the step decides."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), n_done))
+
+
+def read_batches(shards, seed, n_done, shape, n_ctx, sharding):  # -> [*shape, n_ctx + 1]
+    """Stretches of the text from random places, for the steps after n_done.
+
+    shape: [n steps, n_accumulate, batch_size]. Where the places are depends on neither devices nor
+    processes, but a process reads only those stretches that its own devices will work on.
+    """
+    n_places = count_ids(shards) - n_ctx
+    stride = -(-n_places // (2**31 - 1))  # int32 draws them: of more places, not all are used
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # a GPU is busy with the last
+        steps = jnp.arange(n_done, n_done + shape[0])
+        starts = draw_starts(seed, steps, n_places // stride, shape[1] * shape[2])
+    starts = np.asarray(starts, np.int64).reshape(shape) * stride
+
+    def read(index):
+        mine = starts[index[:3]]
+        return read_stretches(shards, mine.ravel(), n_ctx + 1).reshape(*mine.shape, n_ctx + 1)
+
+    return jax.make_array_from_callback((*shape, n_ctx + 1), sharding, read)
+
+
+def fill_batches(windows, batch_size):  # [n_windows, n_ctx + 1] -> windows, counts
+    """validation_loss's: in batches, the last one filled up; and 1 or, for what fills it up, 0."""
+    n_missing = -len(windows) % batch_size
+    counts = np.append(np.ones(len(windows), np.float32), np.zeros(n_missing, np.float32))
+    filled = np.concatenate([windows, np.repeat(windows[:1], n_missing, axis=0)])
+    shape = len(filled) // batch_size, batch_size
+    return filled.reshape(*shape, -1), counts.reshape(shape)
+
+
+def batches_shape(flags, flops, peak):  # -> the steps of a call, n_accumulate, batch_size
+    """flops: a token's; peak: FLOP/s. Every process has the first one's, whatever it measured."""
+    n_accumulate, batch_size = flags["n_accumulate"], flags["batch_size"]
+    seconds = flops * n_accumulate * batch_size * flags["n_ctx"] / peak  # a step's, at best
+    n_steps = next((n for n in STEPS_PER_CALL if n * seconds < 1), 1)
+    return from_first(n_steps), n_accumulate, batch_size

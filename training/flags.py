@@ -1,0 +1,195 @@
+"""The flags of a training run: what each means, what it may be, and how a recipe fills in the rest.
+
+Nothing here needs JAX.
+"""
+
+import inspect
+import math
+
+from training.recipes import RECIPES
+
+HOW = ("resume", "models_dir", "tensorboard", "coordinator", "num_processes", "process_id")
+
+
+def read_flags(
+    data: str | None = None,
+    out: str = "models/mine",
+    recipe: str | None = None,
+    init_from: str | None = None,
+    resume: str | None = None,
+    tokenizer: str | None = None,
+    models_dir: str = "models",
+    n_layer: int | None = None,
+    n_head: int | None = None,
+    n_embd: int | None = None,
+    n_ctx: int | None = None,
+    batch_size: int | None = None,
+    n_accumulate: int | None = None,
+    n_steps: int | None = None,
+    optimizer: str | None = None,
+    learning_rate: float | None = None,
+    min_learning_rate: float | None = None,
+    n_warmup: int | None = None,
+    weight_decay: float | None = None,
+    grad_clip: float | None = None,
+    adam_b2: float | None = None,
+    drop_rate: float | None = None,
+    dtype: str | None = None,
+    fsdp: bool | None = None,
+    eval_every: int | None = None,
+    checkpoint_every: int | None = None,
+    seed: int | None = None,
+    saved_dtype: str = "float32",
+    tensorboard: bool = False,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+):  # -> what is trained, {name: value} of those given; and HOW, {name: value or None}
+    """Train a GPT-2 on a text or on token shards, and save it as a model folder.
+
+    The last tenth of a text is kept for validation. Losses, in nats a token, are printed as they
+    are measured, with a sample, and whenever the validation loss is the best so far the model is
+    saved to `out`, in place of what was there: whatever happens later, the best one is kept. Ctrl-C
+    and SIGTERM end a run after the current steps, with a checkpoint. Beside the model are
+    metrics.jsonl and loss.png, which show how it went.
+
+    A recipe has a value for each of the flags from n_layer to seed, and maybe for data: those that
+    are typed replace them. The recipes are in training/recipes.py.
+
+    Args:
+        data: a text file, shakespeare (downloaded once), python-docs (on every machine), or a
+            folder of token shards (prepare.py's, nanoGPT's or llm.c's).
+        out: the folder to write; `python gpt2.py "..." --model_size mine` then reads models/mine.
+        recipe: shakespeare-cpu, shakespeare (the default on a GPU or TPU), tinystories, finetune
+            (the default with init_from), gpt2-124M, -355M, -774M, -1558M, or gpt3-125M to -175B.
+        init_from: start with this model, a name or a folder as in gpt2.py, and with its tokenizer.
+        resume: the `out` of a run that was stopped: go on, with its flags and no others.
+        tokenizer: 124M (GPT-2's), a folder in models_dir, or a path; by default that of the shards,
+            and bytes for a text.
+        models_dir: the folder that holds the models.
+        n_layer: transformer blocks.
+        n_head: attention heads in each; n_embd must be a multiple of it.
+        n_embd: width of the model.
+        n_ctx: the longest stretch of text it sees at once.
+        batch_size: stretches at a time, on all devices together.
+        n_accumulate: so many batches make one step, their gradients averaged.
+        n_steps: steps in all.
+        optimizer: adamw, or muon for the matrices in the blocks and Adam for the rest.
+        learning_rate: the highest, reached after n_warmup steps.
+        min_learning_rate: the last, to which it goes down along a cosine.
+        n_warmup: steps of linear warmup, at most half of all.
+        weight_decay: of the matrices (with muon: of those in the blocks).
+        grad_clip: longest gradient allowed.
+        adam_b2: Adam's second decay rate.
+        drop_rate: share of the blocks' weights left out at random in every step, in 256ths.
+        dtype: float32 (the default on CPUs) or bfloat16, of the products; the rest is float32.
+        fsdp: spread parameters and moments over the devices, too, for models too large for one.
+        eval_every: steps between two looks at the validation text.
+        checkpoint_every: steps between two checkpoints in out/checkpoints; the last two are kept.
+        seed: the same seed gives the same run.
+        saved_dtype: float32 or float16, of the best model's weights on the disk.
+        tensorboard: also write the losses to out/tensorboard (needs pip install tensorboard).
+        coordinator: HOST:PORT of process 0, of a run in several processes. Each one is started
+            with the same flags; on Slurm, Kubernetes, TPU and Open MPI they find each other.
+        num_processes: how many there are.
+        process_id: which one this is, from 0.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    how = {name: given.pop(name, None) for name in HOW}
+    if recipe is not None and recipe not in RECIPES:
+        raise ValueError(f"no recipe {recipe!r}: there are {', '.join(RECIPES)}")
+    if init_from is not None and tokenizer is not None:
+        raise ValueError("--init_from brings its own tokenizer: leave out --tokenizer")
+    default = {p.name: p.default for p in inspect.signature(read_flags).parameters.values()}
+    more = [name for name, value in given.items() if value != default[name]]
+    if resume is not None and more:
+        raise ValueError(f"--resume takes the run's own flags: leave out --{more[0]}")
+    return given, how
+
+
+SIZE = "from 1 to 1048576", lambda n: 1 <= n <= 2**20
+COUNT = "from 1 to 2147483647", lambda n: 1 <= n < 2**31
+POSITIVE = "more than 0", lambda x: 0 < x < math.inf
+NOT_NEGATIVE = "0 or more", lambda x: 0 <= x < math.inf
+LIMITS = {  # what a flag must be, in words and as a test
+    "n_layer": SIZE,
+    "n_head": COUNT,  # and n_embd's divisor
+    "n_embd": SIZE,
+    "n_ctx": SIZE,
+    "batch_size": SIZE,
+    "n_accumulate": SIZE,
+    "n_steps": COUNT,
+    "optimizer": ("adamw or muon", lambda word: word in ("adamw", "muon")),
+    "learning_rate": POSITIVE,
+    "min_learning_rate": NOT_NEGATIVE,
+    "n_warmup": COUNT,
+    "weight_decay": NOT_NEGATIVE,
+    "grad_clip": POSITIVE,
+    "adam_b2": ("more than 0 and less than 1", lambda x: 0 < x < 1),
+    "drop_rate": ("from 0 to 0.9", lambda x: 0 <= x <= 0.9),
+    "dtype": ("float32 or bfloat16", lambda word: word in ("float32", "bfloat16")),
+    "eval_every": COUNT,
+    "checkpoint_every": COUNT,
+    "seed": ("from 0 to 4294967295", lambda n: 0 <= n < 2**32),
+    "saved_dtype": ("float32 or float16", lambda word: word in ("float32", "float16")),
+}
+
+
+def check_flags(flags):
+    """Raises ValueError, one clear line, for a model or a run that cannot be."""
+    for name, value in flags.items():
+        if name in LIMITS and not LIMITS[name][1](value):
+            raise ValueError(f"{name} must be {LIMITS[name][0]}, not {value}")
+    if flags["n_embd"] % flags["n_head"]:
+        raise ValueError("n_embd {n_embd} must be a multiple of n_head {n_head}".format(**flags))
+    if flags["min_learning_rate"] > flags["learning_rate"]:
+        raise ValueError("min_learning_rate must not be more than learning_rate")
+
+
+def choose(typed, backend, hparams=None):  # -> the flags of a run
+    """The recipe's values, but for those typed and, of a model to start from, its own sizes.
+
+    backend: what JAX computes on, "cpu" or another, which decides what nobody asked for.
+    """
+    recipe = typed.get("recipe")
+    if recipe is None:
+        recipe = "shakespeare-cpu" if backend == "cpu" else "shakespeare"
+        recipe = "finetune" if hparams else recipe
+    flags = RECIPES[recipe] | typed | {"recipe": recipe}
+    if "learning_rate" in typed and "min_learning_rate" not in typed:
+        flags["min_learning_rate"] *= typed["learning_rate"] / RECIPES[recipe]["learning_rate"]
+    if hparams:
+        for name in ("n_layer", "n_head", "n_embd"):
+            if typed.get(name, hparams[name]) != hparams[name]:
+                raise ValueError(f"{name} is {hparams[name]} in that model: leave out --{name}")
+            flags[name] = hparams[name]
+        if "n_ctx" not in typed:
+            flags["n_ctx"] = min(flags["n_ctx"], hparams["n_ctx"])
+        if flags["n_ctx"] > hparams["n_ctx"]:
+            raise ValueError(f"n_ctx is at most {hparams['n_ctx']} in that model")
+    elif not {"n_layer", "n_head", "n_embd"} <= flags.keys():
+        raise ValueError(f"recipe {recipe} needs --init_from: a model to start with")
+    if flags["data"] is None:
+        raise ValueError(f"recipe {recipe} needs --data: a text file or a folder of token shards")
+    if flags["dtype"] is None:
+        flags["dtype"] = "float32" if backend == "cpu" else "bfloat16"
+    check_flags(flags)
+    return flags
+
+
+def check_saved(saved, place):  # -> the flags of a run that is resumed
+    """ValueError if run.json is damaged, or of another trainer."""
+    try:
+        flags = saved["flags"]
+        wanted = RECIPES[flags["recipe"]] | {"n_layer": 1, "n_head": 1, "n_embd": 1}
+        wanted |= {"dtype": "", "saved_dtype": "", "data": ""}
+        right = all(type(flags[name]) is type(value) for name, value in wanted.items())
+        right &= flags.keys() <= wanted.keys() | {"recipe", "out", "init_from", "tokenizer"}
+        right &= type(saved["step"]) is int and 0 <= saved["step"] <= flags["n_steps"]
+        right &= isinstance(saved["best"], float | None) and isinstance(saved["text"], dict)
+        check_flags(flags)
+    except (KeyError, TypeError, ValueError):
+        right = False
+    if not right:
+        raise ValueError(f"{place}/run.json: damaged, or not of this trainer")
+    return flags

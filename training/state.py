@@ -1,0 +1,129 @@
+"""A run's state, (parameters, moments, steps done): how it begins, and its parts' names."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from encoder import get_encoder
+from training.checkpoints import load_checkpoint
+from training.devices import check_agreement, make_sharding, put, spread
+from training.text import open_text
+from utils import find_model
+
+
+def load_start(flags, optimizer, model, place, saved, models_dir):
+    """What a run starts from: -> shards, windows, what a checkpoint says of both, model, moments.
+
+    model: (tokenizer, hparams, parameters), those given, else the checkpoint's, else new ones. The
+    moments are the checkpoint's {name: array}, or None. ValueError if the flags or the text are not
+    those that the checkpoint was made with, or other processes have others.
+    """
+    moments = encoder = None
+    if place:
+        *model, moments = load_checkpoint(place, functools.partial(moment_shapes, optimizer))
+        same = all(flags[name] == model[1][name] for name in ("n_layer", "n_head", "n_embd"))
+        if not same or flags["n_ctx"] > model[1]["n_ctx"]:
+            raise ValueError(f"{place}: run.json has other sizes than the model")
+    if model:
+        encoder = model[0]
+    elif flags.get("tokenizer"):
+        folder = find_model(flags["tokenizer"], models_dir, only_tokenizer=True)
+        encoder = get_encoder("", folder)
+    shards, windows, text, encoder = open_text(flags["data"], encoder, flags["n_ctx"])
+    if saved and saved["text"] != text:
+        raise ValueError(f"{flags['data']}: is not the text that {place} was trained on")
+    check_agreement([flags, text])
+    return shards, windows, text, model or (encoder, *new_model(flags, encoder.n_vocab)), moments
+
+
+def init_params(key, n_vocab, n_ctx, n_embd, n_layer):
+    """GPT-2's initialisation: normal with deviation 0.02, biases 0, gains 1, all float32.
+
+    What writes into the residual stream is scaled by 1 / sqrt(2 * n_layer), so that the stream has
+    the same variance however many layers add to it (Radford et al. 2019, section 2.3).
+    """
+    keys = iter(jax.random.split(key, 2 + 4 * n_layer))
+    residual = 0.02 / math.sqrt(2 * n_layer)
+
+    def normal(*shape, scale=0.02):
+        return scale * jax.random.normal(next(keys), shape)
+
+    def linear(n_in, n_out, scale=0.02):
+        return {"w": normal(n_in, n_out, scale=scale), "b": jnp.zeros(n_out)}
+
+    def layer_norm():
+        return {"g": jnp.ones(n_embd), "b": jnp.zeros(n_embd)}
+
+    def block():
+        return {
+            "attn": {
+                "c_attn": linear(n_embd, 3 * n_embd),
+                "c_proj": linear(n_embd, n_embd, residual),
+            },
+            "mlp": {
+                "c_fc": linear(n_embd, 4 * n_embd),
+                "c_proj": linear(4 * n_embd, n_embd, residual),
+            },
+            "ln_1": layer_norm(),
+            "ln_2": layer_norm(),
+        }
+
+    return {
+        "wte": normal(n_vocab, n_embd),
+        "wpe": normal(n_ctx, n_embd),
+        "blocks": [block() for _ in range(n_layer)],
+        "ln_f": layer_norm(),
+    }
+
+
+def new_model(flags, n_vocab):  # -> hparams, parameters
+    """Of the flags' sizes, drawn from their seed, on the CPU."""
+    sizes = {"n_vocab": n_vocab} | {name: flags[name] for name in ("n_ctx", "n_embd", "n_layer")}
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it may not fit on one GPU
+        params = init_params(jax.random.key(flags["seed"]), **sizes)
+    return sizes | {"n_head": flags["n_head"]}, params
+
+
+def start_state(params, moments, n_done, optimizer, n_rows, mesh, fsdp):
+    """-> (parameters, moments, n_done) on the devices, and their shardings.
+
+    params is a tree of NumPy's or JAX's; moments {name: array} of a checkpoint, or None: all new.
+    """
+    params = resize_vocab(jax.tree.map(np.asarray, params), n_rows)
+    shapes = jax.eval_shape(optimizer.init, params)
+    shardings = spread(params, mesh, fsdp), spread(shapes, mesh, fsdp), make_sharding(mesh)
+    params = put(params, shardings[0])
+    if moments is None:
+        moments = jax.jit(optimizer.init, out_shardings=shardings[1])(params)
+    else:
+        moments = jax.tree.unflatten(jax.tree.structure(shapes), moments.values())
+        moments = put(resize_vocab(moments, n_rows), shardings[1])
+    return (params, moments, put(np.int32(n_done), shardings[2])), shardings
+
+
+def resize_vocab(tree, n_rows):  # NumPy's wte, [n_vocab, n_embd], -> [n_rows, n_embd]
+    """Pads every wte in a tree of parameters or moments with zeros, or cuts these off again."""
+
+    def resize(path, x):
+        if "['wte']" not in jax.tree_util.keystr(path) or x.ndim != 2:
+            return x
+        return np.pad(x[:n_rows], ((0, max(0, n_rows - len(x))), (0, 0)))
+
+    return jax.tree.map_with_path(resize, tree)
+
+
+def count_rows(n_vocab):  # -> the rows of wte while it trains
+    """GPUs and TPUs prefer a multiple of 128: 50304 instead of 50257."""
+    return n_vocab if jax.default_backend() == "cpu" else -(-n_vocab // 128) * 128
+
+
+def name_leaves(tree):  # -> {where it is in the tree: array}
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def moment_shapes(optimizer, params):  # -> {name: (shape, dtype)}, in the tree's order
+    moments = name_leaves(jax.eval_shape(optimizer.init, params))
+    return {name: (x.shape, x.dtype) for name, x in moments.items()}

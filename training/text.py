@@ -1,0 +1,85 @@
+"""The text of a run: what --data means, as ids to train on and windows to validate with."""
+
+import hashlib
+import os
+
+import numpy as np
+
+from corpus.shards import check_ids, count_ids, open_shards, read_stretches
+from encoder import Encoder
+from model_files.download import download_shakespeare
+
+NAMED_TEXTS = ("shakespeare", "python-docs")
+MOST_VALIDATION = 2**20  # tokens that one look at the validation text takes
+
+
+def load_text(data):  # the --data flag -> str
+    """`shakespeare` (1.1 MB, downloaded once), `python-docs`, or the text file of that path."""
+    if data == "python-docs":  # the language reference that every Python carries: no network needed
+        from pydoc_data.topics import topics
+
+        return "\n".join(topics[name] for name in sorted(topics))
+    path = data
+    if data == "shakespeare":
+        try:
+            path = download_shakespeare()
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}; --data python-docs needs no network") from None
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"no text at {path}: --data takes a text file's path, shakespeare or python-docs"
+        )
+    with open(path, encoding="utf-8", errors="replace") as f:
+        return f.read()
+
+
+def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]}, Encoder
+    """Token shards from a folder, or a text in bytes or `encoder`'s tokens, its last tenth for val.
+
+    `encoder` is the model's own or --tokenizer's; shards that were made with another are refused.
+    """
+    if data in NAMED_TEXTS or not os.path.isdir(data):
+        encoder = encoder or Encoder([])
+        ids = np.array(encoder.encode(load_text(data)), np.int32)
+        n_train = len(ids) * 9 // 10
+        return {"train": [ids[:n_train]], "val": [ids[n_train:]]}, encoder
+    shards, own = open_shards(data)
+    if not (encoder or own):
+        raise ValueError(f"{data}: shards without a tokenizer: name theirs with --tokenizer")
+    if encoder and own and encoder.vocab != own.vocab:
+        raise ValueError(f"{data}: shards of another tokenizer: prepare them with the model's")
+    if not os.path.exists(os.path.join(data, "meta.json")):  # the tokenizer may be another's
+        for split in shards.values():
+            check_ids(split, (encoder or own).n_vocab, data)
+    return shards, encoder or own
+
+
+def open_text(data, encoder, n_ctx):
+    """-> shards, the validation windows, what a checkpoint says of both, and the tokenizer."""
+    shards, encoder = load_tokens(data, encoder)
+    check_enough(shards, n_ctx, data)
+    windows = cut_windows(shards["val"], n_ctx)
+    text = {"n_train": count_ids(shards["train"])}
+    text["validation"] = hashlib.sha256(windows.tobytes()).hexdigest()
+    return shards, windows, text, encoder
+
+
+def check_enough(shards, n_ctx, data):
+    """ValueError if there is not one stretch to train on, or to validate with."""
+    for split, arrays in shards.items():
+        if count_ids(arrays) <= n_ctx:
+            raise ValueError(
+                f"{data}: too few tokens, {count_ids(arrays)} of {split}: n_ctx + 1 is {n_ctx + 1}"
+            )
+
+
+def cut_windows(shards, n_ctx):  # [arrays] -> [n_windows, n_ctx + 1]
+    """The validation text in windows side by side.
+
+    A window is one token longer than n_ctx, because its inputs and its targets are one apart; the
+    next begins with its last token. What is left at the end, less than a window, is not used. Of
+    more than MOST_VALIDATION tokens at most so many are, from all over the text.
+    """
+    n_windows = (count_ids(shards) - 1) // n_ctx
+    step = -(-n_windows * n_ctx // MOST_VALIDATION)
+    return read_stretches(shards, np.arange(0, n_windows, step) * n_ctx, n_ctx + 1)
