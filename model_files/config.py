@@ -31,6 +31,7 @@ def sizes_file(model_dir):
 def read_hparams(model_dir):
     """The sizes {n_vocab, n_ctx, n_embd, n_head, n_layer}, whichever layout they are written in.
 
+    n_inner, the width inside the ffn, is among them only where it is not 4 * n_embd.
     ValueError for sizes no model has, and for variants of GPT-2 that we would compute wrongly.
     """
     path = sizes_file(model_dir)
@@ -47,8 +48,12 @@ def read_hparams(model_dir):
     if hparams["n_embd"] % hparams["n_head"]:
         raise ValueError(f"{path}: n_embd {hparams['n_embd']} is no multiple of n_head")
     if hugging_face:
-        n_inner = {"n_inner": (None, 4 * hparams["n_embd"])}
-        for key, same in (OUR_ARITHMETIC | n_inner).items():
+        n_inner = config.get("n_inner")
+        if n_inner is not None and (type(n_inner) is not int or not 0 < n_inner <= 2**24):
+            raise ValueError(f"{path}: n_inner is {n_inner!r}, not a sensible number")
+        if n_inner not in (None, 4 * hparams["n_embd"]):
+            hparams["n_inner"] = n_inner
+        for key, same in OUR_ARITHMETIC.items():
             if config.get(key, same[0]) not in same:
                 raise ValueError(f"{path}: {key} {config[key]!r} is not supported, {same[0]!r} is")
     return hparams
@@ -60,7 +65,7 @@ def hugging_face_config(encoder, hparams, dtype):
         "architectures": ["GPT2LMHeadModel"],
         **{key: same[0] for key, same in OUR_ARITHMETIC.items()},
         **{key: hparams[ours] for ours, key in HUGGING_FACE_SIZES.items()},
-        "n_inner": None,
+        "n_inner": hparams.get("n_inner"),
         "bos_token_id": encoder.endoftext,
         "eos_token_id": encoder.endoftext,
         "torch_dtype": dtype,

@@ -21,14 +21,15 @@ from plumbing.files import MOST_BYTES, check_file, replacing
 def tensor_shapes(hparams):
     """Every parameter's (name, shape). A name is its way through the tree: blocks.0.ln_1.g."""
     n_embd = hparams["n_embd"]
+    n_inner = hparams.get("n_inner", 4 * n_embd)
     yield "wte", (hparams["n_vocab"], n_embd)
     yield "wpe", (hparams["n_ctx"], n_embd)
     for i in range(hparams["n_layer"]):
         for layer, n_in, n_out in (
             ("attn.c_attn", n_embd, 3 * n_embd),
             ("attn.c_proj", n_embd, n_embd),
-            ("mlp.c_fc", n_embd, 4 * n_embd),
-            ("mlp.c_proj", 4 * n_embd, n_embd),
+            ("mlp.c_fc", n_embd, n_inner),
+            ("mlp.c_proj", n_inner, n_embd),
         ):
             yield f"blocks.{i}.{layer}.w", (n_in, n_out)
             yield f"blocks.{i}.{layer}.b", (n_out,)

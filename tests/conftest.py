@@ -77,6 +77,7 @@ def hugging_face(params, hparams):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     sizes = {theirs: hparams[ours] for ours, theirs in config.HUGGING_FACE_SIZES.items()}
+    sizes["n_inner"] = hparams.get("n_inner")
     settings = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
     model = transformers.GPT2LMHeadModel(settings).eval()  # eval: no dropout
     names = [name for name, _ in weights.tensor_shapes(hparams)]

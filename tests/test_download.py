@@ -355,7 +355,9 @@ def test_many_processes_at_once_do_no_harm(server, tmp_path):
 
 def test_a_full_disk_keeps_no_broken_file(server, tmp_path):
     code = f"""if True:
-        import resource, utils; from plumbing import cli
+        import resource
+        from model_files import download
+        from plumbing import cli
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
             download.download_file({server.url + FILE!r}, {str(tmp_path / "file")!r})

@@ -50,14 +50,15 @@ def python(code, *args, timeout=120, also=""):
 # At every single change that the code makes to a folder
 
 DOWNLOAD = """
-import os, sys, faults, utils
+import hashlib, os, sys, faults
+from model_files import download
 url, folder, fault, sha256 = sys.argv[1:]
 path = folder + "/new/file"
 download.BACKOFF = 0.001
 
 def whole():
     with open(path, "rb") as f:
-        return utils.hashlib.file_digest(f, "sha256").hexdigest() == sha256
+        return hashlib.file_digest(f, "sha256").hexdigest() == sha256
 
 for n in faults.at_every_change(folder, fault, lambda: download.download_file(url, path)):
     part = path + ".part"
@@ -82,8 +83,10 @@ def test_a_download_survives_a_fault_at_every_step(server, tmp_path, fault):
 
 # Three models of one size, of which no two have a tensor or a merge in common.
 MODELS = """
-import os, shutil, sys, numpy as np, checkpoints, faults, utils
+import os, shutil, sys, numpy as np, faults, utils
 from encoder import Encoder
+from model_files import weights
+from training import checkpoints
 folder, fault = sys.argv[1:]
 hparams = {"n_vocab": 258, "n_ctx": 4, "n_embd": 4, "n_head": 2, "n_layer": 1}
 encoders = {k: Encoder([("a", chr(97 + k))]) for k in (1, 2, 3)}
@@ -178,7 +181,8 @@ def test_a_checkpoint_survives_a_fault_at_every_step(tmp_path, fault):
 
 # TensorFlow's part is played by a dict: a process that imported the real one could not be forked.
 TENSORFLOW = """
-import types, numpy as np, utils
+import types, numpy as np
+from model_files import weights
 hparams = {"n_vocab": 258, "n_ctx": 4, "n_embd": 4, "n_head": 2, "n_layer": 1}
 variables = {}
 for name, shape in weights.tensor_shapes(hparams):
@@ -192,8 +196,9 @@ train = types.SimpleNamespace(load_checkpoint=lambda path: reader)
 errors = types.SimpleNamespace(OpError=ZeroDivisionError)
 """
 CONVERTING = """
-import contextlib, io, json, resource, convert
-before, weights = folder + "-before", folder + "/model.safetensors"
+import contextlib, io, json, resource
+from model_files import convert
+before, converted = folder + "-before", folder + "/model.safetensors"
 spare = os.path.dirname(folder) + "/spare"
 os.mkdir(before)
 for name, text in {
@@ -204,15 +209,15 @@ for name, text in {
         f.write(text)
 def work():
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        convert.main(folder, weights, spare)
-    if not os.path.exists(weights):
+        convert.main(folder, converted, spare)
+    if not os.path.exists(converted):
         assert weights.read_safetensors(spare)
-        assert said.getvalue() == f"notice: {weights} not written: Read-only file system\\n"
+        assert said.getvalue() == f"notice: {converted} not written: Read-only file system\\n"
 for n in faults.at_every_change(folder, fault, work, before):
-    assert not os.path.exists(weights) or weights.read_safetensors(weights)
-    assert which(folder) == 1 and os.path.exists(weights)
+    assert not os.path.exists(converted) or weights.read_safetensors(converted)
+    assert which(folder) == 1 and os.path.exists(converted)
 print(n)
-os.unlink(weights)
+os.unlink(converted)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # a full disk, in the midst of the weights
 there = os.listdir(folder)
 assert which(folder) is None and os.listdir(folder) == there
@@ -455,8 +460,9 @@ def test_two_trainings_into_one_folder(training, tmp_path):
 
 
 CACHE = """
-import os, sys, warnings, jax, jax.numpy as jnp, devices
+import os, sys, warnings, jax, jax.numpy as jnp
 from pathlib import Path
+from training import devices
 devices.start_jax(None, None, None)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 double = jax.jit(lambda x: jnp.sin(x) * 2)

@@ -16,7 +16,7 @@ from conftest import REPO, on_linux, random_params
 
 import utils
 from encoder import Encoder
-from model_files import convert, download, weights
+from model_files import config, convert, download, weights
 from plumbing import cli, files
 
 HPARAMS = {"n_vocab": 257, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
@@ -215,6 +215,32 @@ def test_we_load_what_transformers_saves(tmp_path, dtype, form):
         np.testing.assert_array_equal(array, theirs)
 
 
+@pytest.mark.parametrize("n_inner", [None, 20, 32, 33])
+def test_any_n_inner_loads_and_is_exported(rng, tmp_path, n_inner):
+    """From transformers to us, to a folder, and back to transformers, with the same logits."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from gpt2 import gpt2
+
+    sizes = {theirs: HPARAMS[ours] for ours, theirs in config.HUGGING_FACE_SIZES.items()}
+    settings = transformers.GPT2Config(**sizes, n_inner=n_inner)
+    model = transformers.GPT2LMHeadModel(settings).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    Encoder([]).save(tmp_path / "theirs")
+    encoder, hparams, params = load(tmp_path / "theirs")
+    assert hparams == HPARAMS | ({"n_inner": n_inner} if n_inner in (20, 33) else {})
+    assert params["blocks"][1]["mlp"]["c_fc"]["w"].shape == (8, n_inner or 32)
+    utils.save_model(tmp_path / "ours", encoder, hparams, params)
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    assert again.config.n_inner == (n_inner if n_inner in (20, 33) else None)
+    ids = rng.integers(257, size=(2, 9))
+    logits = gpt2(ids, **load(tmp_path / "ours")[2], n_head=2)
+    for theirs in (model, again):
+        with torch.no_grad():
+            wanted = theirs(torch.tensor(ids)).logits
+        np.testing.assert_allclose(logits, wanted, atol=1e-5)
+
+
 def test_masks_and_the_tied_head_of_older_files_are_ignored(saved):
     folder, params = saved
     tensors = {weights.hugging_face_name(n): a for n, a in leaves(params, HPARAMS).items()}
@@ -242,6 +268,9 @@ def test_masks_and_the_tied_head_of_older_files_are_ignored(saved):
         {"scale_attn_by_inverse_layer_idx": True},
         {"layer_norm_epsilon": 1e-6},
         {"n_inner": 33},
+        {"n_inner": 0},
+        {"n_inner": "32"},
+        {"n_inner": True},
         {"add_cross_attention": True},
         {"n_head": 3},
         {"n_layer": 10**12},
@@ -611,7 +640,9 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_else(saved, tmp_path):
     folder, params = saved
     files = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
     code = f"""if True:
-        import resource, numpy as np, utils; from plumbing import cli
+        import resource, numpy as np, utils
+        from model_files import weights
+        from plumbing import cli
         encoder, hparams, params = utils.load_encoder_hparams_and_params({str(folder)!r}, "models")
         zeros = {{n: np.zeros(s, np.float32) for n, s in weights.tensor_shapes(hparams)}}
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
