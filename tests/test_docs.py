@@ -18,6 +18,7 @@ import sys
 
 import pytest
 from conftest import REPO, SHAKESPEARE
+from test_house import WINGS
 
 from model_files import weights
 
@@ -114,9 +115,9 @@ def project(tmp_path, monkeypatch):
     folder = tmp_path / "sixtygpt"
     folder.mkdir()
     for path in REPO.glob("*.*"):
-        if path.suffix in (".py", ".md", ".txt", ".html"):
+        if path.suffix in (".py", ".md", ".txt"):
             shutil.copy(path, folder)
-    for name in ("docs", "benchmarks", "models/shakespeare"):
+    for name in ("docs", "benchmarks", "models/shakespeare", "pages", *WINGS):
         skip = shutil.ignore_patterns("__pycache__", ".*", "checkpoints")
         shutil.copytree(REPO / name, folder / name, ignore=skip)
     if SHAKESPEARE.exists():
