@@ -15,6 +15,7 @@ import signal
 import sys
 import typing
 
+USERS_MISTAKES = (ValueError, OSError, ImportError, AssertionError, OverflowError, MemoryError)
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 TYPED = "\0"  # marks what a person typed: argv cannot contain it, so nothing else looks like it
 
@@ -22,8 +23,8 @@ TYPED = "\0"  # marks what a person typed: argv cannot contain it, so nothing el
 def run_cli(main):
     """Run `main` as a command line whose flags are its parameters, read by their annotations.
 
-    `main` starts only once the whole line is understood. ValueError, OSError, ImportError and
-    MemoryError end in one line on stderr and exit code 2, Ctrl-C in 130, a closed pipe in 141.
+    `main` starts only once the whole line is understood. USERS_MISTAKES end in one line on stderr
+    and exit code 2, Ctrl-C in 130, a closed pipe in 141.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -38,7 +39,7 @@ def run_cli(main):
         code = 130
     except BrokenPipeError:
         code = 141
-    except (ValueError, OverflowError, OSError, ImportError, MemoryError) as error:
+    except USERS_MISTAKES as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         code = 2
     with contextlib.suppress(AttributeError):  # there may be no stdout
