@@ -822,7 +822,7 @@ def test_256_tokens_are_not_too_many_and_a_path_is_a_model(models, tmp_path):
 
     def check(call):
         for inner in call["calls"]:
-            assert inner["function"] != call["function"]  # attention's halves are left out
+            assert inner["function"] != call["function"]
             check(inner)
 
     check(data["call"])
