@@ -1,5 +1,6 @@
 """Several devices, several processes: the same losses and parameters as on one."""
 
+import functools
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from training.state import init_params, start_state
 from training.text import cut_windows
 from utils import load_encoder_hparams_and_params
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SIZES = {"n_vocab": 257, "n_ctx": 16, "n_embd": 24, "n_layer": 2}
 TEXT = [np.random.default_rng(0).integers(0, 257, 5000, dtype=np.uint16)]
 
@@ -50,8 +52,10 @@ def train(seed, n_devices, fsdp, optimizer, dtype="float32"):
     return state, float(loss), float(train_jax.validation_loss(state[0], *windows, **how))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize(
+    "fsdp, optimizer",
+    [(True, "muon"), (False, "adamw"), slow(False, "muon"), slow(True, "adamw")],
+)
 def test_eight_devices_compute_what_one_does(seed, fsdp, optimizer):
     one, *wanted = train(seed, 1, False, optimizer)
     state, *losses = train(seed, 8, fsdp, optimizer)
@@ -90,6 +94,7 @@ def test_every_device_reads_only_its_stretches(seed, monkeypatch):
     assert read == 8 * [3 * 2 * 2]
 
 
+@pytest.mark.slow
 def test_bfloat16_on_eight_devices_is_bfloat16_on_one(seed):
     _, *wanted = train(seed, 1, False, "adamw", "bfloat16")
     _, *losses = train(seed, 8, True, "adamw", "bfloat16")
@@ -98,7 +103,7 @@ def test_bfloat16_on_eight_devices_is_bfloat16_on_one(seed):
 
 # --- Processes ------------------------------------------------------------------------------------
 
-RUN = ["--data", "python-docs", "--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--n_ctx", 16]
+RUN = ["--data", "python-docs", "--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--n_ctx", 16]
 RUN += ["--n_steps", 60, "--eval_every", 30, "--checkpoint_every", 30, "--n_accumulate", 2]
 
 
@@ -138,7 +143,7 @@ def one_process(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("fsdp", [slow(False), True])
 def test_two_processes_train_the_model_of_one(one_process, tmp_path, fsdp):
     out = tmp_path / "out"
     first, second = finish(begin(*RUN, "--out", out, *(["--fsdp"] if fsdp else []), n_processes=2))
@@ -159,6 +164,7 @@ def same_model(out, other):
     return True
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_one_alone_can_go_on(one_process, tmp_path):
     out = tmp_path / "out"
     processes = begin(*RUN, "--n_steps", 10**6, "--out", out, "--fsdp", n_processes=2)

@@ -520,7 +520,7 @@ def command(models_dir, args, model="tiny"):
 
 def run(models_dir, *args, stdin=b""):
     flags = ["--model_size", "tiny"]
-    return conftest.run("kv_cache.py", *args, *flags, models_dir=models_dir, input=stdin)
+    return conftest.call("kv_cache.py", *args, *flags, models_dir=models_dir, input=stdin)
 
 
 def expected(params, prompt, n_tokens, **options):
@@ -708,7 +708,7 @@ def test_what_is_left_out_means_the_same_everywhere():
 
 
 def test_sampling_is_checked_before_a_model_is_looked_for():
-    code, out, err = conftest.run("kv_cache.py", "One", "--top_p=0", "--model_size=nowhere")
+    code, out, err = conftest.call("kv_cache.py", "One", "--top_p=0", "--model_size=nowhere")
     assert (code, out) == (2, "") and err.startswith("error: top_p must be")
 
 
