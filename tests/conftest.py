@@ -1,6 +1,8 @@
 """What several test files need: real files, a printed seed, random models, transformers' twin."""
 
 import contextlib
+import ctypes
+import gc
 import importlib
 import io
 import os
@@ -8,6 +10,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -55,6 +58,30 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("not run")
         for reason, n in counts.most_common():
             terminalreporter.line(f"{n:4} {reason}")
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back():
+    """XLA's compiler frees hundreds of megabytes, which the C library would keep for itself."""
+    start = time.monotonic()
+    yield
+    if time.monotonic() - start > 1:
+        trim_memory()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_compiled_functions_left():
+    yield
+    if "jax" in sys.modules:
+        jax.clear_caches()
+    gc.collect()
+    trim_memory()
+
+
+def trim_memory():
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture

@@ -686,7 +686,7 @@ def pack_zst(data, n):
     return bytes.fromhex("28b52ffd0058") + n * (block + data) + last + data
 
 
-BOMBS = {
+BOMBS = {  # the first and the last of them are quick
     "spaces.txt.gz": lambda: gzip.compress(b" " * 10**7, 1) * 30,
     "letters.txt.gz": lambda: gzip.compress(b"a" * 10**7, 1) * 30,
     "lines.txt.gz": lambda: gzip.compress(b"\n" * 10**7, 1) * 30,
@@ -696,7 +696,9 @@ BOMBS = {
 
 
 @on_linux
-@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize(
+    "name", [name if name in list(BOMBS)[::4] else pytest.param(name, marks=slow) for name in BOMBS]
+)
 def test_a_small_file_that_unpacks_to_300_megabytes_takes_little_memory(tmp_path, name):
     if name.endswith("zst"):
         pytest.importorskip("zstandard")

@@ -781,6 +781,7 @@ def test_a_checkpoint_that_is_not_as_hparams_say_is_refused_unconverted(rng, tmp
     assert "model.ckpt: unreadable: " in refusal(tmp_path / "tf")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_conversion_cannot_be_kept_loads_with_a_notice(
     rng, tmp_path, monkeypatch, capsys
 ):
