@@ -117,7 +117,7 @@ def call(script, *args, models_dir=None, cwd=".", input=b""):
     for stream in streams:
         stream.flush()
     out, err = (stream.buffer.getvalue().decode() for stream in streams[1:])
-    return code, out, err + "".join(f"{warning.message}\n" for warning in met)
+    return code, out, "".join(f"{warning.message}\n" for warning in met) + err
 
 
 def call_trainer(*args, **options):
