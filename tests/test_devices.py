@@ -146,20 +146,29 @@ def metrics(out):
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    out = tmp_path_factory.mktemp("one") / "out"
-    [(code, printed, err)] = finish(begin(*RUN, "--out", out))
-    assert code == 0, err
-    return out
+    """The folder of a run on one device, by the optimizer's name."""
+
+    @functools.cache
+    def trained(optimizer):
+        out = tmp_path_factory.mktemp("one") / "out"
+        [(code, printed, err)] = finish(begin(*RUN, "--optimizer", optimizer, "--out", out))
+        assert code == 0, err
+        return out
+
+    return trained
 
 
-@pytest.mark.parametrize("fsdp", [slow(False), True])
-def test_two_processes_train_the_model_of_one(one_process, tmp_path, fsdp):
-    out = tmp_path / "out"
-    first, second = finish(begin(*RUN, "--out", out, *(["--fsdp"] if fsdp else []), n_processes=2))
+@pytest.mark.parametrize(
+    "fsdp, optimizer", [slow(False, "muon"), slow(True, "muon"), (True, "adamw")]
+)
+def test_two_processes_train_the_model_of_one(one_process, tmp_path, fsdp, optimizer):
+    out, one = tmp_path / "out", one_process(optimizer)
+    flags = [*RUN, "--optimizer", optimizer, "--out", out, *(["--fsdp"] if fsdp else [])]
+    first, second = finish(begin(*flags, n_processes=2))
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert "step 60: " in first[1] and "step" not in second[1]
-    assert same_model(out, one_process)
-    for ours, theirs in zip(metrics(out), metrics(one_process), strict=True):
+    assert same_model(out, one)
+    for ours, theirs in zip(metrics(out), metrics(one), strict=True):
         for name in ("step", "loss", "validation"):
             assert name not in theirs or np.isclose(ours[name], theirs[name], rtol=1e-4)
 
@@ -174,7 +183,7 @@ def same_model(out, other):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_both_and_one_alone_can_go_on(one_process, tmp_path):
+def test_a_signal_to_one_process_stops_both_and_one_alone_can_go_on(tmp_path):
     out = tmp_path / "out"
     processes = begin(*RUN, "--n_steps", 10**6, "--out", out, "--fsdp", n_processes=2)
     end = time.monotonic() + 120
