@@ -26,8 +26,9 @@ explain: .venv/generate
 	@.venv/bin/python explain.py "ROMEO: But soft, what light through yonder window breaks?" \
 		--model_size shakespeare --out explain.html
 
+# XLA's optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
 test: .venv/test
-	.venv/bin/python -m pytest -m "not slow"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/python -m pytest -m "not slow"
 
 test-slow: .venv/test
 	.venv/bin/python -m pytest -m slow
