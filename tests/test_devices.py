@@ -214,6 +214,7 @@ def test_processes_with_different_flags_are_refused(tmp_path):
         assert code == 2 and "started with different flags or texts" in err
 
 
+@pytest.mark.slow  # half a minute, in which JAX waits for the one that has ended
 def test_an_error_in_one_process_ends_the_other(tmp_path):
     processes = begin(*RUN, "--out", tmp_path / "out", n_processes=2, last=["--data", "nowhere"])
     first, second = finish(processes)
