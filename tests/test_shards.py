@@ -228,8 +228,8 @@ def test_the_same_ids_train_alike_from_every_kind(prepared, tmp_path):
     encoder.save(tmp_path / "tokenizer")
     printed = []
     for folder in (prepared, tmp_path / "nano", tmp_path / "llm.c"):
-        flags = ["--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "m", *TRAIN]
-        code, out, err = call_trainer("--data", folder, *flags)
+        flags = ["--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / f"of {folder.name}"]
+        code, out, err = call_trainer("--data", folder, *flags, *TRAIN)
         assert (code, err) == (0, "")
         printed.append([line for line in out.splitlines() if "FLOP" not in line][:3])
     assert printed[0] == printed[1] == printed[2]
