@@ -1,15 +1,22 @@
 # make demo     sets up .venv with what generating needs, then writes with the shipped model
 # make explain  makes a page that shows what the shipped model does with a text
-# make test     sets up the rest, then runs every test
+# make test     sets up the rest, then runs every kind of test, in minutes
+# make test-all runs the slow ones, too: repetitions, long runs, clusters (alone: make test-slow)
 # make lint     checks the style
 #
-# Both set-ups are quick the second time, and done again when a requirements file changes.
+# Both set-ups are quick the second time, and done again when a requirements file changes. What pip
+# says is in .venv/pip.log, and its end is shown where it fails.
 
 PYTHON ?= python3
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 TORCH_CPU = https://download.pytorch.org/whl/cpu
 
-.PHONY: demo explain test lint clean
+define pip
+.venv/bin/python -m pip install --disable-pip-version-check $(1) >.venv/pip.log 2>&1 || \
+	{ tail -n 20 .venv/pip.log >&2; exit 1; }
+endef
+
+.PHONY: demo explain test test-slow test-all lint clean
+.NOTPARALLEL:
 
 demo: .venv/generate
 	@.venv/bin/python gpt2.py "ROMEO:" --model_size shakespeare \
@@ -19,8 +26,14 @@ explain: .venv/generate
 	@.venv/bin/python explain.py "ROMEO: But soft, what light through yonder window breaks?" \
 		--model_size shakespeare --out explain.html
 
+# XLA's optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
 test: .venv/test
-	.venv/bin/python -m pytest
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/python -m pytest -m "not slow"
+
+test-slow: .venv/test
+	.venv/bin/python -m pytest -m slow
+
+test-all: test test-slow
 
 lint: .venv/test
 	.venv/bin/ruff format --check .
@@ -35,13 +48,14 @@ clean:
 	@$(PYTHON) -m venv .venv >&2 || { rm -rf .venv; exit 1; }
 
 .venv/generate: requirements/generate.txt | .venv/bin/python
-	@$(PIP) -r requirements/generate.txt >&2
+	@echo "installing what generating needs: seconds, the first time ..." >&2
+	@$(call pip,-r requirements/generate.txt)
 	@touch $@
 
 # PyTorch without CUDA's gigabytes, where its own index can be reached; else whatever pip finds.
 .venv/test: requirements.txt $(wildcard requirements/*.txt) | .venv/bin/python
-	@echo "installing what the tests need: some minutes the first time ..." >&2
-	@$(PIP) --no-deps --retries 0 --index-url $(TORCH_CPU) "$$(grep ^torch requirements/test.txt)" \
-		>/dev/null 2>&1 || true
-	@$(PIP) -r requirements/test.txt >&2
+	@echo "installing what the tests need: minutes, the first time ..." >&2
+	@($(call pip,--no-deps --retries 0 --index-url $(TORCH_CPU) "$$(grep ^torch requirements/test.txt)")) \
+		2>/dev/null || true
+	@$(call pip,-r requirements/test.txt)
 	@touch $@ .venv/generate

@@ -1,10 +1,18 @@
 """What several test files need: real files, a printed seed, random models, transformers' twin."""
 
 import contextlib
+import ctypes
+import gc
+import importlib
+import io
 import os
 import secrets
 import subprocess
 import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +21,15 @@ import pytest
 import utils
 from encoder import Encoder
 from model_files import config, weights
+from plumbing import cli
 
 with contextlib.suppress(ImportError):
     import jax
 
     jax.config.update("jax_num_cpu_devices", 8)  # for test_devices.py, before JAX starts
+    cache = tempfile.TemporaryDirectory()  # what two tests compile is compiled once
+    jax.config.update("jax_compilation_cache_dir", cache.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 REPO = Path(__file__).resolve().parent.parent
 # GPT-2's own tokenizer files and tiny Shakespeare are not part of the project. Tests that want them
@@ -36,6 +48,42 @@ SHAKESPEARE = first_there(DATA / "shakespeare" / "input.txt", REPO / "data" / "s
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux, by /proc or prlimit")
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What was not run, and why: a line for each reason."""
+    stats, markers = terminalreporter.stats, terminalreporter.config.option.markexpr
+    counts = Counter(report.longrepr[2].split(": ", 1)[-1] for report in stats.get("skipped", []))
+    if markers == "not slow":
+        counts["slow: make test-all runs them, too"] = len(stats.get("deselected", []))
+    if counts:
+        terminalreporter.section("not run")
+        for reason, n in counts.most_common():
+            terminalreporter.line(f"{n:4} {reason}")
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back():
+    """XLA's compiler frees hundreds of megabytes, which the C library would keep for itself."""
+    start = time.monotonic()
+    yield
+    if time.monotonic() - start > 1:
+        trim_memory()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_compiled_functions_left():
+    yield
+    if "jax" in sys.modules:
+        jax.clear_caches()
+    gc.collect()
+    trim_memory()
+
+
+def trim_memory():
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 @pytest.fixture
 def rng():
     seed = secrets.randbits(32)
@@ -50,6 +98,52 @@ def run(script, *args, models_dir=None, timeout=300, **options):
     command = [sys.executable, str(REPO / script), *words, *where]
     done = subprocess.run(command, capture_output=True, timeout=timeout, **options)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def call(script, *args, models_dir=None, cwd=".", input=b""):
+    """What `run` answers, but in this process: for what is about words, not about processes."""
+    where = [] if models_dir is None else ["--models_dir", str(models_dir)]
+    words = [os.fsdecode(word) if isinstance(word, bytes) else str(word) for word in args]
+    streams = [io.TextIOWrapper(io.BytesIO(data), "utf-8") for data in (input, b"", b"")]
+    code = 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(cwd), collected_warnings() as met:
+        patch.setattr(sys, "argv", [script, *words, *where])
+        for name, stream in zip(("stdin", "stdout", "stderr"), streams, strict=True):
+            patch.setattr(sys, name, stream)
+        try:
+            cli.run_cli(importlib.import_module(script.removesuffix(".py")).main)
+        except SystemExit as stop:
+            code = stop.code
+    for stream in streams:
+        stream.flush()
+    out, err = (stream.buffer.getvalue().decode() for stream in streams[1:])
+    return code, out, "".join(f"{warning.message}\n" for warning in met) + err
+
+
+def call_trainer(*args, **options):
+    """`call` for train_jax.py, on one device: JAX has started here with the tests' eight."""
+    from training import devices
+
+    precision = jax.config.jax_default_matmul_precision
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR"):  # they are chosen
+            patch.setenv(name, "")
+        patch.setattr("train_jax.make_mesh", lambda batch_size: devices.make_mesh(1))
+        patch.setattr("train_jax.peak_flops", lambda *_: (1e11, "measured"))  # in a second
+        try:
+            return call("train_jax.py", *args, **options)
+        finally:
+            jax.config.update("jax_default_matmul_precision", precision)
+
+
+@contextlib.contextmanager
+def collected_warnings():
+    """Those that a script shows: Python's own choice of them, and not pytest's."""
+    with warnings.catch_warnings(record=True) as met:
+        warnings.resetwarnings()
+        for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", kind)
+        yield met
 
 
 def random_params(rng, hparams):

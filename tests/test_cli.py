@@ -9,12 +9,12 @@ import time
 
 import numpy as np
 import pytest
-from conftest import REPO, TINY, exclaiming, run
+from conftest import REPO, TINY, call, exclaiming, run
 
 import gpt2
 import utils
 from encoder import Encoder
-from model_files import weights
+from model_files import download, weights
 from plumbing import cli
 
 # --- plumbing/cli.py ------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def expected(params, prompt, n_tokens, **sampling):
 def test_gpt2_takes_any_prompt_as_text(models, prompt):
     folder, params = models
     flags = ["--model_size", "tiny", "--n_tokens_to_generate", "20"]
-    code, out, err = run("gpt2.py", prompt, *flags, models_dir=folder)
+    code, out, err = call("gpt2.py", prompt, *flags, models_dir=folder)
     assert (code, out, err) == (0, expected(params, prompt, 20), "")
 
 
@@ -260,7 +260,7 @@ def test_gpt2_takes_any_prompt_as_text(models, prompt):
 def test_pico_writes_the_same(models, prompt):
     folder, params = models
     flags = ["--model_size", "tiny", "--n_tokens_to_generate", "12"]
-    code, out, err = run("gpt2_pico.py", prompt, *flags, models_dir=folder)
+    code, out, err = call("gpt2_pico.py", prompt, *flags, models_dir=folder)
     assert (code, err) == (0, "")
     assert out == expected(params, prompt, 12)
 
@@ -273,7 +273,7 @@ def test_both_stop_at_endoftext(models):
     silent["wte"][-1] += 1
     utils.save_model(folder / "silent", Encoder([]), TINY, silent)
     for script in ("gpt2.py", "gpt2_pico.py"):
-        done = run(script, "Once", "--model_size", "silent", models_dir=folder)
+        done = call(script, "Once", "--model_size", "silent", models_dir=folder)
         assert done == (0, "\n", "")
 
 
@@ -284,7 +284,7 @@ def test_an_empty_prompt_needs_a_tokenizer_with_an_end_of_text(models):
     hparams = TINY | {"n_vocab": 256}
     cut = params | {"wte": params["wte"][:256]}
     utils.save_model(folder / "endless", Encoder([], vocab), hparams, cut)
-    code, out, err = run("gpt2.py", "", "--model_size", "endless", models_dir=folder)
+    code, out, err = call("gpt2.py", "", "--model_size", "endless", models_dir=folder)
     assert (code, out) == (2, "") and err.count("\n") == 1 and "no <|endoftext|>" in err
 
 
@@ -293,7 +293,7 @@ def test_sampling_flags_reach_the_sampler(models):
     sampling = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 7}
     flags = [f"--{name}={value}" for name, value in sampling.items()]
     flags += ["--model_size", "tiny", "--n_tokens_to_generate", "20"]
-    code, out, err = run("gpt2.py", "Once", *flags, models_dir=folder)
+    code, out, err = call("gpt2.py", "Once", *flags, models_dir=folder)
     assert (code, out, err) == (0, expected(params, "Once", 20, **sampling), "")
 
 
@@ -303,14 +303,14 @@ def test_flags_left_out_mean_40_tokens_from_all_there_are(models):
         ([], {}),
         (["--temperature=0.9", "--seed=3"], {"temperature": 0.9, "seed": 3}),
     ):
-        code, out, err = run("gpt2.py", "Once", "--model_size", "tiny", *flags, models_dir=folder)
+        code, out, err = call("gpt2.py", "Once", "--model_size", "tiny", *flags, models_dir=folder)
         assert (code, out, err) == (0, expected(params, "Once", 40, **sampling), "")
 
 
 def test_prompt_and_new_tokens_may_fill_the_context_exactly(models):
     folder, params = models
     flags = ["--model_size", "tiny", "--n_tokens_to_generate", "44"]
-    assert run("gpt2.py", "Once", *flags, models_dir=folder)[1] == expected(params, "Once", 44)
+    assert call("gpt2.py", "Once", *flags, models_dir=folder)[1] == expected(params, "Once", 44)
 
 
 BAD = {
@@ -335,19 +335,20 @@ BAD = {
 def test_a_mistake_ends_in_one_line_and_exit_code_2(models, case):
     args, words = BAD[case]
     size = [] if "--model_size" in args else ["--model_size", "tiny"]
-    code, out, err = run("gpt2.py", *args, *size, models_dir=models[0])
+    code, out, err = call("gpt2.py", *args, *size, models_dir=models[0])
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
 
 
 def test_pico_refuses_what_does_not_fit(models):
-    code, out, err = run("gpt2_pico.py", "x" * 40, "--model_size", "tiny", models_dir=models[0])
+    code, out, err = call("gpt2_pico.py", "x" * 40, "--model_size", "tiny", models_dir=models[0])
     assert (code, out) == (2, "") and err.count("\n") == 1 and "n_ctx 48" in err
 
 
-def test_without_a_network_one_line_names_the_model_that_needs_none(tmp_path):
-    env = os.environ | {"SIXTYGPT_DOWNLOAD_URL": "http://127.0.0.1:9"}
-    code, out, err = run("gpt2.py", "Once", models_dir=tmp_path, env=env)
+def test_without_a_network_one_line_names_the_model_that_needs_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIXTYGPT_DOWNLOAD_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(download, "BACKOFF", 0.001)
+    code, out, err = call("gpt2.py", "Once", models_dir=tmp_path)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1 and "--model_size shakespeare" in err
     assert os.listdir(tmp_path) == []

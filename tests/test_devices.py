@@ -1,5 +1,6 @@
 """Several devices, several processes: the same losses and parameters as on one."""
 
+import functools
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from training.state import init_params, start_state
 from training.text import cut_windows
 from utils import load_encoder_hparams_and_params
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SIZES = {"n_vocab": 257, "n_ctx": 16, "n_embd": 24, "n_layer": 2}
 TEXT = [np.random.default_rng(0).integers(0, 257, 5000, dtype=np.uint16)]
 
@@ -33,13 +35,18 @@ def seed():
     return seed
 
 
-def train(seed, n_devices, fsdp, optimizer, dtype="float32"):
-    """4 steps of 2 * 8 stretches -> the state, the losses in training and in validation."""
-    mesh = devices.make_mesh(n_devices)  # that many of the 8 divide so large a batch
+def start(seed, mesh, fsdp, optimizer):
+    """-> the optimizer, the state before the first step, and its shardings."""
     schedule = train_jax.make_schedule(6, 1e-3, 1e-5, 2)
     optimizer = train_jax.make_optimizer(schedule, optimizer, 0.1, 1.0, 0.99)
     params = init_params(jax.random.key(seed), **SIZES)
-    state, shardings = start_state(params, None, 0, optimizer, 384, mesh, fsdp)
+    return optimizer, *start_state(params, None, 0, optimizer, 384, mesh, fsdp)
+
+
+def train(seed, n_devices, fsdp, optimizer, dtype="float32"):
+    """4 steps of 2 * 8 stretches -> the state, the losses in training and in validation."""
+    mesh = devices.make_mesh(n_devices)  # that many of the 8 divide so large a batch
+    optimizer, state, shardings = start(seed, mesh, fsdp, optimizer)
     how = {"dtype": dtype, "n_head": 3, "n_vocab": 257, "n_chunks": 2}
     steps = train_jax.make_train_steps(optimizer, 0.1, seed, shardings=shardings, **how)
     spec = devices.make_sharding(mesh, None, None, "data")
@@ -50,8 +57,10 @@ def train(seed, n_devices, fsdp, optimizer, dtype="float32"):
     return state, float(loss), float(train_jax.validation_loss(state[0], *windows, **how))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize(
+    "fsdp, optimizer",
+    [(True, "muon"), slow(False, "muon"), slow(True, "adamw"), slow(False, "adamw")],
+)
 def test_eight_devices_compute_what_one_does(seed, fsdp, optimizer):
     one, *wanted = train(seed, 1, False, optimizer)
     state, *losses = train(seed, 8, fsdp, optimizer)
@@ -67,8 +76,12 @@ def test_eight_devices_compute_what_one_does(seed, fsdp, optimizer):
     assert blocks["ln_1"]["g"].addressable_shards[0].data.shape == (24,)
 
 
-def test_moments_of_layers_are_shared_out_without_fsdp_too(seed):
-    state, _, _ = train(seed, 2, False, "muon")
+@pytest.mark.parametrize("when", ["before the first step", slow("after some")])
+def test_moments_of_layers_are_shared_out_without_fsdp_too(seed, when):
+    if when == "after some":
+        state, _, _ = train(seed, 2, False, "muon")
+    else:
+        _, state, _ = start(seed, devices.make_mesh(2), False, "muon")
     layers = [x for x in jax.tree.leaves(state[1]) if x.ndim == 3]
     assert layers and all(x.addressable_shards[0].data.shape[0] == 1 for x in layers)
 
@@ -90,6 +103,7 @@ def test_every_device_reads_only_its_stretches(seed, monkeypatch):
     assert read == 8 * [3 * 2 * 2]
 
 
+@pytest.mark.slow
 def test_bfloat16_on_eight_devices_is_bfloat16_on_one(seed):
     _, *wanted = train(seed, 1, False, "adamw", "bfloat16")
     _, *losses = train(seed, 8, True, "adamw", "bfloat16")
@@ -98,7 +112,7 @@ def test_bfloat16_on_eight_devices_is_bfloat16_on_one(seed):
 
 # --- Processes ------------------------------------------------------------------------------------
 
-RUN = ["--data", "python-docs", "--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--n_ctx", 16]
+RUN = ["--data", "python-docs", "--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--n_ctx", 16]
 RUN += ["--n_steps", 60, "--eval_every", 30, "--checkpoint_every", 30, "--n_accumulate", 2]
 
 
@@ -132,20 +146,29 @@ def metrics(out):
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    out = tmp_path_factory.mktemp("one") / "out"
-    [(code, printed, err)] = finish(begin(*RUN, "--out", out))
-    assert code == 0, err
-    return out
+    """The folder of a run on one device, by the optimizer's name."""
+
+    @functools.cache
+    def trained(optimizer):
+        out = tmp_path_factory.mktemp("one") / "out"
+        [(code, printed, err)] = finish(begin(*RUN, "--optimizer", optimizer, "--out", out))
+        assert code == 0, err
+        return out
+
+    return trained
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_two_processes_train_the_model_of_one(one_process, tmp_path, fsdp):
-    out = tmp_path / "out"
-    first, second = finish(begin(*RUN, "--out", out, *(["--fsdp"] if fsdp else []), n_processes=2))
+@pytest.mark.parametrize(
+    "fsdp, optimizer", [slow(False, "muon"), slow(True, "muon"), (True, "adamw")]
+)
+def test_two_processes_train_the_model_of_one(one_process, tmp_path, fsdp, optimizer):
+    out, one = tmp_path / "out", one_process(optimizer)
+    flags = [*RUN, "--optimizer", optimizer, "--out", out, *(["--fsdp"] if fsdp else [])]
+    first, second = finish(begin(*flags, n_processes=2))
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert "step 60: " in first[1] and "step" not in second[1]
-    assert same_model(out, one_process)
-    for ours, theirs in zip(metrics(out), metrics(one_process), strict=True):
+    assert same_model(out, one)
+    for ours, theirs in zip(metrics(out), metrics(one), strict=True):
         for name in ("step", "loss", "validation"):
             assert name not in theirs or np.isclose(ours[name], theirs[name], rtol=1e-4)
 
@@ -159,7 +182,8 @@ def same_model(out, other):
     return True
 
 
-def test_a_signal_to_one_process_stops_both_and_one_alone_can_go_on(one_process, tmp_path):
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_and_one_alone_can_go_on(tmp_path):
     out = tmp_path / "out"
     processes = begin(*RUN, "--n_steps", 10**6, "--out", out, "--fsdp", n_processes=2)
     end = time.monotonic() + 120
@@ -190,6 +214,7 @@ def test_processes_with_different_flags_are_refused(tmp_path):
         assert code == 2 and "started with different flags or texts" in err
 
 
+@pytest.mark.slow  # half a minute, in which JAX waits for the one that has ended
 def test_an_error_in_one_process_ends_the_other(tmp_path):
     processes = begin(*RUN, "--out", tmp_path / "out", n_processes=2, last=["--data", "nowhere"])
     first, second = finish(processes)

@@ -254,6 +254,7 @@ def test_each_numbered_page_has_a_picture():
     assert {name for pages in pictures().values() for name in pages} >= set(NUMBERED)
 
 
+@pytest.mark.slow
 def test_draw_makes_every_picture_of_the_pages(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     pytest.importorskip("jax", reason="jax is not installed")

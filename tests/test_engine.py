@@ -201,6 +201,7 @@ def test_several_callers_at_once(rng, n_threads):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")  # JAX's: the child does not use it
 def test_a_forked_process_starts_its_own_workers(n_threads):
     assert threads.in_threads(lambda mine: 1, n_threads) == [1] * n_threads
     child = os.fork()

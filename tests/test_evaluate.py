@@ -553,9 +553,9 @@ def test_the_default_file_is_downloaded_once(tmp_path, monkeypatch, task):
 # --------------------------------------------------------------------------------------------------
 
 
-def run(folder, *args, model="tiny"):
+def run(folder, *args, model="tiny", how=conftest.call):
     which = [] if "--model_size" in args else ["--model_size", model]
-    return conftest.run("evaluate.py", *args, *which, models_dir=folder)
+    return how("evaluate.py", *args, *which, models_dir=folder)
 
 
 def result(*args, **kwargs):
@@ -574,7 +574,7 @@ def test_perplexity_of_a_file(models, tmp_path):
     data = write(tmp_path / "text", "Wörter und Zahlen, 1 2 3. " * 5)
     ids, n_bytes, n_words = evaluate.load_ids(data, Encoder([]))
     for flags, stride in ([], None), (["--stride", "9"], 9), (["--stride", "none"], None):
-        ours = result(folder, "perplexity", "--data", data, *flags)
+        ours = result(folder, "perplexity", "--data", data, *flags, how=conftest.run)
         expected = evaluate.perplexity(ids, n_bytes, n_words, params, N_HEAD, stride)
         assert ours.keys() == expected.keys() and ours["stride"] == (stride or 48)
         for key, value in expected.items():

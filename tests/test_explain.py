@@ -248,7 +248,7 @@ def test_a_page_of_64_tokens_of_124m_is_below_5_megabytes(rng):
 # ---- The command line ----------------------------------------------------------------------------
 
 
-run = functools.partial(conftest.run, "explain.py")
+call = functools.partial(conftest.call, "explain.py")
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_mistake_is_one_line(models, tmp_path, args, line):
         params = random_params(np.random.default_rng(0), hparams)
         utils.save_model(folder / "long", Encoder([]), hparams, params)
     size = [] if "--model_size" in args else ["--model_size", "tiny"]
-    code, out, err = run(*args, *size, "--models_dir", folder, cwd=tmp_path)
+    code, out, err = call(*args, *size, "--models_dir", folder, cwd=tmp_path)
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(line)
     assert os.listdir(tmp_path) == []
 
@@ -279,7 +279,7 @@ def test_a_mistake_is_one_line(models, tmp_path, args, line):
 def test_any_text_makes_a_page(models, tmp_path, text):
     folder, params = models
     args = [text, "--model_size", "tiny", "--models_dir", folder]
-    code, out, err = run(*args, cwd=tmp_path)
+    code, out, err = call(*args, cwd=tmp_path)
     assert (code, err) == (0, "") and out.endswith("Open it in a browser.\n")
     ids = Encoder([]).encode(text) or [256]
     data = read_page(tmp_path / "explain.html")
@@ -494,7 +494,7 @@ def test_the_page_fits_and_can_be_read(opened, width, scheme):
 @pytest.mark.parametrize("text", ["", "x", "a🙂\n\té", "b" * 48])
 def test_odd_texts_open_without_an_error(browser, models, tmp_path, text):
     args = [text, "--model_size", "tiny", "--models_dir", models[0]]
-    assert run(*args, cwd=tmp_path)[0] == 0
+    assert call(*args, cwd=tmp_path)[0] == 0
     browser.get_log("browser")
     browser.get((tmp_path / "explain.html").as_uri())
     for i in range(len(Encoder([]).encode(text))):
@@ -573,7 +573,7 @@ def test_what_is_said_about_a_token(opened, written):
 
 def test_the_chosen_token_stays_in_sight(browser, models, tmp_path):
     args = ["ab " * 16, "--model_size", "tiny", "--models_dir", models[0]]
-    assert run(*args, cwd=tmp_path)[0] == 0
+    assert call(*args, cwd=tmp_path)[0] == 0
     emulate(browser, 200)
     browser.get((tmp_path / "explain.html").as_uri())
     for i in (47, 0, 20):
@@ -797,16 +797,16 @@ def linear_light(colour):  # https://www.w3.org/TR/WCAG22/#dfn-relative-luminanc
 def test_out_may_be_a_link_but_no_device(models, tmp_path):
     args = ["a", "--model_size", "tiny", "--models_dir", models[0], "--out"]
     (tmp_path / "link.html").symlink_to("real.html")
-    assert run(*args, "link.html", cwd=tmp_path)[0] == 0
+    assert call(*args, "link.html", cwd=tmp_path)[0] == 0
     assert (tmp_path / "link.html").is_symlink() and not (tmp_path / "real.html").is_symlink()
     os.mkfifo(tmp_path / "pipe")
-    code, _, err = run(*args, "pipe", cwd=tmp_path)
+    code, _, err = call(*args, "pipe", cwd=tmp_path)
     assert code == 2 and err.startswith("error: --out pipe: is no ordinary file; expected")
     os.link(tmp_path / "real.html", tmp_path / "old")  # a new file takes the name: never half of it
     old = (tmp_path / "old").read_bytes()
-    assert run("other", *args[1:], "real.html", cwd=tmp_path)[0] == 0
+    assert call("other", *args[1:], "real.html", cwd=tmp_path)[0] == 0
     assert (tmp_path / "old").read_bytes() == old != (tmp_path / "real.html").read_bytes()
-    code, _, err = run(*args, "x" * 250, cwd=tmp_path)
+    code, _, err = call(*args, "x" * 250, cwd=tmp_path)
     assert code == 2 and ".tmp" not in err and err.startswith(f"error: cannot write {tmp_path}")
 
 
@@ -814,7 +814,7 @@ def test_256_tokens_are_not_too_many_and_a_path_is_a_model(models, tmp_path):
     folder, hparams = models[0], TINY | {"n_ctx": 300}
     params = random_params(np.random.default_rng(0), hparams)
     utils.save_model(folder / "longer", Encoder([]), hparams, params)
-    code, out, _ = run("ab" * 128, "--model_size", folder / "longer", cwd=tmp_path)
+    code, out, _ = call("ab" * 128, "--model_size", folder / "longer", cwd=tmp_path)
     size = (tmp_path / "explain.html").stat().st_size
     assert code == 0 and out.endswith(f": 256 tokens, {size / 1e6:.1f} MB. Open it in a browser.\n")
     data = read_page(tmp_path / "explain.html")
@@ -834,7 +834,7 @@ def test_weights_that_make_no_numbers_are_refused(models, tmp_path, scale):
     params["ln_f"]["g"] *= np.float32(scale)
     params["wte"] *= np.float32(1e10)
     utils.save_model(models[0] / "broken", Encoder([]), TINY, params)
-    code, out, err = run("a", "--model_size", "broken", "--models_dir", models[0], cwd=tmp_path)
+    code, out, err = call("a", "--model_size", "broken", "--models_dir", models[0], cwd=tmp_path)
     assert (code, out) == (2, "") and os.listdir(tmp_path) == []
     assert err.splitlines()[-1].startswith(
         "error: broken: with its weights the logits are no finite"

@@ -317,6 +317,7 @@ def text_of(rng, n):  # documents of a few words each
     )
 
 
+@pytest.mark.slow
 def test_preparation_killed_at_random_times_makes_the_same_bytes(tmp_path, rng):
     text = text_of(rng, 4000)
     (tmp_path / "a.txt").write_text(text)
@@ -390,6 +391,7 @@ def wait_until(condition, process):  # or it has ended
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_training_killed_at_random_times_comes_to_the_same_bits(training, tmp_path, rng):
     flags, whole = training
     out, n_killed, n_finished = tmp_path / "out", 0, 0
@@ -424,6 +426,7 @@ def test_training_killed_at_random_times_comes_to_the_same_bits(training, tmp_pa
     print(f"training: {n_killed} kills, {n_finished + 1} runs that finished, all alike")
 
 
+@pytest.mark.slow
 @on_linux
 def test_training_survives_full_disks_and_a_folder_that_is_lost(training, tmp_path):
     """One after the other, and then goes on to the same bits as if nothing had been."""
@@ -461,6 +464,7 @@ def test_training_survives_full_disks_and_a_folder_that_is_lost(training, tmp_pa
     assert trained(out) == whole
 
 
+@pytest.mark.slow
 def test_two_trainings_into_one_folder(training, tmp_path):
     flags, whole = training
     out = tmp_path / "out"
@@ -515,13 +519,11 @@ def test_what_a_kill_left_of_a_save_is_cleared_away(tmp_path):
 def test_a_page_that_a_full_disk_refuses_leaves_the_old_one(tmp_path):
     (tmp_path / "explain.html").write_text("an older page")
     model = ["--model_size", "shakespeare", "--models_dir", REPO / "models"]
-    process = begin(
-        "explain.py", "ROMEO", *model, cwd=tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)),
-    )  # fmt: skip
-    out, err = process.communicate(timeout=120)
+    command = [sys.executable, REPO / "explain.py", "ROMEO", *model]
+    limited = ["sh", "-c", 'ulimit -f 19; exec "$@"', "-", *map(str, command)]  # 10 or 19 kB
+    done = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     problem = f"error: cannot write {tmp_path}/explain.html: File too large\n"
-    assert (process.returncode, out, err) == (2, "", problem)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", problem)
     assert faults.files(tmp_path) == {"explain.html": b"an older page"}
 
 
@@ -560,7 +562,7 @@ def run_backwards(program, *args):
     return shown
 
 
-@pytest.mark.parametrize("still", [[], ["still"]])
+@pytest.mark.parametrize("still", [pytest.param([], marks=pytest.mark.slow), ["still"]])
 def test_preparation_does_not_trust_the_clock(tmp_path, rng, still):
     (tmp_path / "a.txt").write_text(text_of(rng, 300))
     args = [tmp_path / "a.txt", "--workers", "1", "--shard_mb", "0.01", "--out"]
@@ -580,6 +582,7 @@ def test_preparation_does_not_trust_the_clock(tmp_path, rng, still):
     assert process.returncode == 2 and "(other sources)" in err
 
 
+@pytest.mark.slow
 def test_training_does_not_trust_the_clock(training, tmp_path):
     flags, whole = training
     out = tmp_path / "out"

@@ -1,6 +1,5 @@
 """kv_cache.py: the same text as without a cache, alone or in any company, within its memory."""
 
-import gc
 import inspect
 import io
 import itertools
@@ -352,6 +351,7 @@ def test_a_pass_runs_at_most_a_chunk(rng, params, monkeypatch):
 def test_a_sampled_row_depends_on_the_seed_and_its_number_alone(rng, params):
     sampling = {"temperature": 1.0, "top_k": 20, "top_p": 0.95, "seed": 7}
     prompts = random_prompts(rng, [3, 8, 1, 15, 4])
+    params = params | {"wte": params["wte"] / 8}  # or it might be sure of what comes
     rows = kv_cache.generate(prompts, params, N_HEAD, 12, **sampling)
     assert rows[:1] == alone(prompts[:1], params, 12, **sampling)  # the first as gpt2.py draws
     for batch_size in (1, 2, 4):
@@ -394,7 +394,6 @@ def test_the_batch_stays_full_and_within_its_memory(rng, params, monkeypatch):
         return make
 
     def extend(caches, new_ids, *args):
-        gc.collect()
         passes.append((len(caches), sum(map(len, new_ids)), len(alive)))
         return plain(caches, new_ids, *args)
 
@@ -437,7 +436,6 @@ def test_a_row_that_has_ended_holds_no_cache(params, monkeypatch):
     monkeypatch.setattr(kv_cache, "new_cache", make)
     ended = 0
     for _, _, why in kv_cache.generate_stream([[1], [2]], params, N_HEAD, 3, batch_size=1):
-        gc.collect()
         assert (caches[-1]() is None) == (why is not None)
         ended += why is not None
     assert ended == 2
@@ -520,7 +518,7 @@ def command(models_dir, args, model="tiny"):
 
 def run(models_dir, *args, stdin=b""):
     flags = ["--model_size", "tiny"]
-    return conftest.run("kv_cache.py", *args, *flags, models_dir=models_dir, input=stdin)
+    return conftest.call("kv_cache.py", *args, *flags, models_dir=models_dir, input=stdin)
 
 
 def expected(params, prompt, n_tokens, **options):
@@ -708,11 +706,11 @@ def test_what_is_left_out_means_the_same_everywhere():
 
 
 def test_sampling_is_checked_before_a_model_is_looked_for():
-    code, out, err = conftest.run("kv_cache.py", "One", "--top_p=0", "--model_size=nowhere")
+    code, out, err = conftest.call("kv_cache.py", "One", "--top_p=0", "--model_size=nowhere")
     assert (code, out) == (2, "") and err.startswith("error: top_p must be")
 
 
-@pytest.mark.parametrize("jsonl", [False, True])
+@pytest.mark.parametrize("jsonl", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ctrl_c_prints_what_there_is(models, jsonl):
     """The model is big enough to be slow."""
     hparams = TINY | {"n_ctx": 4096, "n_embd": 256, "n_layer": 8}

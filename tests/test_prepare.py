@@ -1,6 +1,5 @@
 """prepare.py and corpus/ against plain twins: whatever the format, the cuts, the workers."""
 
-import functools
 import gzip
 import json
 import os
@@ -28,6 +27,7 @@ from encoder import ENDOFTEXT, Encoder, get_encoder
 
 OPTIONS = {"separator": ENDOFTEXT, "field": "text", "seed": 1, "dtype": "<u2"}
 OPTIONS |= {"val_fraction": 0.0, "last_fraction": 0.0}
+slow = pytest.mark.slow
 fuzz = settings(max_examples=150, deadline=None, database=None, print_blob=True)
 small = encoder_module.train(Path(encoder_module.__file__).read_text("utf-8"), 600)
 FILES = {"meta.json", "vocab.json", "merges.txt", "tokenizer_config.json"}
@@ -40,7 +40,14 @@ def rng():
     return random.Random(seed)
 
 
-run = functools.partial(conftest.run, "prepare.py")
+def run(*args, **options):
+    """Where it asks for several workers, or Ray, as a person runs it; else here, by one worker."""
+    workers = dict(zip(args, args[1:], strict=False)).get("--workers", 1)
+    if str(workers) != "1" or "--ray" in args or "stdin" in options:
+        return conftest.run("prepare.py", *args, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)
+        return conftest.call("prepare.py", *args, **options)
 
 
 def make(*args, **kwargs):
@@ -489,7 +496,10 @@ def alive(group):
     return [state for state in done.stdout.split() if not state.startswith("Z")]
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "SIGINT to all", "SIGTERM"])
+@pytest.mark.parametrize(
+    "how",
+    ["SIGKILL", "SIGINT", *(pytest.param(h, marks=slow) for h in ("SIGINT to all", "SIGTERM"))],
+)
 def test_a_stopped_run_leaves_no_worker_and_goes_on(corpus, tmp_path, rng, how):
     flags, whole = corpus
     out = tmp_path / "out"
@@ -676,7 +686,7 @@ def pack_zst(data, n):
     return bytes.fromhex("28b52ffd0058") + n * (block + data) + last + data
 
 
-BOMBS = {
+BOMBS = {  # the first and the last of them are quick
     "spaces.txt.gz": lambda: gzip.compress(b" " * 10**7, 1) * 30,
     "letters.txt.gz": lambda: gzip.compress(b"a" * 10**7, 1) * 30,
     "lines.txt.gz": lambda: gzip.compress(b"\n" * 10**7, 1) * 30,
@@ -686,7 +696,9 @@ BOMBS = {
 
 
 @on_linux
-@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize(
+    "name", [name if name in list(BOMBS)[::4] else pytest.param(name, marks=slow) for name in BOMBS]
+)
 def test_a_small_file_that_unpacks_to_300_megabytes_takes_little_memory(tmp_path, name):
     if name.endswith("zst"):
         pytest.importorskip("zstandard")
@@ -841,6 +853,7 @@ def test_no_validation_is_noticed(tmp_path):
 # Ray
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_bytes_though_a_node_dies(corpus, tmp_path):
     """A cluster of two machines (nodes) of one processor each; one is killed half-way."""
     pytest.importorskip("ray", reason="ray is not installed (requirements/ray.txt)")
@@ -855,6 +868,7 @@ def test_ray_gives_the_same_bytes_though_a_node_dies(corpus, tmp_path):
     assert tree(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_ray_on_this_machine(corpus, tmp_path):
     pytest.importorskip("ray", reason="ray is not installed (requirements/ray.txt)")
     flags, whole = corpus
@@ -1109,9 +1123,7 @@ def test_standard_input_is_read_anew(tmp_path):
     make(*flags, cwd=tmp_path, input="".join(rows[::-1]).encode())
     assert read(tmp_path / "s", "train") == ids_of([f"row {i}".encode() for i in range(98, -1, -1)])
     assert (tmp_path / "s" / "notes.txt").read_text() == "mine"
-    code, out, err = run(
-        *flags, cwd=tmp_path, stdin=None, preexec_fn=None, close_fds=True, input=b""
-    )
+    code, out, err = run(*flags, cwd=tmp_path, input=b"")
     assert code == 2 and "remove it" in err
 
 

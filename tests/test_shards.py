@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO, run
+from conftest import REPO, call, call_trainer, run
 
 from corpus import shards
 from encoder import ENDOFTEXT, Encoder, get_encoder
@@ -207,12 +207,12 @@ TRAIN = [
 
 
 def test_a_model_is_trained_from_shards(prepared, tmp_path):
-    code, out, err = run("train_jax.py", "--data", prepared, "--out", tmp_path / "m", *TRAIN)
+    code, out, err = call_trainer("--data", prepared, "--out", tmp_path / "m", *TRAIN)
     assert (code, err) == (0, "")
     losses = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("step")]
     assert len(losses) == 2 and losses[1] < losses[0] < 5.6
     assert get_encoder("m", tmp_path).merges == []
-    code, out, err = run(
+    code, out, err = call(
         "gpt2.py", "story", "--model_size", tmp_path / "m", "--n_tokens_to_generate", "5"
     )
     assert (code, err) == (0, "")
@@ -228,18 +228,18 @@ def test_the_same_ids_train_alike_from_every_kind(prepared, tmp_path):
     encoder.save(tmp_path / "tokenizer")
     printed = []
     for folder in (prepared, tmp_path / "nano", tmp_path / "llm.c"):
-        flags = ["--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "m", *TRAIN]
-        code, out, err = run("train_jax.py", "--data", folder, *flags)
+        flags = ["--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / f"of {folder.name}"]
+        code, out, err = call_trainer("--data", folder, *flags, *TRAIN)
         assert (code, err) == (0, "")
         printed.append([line for line in out.splitlines() if "FLOP" not in line][:3])
     assert printed[0] == printed[1] == printed[2]
 
-    code, out, err = run("train_jax.py", "--data", tmp_path / "nano", "--out", tmp_path / "n")
+    code, out, err = call_trainer("--data", tmp_path / "nano", "--out", tmp_path / "n")
     problem = "shards without a tokenizer: name theirs with --tokenizer"
     assert (code, out) == (2, "") and problem in err and err.count("\n") == 1
     write_nano(tmp_path / "nano" / "x_val.bin", [1, 300] * 100)
     flags = ["--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "n"]
-    code, out, err = run("train_jax.py", "--data", tmp_path / "nano", *flags)
+    code, out, err = call_trainer("--data", tmp_path / "nano", *flags)
     assert (code, out) == (2, "") and "has the id 300, but the tokenizer only 257" in err
 
 
@@ -247,7 +247,7 @@ def test_a_text_may_have_a_tokenizer(tmp_path):
     Encoder([("t", "h"), ("th", "e")]).save(tmp_path / "tokenizer")
     (tmp_path / "a.txt").write_text("the old man and the sea " * 300)
     flags = ["--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "m", *TRAIN]
-    code, out, err = run("train_jax.py", "--data", tmp_path / "a.txt", *flags)
+    code, out, err = call_trainer("--data", tmp_path / "a.txt", *flags)
     assert (code, err) == (0, "")
     n_ids = 300 * (len("the old man and the sea ") - 4)
     assert f", {n_ids * 9 // 10} training" in out

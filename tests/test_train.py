@@ -41,6 +41,7 @@ from training.state import init_params, moment_shapes, name_leaves, resize_vocab
 from training.text import cut_windows, load_text
 from utils import load_encoder_hparams_and_params
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 ONE_DEVICE = make_sharding(make_mesh(1))
 SIZES = {"n_vocab": 257, "n_ctx": 16, "n_embd": 24, "n_layer": 2}
 
@@ -61,7 +62,8 @@ def names(tree):
 
 
 def test_initial_parameters_have_the_right_sizes_and_deviations(seed):
-    params = names(init_params(jax.random.key(seed), 257, 64, 128, 8))
+    tree = init_params(jax.random.key(seed), 257, 64, 128, 8)
+    params = names(jax.tree.map(np.asarray, tree))
     assert {x.dtype for x in params.values()} == {jnp.dtype("float32")}
     for name, x in params.items():
         if name.endswith(".b"):
@@ -71,11 +73,8 @@ def test_initial_parameters_have_the_right_sizes_and_deviations(seed):
         else:
             wanted = 0.02 / 4 if name.endswith("c_proj.w") else 0.02  # sqrt(2 * 8 layers) is 4
             assert abs(x.std() / wanted - 1) < 0.05, name
-    losses = train_jax.losses(
-        init_params(jax.random.key(seed), 257, 64, 128, 8),
-        jax.random.randint(jax.random.key(seed), (4, 65), 0, 257),
-        n_head=4,
-    )
+    tokens = jax.random.randint(jax.random.key(seed), (4, 65), 0, 257)
+    losses = jax.jit(train_jax.losses, static_argnums=2)(tree, tokens, 4)
     assert abs(losses.mean() - np.log(257)) < 0.1  # it knows nothing yet
 
 
@@ -83,10 +82,12 @@ def test_loss_is_the_mean_surprise(seed):
     params = init_params(jax.random.key(seed), **SIZES)
     params = jax.tree.map(lambda x: x * 5, params)
     tokens = jax.random.randint(jax.random.key(seed + 1), (3, 17), 0, 257)
-    logits = np.asarray(gpt2(tokens[:, :-1], **params, n_head=3), np.float64)
+    as_numpy = jax.tree.map(np.asarray, params)
+    logits = gpt2(np.asarray(tokens[:, :-1]), **as_numpy, n_head=3).astype(np.float64)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     surprise = [np.mean([-np.log(p[i, t, tokens[i, t + 1]]) for t in range(16)]) for i in range(3)]
-    assert np.allclose(train_jax.losses(params, tokens, 3), surprise, rtol=1e-5)
+    losses = jax.jit(train_jax.losses, static_argnums=2)(params, tokens, 3)
+    assert np.allclose(losses, surprise, rtol=1e-5)
 
 
 HPARAMS = {"n_vocab": 257, "n_ctx": 32, "n_embd": 24, "n_head": 3, "n_layer": 2}
@@ -199,7 +200,7 @@ def test_weight_decay_shrinks_matrices_only(name, also):
     params = jax.tree.map(jnp.ones_like, init_params(jax.random.key(0), **SIZES))
     optimizer = make_optimizer(name, lambda _: 0.5, weight_decay=0.1)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params), params)
     for name, update in names(updates).items():
         decays = name.endswith(".w") or name in also
         assert np.allclose(update, -0.05 if decays else 0, atol=1e-7), name
@@ -382,7 +383,7 @@ def test_validation_predicts_each_token_once(monkeypatch):
 def test_validation_is_the_mean_over_all_windows(seed):
     params = init_params(jax.random.key(seed), **SIZES)
     windows = np.asarray(jax.random.randint(jax.random.key(seed), (7, 17), 0, 257))
-    wanted = train_jax.losses(params, windows, 3).mean()
+    wanted = jax.jit(train_jax.losses, static_argnums=2)(params, windows, 3).mean()
     for batch_size in (1, 3, 7, 20):
         filled, counts = fill_batches(windows, batch_size)
         assert filled.shape[1:] == (batch_size, 17) and counts.sum() == 7
@@ -399,7 +400,7 @@ def start(optimizer, seed, n_rows=257):
     return start_state(params, None, 0, optimizer, n_rows, make_mesh(1), False)[0]
 
 
-@pytest.mark.parametrize("drop_rate", [0.0, 0.1])
+@pytest.mark.parametrize("drop_rate", [slow(0.0), 0.1])
 def test_many_steps_a_call_are_the_same_as_one_a_call(seed, drop_rate):
     batches = jax.random.randint(jax.random.key(seed), (8, 2, 4, 17), 0, 257)
     optimizer = make_optimizer()
@@ -415,7 +416,7 @@ def test_many_steps_a_call_are_the_same_as_one_a_call(seed, drop_rate):
     assert {x.dtype.name for x in jax.tree.leaves(together)} == {"float32", "int32"}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", slow("muon")])
 def test_accumulated_batches_are_one_large_batch(seed, optimizer):
     batches = jax.random.randint(jax.random.key(seed), (3, 4, 2, 17), 0, 257)
     optimizer = make_optimizer(optimizer)
@@ -438,7 +439,7 @@ def test_accumulation_sums_in_float32(seed):
     assert close(jax.tree.map(lambda a, b: a - b, many, before), change, 1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", [slow("adamw"), "muon"])
 def test_a_padded_vocabulary_changes_nothing_and_stays_zero(seed, optimizer):
     batches = jax.random.randint(jax.random.key(seed), (4, 1, 2, 17), 0, 257)
     optimizer = make_optimizer(optimizer)
@@ -494,7 +495,7 @@ def test_a_mistake_ends_in_one_line_before_any_training(tmp_path, case):
     args, words = BAD[case]
     data = [] if "--data" in args else ["--data", "python-docs"]
     to = [] if "--out" in args else ["--out", tmp_path / "out"]
-    code, out, err = run(*args, *data, *to)
+    code, out, err = conftest.call_trainer(*args, *data, *to)
     assert (code, out) == (2, "") and err.count("\n") == 1 and words in err
     assert not (tmp_path / "out").exists()
 
@@ -502,7 +503,7 @@ def test_a_mistake_ends_in_one_line_before_any_training(tmp_path, case):
 @pytest.mark.parametrize("text", ["", "too short"])
 def test_too_little_text_is_refused(tmp_path, text):
     (tmp_path / "text").write_text(text)
-    code, out, err = run("--data", tmp_path / "text", "--out", tmp_path / "out")
+    code, out, err = conftest.call_trainer("--data", tmp_path / "text", "--out", tmp_path / "out")
     assert (code, out) == (2, "") and err.count("\n") == 1 and "too few" in err
 
 
@@ -650,7 +651,7 @@ def never_stopped(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("sign", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("sign", [slow("SIGINT"), "SIGTERM"])
 def test_a_stopped_run_goes_on_to_the_same_bits(never_stopped, sign):
     out = never_stopped.parent / sign
     process = begin(*TINY_RUN, "--out", out)
@@ -665,10 +666,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(never_stopped, sign):
     assert ends(out) == ends(never_stopped)
 
 
-def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bits(never_stopped):
-    out, rng = never_stopped.parent / "killed", np.random.default_rng()
+@pytest.mark.parametrize("steps", [[240], slow([40, 240, 480])])
+def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bits(never_stopped, steps):
+    out, rng = never_stopped.parent / f"killed{len(steps)}", np.random.default_rng()
     process = begin(*TINY_RUN, "--out", out)
-    for step in (40, 240, 480):
+    for step in steps:
         wait_for_step(out, step, process)
         time.sleep(rng.uniform(0, 0.1))
         process.kill()
@@ -689,7 +691,7 @@ def test_a_checkpoint_opens_in_transformers(never_stopped):
 
 def test_what_cannot_be_resumed_is_said_in_one_line(never_stopped, tmp_path):
     def refused(*args):
-        code, out, err = run(*args)
+        code, out, err = conftest.call_trainer(*args)
         assert (code, out) == (2, "") and err.count("\n") == 1
         return err
 
@@ -936,14 +938,14 @@ def test_a_loss_that_explodes_ends_the_run_and_names_the_last_checkpoint(tmp_pat
     flags = ["--learning_rate", 1e9, "--n_warmup", 10**9, "--n_steps", 10**6, "--grad_clip", 1e30]
     flags += ["--optimizer", "adamw", "--checkpoint_every", 1, "--eval_every", 10**6]
     run_flags = [*TINY_RUN[:8], *flags, "--out", tmp_path / "out"]
-    code, out, err = run(*run_flags)
+    code, out, err = conftest.call_trainer(*run_flags)
     found = re.fullmatch(r"error: the loss is (\S+) at step (\d+): the last .* is (\S+)\n", err)
     assert code == 2 and found, err
     step = int(found[2])
     assert not float(found[1]) < 2 * np.log(257) and step > 1
     assert found[3] == str(tmp_path / "out" / "checkpoints" / f"{step - 1:08d}")
     load_encoder_hparams_and_params(found[3], ".")
-    code, out, err = run("--resume", tmp_path / "out")
+    code, out, err = conftest.call_trainer("--resume", tmp_path / "out")
     assert code == 2 and err.endswith(f" at step {step}: the last checkpoint is {found[3]}\n")
 
 
@@ -954,7 +956,9 @@ def test_finetuning_on_an_unfamiliar_text_is_no_explosion(models, tmp_path):
     loud = jax.tree.map(np.copy, params) | {"wte": params["wte"] * 8}  # sure of everything
     utils.save_model(tmp_path / "loud", Encoder([]), TINY, loud)
     flags = ["--data", tmp_path / "text", "--n_steps", 4, "--eval_every", 2, "--n_ctx", 16]
-    code, out, err = run("--init_from", tmp_path / "loud", *flags, "--out", tmp_path / "out")
+    code, out, err = conftest.call_trainer(
+        "--init_from", tmp_path / "loud", *flags, "--out", tmp_path / "out"
+    )
     assert (code, err) == (0, "")
     assert float(re.search(r"step 0: validation (\S+)", out)[1]) > 2 * np.log(257)
     _, first = progress.read_log(tmp_path / "out" / "metrics.jsonl")[:2]
@@ -967,7 +971,9 @@ def test_finetuning_starts_at_the_models_own_loss(models, tmp_path):
     text = (REPO / "gpt2.py").read_text()
     (tmp_path / "text").write_text(text)
     flags = ["--data", tmp_path / "text", "--out", tmp_path / "out", "--n_ctx", 32, "--n_steps", 4]
-    code, out, err = run("--init_from", folder / "tiny", *flags, "--eval_every", 2)
+    code, out, err = conftest.call_trainer(
+        "--init_from", folder / "tiny", *flags, "--eval_every", 2
+    )
     assert (code, err) == (0, "")
     _, windows = split_text(Encoder([]).encode(text), 32)
     windows = torch.from_numpy(windows).long()
@@ -981,7 +987,8 @@ def test_finetuning_starts_at_the_models_own_loss(models, tmp_path):
     assert (tuned["wpe"][:32] != params["wpe"][:32]).any()
 
     def refused(*args):
-        code, out, err = run("--init_from", folder / "tiny", "--data", tmp_path / "text", *args)
+        model = ["--init_from", folder / "tiny", "--data", tmp_path / "text"]
+        code, out, err = conftest.call_trainer(*model, *args)
         assert (code, out) == (2, "") and err.count("\n") == 1
         return err
 
@@ -997,11 +1004,11 @@ def test_models_are_looked_for_in_models_dir_and_not_at_all_by_a_resumed_run(
 ):
     (tmp_path / "text").write_text("some words " * 999)
     flags = [*flags, "--data", tmp_path / "text", "--n_ctx", 16, "--n_steps", 2]
-    code, _, err = run(*flags, "--out", tmp_path / "out", models_dir=models[0])
+    code, _, err = conftest.call_trainer(*flags, "--out", tmp_path / "out", models_dir=models[0])
     assert (code, err) == (0, "")
     _, plan = checkpoints.find_checkpoint(tmp_path / "out")
     assert plan["flags"][flags[0][2:]] == "tiny" and "models_dir" not in plan["flags"]
-    code, _, err = run("--resume", tmp_path / "out")
+    code, _, err = conftest.call_trainer("--resume", tmp_path / "out")
     assert (code, err) == (0, "")
 
 

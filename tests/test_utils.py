@@ -712,8 +712,11 @@ def write_checkpoint(folder, hparams, params, extra=()):
     (folder / "vocab.bpe").write_text("#version: 0.2\n")
 
 
+SIZES_OF_1 = [{"n_ctx": 1}, {"n_embd": 1, "n_head": 1, "n_layer": 1}]
+
+
 @pytest.mark.parametrize(
-    "ones", [{}, {"n_ctx": 1}, {"n_embd": 1, "n_head": 1, "n_layer": 1}], ids=str
+    "ones", [{}, *(pytest.param(s, marks=pytest.mark.slow) for s in SIZES_OF_1)], ids=str
 )
 def test_a_tensorflow_checkpoint_loads_and_is_converted_once(rng, tmp_path, ones):
     hparams = HPARAMS | ones
@@ -740,6 +743,7 @@ def test_a_tensorflow_checkpoint_loads_and_is_converted_once(rng, tmp_path, ones
     assert_same(load(folder)[2], params, hparams)
 
 
+@pytest.mark.slow
 def test_a_conversion_is_quiet_and_alike_in_two_processes(rng, tmp_path):
     params = random_params(rng, HPARAMS)
     write_checkpoint(tmp_path / "tf", HPARAMS, params)
@@ -777,6 +781,7 @@ def test_a_checkpoint_that_is_not_as_hparams_say_is_refused_unconverted(rng, tmp
     assert "model.ckpt: unreadable: " in refusal(tmp_path / "tf")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_conversion_cannot_be_kept_loads_with_a_notice(
     rng, tmp_path, monkeypatch, capsys
 ):
