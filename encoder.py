@@ -169,6 +169,7 @@ class Encoder:
         self.piece_of_id = {id: piece for piece, id in self.vocab.items()}
         self._byte_ids = [self.vocab[CHAR_OF_BYTE[byte]] for byte in range(256)]
         self._ranks, self._merged = rank_merges(self.merges, self.vocab)
+        self._n_longest = max(map(len, self.vocab))
         self._ids_of_piece = Cache(self._encode_piece)
         self._ids_of_word = Cache(self._encode_word)
 
@@ -187,8 +188,17 @@ class Encoder:
             ids += [self.endoftext, *self._encode_plain(document)]
         return ids
 
-    def encode_prompt(self, text):
-        """Return encode(text); for an empty one <|endoftext|> alone, if the vocabulary has it."""
+    def encode_prompt(self, text, n_ctx=None):
+        """Return encode(text); for an empty one <|endoftext|> alone, if the vocabulary has it.
+
+        ValueError for a text too long for n_ctx tokens even if all were the longest that there
+        are: this costs nothing, where the ids of a large file would fill the memory first.
+        """
+        if n_ctx is not None and len(text) > n_ctx * self._n_longest:
+            raise ValueError(
+                f"a prompt of {len(text)} characters, but this model has only {n_ctx} positions "
+                "(n_ctx)"
+            )
         return self.encode(text) or ([] if self.endoftext is None else [self.endoftext])
 
     def decode(self, ids):

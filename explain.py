@@ -277,13 +277,13 @@ def main(
         what = odd if path.exists() else f"there is no folder {path.parent}"
         raise ValueError(f"--out {out}: {what}; expected a file's name, such as explain.html")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    inputs = encoder.encode_prompt(text)
+    inputs = encoder.encode_prompt(text, hparams["n_ctx"])
     n_most = min(MAX_TOKENS, hparams["n_ctx"])
     if not 0 < len(inputs) <= n_most:
         raise ValueError(f"{len(inputs)} tokens, but a page needs 1 and shows {n_most} at most")
     recording = record(inputs, params, hparams["n_head"])
     if not np.isfinite(recording["logits"]).all():
-        raise ValueError(f"{model_size}: with its weights the logits are no finite numbers")
+        raise ValueError(f"{model_size}: with its weights the logits are not finite")
     data = page_data(inputs, recording, encoder, hparams, params)
     data["model"] = os.path.basename(os.path.abspath(model_size))
     try:

@@ -51,7 +51,10 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
     if not 0 <= n_tokens_to_generate <= n_ctx - len(ids):
         raise ValueError(f"{len(ids)} + {n_tokens_to_generate} tokens do not fit n_ctx {n_ctx}")
     for _ in range(n_tokens_to_generate):
-        ids.append(int(gpt2(ids, **params, n_head=n_head)[-1].argmax()))
+        logits = gpt2(ids, **params, n_head=n_head)[-1]
+        if not np.isfinite(logits.max()):
+            raise ValueError("the logits are not finite: the model's weights must be damaged")
+        ids.append(int(logits.argmax()))
     return ids[len(inputs) :]
 
 
@@ -59,7 +62,7 @@ def main(prompt: str, n_tokens_to_generate: int = 40, model_size="124M", models_
     from utils import load_encoder_hparams_and_params
 
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    ids = encoder.encode_prompt(prompt)
+    ids = encoder.encode_prompt(prompt, hparams["n_ctx"])
     new_ids = generate(ids, params, hparams["n_head"], n_tokens_to_generate)
     print(encoder.decode(new_ids).split("<|endoftext|>")[0])
 
