@@ -64,7 +64,7 @@ TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")]
 def printable_bytes():
     """Return {byte: the printable character that stands for it}, in the order of GPT-2's ids.
 
-    GPT-2's files are text: a merge is a line, its two halves parted by a space. Raw bytes would
+    GPT-2's files are text: a merge is a line, its two halves separated by a space. Raw bytes would
     break that, being newlines, spaces or no valid UTF-8, so each is written as a character one
     can see. Those that Latin-1 shows stand for themselves; the 68 others (controls, blanks and
     the soft hyphen) take the code points from 256 on: the space, byte 32, is the famous "Ġ".
@@ -202,7 +202,7 @@ class Encoder:
         return self.encode(text) or ([] if self.endoftext is None else [self.endoftext])
 
     def decode(self, ids):
-        """Return the text of an iterable of ids; bytes that are no UTF-8 become U+FFFD.
+        """Return the text of an iterable of ids; bytes that are not UTF-8 become U+FFFD.
 
         An id outside the vocabulary is a ValueError.
         """
@@ -269,7 +269,7 @@ def train(texts, n_vocab):
     The entries are the 256 bytes, <|endoftext|>, and what the merges make: fewer where the text
     runs out of pairs. Each merge joins the two neighbours that come most often at that point; of
     pairs that come equally often, the one whose bytes are greater. Nothing is merged across the
-    pieces that encode() cuts, nor across texts, nor with <|endoftext|>, which parts documents.
+    pieces that encode() cuts, nor across texts, nor with <|endoftext|>, which separates documents.
     Memory grows with the number of different pieces, not with the text; time with their length,
     so that a text without white space or signs is slow. ValueError if n_vocab is below 257.
     Sennrich et al. 2016, algorithm 1.

@@ -80,7 +80,7 @@ def load_ids(data, encoder):  # the --data flag -> ids [1 + n_tokens], n_bytes, 
         first = encoder.piece_of_id[ids[0]]
         predicted = predicted[len(first) :]  # a piece has a character for every byte
     if len(ids) < 2:
-        raise ValueError(f"{data}: an empty text, or too short a one to predict any of it")
+        raise ValueError(f"{data}: an empty text, or one too short to predict any of it")
     return np.array(ids), len(predicted), len(predicted.decode(errors="replace").split())
 
 

@@ -7,9 +7,9 @@ before: attention only looks back, so appending a token changes nothing that was
 earlier ones. What the new one needs of them is their keys and values, in every layer. Keep those,
 and a step runs one token: the matrices multiply 1 row instead of n_seq.
 
-What is kept is 2 (a key and a value) * n_layer * n_embd numbers a token. In float32 and for GPT-2
-124M: 2 * 12 * 768 * 4 bytes = 72 KiB a token, 72 MiB for a full context of 1024, beside 475 MiB of
-weights. The room doubles as a text grows, so that short texts do not pay for long ones.
+What is kept is 2 (a key and a value) * n_layer * n_embd numbers per token. In float32, for GPT-2
+124M: 2 * 12 * 768 * 4 bytes = 72 KiB per token, 72 MiB for a full context of 1024, beside 475 MiB
+of weights. The room doubles as a text grows, so that short texts do not pay for long ones.
 
 Many texts at once. A step reads all the weights, whether it writes one token or eight, and reading
 them is most of its time; so several texts ("rows") take their steps together. Their lengths differ,

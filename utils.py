@@ -102,12 +102,12 @@ def load_params(model_dir, hparams):
             raise ValueError(f"{source}: {key} is missing")
         dtype, found, data = tensors.pop(key)
         if found != shape:
-            raise ValueError(f"{source}: {key} is {found}, where its sizes ask for {shape}")
+            raise ValueError(f"{source}: {key} is {found}, but its sizes ask for {shape}")
         arrays[name] = to_float32(dtype, data, f"{source}: {key}").reshape(shape)
     for key, (_, shape, _) in tensors.items():  # a mask is harmless, a thirteenth layer is not
         head = key == "lm_head.weight" and shape != arrays["wte"].shape
         if head or (key.startswith("h.") and not key.endswith((".attn.bias", ".attn.masked_bias"))):
-            raise ValueError(f"{source}: {key} {shape} has no place in a model of its sizes")
+            raise ValueError(f"{source}: {key} {shape} does not belong in a model of its sizes")
     return nest(arrays)
 
 

@@ -157,7 +157,7 @@ def copy_body(response, f, name, n_have, length):
 
     with tqdm(
         desc=name, total=length, initial=n_have, unit="B", unit_scale=True, disable=None
-    ) as bar:  # disable=None: no bar where stderr is no terminal
+    ) as bar:  # disable=None: no bar where stderr is not a terminal
         for chunk in response.iter_content(2**14):  # a broken line costs at most one chunk
             f.write(chunk)
             bar.update(len(chunk))

@@ -179,6 +179,10 @@ def did_you_mean(word, names, prefix=""):  # -> ": did you mean this or that?", 
     return f": did you mean {either(found, prefix)}?" if found else ""
 
 
+def count(n, noun):  # 1, "token" -> "1 token"; 2, "token" -> "2 tokens"
+    return f"{n} {noun}" + ("" if n == 1 else "s")
+
+
 def either(names, prefix=""):  # ["a", "b"] -> "a or b"
     return " or ".join(prefix + name for name in names)
 

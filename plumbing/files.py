@@ -1,7 +1,8 @@
 """Files that cannot be trusted, and files that must not be left half-written.
 
-What is read may come from a stranger: nothing is opened that is no ordinary file, nor read that is
-larger than it should be. What is written is seen complete or not at all, whenever we are killed.
+What is read may come from a stranger: nothing is opened that is not an ordinary file, and nothing
+is read that is larger than it should be. What is written is complete or absent, whenever we are
+killed.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ MOST_BYTES = 2**24  # of a file of JSON, or a tokenizer's: GPT-2's have 1 MB. Re
 
 
 def check_file(path, n_most=MOST_BYTES):
-    """ValueError for what is no ordinary file, or one of more bytes: nothing else is opened.
+    """ValueError for what is not an ordinary file, or one of more bytes: nothing else is opened.
 
     A pipe would have us wait for ever, and a link may lead to a device that has no end.
     """

@@ -225,6 +225,10 @@ def test_every_command_has_a_version_and_shows_what_letters_mean(name):
             assert cli.find_flag(f"-{letter}", parameters) == (flag, True)
 
 
+def test_one_is_no_plural():
+    assert [cli.count(n, "file") for n in range(3)] == ["0 files", "1 file", "2 files"]
+
+
 def test_a_notice_is_for_a_terminal(monkeypatch, capsys):
     cli.notice("to nobody")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

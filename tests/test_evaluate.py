@@ -559,7 +559,7 @@ def run(folder, *args, model="tiny"):
 
 
 def result(*args, **kwargs):
-    """The one line of standard output, strict JSON. No bar, since standard error is no terminal."""
+    """The one line of standard output, strict JSON. No bar: stderr is not a terminal."""
     code, out, err = run(*args, **kwargs)
     assert (code, err) == (0, "") and out.count("\n") == 1 and out.endswith("}\n")
 
@@ -615,7 +615,7 @@ def test_shards_of_others_have_ids_of_the_models(models, tmp_path):
         (tmp_path / name).unlink()
     np.array([1, 257], "<u2").tofile(tmp_path / "val.bin")
     code, _, err = run(models[0], "perplexity", "--data", tmp_path)
-    assert code == 2 and "has the id 257, but the tokenizer only 257" in err
+    assert code == 2 and "has the id 257, but the tokenizer has only 257" in err
     np.array([256, 256], "<u2").tofile(tmp_path / "val.bin")
     code, _, err = run(models[0], "perplexity", "--data", tmp_path)
     assert code == 2 and "no text to predict" in err

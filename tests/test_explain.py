@@ -722,7 +722,7 @@ def test_every_call_shows_its_lines(opened, written):
 def test_the_heading_and_what_is_chosen(opened):
     shapes = dict(weights.tensor_shapes(TINY | {"n_ctx": 128})).values()
     n = sum(int(np.prod(shape)) for shape in shapes)
-    wanted = "Model wide: 2 layers of 2 heads, 16 numbers a token, 257 tokens in the vocabulary, "
+    wanted = "Model wide: 2 layers of 2 heads, 16 numbers per token, 257 tokens in the vocabulary, "
     assert every(opened, "#model") == [f"{wanted}128 positions, {n:,} parameters."]
     assert opened.title == "What GPT-2 (wide) did"
     for kind in ("#tokens .token", "#heads .map", ".cell", "#strip button"):
@@ -827,7 +827,7 @@ def test_a_vocabulary_with_gaps_and_an_empty_piece(browser, tmp_path, rng):
 def test_contrast(opened, scheme):
     """WCAG 2.2's 4.5 : 1 for notes, for tokens of any shade, and in the cells of the lens.
 
-    3 : 1 for the mark of a character's part, which is no text (success criterion 1.4.11).
+    3 : 1 for the mark of a character's part, which is not text (success criterion 1.4.11).
     """
     emulate(opened, 1100, scheme)
     js(opened, "tokens[3][0].style.background = shade(1, '--orange')")
@@ -872,7 +872,7 @@ def test_out_may_be_a_link_but_no_device(models, tmp_path):
     assert (tmp_path / "link.html").is_symlink() and not (tmp_path / "real.html").is_symlink()
     os.mkfifo(tmp_path / "pipe")
     code, _, err = run(*args, "pipe", cwd=tmp_path)
-    assert code == 2 and err.startswith("error: --out pipe: is no ordinary file; expected")
+    assert code == 2 and err.startswith("error: --out pipe: is not an ordinary file; expected")
     os.link(tmp_path / "real.html", tmp_path / "old")  # a new file takes the name: never half of it
     old = (tmp_path / "old").read_bytes()
     assert run("other", *args[1:], "real.html", cwd=tmp_path)[0] == 0

@@ -142,7 +142,7 @@ def test_the_arithmetic_for_124m():
     cache = kv_cache.new_cache(weights.nest(wide), 12, capacity=1024)
     assert cache["kv"].nbytes == 72 * 2**20 == 72 * 1024 * 1024
     assert round(sum(array.nbytes for array in wide.values()) / 2**20) == 475
-    assert "72 KiB a token, 72 MiB for a full context of 1024, beside 475" in kv_cache.__doc__
+    assert "72 KiB per token, 72 MiB for a full context of 1024, beside 475" in kv_cache.__doc__
 
 
 def test_no_new_ids_are_refused(params):

@@ -512,7 +512,7 @@ def test_a_text_file_of_any_size_is_not_read(saved, name):
 
 
 def put_in_the_way(path, kind):
-    """What is no ordinary file, or a link to such: opened or read, most of them never end."""
+    """What is not an ordinary file, or a link to such: opened or read, most of them never end."""
     path.unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(path)
