@@ -236,7 +236,7 @@ class Encoder:
         write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2))
 
     def _encode_plain(self, text):
-        if not self._ranks and max(self._byte_ids) < 256:  # the byte model needs but a table
+        if not self._ranks and max(self._byte_ids) < 256:  # the byte model needs only a table
             return list(text.encode().translate(bytes(self._byte_ids)))
         ids, ids_of_word = [], self._ids_of_word
         for word in WORD.findall(text):

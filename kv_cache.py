@@ -303,7 +303,7 @@ def main(
 
     Args:
         prompts: the texts to continue; an empty one starts from nothing.
-        prompts_file: a file with a prompt on each line; - reads them from standard input.
+        prompts_file: a file with one prompt per line; - reads them from standard input.
         interactive: continue each line that is typed, until Ctrl-D; Ctrl-C stops a text. This is
             what happens on a terminal without prompts.
         n_tokens_to_generate: how many tokens to add to each at most.
@@ -312,7 +312,7 @@ def main(
         stop: end a continuation before this text, in which \\n is a new line, \\t a tab and \\\\ a
             backslash; may be repeated, for several (the ids of --jsonl keep its tokens).
         echo: print each prompt before its continuation.
-        jsonl: print a JSON object a line (prompt, text, ids, stop, index, sample) instead.
+        jsonl: print one JSON object per line (prompt, text, ids, stop, index, sample) instead.
         model_size: 124M, 355M, 774M or 1558M (downloaded once), a folder in models_dir, or a path.
         models_dir: the folder that holds the models.
         temperature: 0 always takes the likeliest token; around 0.8 writes livelier text.

@@ -282,7 +282,7 @@ def main(
         inputs: files, folders, patterns, - for standard input, or shakespeare (downloaded once).
         out: the folder for the shards; shards/NAME by default.
         tokenizer: 124M (GPT-2's), a folder in models_dir, or a path; bytes by default.
-        train_tokenizer: learn a tokenizer of so many entries from the text itself.
+        train_tokenizer: learn a tokenizer of this many entries from the text itself.
         separator: the line that separates the documents of a text; empty for blank lines.
         field: where JSON lines and Parquet have the text; "text" by default. Naming it makes files
             of unknown kinds, and standard input, JSON lines.
@@ -290,7 +290,7 @@ def main(
             Of a text that is one document, the last tenth.
         seed: the same seed draws the same documents for validation.
         shard_mb: megabytes of text in a shard.
-        workers: processes; by default, one a processor.
+        workers: processes; by default, one per processor.
         ray: local, auto or an address: use a Ray cluster, whose machines all see the files.
         models_dir: the folder that holds the models.
     """

@@ -19,6 +19,7 @@ import warnings
 from collections import deque
 
 VERSION = "1.0"  # of all of sixtyGPT, for --version
+# Letters that mean the same flag in every command; others mean the one flag that begins so.
 SHORT = {"m": "model_size", "n": "n_tokens_to_generate", "s": "seed", "t": "temperature"}
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 TYPED = "\0"  # marks what a person typed: argv cannot contain it, so nothing else looks like it
@@ -158,8 +159,7 @@ def find_flag(typed, parameters):  # "-n", "--top-k" or "--nojsonl" -> (name, Fa
     names = [p.name for p in parameters.values() if p.kind is not p.VAR_POSITIONAL]
     name = typed.lstrip("-").replace("-", "_")
     if len(name) == 1:
-        found = [n for n in names if n == SHORT.get(name)]
-        found = found or [n for n in names if n.startswith(name)]
+        found = [n for n in names if n == SHORT.get(name, n) and n.startswith(name)]
         if len(found) > 1:
             raise ValueError(f"{typed} could mean {either(found, '--')}: write it in full")
         name = found[0] if found else name
@@ -188,8 +188,9 @@ def either(names, prefix=""):  # ["a", "b"] -> "a or b"
 
 
 def name_short_flags(text):  # fire's help -> the help
-    """Fire names a letter only where one flag alone begins with it."""
+    """Fire names a letter where one flag alone begins with it, whatever it means elsewhere."""
     for letter, name in SHORT.items():
+        text = re.sub(rf"^( +)-{letter}, --", r"\1--", text, flags=re.MULTILINE)
         text = re.sub(rf"^( +)--{name}=", rf"\1-{letter}, --{name}=", text, flags=re.MULTILINE)
     return text
 

@@ -139,7 +139,7 @@ def test_a_prompt_is_text_whatever_it_looks_like(monkeypatch, capsys, prompt):
         (["a", "--tokens=1"], "no flag --tokens: did you mean --n_tokens? (--help"),
         (["a", "--notes", "b"], "no flag --notes: did you mean --note or"),
         (["a", "--nonote"], "no flag --nonote"),
-        (["a", "-n", "1"], "-n could mean --n_tokens or --note: write it in full"),
+        (["a", "-n", "1"], "no flag -n (--help"),  # which means n_tokens_to_generate everywhere
         (["a", "-x"], "no flag -x (--help"),
         (["a", "--top_k"], "--top_k: expected a value (if it starts with a dash: --top_k=-x)"),
         (["a", "b"], "--n_tokens: expected a whole number, got 'b'"),
@@ -208,6 +208,15 @@ def test_several_values_are_a_flag_repeated(monkeypatch):
 def test_a_letter_means_the_same_flag_everywhere(monkeypatch):
     assert many(monkeypatch, "-n", "7", "text") == (("text",), 1, 7, None, "")
     assert many(monkeypatch, "-n=7")[2] == 7
+
+    def main(train: int = 0, big: bool = False, bold: bool = False, quick: bool = False):
+        pass
+
+    parameters = inspect.signature(main).parameters
+    assert cli.find_flag("-q", parameters) == ("quick", True)
+    for letter, words in {"b": "-b could mean --big or --bold: write", "t": "no flag -t"}.items():
+        with pytest.raises(ValueError, match=words):
+            cli.find_flag(f"-{letter}", parameters)
 
 
 @pytest.mark.parametrize(

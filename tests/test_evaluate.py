@@ -213,7 +213,7 @@ def test_without_an_end_of_text_the_first_token_only_predicts(tmp_path):
         ids, *counts = evaluate.load_ids(write(tmp_path / "text", text), encoder)
         assert ids.tolist() == encoder.encode(text) and counts == [n_bytes, n_words]
     for text in ("", "b", "bc"):
-        with pytest.raises(ValueError, match="text: an empty text, or too short a one to predict"):
+        with pytest.raises(ValueError, match="text: an empty text, or one too short to predict"):
             evaluate.load_ids(write(tmp_path / "text", text), encoder)
     assert len(evaluate.load_ids(write(tmp_path / "text", "b"), Encoder([]))[0]) == 2
 

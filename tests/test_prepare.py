@@ -634,7 +634,7 @@ def test_broken_files_give_one_clear_line(tmp_path, name):
         assert (code, out) == (2, "") and err.startswith("error: " + problem), err
         assert err.count("\n") == 1
         assert not (tmp_path / "out" / "meta.json").exists()
-    if not list((tmp_path / "out").glob("*.bin")):  # what failed at once is no hindrance
+    if not list((tmp_path / "out").glob("*.bin")):  # what failed at once is not in the way
         (tmp_path / "good.txt").write_text("good")
         make("good.txt", "--out", "out", cwd=tmp_path)
 

@@ -769,7 +769,7 @@ def test_a_run_json_of_another_model_is_refused(never_stopped, change):
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3", "F4", "C64", "BOOL", "I64", "F64"])
 def test_moments_of_another_kind_are_refused(models, tmp_path, dtype):
-    """Of some, NumPy has no type, which is no reason for a traceback."""
+    """Of some, NumPy has no type: not a reason for a traceback."""
     place = shutil.copytree(models[0] / "tiny", tmp_path / "00000005")
     shapes = {"a": ((8,), np.dtype("float32"))}
     n_bytes = {"F4": 4, "F8_E4M3": 8, "BOOL": 8, "F64": 64, "C64": 64, "I64": 64}.get(dtype, 16)

@@ -72,7 +72,7 @@ def read_flags(
         n_embd: width of the model.
         n_ctx: the longest stretch of text it sees at once.
         batch_size: stretches at a time, on all devices together.
-        n_accumulate: so many batches make one step, their gradients averaged.
+        n_accumulate: batches that make one step, their gradients averaged.
         n_steps: steps in all.
         optimizer: adamw, or muon for the matrices in the blocks and Adam for the rest.
         learning_rate: the highest, reached after n_warmup steps.
