@@ -35,7 +35,9 @@ def run_cli(main):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     # NumPy's, of weights that are too large: what comes of them is checked where it matters.
-    warnings.filterwarnings("ignore", "(overflow|invalid|divide by zero)", RuntimeWarning)
+    warnings.filterwarnings(
+        "ignore", "(overflow|invalid value|divide by zero) encountered", RuntimeWarning
+    )
     try:
         args, kwargs = read_arguments(main, sys.argv[1:])
         main(*args, **kwargs)
