@@ -31,6 +31,7 @@ from pathlib import Path
 
 import regex
 
+from model_files.tokenizer import parse_added, parse_tokenizer
 from plumbing.files import check_file, read_json, write_whole
 
 # GPT-2's pattern, letter for letter, since another one would give other ids. Read it as a list
@@ -58,7 +59,7 @@ CACHE_ENTRIES = 2**17  # texts that a Cache holds before it starts afresh: some 
 CACHE_CHARS = 64  # longer texts are unlikely to come again
 
 MOST_IDS = 2**24  # each is a row of the model's embedding: no tokenizer comes near
-TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")]
+TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",)]
 
 
 def printable_bytes():
@@ -81,6 +82,17 @@ def printable_bytes():
 
 CHAR_OF_BYTE = printable_bytes()
 BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
+
+
+def printable(text):
+    """Return a text as a vocabulary spells it, a character for each of its UTF-8 bytes.
+
+    >>> printable(" a 我")
+    'ĠaĠæĪĳ'
+    """
+    return "".join(CHAR_OF_BYTE[byte] for byte in text.encode())
+
+
 MIRROR = bytes(range(255, -1, -1))  # translates byte b to 255 - b
 
 
@@ -151,6 +163,8 @@ class Encoder:
 
     merges: pairs of pieces in printable form, first to be merged first. vocab: {piece: id}, by
     default as GPT-2 numbers its own: the 256 bytes, what each merge makes, then <|endoftext|>.
+    special: {text: id} of the texts that are one id each where encode() is asked for that; by
+    default <|endoftext|>, if it is in the vocabulary.
     A merge of pieces that the vocabulary lacks is a ValueError, as is all check_vocab refuses.
 
     n_vocab: one more than the largest id. endoftext: its id, None where the vocabulary has none.
@@ -161,9 +175,14 @@ class Encoder:
     ([256, 257], ' abc', 258, 259)
     """
 
-    def __init__(self, merges, vocab=None):
+    def __init__(self, merges, vocab=None, special=None):
         self.merges = [(left, right) for left, right in merges]
         self.vocab = number_pieces(self.merges) if vocab is None else check_vocab(vocab)
+        if special:
+            self.vocab = add_special(self.vocab, special)
+        elif ENDOFTEXT in self.vocab:
+            special = {ENDOFTEXT: self.vocab[ENDOFTEXT]}
+        self.special = special or {}
         self.n_vocab = max(self.vocab.values()) + 1
         self.endoftext = self.vocab.get(ENDOFTEXT)
         self.piece_of_id = {id: piece for piece, id in self.vocab.items()}
@@ -176,16 +195,19 @@ class Encoder:
     def encode(self, text, allow_endoftext=False):
         """Return the token ids of a string: list[int].
 
-        "<|endoftext|>" in it is text like any other, unless allow_endoftext makes it the one id
-        (where the vocabulary has it). Lone surrogates, which no UTF-8 can hold, become U+FFFD.
+        "<|endoftext|>" in it is text like any other, unless allow_endoftext makes it, and the other
+        texts of `special`, one id each; where two fit, the longer. Lone surrogates, which no UTF-8
+        can hold, become U+FFFD.
         """
         text = mend_surrogates(text)
-        if not allow_endoftext or self.endoftext is None:
+        if not allow_endoftext or not self.special:
             return self._encode_plain(text)
-        first, *others = text.split(ENDOFTEXT)
-        ids = self._encode_plain(first)
-        for document in others:
-            ids += [self.endoftext, *self._encode_plain(document)]
+        longest_first = sorted(self.special, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        ids = []
+        for plain, special in zip(parts[::2], [*parts[1::2], None], strict=True):
+            ids += self._encode_plain(plain)
+            ids += [] if special is None else [self.special[special]]
         return ids
 
     def encode_prompt(self, text, n_ctx=None):
@@ -231,6 +253,11 @@ class Encoder:
         special = None if self.endoftext is None else ENDOFTEXT
         config = {"tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": False}
         config |= {f"{role}_token": special for role in ("bos", "eos", "unk")}
+        if self.special.keys() - {ENDOFTEXT}:
+            plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+            config["added_tokens_decoder"] = {
+                id: {"content": text, "special": True} | plain for text, id in self.special.items()
+            }
         write_whole(folder / "vocab.json", json.dumps(self.vocab, ensure_ascii=False))
         write_whole(folder / "merges.txt", "#version: 0.2\n" + merges)
         write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2))
@@ -372,6 +399,14 @@ def number_pieces(merges):
     return {piece: id for id, piece in enumerate(pieces)}
 
 
+def add_special(vocab, special):
+    """Return the vocabulary with special texts in it; ValueError where it has them otherwise."""
+    for text, id in special.items():
+        if vocab.get(printable(text), id) != id:
+            raise ValueError(f"{text!r} has two ids, {vocab[printable(text)]} and {id}")
+    return check_vocab(vocab | {printable(text): id for text, id in special.items()})
+
+
 def rank_merges(merges, vocab):
     """Return the merges as ids: {(left id, right id): rank} and [the id each rank makes]."""
     ranks, merged = {}, []
@@ -423,20 +458,27 @@ def get_encoder(model_name, models_dir):
     FileNotFoundError where the folder has neither; ValueError, naming the file, where one is
     malformed. From https://github.com/openai/gpt-2/blob/master/src/encoder.py.
     """
-    vocab_file, merges_file = find_tokenizer(Path(models_dir) / model_name)
-    vocab = read_json(vocab_file)
-    check_file(merges_file)
-    file = vocab_file
+    folder = Path(models_dir) / model_name
+    file, *others = find_tokenizer(folder)
     try:
-        check_vocab(vocab)
+        if not others:
+            return Encoder(*parse_tokenizer(read_json(file)))
+        [merges_file] = others
+        vocab = check_vocab(read_json(file))
+        file = folder / "tokenizer_config.json"
+        settings = read_json(file) if file.is_file() else {}
+        special = parse_added(settings.get("added_tokens_decoder") or {})
+        vocab = add_special(vocab, special)
         file = merges_file
-        return Encoder(parse_merges(merges_file.read_text("utf-8")), vocab)
+        check_file(file)
+        return Encoder(parse_merges(file.read_text("utf-8")), vocab, special)
     except ValueError as problem:  # what is wrong as UTF-8 is a ValueError, too
-        raise ValueError(f"{file}: {problem}") from None
+        text = str(problem)
+        raise ValueError(text if text.startswith(str(file)) else f"{file}: {text}") from None
 
 
 def find_tokenizer(folder):
-    """Return the paths of a folder's vocabulary and merges."""
+    """Return the paths of a folder's vocabulary and merges, or of the one file that has both."""
     for names in TOKENIZER_FILES:
         paths = [folder / name for name in names]
         if all(path.is_file() for path in paths):

@@ -231,13 +231,12 @@ def names_of(params):  # -> {id of a parameter's array: "blocks.0.attn.c_attn.w"
 def outline(call, names):
     """A call without its numbers: what is left of an array is its shape, and a parameter's name."""
     arrays = {name: a for name, a in call["args"].items() if isinstance(a, np.ndarray)}
-    inside = [c for c in call["calls"] if c["function"] != call["function"]]  # attention halves
     return {
         "function": call["function"],
         "line": call["line"],
         "args": [[names.get(id(a), name), list(a.shape)] for name, a in arrays.items()],
         "out": list(call["out"].shape),
-        "calls": [outline(inner, names) for inner in inside],
+        "calls": [outline(inner, names) for inner in call["calls"]],
     }
 
 

@@ -15,10 +15,13 @@ Two conventions carry the whole file:
    and `...` is any number of leading axes, none included: every function works on the last axes
    only, so a batch of sequences takes the same path as one.
 
-*  Backends. Nothing here needs to know whether an array is NumPy's or JAX's: operators and methods
-   (`@`, `x.mean`) belong to the array, and the few functions that are not methods come from the
-   array's own module, `x.__array_namespace__()`. train_jax.py compiles and differentiates these
-   very functions.
+*  Backends. Nothing here needs to know whether an array is NumPy's or JAX's. Operators and methods
+   (`@`, `x.mean`) belong to the array. For the few functions that are not methods, such as tanh,
+   `x.__array_namespace__()` returns the array's own module: `numpy` (2 or newer) or `jax.numpy`.
+   So train_jax.py can compile and differentiate these very functions.
+
+*  In place. Lines such as `x /= 2` save memory in NumPy. They only ever change an array that the
+   same function has just made, so no caller sees a change. In JAX they make a new array.
 
 The architecture is Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
 Parameter names are those of OpenAI's released checkpoints: `c_attn`, `c_proj`, `wte`, ...
@@ -36,22 +39,26 @@ import numpy as np
 def gelu(x):  # [...] -> [...]
     """A smooth bend: near 0 for very negative x, near x for very positive x.
 
-    GPT-2 uses the tanh form (Hendrycks & Gimpel 2016, arXiv:1606.08415); the exact erf form gives
-    slightly different logits. math.sqrt, not np.sqrt: a Python float leaves float32 arrays alone
-    where a NumPy float64 scalar would promote them. x * x * x, because x**3 is many times slower.
+    GPT-2 uses the tanh form (Hendrycks & Gimpel 2016, arXiv:1606.08415). The exact form, with erf,
+    gives slightly different logits.
     """
-    xp = x.__array_namespace__()
+    xp = x.__array_namespace__()  # numpy or jax.numpy
+    # math.sqrt, not np.sqrt: a Python float leaves a float32 array as it is, while a NumPy float64
+    # would make it float64. And x * x * x, because x**3 is many times slower.
     return x * (0.5 + 0.5 * xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
 
 
 def softmax(x):  # [...] -> [...], each row of the last axis positive and summing to 1
     """Turns scores into probabilities.
 
-    Subtracting one number from the whole row changes nothing but keeps exp from overflowing. Any
-    number near the maximum does: rounded down, its derivative is 0, which spares JAX a slow detour.
+    Subtracting the same number from a whole row does not change the result. The row's maximum is
+    subtracted so that exp cannot overflow.
     """
     xp = x.__array_namespace__()
-    e = xp.exp(x - xp.floor(x.max(-1, keepdims=True)))
+    largest = x.max(-1, keepdims=True)
+    # floor is for the trainer only. Since the number makes no difference, its gradient is zero in
+    # the end, but JAX would work to find that out. The derivative of floor is zero from the start.
+    e = xp.exp(x - xp.floor(largest))
     e /= e.sum(-1, keepdims=True)
     return e
 
@@ -62,69 +69,93 @@ def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
     Ba et al. 2016, arXiv:1607.06450.
     """
     x = x - x.mean(-1, keepdims=True)
-    x /= ((x * x).mean(-1, keepdims=True) + eps) ** 0.5  # the root of the variance
+    x /= ((x * x).mean(-1, keepdims=True) + eps) ** 0.5  # the standard deviation
     x *= g
     x += b
     return x
 
 
 def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
-    """An affine map, in the precision of w: the trainer may use weights narrower than x.
-
-    `y += b` changes only the new y: in place in NumPy, a new array in JAX.
-    """
-    y = x.astype(w.dtype, copy=False) @ w
+    """Matrix product plus bias. It runs in the precision of w, which the trainer may lower."""
+    y = x.astype(w.dtype, copy=False) @ w  # no copy where x has that precision already
     y += b
     return y
 
 
 def ffn(x, c_fc, c_proj):  # [..., n_seq, n_embd] -> [..., n_seq, n_embd]
-    """The feed-forward network: each token by itself, widened fourfold, bent by gelu, narrowed.
+    """The feed-forward network works on each token by itself: widen, bend by gelu, narrow.
 
     Vaswani et al. 2017, section 3.3, with gelu for their relu.
     """
-    return linear(gelu(linear(x, **c_fc)), **c_proj)
+    x = gelu(linear(x, **c_fc))  # [..., n_seq, 4 * n_embd]
+    return linear(x, **c_proj)
 
 
 def attention(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_head] -> [..., n_q, d_head]
     """Each query takes a weighted average of the values at its own position and before.
 
-    Position j weighs softmax(q_i . k_j / sqrt(d_head)) for query i: how well what i asks for fits
-    what j offers. The queries are those of the last n_q positions, usually all of them. Vaswani et
-    al. 2017, arXiv:1706.03762, section 3.2.
+    How much value j counts for query i depends on how well key j fits the query: their dot product,
+    turned into weights by softmax. The dot product of two random vectors has a variance of d_head;
+    the square root brings it back to 1. Vaswani et al. 2017, arXiv:1706.03762, section 3.2.
+
+    Usually n_q is n_seq. Where it is less, the queries are those of the last n_q positions.
     """
-    xp, n_q, n_seq = q.__array_namespace__(), q.shape[-2], k.shape[-2]
-    if n_q > 64:  # the first half never looks at the second: half of the square need not be made
-        half = n_q // 2
-        seen = n_seq - n_q + half
-        first = attention(q[..., :half, :], k[..., :seen, :], v[..., :seen, :])
-        return xp.concat([first, attention(q[..., half:, :], k, v)], axis=-2)
-    scores = q / math.sqrt(q.shape[-1]) @ k.swapaxes(-1, -2)  # [..., n_q, n_seq]
-    if n_q > 1:  # a single query is the last position's, which may see everything
-        position = xp.arange(n_seq)
-        future = position > position[n_seq - n_q :, None]  # [n_q, n_seq]: what a query may not see
-        scores += xp.where(future, -math.inf, 0).astype(scores.dtype)
-    return softmax(scores) @ v
+    xp, n_q, n_seq, d_head = q.__array_namespace__(), q.shape[-2], k.shape[-2], k.shape[-1]
+    scores = q / math.sqrt(d_head) @ k.swapaxes(-1, -2)  # [..., n_q, n_seq]
+    position = xp.arange(n_seq)
+    future = position > position[n_seq - n_q :, None]  # [n_q, n_seq]: what a query may not see
+    weights = softmax(xp.where(future, -math.inf, scores))  # exp(-inf) is 0
+    return weights @ v
 
 
-def mha(x, c_attn, c_proj, n_head, attend=attention):  # [..., n_seq, n_embd] -> the same
-    """Multi-head attention: n_head attentions side by side, each on its own d_head-wide slices.
+def attention_in_blocks(q, k, v):  # the shapes of attention
+    """The same as attention, with less work on long texts: 64 queries at a time.
 
-    One matrix makes queries, keys and values at once, so its output splits into 3 * n_head heads.
-    Vaswani et al. 2017, section 3.2.2.
+    The mask throws away nearly half of the scores. A block of queries need not be compared with the
+    keys that come after all of them, so most of that half is never made. For 1024 tokens this takes
+    less than half of the time.
     """
-    heads = linear(x, **c_attn).reshape(*x.shape[:-1], 3 * n_head, -1).swapaxes(-2, -3)
-    q, k, v = x.__array_namespace__().split(heads, 3, axis=-3)  # [..., n_head, n_seq, d_head] each
-    merged = attend(q, k, v).swapaxes(-2, -3).reshape(x.shape)  # [..., n_seq, n_embd]
-    return linear(merged, **c_proj)
+    n_q, n_seq = q.shape[-2], k.shape[-2]
+    if n_q <= 64:
+        return attention(q, k, v)
+    blocks = []
+    for start in range(0, n_q, 64):
+        block = q[..., start : start + 64, :]
+        seen = n_seq - n_q + start + block.shape[-2]  # keys up to the block's last position
+        blocks.append(attention(block, k[..., :seen, :], v[..., :seen, :]))
+    return q.__array_namespace__().concat(blocks, axis=-2)
 
 
-def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, attend=attention):  # -> the shape of x
-    """Attention moves information between tokens, the ffn works on each. Both add to the stream x.
+def mha(x, c_attn, c_proj, n_head, attend=attention_in_blocks):
+    """Multi-head attention, [..., n_seq, n_embd] -> the same: n_head attentions side by side.
 
-    `attend` is the one part that can be exchanged: a block whose dict has an entry of that name
-    uses it in place of plain attention. A key-value cache or a GPU's fused kernel plugs in there.
-    The norm before each half, not after it, is GPT-2's: Radford et al. 2019, section 2.3.
+    Each works on a slice of d_head numbers of every token's query, key and value, so that one head
+    can look for one thing and another head for another. Vaswani et al. 2017, section 3.2.2.
+
+    `attend` computes the attention of all heads. It gets q, k, v, three of [..., n_head, n_seq,
+    d_head], and returns the same shape; its queries must not see what comes after them.
+    """
+    xp = x.__array_namespace__()
+    x = linear(x, **c_attn)  # [..., n_seq, 3 * n_embd]
+    x = x.reshape(*x.shape[:-1], 3 * n_head, -1)  # [..., n_seq, 3 * n_head, d_head]
+    x = x.swapaxes(-2, -3)  # [..., 3 * n_head, n_seq, d_head]
+    q, k, v = xp.split(x, 3, axis=-3)  # three of [..., n_head, n_seq, d_head]
+    x = attend(q, k, v)  # [..., n_head, n_seq, d_head]
+    x = x.swapaxes(-2, -3)  # [..., n_seq, n_head, d_head]
+    x = x.reshape(*x.shape[:-2], -1)  # [..., n_seq, n_embd]: the heads side by side
+    return linear(x, **c_proj)
+
+
+def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, attend=attention_in_blocks):
+    """Attention moves information between tokens, then the ffn works on each. x keeps its shape.
+
+    Both add what they found to x, the "residual stream". GPT-2 normalises before each of the two,
+    not after them (Radford et al. 2019, section 2.3).
+
+    `attend` is the one part that can be exchanged, by an entry of that name in a block's dict. This
+    is where a key-value cache or a GPU's own kernel plugs in, or where one head is switched off:
+
+        params["blocks"][3]["attend"] = my_attention  # of the fourth block: they count from 0
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, attend=attend)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -133,11 +164,14 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, attend=attention):  # ->
 def hidden_state(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..., n_seq, n_embd]
     """All of GPT-2 but its last multiplication, float32 where the parameters are.
 
-    `inputs` is an array or a list of token ids below n_vocab, n_seq <= n_ctx of them; the sum with
-    wpe raises ValueError for more.
+    `inputs` are token ids below n_vocab: an array or, with NumPy, a list. ValueError for more than
+    n_ctx of them. Token i gets row i of wpe; whoever hands in other rows decides the positions.
     """
     x = wte[inputs]  # what each token is ...
-    x = x + wpe[..., : x.shape[-2], :]  # ... and where it stands: one row a position
+    n_seq, n_ctx = x.shape[-2], wpe.shape[-2]
+    if n_seq > n_ctx:
+        raise ValueError(f"{n_seq} tokens, but this model has only {n_ctx} positions (n_ctx)")
+    x = x + wpe[..., :n_seq, :]  # ... and where it stands
     for block in blocks:
         x = transformer_block(x, **block, n_head=n_head)
     return layer_norm(x, **ln_f)
@@ -160,21 +194,26 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..., n_seq
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> [n_vocab], float64
     """The distribution that `sample` draws from.
 
-    temperature below 1 sharpens it, above 1 flattens it; top_k keeps the k likeliest tokens, 0 all
-    (Fan et al. 2018, arXiv:1805.04833); top_p keeps the likeliest that together reach p, the one
-    that crosses p included (Holtzman et al. 2019, arXiv:1904.09751). float64, so that 50257 small
-    numbers add up to 1.
+    temperature: below 1 sharpens it, above 1 flattens it.
+    top_k: keeps the k likeliest tokens, 0 all (Fan et al. 2018, arXiv:1805.04833).
+    top_p: keeps the likeliest tokens that together reach p, the one that crosses p included
+        (Holtzman et al. 2019, arXiv:1904.09751).
+
+    Tokens as likely as the last one kept are kept as well, so there may be more of them. float64,
+    so that 50257 small numbers add up to 1.
     """
     logits = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, rightly
         logits = (logits - logits.max()) / temperature
     if 0 < top_k < len(logits):
-        logits = np.where(logits < np.partition(logits, -top_k)[-top_k], -np.inf, logits)
+        least = np.sort(logits)[-top_k]
+        logits = np.where(logits < least, -np.inf, logits)
     probs = softmax(logits)
     if top_p < 1:
         descending = np.sort(probs)[::-1]
-        n_kept = 1 + np.searchsorted(np.cumsum(descending), top_p)
-        probs = np.where(probs < descending[:n_kept][-1], 0.0, probs)
+        n_kept = 1 + np.searchsorted(np.cumsum(descending), top_p)  # the one that crosses p, too
+        least = descending[min(n_kept, len(probs)) - 1]
+        probs = np.where(probs < least, 0.0, probs)
     return probs / probs.sum()
 
 
@@ -183,7 +222,7 @@ def sample(logits, rng, temperature=0.0, top_k=0, top_p=1.0):  # [n_vocab] -> on
 
     ValueError where the logits are not finite, as those of damaged weights.
     """
-    best = int(logits.argmax())  # of NaN, if there is any
+    best = int(logits.argmax())  # where there is a NaN, argmax finds it
     if not math.isfinite(logits[best]):
         raise ValueError("the logits are not finite: the model's weights must be damaged")
     if temperature == 0:

@@ -1,4 +1,4 @@
-"""GPT-2 in sixty lines of NumPy. gpt2.py is the same model, explained and ready for use."""
+"""GPT-2 in sixty lines of NumPy. Read this first; gpt2.py is the same model, explained in full."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ def gelu(x):
 
 
 def softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
+    e = np.exp(x - x.max(-1, keepdims=True))  # without the maximum, exp could overflow
     return e / e.sum(-1, keepdims=True)
 
 
@@ -20,40 +20,44 @@ def linear(x, w, b):  # [n_seq, n_in] -> [n_seq, n_out]
     return x @ w + b
 
 
-def attention(q, k, v, causal):  # three of [n_head, n_seq, d_head] -> [n_head, n_seq, d_head]
-    scores = q @ k.swapaxes(1, 2) / q.shape[-1] ** 0.5
-    return softmax(np.where(causal, scores, -np.inf)) @ v
+def ffn(x, c_fc, c_proj):  # [n_seq, n_embd] -> [n_seq, n_embd]
+    x = gelu(linear(x, **c_fc))  # [n_seq, 4 * n_embd]
+    return linear(x, **c_proj)
+
+
+def attention(q, k, v):  # three of [n_head, n_seq, d_head] -> [n_head, n_seq, d_head]
+    scores = q @ k.swapaxes(1, 2) / q.shape[-1] ** 0.5  # [n_head, n_seq, n_seq], variance near 1
+    seen = np.tri(q.shape[1], dtype=bool)  # [n_seq, n_seq]: each token, and those before it
+    return softmax(np.where(seen, scores, -np.inf)) @ v
 
 
 def mha(x, c_attn, c_proj, n_head):  # [n_seq, n_embd] -> [n_seq, n_embd]
-    heads = linear(x, **c_attn).reshape(len(x), 3, n_head, -1)
-    q, k, v = heads.transpose(1, 2, 0, 3)
-    x = attention(q, k, v, np.tri(len(x), dtype=bool))
-    return linear(np.hstack(x), **c_proj)
+    x = linear(x, **c_attn)  # [n_seq, 3 * n_embd]
+    x = x.reshape(len(x), 3, n_head, -1)  # [n_seq, 3, n_head, d_head]
+    q, k, v = x.transpose(1, 2, 0, 3)  # three of [n_head, n_seq, d_head]
+    x = attention(q, k, v).swapaxes(0, 1)  # [n_seq, n_head, d_head]
+    return linear(x.reshape(len(x), -1), **c_proj)  # the heads side by side again
 
 
-def transformer_block(x, mlp, attn, ln_1, ln_2, n_head):
-    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head)
-    return x + linear(gelu(linear(layer_norm(x, **ln_2), **mlp["c_fc"])), **mlp["c_proj"])
+def transformer_block(x, mlp, attn, ln_1, ln_2, n_head):  # [n_seq, n_embd] -> [n_seq, n_embd]
+    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head)  # tokens look at each other
+    return x + ffn(layer_norm(x, **ln_2), **mlp)  # each token by itself
 
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_seq] -> [n_seq, n_vocab]
-    x = wte[inputs] + wpe[: len(inputs)]
+    x = wte[inputs] + wpe[: len(inputs)]  # [n_seq, n_embd]: what each token is, and where
     for block in blocks:
         x = transformer_block(x, **block, n_head=n_head)
     return layer_norm(x, **ln_f) @ wte.T
 
 
-def generate(inputs, params, n_head, n_tokens_to_generate):
+def generate(inputs, params, n_head, n_tokens_to_generate):  # ids -> the new ids
     ids, n_ctx = list(inputs), len(params["wpe"])
-    if not ids:
-        raise ValueError("the prompt has no tokens")
-    if not 0 <= n_tokens_to_generate <= n_ctx - len(ids):
-        raise ValueError(f"{len(ids)} + {n_tokens_to_generate} tokens do not fit n_ctx {n_ctx}")
+    fits = 0 < len(ids) <= len(ids) + n_tokens_to_generate <= n_ctx
+    assert fits, f"{len(ids)} + {n_tokens_to_generate} tokens do not fit n_ctx {n_ctx}"
     for _ in range(n_tokens_to_generate):
-        logits = gpt2(ids, **params, n_head=n_head)[-1]
-        if not np.isfinite(logits.max()):
-            raise ValueError("the logits are not finite: the model's weights must be damaged")
+        logits = gpt2(ids, **params, n_head=n_head)[-1]  # [n_vocab], of the last position
+        assert np.isfinite(logits).all(), "the logits are not finite: damaged weights?"
         ids.append(int(logits.argmax()))
     return ids[len(inputs) :]
 

@@ -31,7 +31,14 @@ from functools import partial
 import numpy as np
 
 from engine import products, threads
-from gpt2 import attention, check_length, check_sampling, hidden_state, latest, sample
+from gpt2 import (
+    attention_in_blocks,
+    check_length,
+    check_sampling,
+    hidden_state,
+    latest,
+    sample,
+)
 
 CHUNK = 512  # tokens that a pass runs at most, which bounds its scratch memory
 
@@ -103,7 +110,7 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
                 row = slice(borders[i] - (stop - start), borders[i])
                 keys, values = caches[i]["kv"][layer][:, some]  # [n_heads, capacity, d_head] each
                 keys[:, start:stop], values[:, start:stop] = k[some, row], v[some, row]
-                out[some, row] = attention(q[some, row], keys[:, :stop], values[:, :stop])
+                out[some, row] = attention_in_blocks(q[some, row], keys[:, :stop], values[:, :stop])
 
         if len(pieces) > 1 and n_scores > 64 * len(pieces):  # else waking a thread takes longer
             threads.in_threads(work, len(pieces))

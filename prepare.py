@@ -150,11 +150,6 @@ def prepare(out, plan, encoder, options, n_workers, ray):
     options = options | {"dtype": "<u2" if encoder.n_vocab <= 2**16 else "<u4"}
     encoders.clear()
     notes, sha256 = run(plan["sources"], out, options, n_workers, ray)
-    n_documents = {split: sum(note["n_documents"][split] for note in notes) for split in SPLITS}
-    again = plan["val_fraction"] is None and plan["sources"][0]["name"] != "-"  # read once only
-    if again and n_documents["train"] > 1 and not n_documents["val"]:
-        options["val_fraction"] = np.nextafter(min(note["least"] for note in notes), 1.0)
-        notes, sha256 = run(plan["sources"], out, options, n_workers, ray)  # one document falls
     for source in plan["sources"]:
         if source["name"] != "-" and not is_same(source):
             raise ValueError(
@@ -232,8 +227,16 @@ def report(out, meta):
     )
     if meta["n_replaced"]:
         notice(f"{count(meta['n_replaced'], 'piece')} of invalid UTF-8 replaced by U+FFFD")
-    if not n_tokens["val"] and meta["plan"]["val_fraction"] != 0:
+    fractions = [meta["plan"]["val_fraction"], meta["plan"]["last_fraction"]]
+    share = n_tokens["val"] / sum(n_tokens.values())
+    wanted = [0.01 if fraction is None else fraction for fraction in fractions]
+    if not n_tokens["val"] and min(wanted) > 0:
         notice("no document fell to validation: raise --val_fraction, or draw with another --seed")
+    elif not min(wanted) / 3 <= share <= max(wanted) * 3:
+        notice(
+            f"validation has {share:.1%} of the tokens, since single documents are large: "
+            "raise --val_fraction, or draw with another --seed"
+        )
 
 
 def check_flags(inputs, out, separator, val_fraction, seed, shard_mb, workers, tokenizers):
@@ -286,8 +289,8 @@ def main(
         separator: the line that separates the documents of a text; empty for blank lines.
         field: where JSON lines and Parquet have the text; "text" by default. Naming it makes files
             of unknown kinds, and standard input, JSON lines.
-        val_fraction: share of the documents for validation; by default 0.01, but one at the least.
-            Of a text that is one document, the last tenth.
+        val_fraction: share of the documents for validation, 0.01 by default; where that would be
+            fewer than ten documents, the last part of the text, a tenth by default.
         seed: the same seed draws the same documents for validation.
         shard_mb: megabytes of text in a shard.
         workers: processes; by default, one per processor.

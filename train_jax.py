@@ -23,6 +23,7 @@ import functools
 import math
 import operator
 import os
+import secrets
 import signal
 import sys
 import time
@@ -46,9 +47,10 @@ from training import progress
 from training.attention import fused_attention
 from training.batches import batches_shape, fill_batches, read_batches, step_keys
 from training.checkpoints import (
-    check_folder,
+    check_out,
     clear_away,
     find_checkpoint,
+    find_out,
     save_checkpoint,
 )
 from training.devices import (
@@ -61,10 +63,10 @@ from training.devices import (
     start_jax,
     to_host,
 )
-from training.flags import check_saved, choose, read_flags
+from training.flags import check_saved, choose, extend, read_flags
 from training.state import count_rows, load_start, name_leaves, resize_vocab, start_state
 from training.text import NAMED_TEXTS
-from utils import check_target, load_encoder_hparams_and_params, save_model
+from utils import load_encoder_hparams_and_params, save_model
 
 LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
 
@@ -320,13 +322,14 @@ def main(*args, **kwargs):
         progress.import_writer()
     place = saved = model = None
     if resume is None:
-        check_target(typed["out"])  # better now than after the first steps
-        check_folder(typed["out"])
+        check_out(typed["out"], how["overwrite"])  # better now than after the first steps
         if "init_from" in typed:
             model = load_encoder_hparams_and_params(typed["init_from"], models_dir)
     else:
-        place, saved = find_checkpoint(resume)
-        flags = check_saved(saved, place) | {"out": resume}
+        out = find_out(resume, models_dir)
+        place, saved = find_checkpoint(out)
+        flags = extend(check_saved(saved, place), saved["step"], typed.get("n_steps"))
+        flags |= {"out": out}
     start_jax(how["coordinator"], how["num_processes"], how["process_id"])
     with end_together():
         if resume is None:
@@ -340,6 +343,8 @@ def main(*args, **kwargs):
     if stopped:
         raise KeyboardInterrupt
     if jax.process_index() == 0:
+        if saved and saved["step"] == flags["n_steps"]:
+            print(f"all {saved['step']} steps were done: --n_steps goes on, with a larger number")
         print(f"the best model is in {flags['out']}")
 
 
@@ -368,12 +373,17 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
     model = params = moments = None  # their memory is free again
     peak, source = peak_flops(mesh.devices.ravel(), flags["dtype"])
     shape = batches_shape(flags, flops, peak)
+    run = saved.get("run") if saved else secrets.randbits(48)
     log = progress.no_log
     if is_main:
         speed = f"{jax.device_count()} x {jax.devices()[0].device_kind}", flops, peak, source
-        log = progress.make_log(flags["out"], n_done, *speed, schedule, tensorboard)
+        log = progress.make_log(flags["out"], run, n_done, *speed, schedule, tensorboard)
+        if saved and n_done < flags["n_steps"]:
+            now, last = float(schedule(n_done)), flags["min_learning_rate"]
+            print(f"going on after step {n_done} of {flags['n_steps']}: ", end="")
+            print(f"the learning rate is {now:.2g} now and {last:.2g} at the end")
         clear_away(flags["out"])  # no other run is at work there, or make_log would have refused
-    keep, checkpoint = make_savers(flags, encoder, hparams, text, place)
+    keep, checkpoint = make_savers(flags, encoder, hparams, text, run, place)
 
     def read(n_done):
         spec = make_sharding(mesh, None, None, "data")
@@ -409,11 +419,11 @@ def set_up(flags, mesh, optimizer, params, moments, n_done, windows):
     return state, train_steps, validate
 
 
-def make_savers(flags, encoder, hparams, text, place):
+def make_savers(flags, encoder, hparams, text, run, place):
     """-> keep(params, is_best) and checkpoint(state, best), as `train` wants them.
 
-    text: what a checkpoint says of it; place: the checkpoint that the run goes on from, or None.
-    Every process calls both, for its share of the parameters; the first one writes.
+    text: what a checkpoint says of it; run: the run's number; place: the checkpoint that it goes on
+    from, or None. Every process calls both, for its share of the parameters; the first one writes.
     """
     out, n_vocab, is_main = flags["out"], hparams["n_vocab"], jax.process_index() == 0
     places = [place] if place else []
@@ -431,7 +441,8 @@ def make_savers(flags, encoder, hparams, text, place):
         params, moments = resize_vocab(to_host(state[:2]), n_vocab)
         if not is_main:
             return out
-        about = {"flags": flags, "best": best if best < math.inf else None, "text": text}
+        about = {"run": run, "flags": flags, "text": text}
+        about |= {"best": best if best < math.inf else None}
         about |= {"versions": {"jax": jax.__version__, "optax": optax.__version__}}
         step, moments = int(state[2]), name_leaves(moments)
         save_checkpoint(out, places, step, params, moments, about, encoder, hparams)

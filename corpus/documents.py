@@ -115,7 +115,8 @@ def cut_source(number, source, options, work_dir):  # yields spans
     name, n_bytes, n_most = source["name"], source["n_bytes"], options["shard_bytes"]
     span = {"source": number, "name": name, "path": os.path.abspath(name)}
     span |= {"format": source["format"]}
-    span |= {"offset": 0, "line": 0, "temporary": False, "split": None, "ends": True}
+    span |= {"offset": 0, "line": 0, "temporary": False, "ends": True}
+    span |= {"split": None, "val_from": None}  # which of its documents are for validation
     separator = b"" if source["format"] == "json" else b"\n" + options["separator"].encode()
     boundary = re.compile(re.escape(separator) + rb"\r?\n")  # what a span ends with
     if source["format"] == "parquet":

@@ -20,6 +20,8 @@ from encoder import CHAR_OF_BYTE, get_encoder
 from plumbing.files import parse_json, write_whole
 
 SPLITS = ["train", "val"]
+FEW_DRAWN = 10  # documents for validation, below which they are not drawn
+MOST_AHEAD = 2**31  # bytes that are read to see whether there are few
 WORK = ".work"  # the folder, in that of the shards, that holds what is not complete
 
 # --- From spans to tasks ------------------------------------------------------------------------
@@ -28,13 +30,9 @@ WORK = ".work"  # the folder, in that of the shards, that holds what is not comp
 def make_tasks(sources, options, work_dir):  # yields {"number": ..., "spans": [...]}
     """Spans in order, small ones together, so that a task has about shard_bytes to read."""
     cut = [cut_source(i, source, options, work_dir) for i, source in enumerate(sources)]
-    spans = itertools.chain.from_iterable(cut)
-    first = list(itertools.islice(spans, 2))
-    if len(first) == 1:
-        yield {"number": 0, "spans": cut_document(*first, options)}
-        return
+    spans = split_few(itertools.chain.from_iterable(cut), options)
     group, size, numbers = [], 0, itertools.count()
-    for span in itertools.chain(first, spans):
+    for span in spans:
         group.append(span)
         size += span["size"]
         if size >= options["shard_bytes"]:
@@ -44,25 +42,60 @@ def make_tasks(sources, options, work_dir):  # yields {"number": ..., "spans": [
         yield {"number": next(numbers), "spans": group}
 
 
-def cut_document(span, options):  # -> the only span, or its two parts
-    """If all there is is one document, its end is for validation, not all of it or nothing."""
-    if span["format"] != "text":
-        return [span]
-    start, size = None, 0
-    for position, text, _ in itertools.chain.from_iterable(read_span(span, options)):
-        if start not in (None, position):
-            return [span]  # a second document
-        start, size = position, size + len(text)
-    if start is None:
-        return [span]
+def split_few(spans, options):  # -> the same spans or, of few documents, parts of them
+    """Of few documents the last part of the text is for validation: a draw would be mere chance.
+
+    They are few where fewer than FEW_DRAWN are to be expected for validation.
+    """
+    ahead, documents, size = [], [], 0  # documents: (its span's place in ahead, position, n_bytes)
+    enough = FEW_DRAWN / max(options["val_fraction"], 1e-9)
+    for span in spans if options["val_fraction"] else ():
+        for position, text, _ in itertools.chain.from_iterable(read_span(span, options)):
+            if documents and documents[-1][:2] == (len(ahead), position):
+                documents[-1] = len(ahead), position, documents[-1][2] + len(text)
+            else:
+                documents.append((len(ahead), position, len(text)))
+            if len(documents) >= enough:
+                break
+        ahead.append(span)
+        size += span["size"]
+        if len(documents) >= enough or size > MOST_AHEAD:
+            return itertools.chain(ahead, spans)
+    if not documents:
+        return itertools.chain(ahead, spans)
+    return split_last_part(ahead, documents, options["last_fraction"])
+
+
+def split_last_part(spans, documents, fraction):  # of split_few -> spans
+    """Cuts where the last `fraction` of the bytes begins: a text there, and rows between two."""
+    n_bytes = sum(n for _, _, n in documents)
+    n_train, ends = int(n_bytes * (1 - fraction)), np.cumsum([n for _, _, n in documents])
+    k = min(int(np.searchsorted(ends, n_train, side="right")), len(documents) - 1)
+    i, position, n = documents[k]
+    offset = n_train - int(ends[k] - n)  # into that document
+    if spans[i]["format"] == "text":
+        border = cut_text(spans[i], position, offset, n)
+    else:
+        k += 2 * offset > n  # to the nearer of its two ends, but one row at least on each side
+        k = max(1, min(k, len(documents) - 1))
+        i = documents[k][0] if k < len(documents) else i
+        border = [spans[i] | {"val_from": documents[k][1] if k < len(documents) else 2**63}]
+    train = [span | {"split": "train"} for span in spans[:i]]
+    return [*train, *border, *(span | {"split": "val"} for span in spans[i + 1 :])]
+
+
+def cut_text(span, position, offset, n):  # -> three spans, of which the last is for validation
+    """What is before a document of n bytes, its first `offset` bytes, and all that follows."""
     with open(span["path"], "rb") as file:
-        at = file.seek(start + int(size * (1 - options["last_fraction"])))
+        at = file.seek(position + offset)
         following = file.read(3)  # a character is not cut
         at += len(following) - len(following.lstrip(bytes(range(0x80, 0xC0))))
-    stop = start + size
-    train = {"split": "train", "start": start, "stop": at, "ends": at == stop}
-    val = {"split": "val", "start": at, "stop": stop, "progress": 0}
-    return [span | train, span | val]
+    none = {"size": 0, "progress": 0}  # the last stands for all, so that the three stay together
+    return [
+        span | none | {"split": "train", "stop": position},
+        span | none | {"split": "train", "start": position, "stop": at, "ends": at == position + n},
+        span | {"split": "val", "start": at},
+    ]
 
 
 # --- A task: from documents to shards -----------------------------------------------------------
@@ -88,12 +121,13 @@ def do_task(task, out, options):  # -> its note: counts of what is in its shards
     shards = {split: os.path.join(out, f"{split}_{number}.bin") for split in SPLITS}
     names = {split: os.path.join(work_dir, f"{split}_{uuid.uuid4().hex}") for split in SPLITS}
     note_file = Path(work_dir, f"{number}.json")
-    if is_done(note := read_or_empty(note_file), shards, options):
+    about = hashlib.sha256(repr([cut_of(span) for span in task["spans"]]).encode()).hexdigest()
+    if is_done(note := read_or_empty(note_file), about, shards, options):
         return note
     if out not in encoders:
         encoders[out] = get_encoder("", out)
     try:
-        note = write_shards(task["spans"], names, encoders[out], options)
+        note = {"spans": about} | write_shards(task["spans"], names, encoders[out], options)
         for split in SPLITS:
             if note["n_tokens"][split]:
                 os.replace(names[split], shards[split])
@@ -109,9 +143,13 @@ def do_task(task, out, options):  # -> its note: counts of what is in its shards
     return note
 
 
-def is_done(note, shards, options):
-    """Is there a note of the same draw, and are its shards as large as it says?"""
-    if note.get("val_fraction") != options["val_fraction"]:
+def cut_of(span):  # what decides which of its source's documents are in it, and for which split
+    return [span[key] for key in ("source", "offset", "start", "stop", "split", "val_from")]
+
+
+def is_done(note, about, shards, options):
+    """Is there a note of the same spans, and are its shards as large as it says?"""
+    if note.get("spans") != about:
         return False
     width = np.dtype(options["dtype"]).itemsize
     sizes = {split: os.path.getsize(p) for split, p in shards.items() if os.path.exists(p)}
@@ -121,7 +159,7 @@ def is_done(note, shards, options):
 def write_shards(spans, names, encoder, options):  # -> the note
     """Encode the documents of some spans into the files `names`, a split each, and count them."""
     note = {"n_tokens": dict.fromkeys(SPLITS, 0), "n_documents": dict.fromkeys(SPLITS, 0)}
-    note |= {"n_bytes": 0, "n_replaced": 0, "least": 1.0, "val_fraction": options["val_fraction"]}
+    note |= {"n_bytes": 0, "n_replaced": 0}
     with open(names["train"], "wb") as train, open(names["val"], "wb") as val:
         for span in spans:
             for parts in read_span(span, options):
@@ -135,11 +173,12 @@ def write_shards(spans, names, encoder, options):  # -> the note
 def add_parts(parts, span, files, encoder, options, note):
     """Encode some parts, append them to their split's file, and count them in the note."""
     drawn = [span["split"] == "val"] * len(parts)
-    if span["split"] is None:
+    if span["val_from"] is not None:
+        drawn = [position >= span["val_from"] for position, _, _ in parts]
+    elif span["split"] is None:
         positions = np.array([position for position, _, _ in parts], np.uint64)
         numbers = draw(positions + np.uint64(span["offset"]), span["source"], options["seed"])
         drawn = (numbers < options["val_fraction"]).tolist()
-        note["least"] = min([note["least"], *numbers.tolist()])
     for split, chosen in ("train", map(operator.not_, drawn)), ("val", drawn):
         chosen = list(itertools.compress(parts, chosen))
         ends = [ends and span["ends"] for _, _, ends in chosen]

@@ -21,6 +21,7 @@ from collections import deque
 VERSION = "1.0"  # of all of sixtyGPT, for --version
 # Letters that mean the same flag in every command; others mean the one flag that begins so.
 SHORT = {"m": "model_size", "n": "n_tokens_to_generate", "s": "seed", "t": "temperature"}
+USERS_MISTAKES = (ValueError, OSError, ImportError, AssertionError, OverflowError, MemoryError)
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 TYPED = "\0"  # marks what a person typed: argv cannot contain it, so nothing else looks like it
 
@@ -28,8 +29,8 @@ TYPED = "\0"  # marks what a person typed: argv cannot contain it, so nothing el
 def run_cli(main):
     """Run `main` as a command line whose flags are its parameters, read by their annotations.
 
-    `main` starts only once the whole line is understood. ValueError, OSError, ImportError and
-    MemoryError end in one line on stderr and exit code 2, Ctrl-C in 130, a closed pipe in 141.
+    `main` starts only once the whole line is understood. USERS_MISTAKES end in one line on stderr
+    and exit code 2, Ctrl-C in 130, a closed pipe in 141.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -48,7 +49,7 @@ def run_cli(main):
         code = 130
     except BrokenPipeError:
         code = 141
-    except (ValueError, OverflowError, OSError, ImportError, MemoryError) as error:
+    except USERS_MISTAKES as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         code = 2
     with contextlib.suppress(AttributeError):  # there may be no stdout

@@ -321,7 +321,7 @@ def test_a_place_that_cannot_be_written(server, tmp_path):
     assert server.seen == []
 
 
-DOWNLOAD = "import sys, utils; download.download_file(*sys.argv[1:])"
+DOWNLOAD = "import sys; from model_files import download; download.download_file(*sys.argv[1:])"
 
 
 def start(server, path):

@@ -757,3 +757,78 @@ def test_printable_bytes_are_a_bijection():
     assert len(CHAR_OF_BYTE) == len(BYTE_OF_CHAR) == 256
     assert all(char.isprintable() and not char.isspace() for char in BYTE_OF_CHAR)
     assert (CHAR_OF_BYTE[32], CHAR_OF_BYTE[10], CHAR_OF_BYTE[173]) == ("Ġ", "Ċ", "Ń")
+
+
+# tokenizer.json, all that today's transformers save, and added tokens
+
+CHAT = ["<|user|>", "<|user|><|end|>", "a token 我"]
+
+
+def their_tokenizer(folder, extra=()):
+    """transformers' twin of `small`, saved by transformers as it does today, with more tokens."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    small.save(folder / "plain")
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(folder / "plain")
+    theirs.add_special_tokens({"additional_special_tokens": list(extra)})
+    theirs.save_pretrained(folder / "theirs")
+    return theirs, folder / "theirs"
+
+
+@pytest.mark.parametrize("extra", [[], CHAT])
+def test_a_tokenizer_json_alone_is_read(tmp_path, extra):
+    theirs, folder = their_tokenizer(tmp_path, extra)
+    assert not (folder / "vocab.json").exists()
+    ours = encoder_module.get_encoder("", folder)
+    assert ours.merges == small.merges and ours.n_vocab == small.n_vocab + len(extra)
+    assert set(ours.special) == {ENDOFTEXT, *extra}
+    text = "".join([f"Once{ENDOFTEXT} upon", *extra, " a time: ", *reversed(extra), "'tis <|user|"])
+    ids = ours.encode(text, allow_endoftext=True)
+    assert ids == theirs.encode(text)
+    assert ours.decode(ids) == text
+    assert set(ours.encode(text)).isdisjoint(ours.special.values())  # not asked for
+    ours.save(tmp_path / "again")
+    again = encoder_module.get_encoder("", tmp_path / "again")
+    assert again.special == ours.special and again.encode(text, allow_endoftext=True) == ids
+
+
+def test_gpt2s_own_tokenizer_json_gives_gpt2s_ids(gpt2, hugging_face_gpt2, tmp_path):
+    hugging_face_gpt2.save_pretrained(tmp_path)
+    ours = encoder_module.get_encoder("", tmp_path)
+    assert (ours.vocab, ours.merges, ours.endoftext) == (gpt2.vocab, gpt2.merges, 50256)
+
+
+BAD_TOKENIZERS = {
+    "model.type 'Unigram'": lambda t: t["model"].update(type="Unigram"),
+    "model.byte_fallback True": lambda t: t["model"].update(byte_fallback=True),
+    "model.ignore_merges True": lambda t: t["model"].update(ignore_merges=True),
+    "model.end_of_word_suffix '</w>'": lambda t: t["model"].update(end_of_word_suffix="</w>"),
+    "model.merges is not a list": lambda t: t["model"].pop("merges"),
+    "merge 2 is 7": lambda t: t["model"]["merges"].__setitem__(1, 7),
+    "merge 1 is 'abc'": lambda t: t["model"]["merges"].__setitem__(0, "abc"),
+    "merge 1 is ['a', '']": lambda t: t["model"]["merges"].__setitem__(0, ["a", ""]),
+    "a vocabulary is one JSON object": lambda t: t["model"].update(vocab=[1]),
+    "bytes have no id": lambda t: t["model"]["vocab"].pop("a"),
+    "only GPT-2's pre_tokenizer": lambda t: t["pre_tokenizer"].update(add_prefix_space=True),
+    "only GPT-2's pre_tokenizer is": lambda t: t.update(pre_tokenizer=None),
+    "a normalizer is not supported": lambda t: t.update(normalizer={"type": "NFC"}),
+    "a post_processor that adds": lambda t: t["post_processor"].update(special_tokens={"a": 1}),
+    "added_tokens is not a list": lambda t: t.update(added_tokens=[7]),
+    "has no id or no text": lambda t: t["added_tokens"][0].update(id=-1),
+    "has no id or no text ": lambda t: t["added_tokens"][0].update(content=None),
+    "takes its surroundings into account": lambda t: t["added_tokens"][0].update(lstrip=True),
+    "have the same id, 97": lambda t: t["added_tokens"].append({"id": 97, "content": "a new"}),
+    "'<|endoftext|>' has two ids": lambda t: t["added_tokens"][0].update(id=10**6),
+    "surrogates not allowed": lambda t: t["added_tokens"].append({"id": 900, "content": "\ud800"}),
+}
+
+
+@pytest.mark.parametrize("problem", BAD_TOKENIZERS)
+def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path, problem):
+    _, folder = their_tokenizer(tmp_path)
+    found = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    BAD_TOKENIZERS[problem](found)
+    (folder / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError) as caught:
+        encoder_module.get_encoder("", folder)
+    assert str(caught.value).startswith(f"{folder}/tokenizer.json: ")
+    assert problem.strip() in str(caught.value) and "\n" not in str(caught.value)

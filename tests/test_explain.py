@@ -169,7 +169,7 @@ def test_the_sources_are_those_of_the_file(written):
     data, lines = read_page(written[0]), (REPO / "gpt2.py").read_text("utf-8").splitlines(True)
     assert set(data["sources"]) == {
         *("gpt2", "hidden_state", "transformer_block", "layer_norm", "mha", "linear"),
-        *("attention", "softmax", "ffn", "gelu"),
+        *("attention_in_blocks", "attention", "softmax", "ffn", "gelu"),
     }
     for name, source in data["sources"].items():
         n = source["lines"].count("\n")
@@ -179,7 +179,8 @@ def test_the_sources_are_those_of_the_file(written):
     def check(call, caller):
         if caller is not None:  # the line that called it names it, or the attend that it stands for
             line = lines[call["line"] - 1]
-            assert call["function"] in line or call["function"] == "attention" and "attend(" in line
+            attends = call["function"] == "attention_in_blocks" and "attend(" in line
+            assert call["function"] in line or attends
             source = data["sources"][caller["function"]]
             assert 0 <= call["line"] - source["first"] < source["lines"].count("\n")
         for inner in call["calls"]:
@@ -893,7 +894,7 @@ def test_256_tokens_are_not_too_many_and_a_path_is_a_model(models, tmp_path):
 
     def check(call):
         for inner in call["calls"]:
-            assert inner["function"] != call["function"]  # attention's halves are left out
+            assert inner["function"] != call["function"]
             check(inner)
 
     check(data["call"])

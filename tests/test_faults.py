@@ -83,7 +83,7 @@ def test_a_download_survives_a_fault_at_every_step(server, tmp_path, fault):
 
 # Three models of one size, of which no two have a tensor or a merge in common.
 MODELS = """
-import os, shutil, sys, numpy as np, faults, utils
+import json, os, shutil, sys, numpy as np, faults, utils
 from encoder import Encoder
 from model_files import weights
 from training import checkpoints
@@ -132,9 +132,14 @@ def test_saving_survives_a_fault_at_every_step(tmp_path, fault):
 
 
 CHECKPOINTS = """
-def save(out, k, step, saved=()):
-    moments, run = {"mu": np.full(3, k, "f4")}, {"flags": k}
-    what = params(k), moments, run, encoders[k], hparams
+def begin(out, run):  # as a new run does
+    os.makedirs(out, exist_ok=True)
+    with open(out + "/metrics.jsonl", "w") as f:
+        f.write(json.dumps({"step": 0, "run": run}) + chr(10))
+
+def save(out, k, step, saved=(), run=8):
+    moments, about = {"mu": np.full(3, k, "f4")}, {"flags": k, "run": run}
+    what = params(k), moments, about, encoders[k], hparams
     return checkpoints.save_checkpoint(out, [*saved], step, *what)
 
 def found():  # (step, the number of the model) of the checkpoint that would be resumed, or None
@@ -147,7 +152,9 @@ def found():  # (step, the number of the model) of the checkpoint that would be 
     return run["step"], run["flags"]
 
 before = folder + "-before"
-saved = [save(before, 1, 40), save(before, 2, 60)]
+begin(before, 8)
+saved = [save(before, 1, 40)]
+saved += [save(before, 2, 60, saved)]
 saved = [place.replace(before, folder) for place in saved]
 for n in faults.at_every_change(folder, fault, lambda: save(folder, 3, 80, saved), before):
     assert found() in [(60, 2), (80, 3)]  # the same run goes on
@@ -157,10 +164,13 @@ for n in faults.at_every_change(folder, fault, lambda: save(folder, 3, 80, saved
     assert found() in [(60, 2), (80, 3)]  # a resumed run
     save(folder, 1, 100, saved[1:])
     assert found() == (100, 1) and len(os.listdir(folder + "/checkpoints")) == 2
-for n in faults.at_every_change(folder, fault, lambda: save(folder, 3, 20), before):
-    at_risk = [] if fault == "full" else [None, (40, 1)]  # while the old one is put away
-    assert found() in [(60, 2), (20, 3), *at_risk]
-    save(folder, 1, 20)
+begin(before, 9)  # from here on, the two in there are an earlier run's
+for step in (20, 60):
+    for n in faults.at_every_change(folder, fault, lambda: save(folder, 3, step, run=9), before):
+        assert found() in [None, (step, 3)]
+        save(folder, 1, 20, run=9)
+for n in faults.at_every_change(folder, fault, lambda: save(folder, 3, 20, run=9), before):
+    save(folder, 1, 20, run=9)
     assert found() == (20, 1) and len(os.listdir(folder + "/checkpoints")) == 1
 print(n)
 """
@@ -350,12 +360,17 @@ def start_training(*args):
 
 
 def trained(out):
-    """All bytes that a run leaves, but for the times in the log and the folder's own name."""
+    """All bytes that a run leaves, but for the log's times, the folder's name, the run's number."""
     there = faults.files(out)
     there.pop("loss.png", None)
-    lines = map(json.loads, there.pop("metrics.jsonl").splitlines())
+    lines = list(map(json.loads, there.pop("metrics.jsonl").splitlines()))
     log = [(line["step"], line.get("loss"), line.get("validation")) for line in lines]
-    return {name: data.replace(os.fsencode(out), b"OUT") for name, data in there.items()}, log
+    number = b'"run": %d' % lines[0]["run"]  # another one in every run
+    same = {os.fsencode(out): b"OUT", number: b'"run": 7'}
+    for name, data in there.items():
+        for found, instead in same.items():
+            there[name] = data = data.replace(found, instead)
+    return there, log
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +393,7 @@ def wait_until(condition, process):  # or it has ended
 def test_training_killed_at_random_times_comes_to_the_same_bits(training, tmp_path, rng):
     flags, whole = training
     out, n_killed, n_finished = tmp_path / "out", 0, 0
-    fresh = again = [*flags, "--out", out]
+    fresh = again = [*flags, "--out", out, "--overwrite"]  # it may be killed before a checkpoint
 
     def n_lines():
         log = out / "metrics.jsonl"
@@ -451,7 +466,7 @@ def test_two_trainings_into_one_folder(training, tmp_path):
     out = tmp_path / "out"
     first = start_training(*flags, "--out", out)
     wait_until((out / "metrics.jsonl").exists, first)
-    second = begin("train_jax.py", *flags, "--out", out)
+    second = begin("train_jax.py", *flags, "--out", out, "--overwrite")
     _, err = second.communicate(timeout=120)
     held = (second.returncode, err) == (2, f"error: {out}: another train_jax.py is at work there\n")
     assert held or second.returncode == 0 and first.poll() == 0, err  # or the first had ended

@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import inspect
 import itertools
 import math
 import os
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import REPO, hugging_face, random_params, tree_map
 
+import explain
 import gpt2
 import gpt2_pico
 from model_files import weights
@@ -259,8 +259,32 @@ def test_pico_is_gpt2(rng, hparams):
     new = gpt2_pico.generate(prompt, params64, n_head, 10)
     assert new == gpt2.generate(prompt, params64, n_head, 10) and len(new) == 10
     assert prompt == before and {type(token) for token in new} == {int}
-    with pytest.raises(ValueError, match=rf"{n_ctx - 10} \+ 11 .*{n_ctx}"):
+    with pytest.raises(AssertionError, match=rf"{n_ctx - 10} \+ 11 .*{n_ctx}"):
         gpt2_pico.generate(prompt, params, n_head, 11)
+
+
+@pytest.mark.parametrize("n_ctx", [1, 5])
+def test_more_tokens_than_positions_are_refused(rng, jax, n_ctx):
+    """Of a single position, NumPy's sum would give every token the same, without a word."""
+    params = random_params(rng, SMALL | {"n_ctx": n_ctx})
+    one_more = f"{n_ctx + 1} tokens, but this model has only {n_ctx} positions"
+    for inputs in (random_ids(rng, n_ctx + 1), random_ids(rng, n_ctx + 1).tolist()):
+        with pytest.raises(ValueError, match=one_more):
+            gpt2.gpt2(inputs, **params, n_head=3)
+    with pytest.raises(ValueError, match=one_more):
+        jax.jit(gpt2.gpt2, static_argnames="n_head")(
+            random_ids(rng, 2, n_ctx + 1), **params, n_head=3
+        )
+    assert gpt2.gpt2(random_ids(rng, 2, n_ctx), **params, n_head=3).shape == (2, n_ctx, 97)
+
+
+@pytest.mark.parametrize("n_q", [1, 2, 63, 64, 65, 130, 150])
+def test_blocks_of_queries_give_what_the_plain_formula_gives(rng, n_q):
+    q, k, v = rng.standard_normal((3, 2, 5, 150, 8), dtype=np.float32)
+    q = q[..., -n_q:, :]  # the last ones
+    wanted = gpt2.attention(*(x.astype(np.float64) for x in (q, k, v)))
+    assert_close(gpt2.attention(q, k, v), wanted, 1e-5)
+    assert_close(gpt2.attention_in_blocks(q, k, v), wanted, 1e-5)
 
 
 def test_pico_is_sixty_lines():
@@ -434,6 +458,7 @@ def every_function(ids, params, n_head, prepare=lambda x: x):
         "linear": gpt2.linear(x, **block["mlp"]["c_fc"]),
         "ffn": gpt2.ffn(x, **block["mlp"]),
         "attention": gpt2.attention(*qkv),
+        "attention_in_blocks": gpt2.attention_in_blocks(*qkv),
         "mha": gpt2.mha(x, **block["attn"], n_head=n_head),
         "transformer_block": gpt2.transformer_block(x, **block, n_head=n_head),
         "hidden_state": gpt2.hidden_state(ids, **params, n_head=n_head),
@@ -441,13 +466,20 @@ def every_function(ids, params, n_head, prepare=lambda x: x):
     }
 
 
+def everything(call):  # of explain.watch -> what the functions that were called returned
+    yield call["out"]
+    for inner in call["calls"]:
+        yield from everything(inner)
+
+
 @pytest.mark.parametrize("n_seq", [9, 140])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_numpy_keeps_the_dtype(rng, dtype, n_seq):
     params = tree_map(lambda a: a.astype(dtype), random_params(rng, LONG))
-    results = every_function(random_ids(rng, n_seq, hparams=LONG), params, 2)
-    functions = inspect.getsource(gpt2).partition("From logits to text")[0].count("\ndef ")
-    assert len(results) == functions
+    ids = random_ids(rng, n_seq, hparams=LONG)
+    results = every_function(ids, params, 2)
+    inside = list(everything(explain.watch(gpt2.gpt2, ids, **params, n_head=2)))
+    assert len(inside) > 20 and {array.dtype.name for array in inside} == {dtype}
     assert {name: (type(r), r.dtype.name) for name, r in results.items()} == dict.fromkeys(
         results, (np.ndarray, dtype)
     )

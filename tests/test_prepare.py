@@ -7,6 +7,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -276,7 +277,7 @@ def test_a_text_of_many_documents(tmp_path, rng):
     (tmp_path / "a.txt").write_text(data, newline="")
     out, err = make(tmp_path / "a.txt", "--out", tmp_path / "s", "--val_fraction", "0.2")
     meta = json.loads((tmp_path / "s" / "meta.json").read_text())
-    train, val = (documents_of(read(tmp_path / "s", split)) for split in ("train", "val"))
+    train, val = (documents_of(read(tmp_path / "s", s)) for s in ("train", "val"))
     assert 20 < len(val) < 120 and sorted(train + val) == sorted(texts)
     assert [t for t in texts if t in set(train)] == train and [
         t for t in texts if t in set(val)
@@ -835,8 +836,8 @@ def test_a_line_of_many_blocks_and_bounded_memory(tmp_path):
 
 
 def test_no_validation_is_noticed(tmp_path):
-    (tmp_path / "a.txt").write_text(f"one\n{ENDOFTEXT}\ntwo\n")
-    out, err = make("a.txt", "--val_fraction", "1e-9", cwd=tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "one row cannot be split"}')
+    out, err = make("a.jsonl", "--val_fraction", "0.1", cwd=tmp_path)
     assert err.startswith("notice: no document fell to validation")
 
 
@@ -953,28 +954,77 @@ def test_the_draw_is_splitmix64():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_one_document_at_least_is_for_validation(tmp_path, workers):
+def test_of_few_documents_the_last_part_is_for_validation(tmp_path, workers):
+    """However the text is spread over files, and whatever the seed: a draw would be mere chance."""
     (tmp_path / "in").mkdir()
-    for i in range(10):
-        (tmp_path / "in" / f"{i}.txt").write_text(f"document {i}")
-    for seed in range(100):
-        numbers = [tasks.draw(np.zeros(1, np.uint64), i, seed)[0] for i in range(10)]
-        if min(numbers) > 0.01:
-            break
-    flags = ["--seed", seed, "--shard_mb", "0.00001", "--workers", workers]  # a shard each
-    out, err = make("in", *flags, cwd=tmp_path)
-    train, val = (documents_of(read(tmp_path / "shards" / "in", s)) for s in ("train", "val"))
-    assert val == [f"document {np.argmin(numbers)}"] and len(train) == 9 and err == ""
-    assert make("in", *flags, cwd=tmp_path)[0] == out
+    for i in range(20):
+        (tmp_path / "in" / f"{i:02}.txt").write_text(f"document {i:04}\n" * 10)
+    flags = ["--shard_mb", "0.0001", "--workers", workers]  # a shard each
+    out, err = make("in", *flags, "--val_fraction", "0.12", cwd=tmp_path)
+    train, val = (Encoder([]).decode(read(tmp_path / "shards" / "in", s)) for s in ("train", "val"))
+    line = "document {:04}\n".format
+    text = "".join(line(i) * 10 for i in range(20))
+    n_train = int(len(text) * 0.88)
+    rest = text[n_train : len(line(0)) * 180]
+    assert val == "".join(t + ENDOFTEXT for t in (rest, line(18) * 10, line(19) * 10)) and err == ""
+    whole = "".join(line(i) * 10 + ENDOFTEXT for i in range(17))
+    assert train == whole + (line(17) * 10).removesuffix(rest)
+    assert make("in", *flags, "--val_fraction", "0.12", cwd=tmp_path)[0] == out
 
 
-def test_standard_input_is_not_drawn_from_again(tmp_path):
-    """Of 3 documents none falls to validation with seed 1, and there is no second reading."""
-    text = f"\n{ENDOFTEXT}\n".join(["one", "two", "three"]).encode()
-    assert min(tasks.draw(np.array([0, 18, 36], np.uint64), 0, seed=1)) > 0.01
-    out, err = make("-", "--out", "s", "--seed", "1", cwd=tmp_path, input=text)
-    assert read(tmp_path / "s", "train") == ids_of([b"one\n", b"two\n", b"three"])
-    assert err.startswith("notice: no document fell to validation")
+def test_the_validation_split_does_not_swallow_the_corpus(tmp_path):
+    """A long text and a short one: today a tenth of both, before either of them as a whole."""
+    (tmp_path / "long.txt").write_text("A long story. " * 9000)
+    (tmp_path / "short.md").write_text("And a short one. " * 60)
+    for files in (["long.txt", "short.md"], ["short.md", "long.txt"]):
+        for seed in range(3):
+            make(*files, "--out", f"s{files[0]}{seed}", "--seed", seed, cwd=tmp_path)
+            meta = json.loads((tmp_path / f"s{files[0]}{seed}" / "meta.json").read_text())
+            n_val, n_train = meta["n_tokens"]["val"], meta["n_tokens"]["train"]
+            assert n_val / (n_val + n_train) == pytest.approx(0.1, abs=1e-4)
+
+
+def test_few_rows_are_split_between_two(tmp_path, rng):
+    """The border is the nearer end of the row in which the last tenth begins."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for sizes, n_val in (([10] * 30, 3), ([5, 900], 1), ([900, 5], 1), ([7] * 4 + [50], 1)):
+        texts = [chr(97 + i % 26) * n for i, n in enumerate(sizes)]
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / "a.jsonl").write_text(rows)
+        (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+        parquet.write_table(
+            pyarrow.table({"text": texts}), tmp_path / "c.parquet", row_group_size=9
+        )
+        for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"):
+            shutil.rmtree(tmp_path / "s", ignore_errors=True)
+            make(name, "--out", "s", cwd=tmp_path)
+            train, val = (documents_of(read(tmp_path / "s", s)) for s in ("train", "val"))
+            assert (train, val) == (texts[:-n_val], texts[-n_val:])
+
+
+def test_standard_input_is_split_as_a_file(tmp_path):
+    text = f"\n{ENDOFTEXT}\n".join(["one", "two", "three"])
+    (tmp_path / "a.txt").write_text(text)
+    make("a.txt", "--out", "t", cwd=tmp_path)
+    out, err = make("-", "--out", "s", cwd=tmp_path, input=text.encode())
+    assert read(tmp_path / "s", "val") == ids_of([b"ee"]) == read(tmp_path / "t", "val")
+    train = ids_of([b"one\n", b"two\n"]) + Encoder([]).encode("thr")
+    assert read(tmp_path / "s", "train") == train == read(tmp_path / "t", "train")
+
+
+def test_a_share_far_from_the_one_asked_for_is_said(tmp_path):
+    """1000 short documents, and one longer than all of them that falls to validation."""
+    texts = ["short\n"] * 1000 + ["long " * 9000]
+    data, offset = f"{ENDOFTEXT}\n".join(texts), len(f"short\n{ENDOFTEXT}\n") * 1000
+    seed = next(
+        seed
+        for seed in range(10**5)
+        if tasks.draw(np.array([offset], np.uint64), 0, seed)[0] < 0.01
+    )
+    (tmp_path / "a.txt").write_text(data)
+    _, err = make("a.txt", "--seed", seed, cwd=tmp_path)
+    assert re.match(r"notice: validation has 8\d\.\d% of the tokens, since single documents", err)
 
 
 def test_a_hundredth_is_for_validation(tmp_path):

@@ -12,7 +12,10 @@ from training import devices, progress
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines after the first, which has the run's number."""
+    first, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert first == {"step": 0, "run": 7}
+    return lines
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def log(tmp_path):
     def make(n_done=0, **options):
         rate = {"machine": "1 x x", "flops": 1000, "peak": 5e6, "source": "measured"}
         return progress.make_log(
-            tmp_path / "out", n_done, schedule=lambda n: n / 100, **rate, **options
+            tmp_path / "out", 7, n_done, schedule=lambda n: n / 100, **rate, **options
         )
 
     return make

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import conftest
 import jax
@@ -627,16 +628,18 @@ def wait_for_step(out, step, process):
 
 
 def ends(out):
-    """All bytes that a run leaves, but for the folder's own name in run.json."""
+    """All bytes that a run leaves, but for the folder's name and the run's number in run.json."""
     files = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
     lines = files.pop(Path("metrics.jsonl")).splitlines()
     del files[Path("loss.png")]
     losses = [(line["step"], line["loss"]) for line in map(json.loads, lines) if "loss" in line]
     assert losses == sorted(losses, key=lambda pair: pair[0])
-    return {
-        name: data.replace(os.fsencode(out.name), b"OUT") if name.name == "run.json" else data
-        for name, data in files.items()
-    }
+    for name in files:
+        if name.name == "run.json":
+            saved = json.loads(files[name].replace(os.fsencode(out.name), b"OUT"))
+            assert saved.pop("run") == json.loads(lines[0])["run"]
+            files[name] = saved
+    return files
 
 
 @pytest.fixture(scope="module")
@@ -691,7 +694,10 @@ def test_what_cannot_be_resumed_is_said_in_one_line(never_stopped, tmp_path):
         return err
 
     assert "nothing to resume: no checkpoint in" in refused("--resume", tmp_path)
-    assert "leave out --n_steps" in refused("--resume", never_stopped, "--n_steps", 900)
+    assert "leave out --seed" in refused("--resume", never_stopped, "--seed", 9, "--n_steps", 900)
+    assert "600 steps are done already" in refused("--resume", never_stopped, "--n_steps", 600)
+    assert "leave out --overwrite" in refused("--resume", never_stopped, "--overwrite")
+    assert refused("--resume", "") == "error: --resume is empty: name the folder of a run\n"
     out = tmp_path / "copy"
     shutil.copytree(never_stopped, out)
     place = out / "checkpoints" / "00000600"
@@ -699,6 +705,11 @@ def test_what_cannot_be_resumed_is_said_in_one_line(never_stopped, tmp_path):
     plan = json.loads((place / "run.json").read_text())
     plan["flags"]["data"] = str(tmp_path / "text")
     (place / "run.json").write_text(json.dumps(plan))
+    assert "is not the text that" in refused("--resume", out)
+    (tmp_path / "text").write_text("".join(topics[name] + "\n" for name in sorted(topics))[:-1])
+    assert run("--resume", out)[0] == 0  # the same text from another place
+    changed = (tmp_path / "text").read_text().replace("a", "b", 1)  # of the same length
+    (tmp_path / "text").write_text(changed)
     assert "is not the text that" in refused("--resume", out)
     shutil.copy(never_stopped / "checkpoints" / "00000600" / "run.json", place)
     data = (place / "optimizer.safetensors").read_bytes()
@@ -708,9 +719,80 @@ def test_what_cannot_be_resumed_is_said_in_one_line(never_stopped, tmp_path):
     assert "run.json: not JSON" in refused("--resume", out)
 
 
+def test_a_finished_run_says_so_and_can_be_extended(never_stopped, tmp_path):
+    """--resume takes a name in models_dir, too, as --init_from does."""
+    shutil.copytree(never_stopped, tmp_path / "longer")
+    code, out, err = run("--resume", "longer", models_dir=tmp_path)
+    assert (code, err) == (0, "") and "step 600:" not in out
+    last = "all 600 steps were done: --n_steps goes on, with a larger number\nthe best model is in "
+    assert out.endswith(f"{last}{tmp_path}/longer\n")
+    code, out, err = run("--resume", "longer", "--n_steps", 700, models_dir=tmp_path)
+    assert (code, err) == (0, "") and "step 700:" in out
+    recipe = training.flags.choose({"data": "x", "n_steps": 700}, "cpu")
+    now = float(train_jax.make_schedule(**recipe)(600))  # on the cosine of 700 steps
+    assert f"after step 600 of 700: the learning rate is {now:.2g} now and 5e-05 at the end" in out
+    lines = progress.read_log(tmp_path / "longer" / "metrics.jsonl")
+    rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
+    assert max(rates) == 700 and rates[600] == pytest.approx(5e-5, rel=0.01) and rates[620] > 1e-4
+    place, saved = checkpoints.find_checkpoint(tmp_path / "longer")
+    assert place.endswith("00000700") and saved["flags"]["n_steps"] == 700
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_training_replaces_nothing_without_being_told_so(never_stopped, tmp_path):
+    """Not a run, not a model without one, not a stranger's folder, not the shipped model."""
+    code, out, err = run(*TINY_RUN, "--n_steps", 20, "--out", never_stopped)
+    assert (code, out) == (2, "") and err == (
+        f"error: {never_stopped} holds a model, which training would replace: "
+        f"--resume {never_stopped} goes on with its run, "
+        "--out names another folder, --overwrite replaces it\n"
+    )
+    (tmp_path / "foreign" / "checkpoints" / "00000007").mkdir(parents=True)
+    (tmp_path / "foreign" / "checkpoints" / "00000007" / "a").write_text("precious")
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "loss.png").write_text("precious")
+    for folder in (REPO / "models" / "shakespeare", tmp_path / "foreign", tmp_path / "paper"):
+        before = snapshot(folder)
+        with pytest.raises(ValueError, match=r"^[^\n]*holds .*--out names another[^\n]*$"):
+            checkpoints.check_out(str(folder))
+        assert snapshot(folder) == before
+        assert checkpoints.check_out(str(folder), overwrite=True) is None
+    left = tmp_path / "left"  # of a run that was stopped before it kept anything
+    (left / "checkpoints").mkdir(parents=True)
+    (left / ".saving-abc").mkdir()
+    (left / "metrics.jsonl").write_text('{"step": 0, "run": 7}\n')
+    for folder in (left, tmp_path / "new"):
+        assert checkpoints.check_out(str(folder)) is None
+
+
+def test_a_run_does_not_resume_another_ones_checkpoints(never_stopped, tmp_path):
+    """A new run over a finished one, killed before its first checkpoint; then a whole one."""
+    out = tmp_path / "out"
+    shutil.copytree(never_stopped, out)
+    before = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["run"]
+    process = begin(*TINY_RUN, "--out", out, "--overwrite")
+    while json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["run"] == before:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    if not (out / "checkpoints" / "00000040").exists():  # it was not too fast for us
+        code, printed, err = run("--resume", out)
+        assert (code, printed) == (2, "") and err.count("\n") == 1
+        assert "its run was stopped before its first checkpoint, and those in" in err
+    code, _, err = run(*TINY_RUN, "--n_steps", 20, "--out", out, "--overwrite")
+    assert (code, err) == (0, "")
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["00000020"]
+    assert checkpoints.find_checkpoint(out)[1]["step"] == 20
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        lambda plan: plan.update(run="1"),
         lambda plan: plan.pop("step"),
         lambda plan: plan.update(step="40"),
         lambda plan: plan.pop("text"),
@@ -826,7 +908,7 @@ def test_only_checkpoints_are_put_away(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "checkpoints").write_text("x")
     with pytest.raises(ValueError, match="is not a folder we may write to"):
-        checkpoints.check_folder(tmp_path / "b")
+        checkpoints.check_out(tmp_path / "b")
 
 
 def test_the_lowest_rate_follows_the_highest():

@@ -241,6 +241,17 @@ def test_any_n_inner_loads_and_is_exported(rng, tmp_path, n_inner):
         np.testing.assert_allclose(logits, wanted, atol=1e-5)
 
 
+def test_a_folder_that_transformers_saved_whole_loads(saved, tmp_path):
+    """Model and tokenizer, the latter as tokenizer.json alone, as transformers 5 does."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    folder, params = saved
+    for kind in (transformers.GPT2LMHeadModel, transformers.GPT2TokenizerFast):
+        kind.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
+    encoder, hparams, loaded = load(tmp_path / "theirs")
+    assert hparams == HPARAMS and encoder.encode("a b") == Encoder([]).encode("a b")
+    assert_same(loaded, params, HPARAMS)
+
+
 def test_masks_and_the_tied_head_of_older_files_are_ignored(saved):
     folder, params = saved
     tensors = {weights.hugging_face_name(n): a for n, a in leaves(params, HPARAMS).items()}

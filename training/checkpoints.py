@@ -1,9 +1,10 @@
 """A training run's state on the disk, from which it goes on exactly where it stopped.
 
+    models/mine/metrics.jsonl                                   begins with the run's number
     models/mine/checkpoints/00000400/
-        model.safetensors, config.json, vocab.json, merges.txt      a model folder like any other
-        optimizer.safetensors                                       the optimizer's moments
-        run.json                                                    step, flags, best loss, versions
+        model.safetensors, config.json, vocab.json, merges.txt  a model folder like any other
+        optimizer.safetensors                                   the optimizer's moments
+        run.json                                  the run's number, step, flags, best loss, versions
 
 Everything here is NumPy's, whole and unpadded, however many devices held it. A checkpoint is
 written under another name and renamed as a whole; the last two of a run are kept.
@@ -21,9 +22,11 @@ import numpy as np
 
 from model_files.weights import read_safetensors, write_safetensors
 from plumbing.files import read_json, write_whole
-from utils import load_encoder_hparams_and_params, save_model
+from training import progress
+from utils import check_target, load_encoder_hparams_and_params, save_model
 
 CHECKPOINT = re.compile(r"[0-9]{8,}")  # their names; a folder "2024" is somebody else's
+HALF_WRITTEN = re.compile(r"\.saving-.*|(metrics\.jsonl|loss\.png)\.\d+\.tmp")
 DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
 
 
@@ -45,8 +48,8 @@ def save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
         save_model(stage, encoder, hparams, params)
         write_safetensors(os.path.join(stage, "optimizer.safetensors"), moments)
         write_whole(Path(stage, "run.json"), json.dumps({"step": step} | about, indent=1))
-        for other in older - set(places):
-            put_away(other)  # an earlier run's, kept until this one is whole
+        if place in older:
+            put_away(place)  # an earlier run's of this name
         os.rename(stage, place)
     except OSError as error:
         why = error.strerror.rpartition(": ")[2]  # save_model's would name the stage
@@ -54,7 +57,7 @@ def save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
     finally:
         if stage:
             shutil.rmtree(stage, ignore_errors=True)
-    for old in places[:-1]:
+    for old in [*places[:-1], *(older - {*places, place})]:  # the latter are an earlier run's
         with contextlib.suppress(OSError):
             put_away(old)
     places[:] = [*places[-1:], place]
@@ -73,30 +76,64 @@ def clear_away(out):
     for path in Path(out).iterdir():
         if path.name.startswith(".saving-"):
             shutil.rmtree(path)
-        elif re.fullmatch(r"(metrics\.jsonl|loss\.png)\.\d+\.tmp", path.name):
+        elif HALF_WRITTEN.fullmatch(path.name):
             path.unlink()
 
 
-def check_folder(out):
-    """ValueError or OSError where save_checkpoint could not write later."""
+def check_out(out, overwrite=False):
+    """ValueError or OSError where a new run could not write, or would replace what is there.
+
+    With overwrite it may: the files of a run and its model, and no others, are replaced one by one.
+    What a run left that was stopped before it kept anything is never in the way.
+    """
     folder = os.path.join(out, "checkpoints")
     if not out:
         raise ValueError("--out is empty: name the folder to write")
+    check_target(out)
     if os.path.lexists(folder) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         raise ValueError(f"{folder}: is not a folder we may write to")
+    there = set(os.listdir(out)) if os.path.isdir(out) else set()
+    if os.path.isdir(folder) and not os.listdir(folder):
+        there -= {"checkpoints"}
+    there = {name for name in there - {"metrics.jsonl"} if not HALF_WRITTEN.fullmatch(name)}
+    if there and not overwrite:
+        goes_on = f"--resume {out} goes on with its run, " if "checkpoints" in there else ""
+        what = "a model" if "model.safetensors" in there else min(there)
+        raise ValueError(
+            f"{out} holds {what}, which training would replace: {goes_on}"
+            "--out names another folder, --overwrite replaces it"
+        )
+
+
+def find_out(resume, models_dir):  # the --resume flag -> the run's folder
+    """A folder in models_dir, as --init_from takes it, or a path."""
+    if not resume:
+        raise ValueError("--resume is empty: name the folder of a run")
+    inside = os.path.join(models_dir, resume)
+    return inside if os.path.isdir(inside) else resume
 
 
 def find_checkpoint(out):  # -> its path, what run.json says
-    """The last checkpoint of a run. ValueError or OSError, one clear line, if there is none."""
+    """The last checkpoint of the run in a folder. ValueError or OSError if there is none.
+
+    Those of an earlier run, which the present one was to replace, are not taken for its own.
+    """
     folder = os.path.join(out, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
     complete = [n for n in names if os.path.isfile(os.path.join(folder, n, "run.json"))]
-    last = max(filter(CHECKPOINT.fullmatch, complete), key=int, default=None)
-    if last is None:
+    complete = sorted(filter(CHECKPOINT.fullmatch, complete), key=int, reverse=True)
+    if not complete:
         raise FileNotFoundError(f"{out}: nothing to resume: no checkpoint in {folder}")
-    place = os.path.join(folder, last)
-    path = os.path.join(place, "run.json")
-    return place, read_json(path)
+    lines = progress.read_log(Path(out, "metrics.jsonl"))
+    for name in complete:
+        place = os.path.join(folder, name)
+        saved = read_json(os.path.join(place, "run.json"))
+        if not lines or saved.get("run") == progress.find_run(lines):
+            return place, saved
+    raise FileNotFoundError(
+        f"{out}: nothing to resume: its run was stopped before its first checkpoint, and those in "
+        f"{folder} are an earlier run's; --overwrite begins once more"
+    )
 
 
 def load_checkpoint(place, shapes):  # -> encoder, hparams, params, {name: array}

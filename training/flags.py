@@ -8,7 +8,8 @@ import math
 
 from training.recipes import RECIPES
 
-HOW = ("resume", "models_dir", "tensorboard", "coordinator", "num_processes", "process_id")
+HOW = ("resume", "overwrite", "models_dir", "tensorboard")
+HOW += ("coordinator", "num_processes", "process_id")
 
 
 def read_flags(
@@ -17,6 +18,7 @@ def read_flags(
     recipe: str | None = None,
     init_from: str | None = None,
     resume: str | None = None,
+    overwrite: bool = False,
     tokenizer: str | None = None,
     models_dir: str = "models",
     n_layer: int | None = None,
@@ -59,11 +61,14 @@ def read_flags(
     Args:
         data: a text file, shakespeare (downloaded once), python-docs (on every machine), or a
             folder of token shards (prepare.py's, nanoGPT's or llm.c's).
-        out: the folder to write; `python gpt2.py "..." --model_size mine` then reads models/mine.
+        out: the folder to write, a new one; `python gpt2.py "..." --model_size mine` then reads
+            models/mine.
         recipe: shakespeare-cpu, shakespeare (the default on a GPU or TPU), tinystories, finetune
             (the default with init_from), gpt2-124M, -355M, -774M, -1558M, or gpt3-125M to -175B.
         init_from: start with this model, a name or a folder as in gpt2.py, and with its tokenizer.
-        resume: the `out` of a run that was stopped: go on, with its flags and no others.
+        resume: the `out` of a run: go on where it stopped, with its flags. The only one that may
+            be added is n_steps: with more of them, the learning rate goes on along their cosine.
+        overwrite: put the model in place of another one in `out`, with its checkpoints.
         tokenizer: 124M (GPT-2's), a folder in models_dir, or a path; by default that of the shards,
             and bytes for a text.
         models_dir: the folder that holds the models.
@@ -101,9 +106,11 @@ def read_flags(
     if init_from is not None and tokenizer is not None:
         raise ValueError("--init_from brings its own tokenizer: leave out --tokenizer")
     default = {p.name: p.default for p in inspect.signature(read_flags).parameters.values()}
-    more = [name for name, value in given.items() if value != default[name]]
+    more = [name for name in given.keys() - {"n_steps"} if given[name] != default[name]]
     if resume is not None and more:
-        raise ValueError(f"--resume takes the run's own flags: leave out --{more[0]}")
+        raise ValueError(f"--resume takes the run's own flags: leave out --{min(more)}")
+    if resume is not None and overwrite:
+        raise ValueError("--resume goes on with a run: leave out --overwrite")
     return given, how
 
 
@@ -186,10 +193,20 @@ def check_saved(saved, place):  # -> the flags of a run that is resumed
         right = all(type(flags[name]) is type(value) for name, value in wanted.items())
         right &= flags.keys() <= wanted.keys() | {"recipe", "out", "init_from", "tokenizer"}
         right &= type(saved["step"]) is int and 0 <= saved["step"] <= flags["n_steps"]
+        right &= isinstance(saved.get("run"), int | None)
         right &= isinstance(saved["best"], float | None) and isinstance(saved["text"], dict)
         check_flags(flags)
     except (KeyError, TypeError, ValueError):
         right = False
     if not right:
         raise ValueError(f"{place}/run.json: damaged, or not of this trainer")
+    return flags
+
+
+def extend(flags, step, n_steps):  # -> the flags of a run that is to go on after `step` steps
+    """With n_steps in all, where that is a number. ValueError if there is nothing left to do."""
+    flags = flags if n_steps is None else flags | {"n_steps": n_steps}
+    check_flags(flags)
+    if n_steps is not None and n_steps <= step:
+        raise ValueError(f"{step} steps are done already: --n_steps must be more than that")
     return flags

@@ -35,17 +35,17 @@ def no_log(values):
     return {}
 
 
-def make_log(out, n_done, machine, flops, peak, source, schedule, tensorboard=False):
+def make_log(out, run, n_done, machine, flops, peak, source, schedule, tensorboard=False):
     """-> log(values), which adds a line to out/metrics.jsonl and returns what the bar shows.
 
-    machine: its name; flops: those of a token; peak: the machine's FLOP/s, and source where that
-    is from.
+    run: the run's number; machine: the machine's name; flops: those of a token; peak: the machine's
+    FLOP/s, and source where that is from.
     """
     print(
         f"{machine}, {peak / 1e12:.3g} TFLOP/s ({source}); "
         f"a token takes {flops / 1e6:.4g} MFLOP (6 N + 12 L E T)"
     )
-    file, began = open_log(out, n_done), time.perf_counter()
+    file, began = open_log(out, run, n_done), time.perf_counter()
     writer = open_tensorboard(os.path.join(out, "tensorboard")) if tensorboard else None
 
     def log(values):
@@ -69,9 +69,10 @@ def make_log(out, n_done, machine, flops, peak, source, schedule, tensorboard=Fa
 # --- metrics.jsonl and loss.png -------------------------------------------------------------------
 
 
-def open_log(out, n_done):  # -> an open file
+def open_log(out, run, n_done):  # -> an open file
     """out/metrics.jsonl, to be added to: of a run resumed after n_done steps, the lines so far.
 
+    Its first line has the run's number, by which the run knows its checkpoints.
     It is locked: ValueError if another run is at work in this folder.
     """
     path = Path(out, "metrics.jsonl")
@@ -79,6 +80,8 @@ def open_log(out, n_done):  # -> an open file
         os.makedirs(out, exist_ok=True)
         with open_locked(path, wait=False):
             kept = [line for line in read_log(path) if line["step"] <= n_done] if n_done else []
+            if run is not None and find_run(kept) is None:
+                kept = [{"step": 0, "run": run}, *kept]
             write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         return open_locked(path, wait=False)
     except BlockingIOError:
@@ -109,6 +112,10 @@ def read_log(path):  # -> [dict]
         if type(line.get("step")) is int and all(map(is_number, line.values())):
             lines.append(line)
     return lines
+
+
+def find_run(lines):  # of read_log -> the number of the run that wrote them, or None
+    return next((line["run"] for line in lines if "run" in line), None)
 
 
 def is_number(value):  # -> whether it can be drawn: a float, or an int of 64 bits

@@ -11,6 +11,7 @@ from model_files.download import download_shakespeare
 
 NAMED_TEXTS = ("shakespeare", "python-docs")
 MOST_VALIDATION = 2**20  # tokens that one look at the validation text takes
+MOST_FINGERPRINT = 2**24  # tokens that are compared when a run is resumed
 
 
 def load_text(data):  # the --data flag -> str
@@ -59,9 +60,19 @@ def open_text(data, encoder, n_ctx):
     shards, encoder = load_tokens(data, encoder)
     check_enough(shards, n_ctx, data)
     windows = cut_windows(shards["val"], n_ctx)
-    text = {"n_train": count_ids(shards["train"])}
+    text = {"n_train": count_ids(shards["train"]), "training": fingerprint(shards["train"])}
     text["validation"] = hashlib.sha256(windows.tobytes()).hexdigest()
     return shards, windows, text, encoder
+
+
+def fingerprint(shards):  # [arrays] -> SHA-256, hexadecimal
+    """Of the ids, whichever type and files they are in; of very many, of stretches all over."""
+    n_ids, n = count_ids(shards), 2**12
+    step = n * -(-n_ids // MOST_FINGERPRINT)
+    found = hashlib.sha256()
+    for start in range(0, n_ids, step):
+        found.update(read_stretches(shards, [start], min(n, n_ids - start)).tobytes())
+    return found.hexdigest()
 
 
 def check_enough(shards, n_ctx, data):
