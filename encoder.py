@@ -65,7 +65,7 @@ TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), 
 def printable_bytes():
     """Return {byte: the printable character that stands for it}, in the order of GPT-2's ids.
 
-    GPT-2's files are text: a merge is a line, its two halves parted by a space. Raw bytes would
+    GPT-2's files are text: a merge is a line, its two halves separated by a space. Raw bytes would
     break that, being newlines, spaces or no valid UTF-8, so each is written as a character one
     can see. Those that Latin-1 shows stand for themselves; the 68 others (controls, blanks and
     the soft hyphen) take the code points from 256 on: the space, byte 32, is the famous "Ġ".
@@ -188,6 +188,7 @@ class Encoder:
         self.piece_of_id = {id: piece for piece, id in self.vocab.items()}
         self._byte_ids = [self.vocab[CHAR_OF_BYTE[byte]] for byte in range(256)]
         self._ranks, self._merged = rank_merges(self.merges, self.vocab)
+        self._n_longest = max(map(len, self.vocab))
         self._ids_of_piece = Cache(self._encode_piece)
         self._ids_of_word = Cache(self._encode_word)
 
@@ -209,12 +210,21 @@ class Encoder:
             ids += [] if special is None else [self.special[special]]
         return ids
 
-    def encode_prompt(self, text):
-        """Return encode(text); for an empty one <|endoftext|> alone, if the vocabulary has it."""
+    def encode_prompt(self, text, n_ctx=None):
+        """Return encode(text); for an empty one <|endoftext|> alone, if the vocabulary has it.
+
+        ValueError for a text too long for n_ctx tokens even if all were the longest that there
+        are: this costs nothing, where the ids of a large file would fill the memory first.
+        """
+        if n_ctx is not None and len(text) > n_ctx * self._n_longest:
+            raise ValueError(
+                f"a prompt of {len(text)} characters, but this model has only {n_ctx} positions "
+                "(n_ctx)"
+            )
         return self.encode(text) or ([] if self.endoftext is None else [self.endoftext])
 
     def decode(self, ids):
-        """Return the text of an iterable of ids; bytes that are no UTF-8 become U+FFFD.
+        """Return the text of an iterable of ids; bytes that are not UTF-8 become U+FFFD.
 
         An id outside the vocabulary is a ValueError.
         """
@@ -253,7 +263,7 @@ class Encoder:
         write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2))
 
     def _encode_plain(self, text):
-        if not self._ranks and max(self._byte_ids) < 256:  # the byte model needs but a table
+        if not self._ranks and max(self._byte_ids) < 256:  # the byte model needs only a table
             return list(text.encode().translate(bytes(self._byte_ids)))
         ids, ids_of_word = [], self._ids_of_word
         for word in WORD.findall(text):
@@ -286,7 +296,7 @@ def train(texts, n_vocab):
     The entries are the 256 bytes, <|endoftext|>, and what the merges make: fewer where the text
     runs out of pairs. Each merge joins the two neighbours that come most often at that point; of
     pairs that come equally often, the one whose bytes are greater. Nothing is merged across the
-    pieces that encode() cuts, nor across texts, nor with <|endoftext|>, which parts documents.
+    pieces that encode() cuts, nor across texts, nor with <|endoftext|>, which separates documents.
     Memory grows with the number of different pieces, not with the text; time with their length,
     so that a text without white space or signs is slow. ValueError if n_vocab is below 257.
     Sennrich et al. 2016, algorithm 1.

@@ -21,6 +21,7 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
+from corpus.shards import check_ids, count_ids, open_shards
 from gpt2 import hidden_state
 from kv_cache import copy_cache, extend, extend_all, new_cache, next_logits
 from model_files.download import download_file
@@ -43,7 +44,7 @@ def score(x, targets, params):  # [n, n_embd], [n] -> [n] float32, [n] bool
     """Each target's log-probability by the hidden state before it, and whether it is the likeliest.
 
     The largest logit is subtracted first, so that exp cannot overflow. ValueError where the answer
-    is no number: NaN would be wrong at everything without a word.
+    is not a number: NaN would be wrong at everything without a word.
     """
     log_probs, hits = np.empty(len(x), np.float32), np.empty(len(x), bool)
     for start in range(0, len(x), LOGITS_ROWS):
@@ -54,7 +55,7 @@ def score(x, targets, params):  # [n, n_embd], [n] -> [n] float32, [n] bool
         log_probs[some] = logits[rows, targets[some]] - np.log(np.exp(logits).sum(-1))
         hits[some] = best == targets[some]
     if not np.isfinite(log_probs).all():
-        raise ValueError("the model's probabilities are no numbers: its weights must be damaged")
+        raise ValueError("the model's probabilities are not finite: its weights must be damaged")
     return log_probs, hits
 
 
@@ -66,8 +67,10 @@ def load_ids(data, encoder):  # the --data flag -> ids [1 + n_tokens], n_bytes, 
 
     The first is <|endoftext|>, so that the model predicts all of the text. Without one in the
     tokenizer, it is the text's first token. What is not UTF-8 is read as U+FFFD; words are what
-    white space separates. ValueError for a text with nothing to predict.
+    white space separates. A folder is for load_shards. ValueError for nothing to predict.
     """
+    if os.path.isdir(data):
+        return load_shards(data, encoder)
     with open(data, "rb") as f:
         text = f.read().decode("utf-8", errors="replace")
     ids, predicted = encoder.encode(text), text.encode()
@@ -77,8 +80,34 @@ def load_ids(data, encoder):  # the --data flag -> ids [1 + n_tokens], n_bytes, 
         first = encoder.piece_of_id[ids[0]]
         predicted = predicted[len(first) :]  # a piece has a character for every byte
     if len(ids) < 2:
-        raise ValueError(f"{data}: an empty text, or too short a one to predict any of it")
+        raise ValueError(f"{data}: an empty text, or one too short to predict any of it")
     return np.array(ids), len(predicted), len(predicted.decode(errors="replace").split())
+
+
+def load_shards(folder, encoder):  # -> the same as load_ids
+    """The validation split of a folder of token shards, in which <|endoftext|> has no bytes.
+
+    ValueError where the shards are empty, or of another tokenizer than the model's. nanoGPT's and
+    llm.c's do not say whose they are: they may have any ids that the model has.
+    """
+    shards, theirs = open_shards(folder)
+    if not count_ids(shards["val"]):
+        raise ValueError(f"{folder}: no validation shards")
+    if theirs and (theirs.vocab, theirs.merges) != (encoder.vocab, encoder.merges):
+        raise ValueError(f"{folder}: its tokenizer is not the model's")
+    check_ids(shards["val"], encoder.n_vocab, folder)
+    ids = np.concatenate(shards["val"])
+    if encoder.endoftext not in (None, ids[0]):
+        ids = np.concatenate([[encoder.endoftext], ids])
+    documents = np.split(ids[1:], np.flatnonzero(ids[1:] == encoder.endoftext))
+    texts = (encoder.decode(doc[doc != encoder.endoftext].tolist()) for doc in documents)
+    n_words = sum(len(text.split()) for text in texts)
+    sizes = np.array([len(encoder.piece_of_id.get(id, "")) for id in range(encoder.n_vocab)])
+    n_of_id = np.bincount(ids[1:][ids[1:] != encoder.endoftext], minlength=len(sizes))
+    n_bytes = int(n_of_id @ sizes)
+    if not n_bytes:
+        raise ValueError(f"{folder}: no text to predict in its validation shards")
+    return ids, n_bytes, n_words
 
 
 def windows(n_tokens, n_ctx, stride):  # -> (start, stop, n_scored) of each
@@ -148,10 +177,10 @@ def read_hellaswag(item, where):
     """{"ctx", "endings", "label"} -> context, endings, label; ValueError says where that fails."""
     context, endings, label = (item.get(key) for key in ("ctx", "endings", "label"))
     if not isinstance(context, str):
-        raise ValueError(f"{where}: ctx is missing or no text")
+        raise ValueError(f"{where}: ctx is missing or not text")
     texts = endings if isinstance(endings, list) else []
     if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{where}: endings is missing or no list of two texts or more")
+        raise ValueError(f"{where}: endings is missing, or not a list of two texts or more")
     if label is None:
         raise ValueError(f"{where}: no label (the test set has none: use the validation set)")
     if type(label) is not int or not 0 <= label < len(endings):
@@ -176,7 +205,7 @@ def mark_hellaswag(scores, label):  # (log_probs, hits) for each ending -> {meas
 def read_lambada(item, where):
     """{"text"} -> what precedes the last space, [what follows, with it], no label."""
     if not isinstance(item.get("text"), str):
-        raise ValueError(f"{where}: text is missing or no text")
+        raise ValueError(f"{where}: text is missing or not text")
     context, space, word = item["text"].rpartition(" ")
     if not space or not word.strip():
         raise ValueError(f"{where}: text should end with a space and a last word")
@@ -292,10 +321,11 @@ def check_flags(task, data, stride):
     if stride is not None and stride < 1:
         raise ValueError(f"stride must be 1 or more, not {stride}")
     if data is None and task == "perplexity":
-        raise ValueError("perplexity of what? --data takes a text file's path")
-    if data is not None and not os.path.isfile(data):
-        kind = "text file" if task == "perplexity" else "file of JSON lines"
-        raise FileNotFoundError(f"no file at {data}: --data takes the path of a {kind}")
+        raise ValueError("perplexity needs --data: a text file, or a folder of token shards")
+    if data is None or os.path.isfile(data) or task == "perplexity" and os.path.isdir(data):
+        return
+    kind = "text file or a folder of token shards" if task == "perplexity" else "file of JSON lines"
+    raise FileNotFoundError(f"no file at {data}: --data takes the path of a {kind}")
 
 
 def main(
@@ -309,7 +339,8 @@ def main(
 
     Args:
         task: perplexity, hellaswag or lambada.
-        data: the text file for perplexity; a JSON-lines file instead of the one downloaded once.
+        data: for perplexity, a text file or a folder of token shards, whose validation split is
+            read; for the others, a JSON-lines file instead of the one downloaded once.
         model_size: 124M, 355M, 774M or 1558M (downloaded once), a folder in models_dir, or a path.
         models_dir: the folder that holds the models.
         stride: tokens between two windows of perplexity, at most the model's n_ctx, the default.

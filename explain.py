@@ -22,6 +22,7 @@ import numpy as np
 
 import gpt2
 from encoder import BYTE_OF_CHAR
+from plumbing.cli import count
 from plumbing.files import write_whole
 
 TEMPLATE = Path(__file__).with_name("pages") / "explain.html"
@@ -272,17 +273,17 @@ def main(
 
     path = Path(os.path.realpath(out))  # where --out is a link, what it points to is written
     if not path.parent.is_dir() or path.exists() and not path.is_file():  # before any download
-        odd = "is a folder" if path.is_dir() else "is no ordinary file"
+        odd = "is a folder" if path.is_dir() else "is not an ordinary file"
         what = odd if path.exists() else f"there is no folder {path.parent}"
         raise ValueError(f"--out {out}: {what}; expected a file's name, such as explain.html")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    inputs = encoder.encode_prompt(text)
+    inputs = encoder.encode_prompt(text, hparams["n_ctx"])
     n_most = min(MAX_TOKENS, hparams["n_ctx"])
     if not 0 < len(inputs) <= n_most:
         raise ValueError(f"{len(inputs)} tokens, but a page needs 1 and shows {n_most} at most")
     recording = record(inputs, params, hparams["n_head"])
     if not np.isfinite(recording["logits"]).all():
-        raise ValueError(f"{model_size}: with its weights the logits are no finite numbers")
+        raise ValueError(f"{model_size}: with its weights the logits are not finite")
     data = page_data(inputs, recording, encoder, hparams, params)
     data["model"] = os.path.basename(os.path.abspath(model_size))
     try:
@@ -290,7 +291,7 @@ def main(
     except OSError as error:  # which would name a temporary file
         raise OSError(f"cannot write {path}: {error.strerror}") from None
     size = path.stat().st_size / 1e6
-    print(f"{path}: {len(inputs)} tokens, {size:.1f} MB. Open it in a browser.")
+    print(f"{path}: {count(len(inputs), 'token')}, {size:.1f} MB. Open it in a browser.")
 
 
 if __name__ == "__main__":

@@ -220,11 +220,11 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> 
 def sample(logits, rng, temperature=0.0, top_k=0, top_p=1.0):  # [n_vocab] -> one token id
     """The likeliest token where temperature is 0 (the first of equals), else a draw with rng.
 
-    ValueError where the logits are no numbers, as those of damaged weights.
+    ValueError where the logits are not finite, as those of damaged weights.
     """
     best = int(logits.argmax())  # where there is a NaN, argmax finds it
     if not math.isfinite(logits[best]):
-        raise ValueError("the logits are no finite numbers: the model's weights must be damaged")
+        raise ValueError("the logits are not finite: the model's weights must be damaged")
     if temperature == 0:
         return best
     cumulative = np.cumsum(probabilities(logits, temperature, top_k, top_p))
@@ -257,21 +257,32 @@ def check_length(n_prompt, n_tokens_to_generate, n_ctx):
         )
 
 
+def latest(ids, n_ctx):  # list of ids -> the last of them, at most n_ctx
+    """What is left of a text that slides: once it is too long, its last half a context.
+
+    Half, not all but one: a cache has to read again what is left, and so does it once in a while.
+    """
+    return ids if len(ids) <= n_ctx else ids[-max(1, n_ctx // 2) :]
+
+
 def generate_stream(
     inputs, params, n_head, n_tokens_to_generate,
-    temperature=0.0, top_k=0, top_p=1.0, seed=None, endoftext=None,
+    temperature=0.0, top_k=0, top_p=1.0, seed=None, endoftext=None, slide=False,
 ):  # fmt: skip
     """Yields new token ids one at a time, stopping early (without yielding it) at `endoftext`.
 
     Autoregression: run the model, choose a token from the last position's logits, append, repeat.
-    Each step runs the whole sequence again, although only its last token is new. The first next()
+    Each step runs the whole sequence again, although only its last token is new. A text may be
+    longer than n_ctx if it is to slide: the model then sees the latest of it. The first next()
     raises ValueError for what check_sampling and check_length refuse.
     """
+    n_ctx = len(params["wpe"])
     check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)
-    check_length(len(inputs), n_tokens_to_generate, n_ctx=len(params["wpe"]))
+    check_length(len(inputs), n_tokens_to_generate, math.inf if slide else n_ctx)
     inputs = list(inputs)  # a copy: the caller's list stays as it is
     rng = np.random.default_rng(seed)
     for _ in range(n_tokens_to_generate):
+        inputs = latest(inputs, n_ctx)
         x = hidden_state(inputs, **params, n_head=n_head)
         logits = params["wte"] @ x[-1]  # of the last position only: wte is 50257 rows tall
         token = sample(logits, rng, temperature, top_k, top_p)
@@ -295,6 +306,7 @@ def main(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
+    slide: bool = False,
 ):
     """Continue a prompt with GPT-2, as text on standard output.
 
@@ -307,15 +319,19 @@ def main(
         top_k: draw from the k likeliest tokens only; 0 for all.
         top_p: draw from the likeliest tokens that together reach this probability; 1 for all.
         seed: the same seed draws the same text again.
+        slide: go on beyond the model's n_ctx, forgetting the beginning of the text.
     """
+    from plumbing.cli import notice
     from utils import load_encoder_hparams_and_params
 
     check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)  # before any download
+    if temperature == 0 and (top_k > 0 or top_p < 1):
+        notice("top_k and top_p change nothing at temperature 0, which takes the likeliest token")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    inputs = encoder.encode_prompt(prompt)
+    inputs = encoder.encode_prompt(prompt, None if slide else hparams["n_ctx"])
     new_ids = generate_stream(
         inputs, params, hparams["n_head"], n_tokens_to_generate,
-        temperature, top_k, top_p, seed, encoder.endoftext,
+        temperature, top_k, top_p, seed, encoder.endoftext, slide,
     )  # fmt: skip
     for text in encoder.decode_stream(new_ids):
         print(text, end="", flush=True)

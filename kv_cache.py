@@ -7,9 +7,9 @@ before: attention only looks back, so appending a token changes nothing that was
 earlier ones. What the new one needs of them is their keys and values, in every layer. Keep those,
 and a step runs one token: the matrices multiply 1 row instead of n_seq.
 
-What is kept is 2 (a key and a value) * n_layer * n_embd numbers a token. In float32 and for GPT-2
-124M: 2 * 12 * 768 * 4 bytes = 72 KiB a token, 72 MiB for a full context of 1024, beside 475 MiB of
-weights. The room doubles as a text grows, so that short texts do not pay for long ones.
+What is kept is 2 (a key and a value) * n_layer * n_embd numbers per token. In float32, for GPT-2
+124M: 2 * 12 * 768 * 4 bytes = 72 KiB per token, 72 MiB for a full context of 1024, beside 475 MiB
+of weights. The room doubles as a text grows, so that short texts do not pay for long ones.
 
 Many texts at once. A step reads all the weights, whether it writes one token or eight, and reading
 them is most of its time; so several texts ("rows") take their steps together. Their lengths differ,
@@ -22,6 +22,8 @@ function thus reads prompts ("prefill", many new tokens a row) and writes (one n
 
 import contextlib
 import json
+import math
+import re
 import sys
 from collections import deque
 from functools import partial
@@ -29,7 +31,14 @@ from functools import partial
 import numpy as np
 
 from engine import products, threads
-from gpt2 import attention_in_blocks, check_length, check_sampling, hidden_state, sample
+from gpt2 import (
+    attention_in_blocks,
+    check_length,
+    check_sampling,
+    hidden_state,
+    latest,
+    sample,
+)
 
 CHUNK = 512  # tokens that a pass runs at most, which bounds its scratch memory
 
@@ -159,13 +168,14 @@ def prefill(cache, ids, params, n_head, chunk=CHUNK):  # one row's prompt -> [n_
 def generate_stream(
     prompts, params, n_head, n_tokens_to_generate,
     temperature=0.0, top_k=0, top_p=1.0, seed=None, endoftext=None,
-    stop=None, n_samples=1, batch_size=8, chunk=CHUNK,
+    stop=None, n_samples=1, batch_size=8, chunk=CHUNK, slide=False,
 ):  # fmt: skip
     """Yields (row, its new ids so far, None or why it ends), once for each token of each row drawn.
 
     Row i * n_samples + j is sample j of prompts[i]. Row 0 draws what gpt2.py draws with that seed,
     every other row from the seed and its own number. A row ends by its "length", by "endoftext"
-    (which is not among its ids), or by "stop": where stop(ids) is true.
+    (which is not among its ids), or by "stop": where stop(ids) is true. Texts that slide may be
+    longer than n_ctx: a row that is full reads the last half a context again, into a new cache.
 
     Memory: batch_size rows have a cache, and one prompt that waits for its samples; so at most
     (batch_size + 1) * 8 * n_layer * n_embd * n_ctx bytes, half a cache more while one grows, and
@@ -174,7 +184,10 @@ def generate_stream(
     """
     check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)
     prompts = [list(ids) for ids in prompts]  # copies: the caller may change theirs meanwhile
-    check_batch(prompts, n_tokens_to_generate, params, n_samples, batch_size, chunk)
+    n_ctx = len(params["wpe"])
+    most = math.inf if slide else n_ctx
+    check_batch(prompts, n_tokens_to_generate, params, n_samples, batch_size, chunk, most)
+    prompts = [latest(ids, n_ctx) for ids in prompts]
     params, sampling = products.wrap(params), (temperature, top_k, top_p)
     waiting, rows, kept = deque(range(len(prompts) * n_samples)), [], None
     while waiting and n_tokens_to_generate == 0:
@@ -201,6 +214,9 @@ def generate_stream(
             row["end"] = write(row, n_tokens_to_generate, sampling, endoftext, stop)
             if row["end"]:
                 del row["cache"]
+            elif row["cache"]["n_seq"] == n_ctx:  # it is to slide
+                text = prompts[row["index"] // n_samples] + row["ids"]
+                row |= {"cache": new_cache(params, n_head), "new": latest(text, n_ctx)}
             yield row["index"], list(row["ids"]), row["end"]
         rows = [row for row in rows if not row.get("end")]
 
@@ -242,9 +258,9 @@ def advance(rows, params, n_head, chunk):
             batch[i][0]["logits"] = logits
 
 
-def check_batch(prompts, n_tokens_to_generate, params, n_samples, batch_size, chunk):
+def check_batch(prompts, n_tokens_to_generate, params, n_samples, batch_size, chunk, n_ctx):
     """Raises ValueError, one clear line, for numbers below 1 and prompts that do not fit."""
-    n_vocab, n_ctx = len(params["wte"]), len(params["wpe"])
+    n_vocab = len(params["wte"])
     for name, value in {"n_samples": n_samples, "batch_size": batch_size, "chunk": chunk}.items():
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, not {value}")
@@ -275,10 +291,12 @@ def generate(prompts, params, n_head, n_tokens_to_generate, **options):
 def main(
     *prompts: str,
     prompts_file: str | None = None,
+    interactive: bool = False,
     n_tokens_to_generate: int = 40,
     n_samples: int = 1,
     batch_size: int = 8,
-    stop: str | None = None,
+    stop: tuple[str, ...] | None = None,
+    echo: bool = False,
     jsonl: bool = False,
     model_size: str = "124M",
     models_dir: str = "models",
@@ -286,86 +304,177 @@ def main(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
+    slide: bool = False,
 ):
     """Continue one prompt, streaming, or many at once, with GPT-2 and a key-value cache.
 
     Args:
         prompts: the texts to continue; an empty one starts from nothing.
-        prompts_file: a file with a prompt on each line; - reads them from standard input.
+        prompts_file: a file with one prompt per line; - reads them from standard input.
+        interactive: continue each line that is typed, until Ctrl-D; Ctrl-C stops a text. This is
+            what happens on a terminal without prompts.
         n_tokens_to_generate: how many tokens to add to each at most.
         n_samples: how many continuations of each prompt (with a temperature above 0).
         batch_size: how many to write at the same time; each needs memory for its cache.
-        stop: end a continuation before this text (the ids of --jsonl keep its tokens).
-        jsonl: print a JSON object a line (prompt, text, ids, stop) instead.
+        stop: end a continuation before this text, in which \\n is a new line, \\t a tab and \\\\ a
+            backslash; may be repeated, for several (the ids of --jsonl keep its tokens).
+        echo: print each prompt before its continuation.
+        jsonl: print one JSON object per line (prompt, text, ids, stop, index, sample) instead.
         model_size: 124M, 355M, 774M or 1558M (downloaded once), a folder in models_dir, or a path.
         models_dir: the folder that holds the models.
         temperature: 0 always takes the likeliest token; around 0.8 writes livelier text.
         top_k: draw from the k likeliest tokens only; 0 for all.
         top_p: draw from the likeliest tokens that together reach this probability; 1 for all.
         seed: the same seed draws the same texts again.
+        slide: go on beyond the model's n_ctx, forgetting the beginning of a text: when it is full,
+            the last half is read again.
     """
+    from plumbing.cli import notice
     from utils import load_encoder_hparams_and_params
 
     check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)  # before any download
-    if stop == "":
+    if temperature == 0 and (top_k > 0 or top_p < 1 or n_samples > 1):
+        notice("at temperature 0, top_k and top_p change nothing, and all samples are the same")
+    stops = [unescape(text) for text in stop or ()]
+    if "" in stops:
         raise ValueError("stop must not be empty")
+    prompts = find_prompts(prompts, prompts_file, interactive)
+    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+
+    def write(prompts):
+        rows = generate_stream(
+            encode_prompts(prompts, encoder, None if slide else hparams["n_ctx"]),
+            params, hparams["n_head"], n_tokens_to_generate,
+            temperature, top_k, top_p, seed, encoder.endoftext,
+            stops and (lambda ids: any(text in encoder.decode(ids) for text in stops)),
+            n_samples, batch_size, slide=slide,
+        )  # fmt: skip
+        if len(prompts) * n_samples == 1 and not jsonl:
+            print_stream(rows, prompts[0] if echo else "", encoder, stops)
+        else:
+            print_rows(
+                rows, prompts, n_samples, n_tokens_to_generate, encoder, stops, jsonl,
+                bar=prompts_file is not None, echo=echo,
+            )  # fmt: skip
+
+    if prompts is None:
+        interact(write)
+    else:
+        write(prompts)
+
+
+def find_prompts(prompts, prompts_file, interactive):  # -> list of str, or None if they are typed
+    """ValueError, one clear line, where there are none, or those that are typed are not alone."""
+    given = prompts or prompts_file is not None
+    if interactive and given:
+        raise ValueError("--interactive reads its prompts as you type them: give no others")
+    if interactive or not given and sys.stdin is not None and sys.stdin.isatty():
+        return None
     prompts = [*prompts, *([] if prompts_file is None else read_lines(prompts_file))]
     if not prompts:
-        raise ValueError("no prompts: give one or more, or --prompts_file")
-    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    rows = generate_stream(
-        [encoder.encode_prompt(prompt) for prompt in prompts],
-        params, hparams["n_head"], n_tokens_to_generate,
-        temperature, top_k, top_p, seed, encoder.endoftext,
-        stop and (lambda ids: stop in encoder.decode(ids)), n_samples, batch_size,
-    )  # fmt: skip
-    if len(prompts) * n_samples == 1 and not jsonl:
-        new_ids = (ids[-1] for _, ids, why in rows if why != "endoftext" and ids)
-        for text in up_to(encoder.decode_stream(new_ids), stop):
-            print(text, end="", flush=True)
-        print()
-    else:
-        print_rows(
-            rows, prompts, n_samples, n_tokens_to_generate, encoder, stop, jsonl,
-            bar=prompts_file is not None,
-        )  # fmt: skip
+        raise ValueError("no prompts: give one or more, --prompts_file or --interactive")
+    return prompts
+
+
+def unescape(text):
+    r"""What a shell hardly lets one type: \n, \t and \\ as the characters they stand for.
+
+    >>> unescape(r"a\n\\n")
+    'a\n\\n'
+    """
+    signs = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda found: signs[found[1]], text)
 
 
 def read_lines(path):
-    """The lines of a file, or of standard input for "-", without their ends."""
+    """The lines of a file, or of standard input for "-", without their ends or a first BOM."""
     if path == "-" and sys.stdin is None:
         raise ValueError("standard input is closed")
     with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
-        text = f.read().decode("utf-8", errors="replace")
+        text = f.read().decode("utf-8-sig", errors="replace")
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
 
 
-def up_to(texts, stop):  # iterable of str -> iterable of str
-    """The stream up to `stop`. What may be its beginning is held back until that is clear."""
+def encode_prompts(prompts, encoder, n_ctx):  # list of str -> list of id lists
+    """ValueError says which prompt is too long."""
+    batch = []
+    for i, prompt in enumerate(prompts, 1):
+        try:
+            batch.append(encoder.encode_prompt(prompt, n_ctx))
+        except ValueError as error:
+            raise ValueError(f"prompt {i} of {len(prompts)}: {error}") from None
+    return batch
+
+
+def interact(write):
+    """Calls write([line]) for each line typed, until there are no more. Ctrl-C ends one text.
+
+    At the prompt, it ends all. A line that cannot be continued is an error in one line, and the
+    next one may do better.
+    """
+    from plumbing.cli import one_line
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (arrow keys edit the line, and find earlier ones)
+    if sys.stdin is None:
+        raise ValueError("standard input is closed")
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    ask = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    while True:
+        try:
+            line = input(ask)
+        except EOFError:
+            if ask:
+                print()
+            return
+        try:
+            write([line])
+        except KeyboardInterrupt:
+            print()
+        except ValueError as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+
+
+def print_stream(rows, before, encoder, stops):
+    """Prints the one row's text as it is made, after the text `before`."""
+    new_ids = (ids[-1] for _, ids, why in rows if why != "endoftext" and ids)
+    for text in up_to(encoder.decode_stream(new_ids), stops):
+        print(before + text, end="", flush=True)
+        before = ""
+    print()
+
+
+def up_to(texts, stops):  # iterable of str -> iterable of str
+    """The stream up to the first of `stops`. What may be one's beginning is held back till then."""
     held = ""
     for text in texts:
         held += text
-        if stop and stop in held:
-            held = held[: held.index(stop)]
+        found = [held.index(stop) for stop in stops if stop in held]
+        if found:
+            held = held[: min(found)]
             break
-        doubtful = next(
-            (n for n in range(len(stop or "") - 1, 0, -1) if held.endswith(stop[:n])), 0
-        )
+        beginnings = (stop[:n] for stop in stops for n in range(1, len(stop)))
+        doubtful = max((len(part) for part in beginnings if held.endswith(part)), default=0)
         yield held[: len(held) - doubtful]
         held = held[len(held) - doubtful :]
     yield held
 
 
-def print_rows(rows, prompts, n_samples, n_tokens_to_generate, encoder, stop, jsonl, bar):
+def print_rows(
+    rows, prompts, n_samples, n_tokens_to_generate, encoder, stops, jsonl, bar, echo=False
+):
     """Prints each row once it and all before it are complete; on Ctrl-C, what there is."""
     from tqdm import tqdm
 
     def show(row, ids, why):
-        prompt, text = prompts[row // n_samples], "".join(up_to([encoder.decode(ids)], stop))
+        index, sample = divmod(row, n_samples)
+        prompt, text = prompts[index], "".join(up_to([encoder.decode(ids)], stops))
+        text = prompt + text if echo else text
         title = json.dumps(prompt, ensure_ascii=False)
         if n_samples > 1:
-            title += f" (sample {row % n_samples + 1} of {n_samples})"
+            title += f" (sample {sample + 1} of {n_samples})"
         entry = {"prompt": prompt, "text": text, "ids": ids, "stop": why}
+        entry |= {"index": index, "sample": sample}
         line = json.dumps(entry, ensure_ascii=False) if jsonl else f"==> {title} <==\n{text}\n"
         tqdm.write(line, file=sys.stdout)
 

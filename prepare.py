@@ -13,7 +13,7 @@ a run that was killed goes on where it was. Cuts, order and numbers follow from 
 with one worker or a cluster, the bytes are the same. Compressed files and standard input cannot be
 cut in place: the parent unpacks them, a span at a time, into files that the workers then read.
 
-Documents are parted by lines that hold only <|endoftext|> (or --separator), by files, and in JSON
+Documents are split at lines that hold only <|endoftext|> (or --separator), by files, and in JSON
 lines and Parquet by the rows. Each ends with the id of <|endoftext|>; nothing else of them changes.
 A folder of shards:
 
@@ -49,6 +49,7 @@ from corpus.tasks import (
 )
 from corpus.workers import run_here, run_pool, run_ray
 from encoder import ENDOFTEXT, Encoder, get_encoder
+from plumbing.cli import count
 from plumbing.files import open_locked, write_whole
 
 TRAINING_BYTES = 10**8  # of text, and at most a document more, from which a tokenizer learns
@@ -111,7 +112,7 @@ def get_tokenizer(name, models_dir):  # -> Encoder
     folder = find_model(name, models_dir, only_tokenizer=True)
     encoder = get_encoder("", folder)
     if encoder.endoftext is None:
-        raise ValueError(f"{folder}: its tokenizer has no {ENDOFTEXT}, which parts documents")
+        raise ValueError(f"{folder}: its tokenizer has no {ENDOFTEXT}, which separates documents")
     return encoder
 
 
@@ -220,11 +221,12 @@ def finish(out, plan, encoder, options, notes, sha256):
 def report(out, meta):
     n_tokens, n_documents = meta["n_tokens"], meta["n_documents"]
     print(
-        f"{out}: {len(meta['shards'])} shards, {n_tokens['train']} training and {n_tokens['val']} "
-        f"validation tokens, {sum(n_documents.values())} documents, {meta['n_vocab']} ids"
+        f"{out}: {count(len(meta['shards']), 'shard')}, {n_tokens['train']} training and "
+        f"{n_tokens['val']} validation tokens, {count(sum(n_documents.values()), 'document')}, "
+        f"{meta['n_vocab']} ids"
     )
     if meta["n_replaced"]:
-        notice(f"{meta['n_replaced']} sequences of bytes were no UTF-8 and became U+FFFD")
+        notice(f"{count(meta['n_replaced'], 'piece')} of invalid UTF-8 replaced by U+FFFD")
     fractions = [meta["plan"]["val_fraction"], meta["plan"]["last_fraction"]]
     share = n_tokens["val"] / sum(n_tokens.values())
     wanted = [0.01 if fraction is None else fraction for fraction in fractions]
@@ -242,11 +244,11 @@ def check_flags(inputs, out, separator, val_fraction, seed, shard_mb, workers, t
     if not inputs:
         raise ValueError("nothing to prepare: name files, folders, - or shakespeare")
     if "-" in inputs and len(inputs) > 1:
-        raise ValueError("- (standard input) cannot be together with other inputs")
+        raise ValueError("- (standard input) cannot be combined with other inputs")
     if out is None and (len(inputs) > 1 or inputs[0] == "-" or set("*?[") & set(inputs[0])):
         raise ValueError("name the folder for the shards with --out")
     if "\n" in separator or "\r" in separator:
-        raise ValueError("separator must be the content of one line")
+        raise ValueError("separator must be a single line")
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be at least 0 and below 1, not {val_fraction}")
     if not 0 <= seed < 2**64:
@@ -256,7 +258,7 @@ def check_flags(inputs, out, separator, val_fraction, seed, shard_mb, workers, t
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be 1 or more, not {workers}")
     if None not in tokenizers:
-        raise ValueError("--tokenizer and --train_tokenizer exclude each other")
+        raise ValueError("--tokenizer and --train_tokenizer cannot be used together")
     if tokenizers[1] is not None and tokenizers[1] < 257:
         raise ValueError(f"train_tokenizer must be 257 (bytes and {ENDOFTEXT}) or more")
 
@@ -283,15 +285,15 @@ def main(
         inputs: files, folders, patterns, - for standard input, or shakespeare (downloaded once).
         out: the folder for the shards; shards/NAME by default.
         tokenizer: 124M (GPT-2's), a folder in models_dir, or a path; bytes by default.
-        train_tokenizer: learn a tokenizer of so many entries from the text itself.
-        separator: the line that parts the documents of a text; empty for blank lines.
+        train_tokenizer: learn a tokenizer of this many entries from the text itself.
+        separator: the line that separates the documents of a text; empty for blank lines.
         field: where JSON lines and Parquet have the text; "text" by default. Naming it makes files
             of unknown kinds, and standard input, JSON lines.
         val_fraction: share of the documents for validation, 0.01 by default; where that would be
             fewer than ten documents, the last part of the text, a tenth by default.
         seed: the same seed draws the same documents for validation.
         shard_mb: megabytes of text in a shard.
-        workers: processes; by default, one a processor.
+        workers: processes; by default, one per processor.
         ray: local, auto or an address: use a Ray cluster, whose machines all see the files.
         models_dir: the folder that holds the models.
     """

@@ -75,7 +75,7 @@ LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
 
 
 def losses(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None):
-    """[n_batch, n_seq + 1] -> [n_batch], nats a token: each predicted from the tokens before it.
+    """[n_batch, n_seq + 1] -> [n_batch], nats per token: each predicted from the tokens before it.
 
     The mean of -log p(next token). All of the options leave the result as it is, up to rounding:
     n_vocab says how many rows of wte are tokens, if others pad it; in n_chunks > 1, no more than
@@ -248,7 +248,7 @@ def make_train_steps(optimizer, drop_rate=0.0, seed=0, dtype="float32", sharding
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "n_head", "n_vocab", "n_chunks", "attend"))
-def validation_loss(params, windows, counts, dtype="float32", **how):  # -> [], nats a token
+def validation_loss(params, windows, counts, dtype="float32", **how):  # -> [], nats per token
     """The loss on all of the validation text, [n, batch_size, n_ctx + 1], a batch at a time.
 
     counts: [n, batch_size], 1 for a window, 0 for what fills the last batch up.
@@ -266,7 +266,7 @@ def train(state, flags, train_steps, read, validate, keep, checkpoint, log, star
     metrics.jsonl shall say, and returns what the bar shall show. start: {"place": the checkpoint
     that the run goes on from or None, "best": its best validation loss or None, "worst": a loss
     that says that all is lost}. ValueError, with the last checkpoint's place, for such a loss, or
-    one that is no number.
+    one that is not a number.
     """
     n_done, n_steps = int(state[2]), flags["n_steps"]
     place, n_saved, best = start["place"], n_done, start["best"]
@@ -413,7 +413,7 @@ def set_up(flags, mesh, optimizer, params, moments, n_done, windows):
     train_steps = make_train_steps(optimizer, **dropping, shardings=shardings, **how)
     windows = put(fill_batches(windows, batch_size), 2 * (make_sharding(mesh, None, "data"),))
 
-    def validate(params):  # -> nats a token
+    def validate(params):  # -> nats per token
         return float(validation_loss(params, *windows, **how))
 
     return state, train_steps, validate

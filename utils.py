@@ -30,7 +30,10 @@ from model_files.weights import (
     to_float32,
     write_safetensors,
 )
+from plumbing.cli import did_you_mean
 from plumbing.files import read_json, remove, write_whole
+
+HUGGING_FACE_NAMES = dict(zip(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), SIZES, strict=True))
 
 # --- Finding and loading a model ----------------------------------------------------------------
 
@@ -55,19 +58,27 @@ def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an 
     """The folder `model_size` means; a released size is downloaded if any of its files is missing.
 
     The project's own `models` stands in for a default `models_dir` that is not in this directory.
+    Hugging Face's names of the released sizes are understood, where no folder has such a name.
     """
     if models_dir == "models" and not os.path.isdir(models_dir):
         models_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
+    folders = os.path.join(models_dir, model_size), model_size
+    if not any(map(os.path.isdir, folders)):
+        model_size = HUGGING_FACE_NAMES.get(model_size, model_size)
     if model_size in SIZES:
         download(model_size, models_dir, only_tokenizer)
-    for folder in (os.path.join(models_dir, model_size), model_size):
+        folders = os.path.join(models_dir, model_size), model_size
+    for folder in folders:
         if model_size and os.path.isdir(folder):
             return os.path.abspath(folder)
+    if os.path.basename(model_size) != model_size:
+        raise ValueError(f"no folder at {model_size}: expected a model's folder, or its name")
     names = os.listdir(models_dir) if os.path.isdir(models_dir) else []
     here = sorted(n for n in names if sizes_file(os.path.join(models_dir, n)) and n not in SIZES)
-    raise ValueError(
-        f"no model {model_size!r}: choose one of {', '.join([*here, *SIZES])}, or a folder's path"
-    )
+    names = [*here, *SIZES]
+    hint = did_you_mean(model_size, [*names, *HUGGING_FACE_NAMES]) or ":"
+    choice = f"choose one of {', '.join(names)}, or a folder's path"
+    raise ValueError(f"no model {model_size!r}{hint} {choice}")
 
 
 def check_vocabulary(encoder, hparams, model_dir):
@@ -91,12 +102,12 @@ def load_params(model_dir, hparams):
             raise ValueError(f"{source}: {key} is missing")
         dtype, found, data = tensors.pop(key)
         if found != shape:
-            raise ValueError(f"{source}: {key} is {found}, where its sizes ask for {shape}")
+            raise ValueError(f"{source}: {key} is {found}, but its sizes ask for {shape}")
         arrays[name] = to_float32(dtype, data, f"{source}: {key}").reshape(shape)
     for key, (_, shape, _) in tensors.items():  # a mask is harmless, a thirteenth layer is not
         head = key == "lm_head.weight" and shape != arrays["wte"].shape
         if head or (key.startswith("h.") and not key.endswith((".attn.bias", ".attn.masked_bias"))):
-            raise ValueError(f"{source}: {key} {shape} has no place in a model of its sizes")
+            raise ValueError(f"{source}: {key} {shape} does not belong in a model of its sizes")
     return nest(arrays)
 
 

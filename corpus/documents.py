@@ -24,6 +24,7 @@ from pathlib import Path
 import regex
 
 from encoder import mend_surrogates
+from plumbing.cli import count
 
 BLOCK = 2**20  # bytes that are read at a time
 MOST_LINE = 2**28  # bytes of a line of JSON, which is held whole and takes several times its bytes
@@ -70,7 +71,8 @@ def find_files(inputs, leave_out):  # words of the command line -> [paths]
             raise FileNotFoundError(f"{name}: no such file, folder or pattern")
     if left_out:
         ends = ", ".join(sorted({Path(p).suffix or Path(p).name for p in left_out})[:8])
-        notice(f"left out {len(left_out)} files of other kinds ({ends}): name them to include them")
+        files_left_out = count(len(left_out), "file")
+        notice(f"left out {files_left_out} of other kinds ({ends}): name them to include them")
     if not files:
         kinds = " ".join(itertools.chain(*FORMATS.values()))
         raise ValueError(
@@ -244,7 +246,7 @@ def notice(text):
 
 
 def read_text(file, start, stop, separator):  # yields lists of parts
-    """The documents of a span of text, parted by lines that hold only the separator."""
+    """The documents of a span of text, split at lines that hold only the separator."""
     line = re.compile(re.escape(separator.encode()) + rb"\r?(?:\n|\Z)")
     held, at, document, begun, new_line = b"", start, start, False, True
     file.seek(start)
@@ -327,8 +329,9 @@ def text_of_line(line, field, at):
         raise ValueError(f"not JSON ({getattr(error, 'msg', error)})", at) from None
     text = row.get(field) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        there = ", ".join(map(repr, list(row)[:8])) if isinstance(row, dict) else "no object"
-        raise ValueError(f"no text in the field {field!r} (there is: {there})", at)
+        names = ", ".join(map(repr, list(row)[:8])) if isinstance(row, dict) else ""
+        there = f"it has {names or 'none'}" if isinstance(row, dict) else "it is not an object"
+        raise ValueError(f"no text in the field {field!r} ({there})", at)
     return mend_surrogates(text).encode()
 
 
@@ -336,7 +339,7 @@ def read_parquet(file, start, stop, field):  # yields lists of parts
     """The documents of some row groups; their positions are the numbers of their rows."""
     table = open_parquet(file)
     if field not in table.schema_arrow.names:
-        raise ValueError(f"no column {field!r}, but {', '.join(table.schema_arrow.names)}", None)
+        raise ValueError(f"no column {field!r}, only {', '.join(table.schema_arrow.names)}", None)
     row = sum(table.metadata.row_group(i).num_rows for i in range(start))
     batches = table.iter_batches(64, row_groups=list(range(start, stop)), columns=[field])
     while batch := next_batch(batches):

@@ -27,8 +27,8 @@ MAGIC, VERSION, N_HEADER = 20240520, 1, 256  # the header of llm.c's files, in i
 def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or None
     """Every array is a read-only memory map, [n_ids] of uint16 or uint32.
 
-    ValueError or OSError, one clear line, for what is no folder of shards, is not complete, or has
-    another size than it says.
+    ValueError or OSError, one clear line, for what is not a folder of shards, is not complete, or
+    has another size than it says.
     """
     folder = Path(folder)
     files = sorted(folder.glob("*.bin"))
@@ -73,7 +73,7 @@ def open_prepared(folder):  # -> {"train": [arrays], "val": [arrays]}
         raise ValueError(f"{file}: not one of prepare.py's")
     for name, n_ids in sizes.items():
         if not SHARD.fullmatch(name) or type(n_ids) is not int or n_ids < 1:
-            raise ValueError(f"{file}: {name!r} with {n_ids!r} ids is no shard")
+            raise ValueError(f"{file}: {name!r} with {n_ids!r} ids is not a shard")
         path = folder / name
         if path.stat().st_size != n_ids * np.dtype(dtype).itemsize:
             raise ValueError(f"{path}: {path.stat().st_size} bytes, but meta.json has {n_ids} ids")
@@ -85,7 +85,7 @@ def open_foreign(path):  # -> [n_ids] uint16, mapped
     """nanoGPT's bare uint16, or llm.c's, which begins with a header."""
     n_bytes = path.stat().st_size
     if n_bytes == 0 or n_bytes % 2:
-        raise ValueError(f"{path}: {n_bytes} bytes, which are no uint16 ids")
+        raise ValueError(f"{path}: {n_bytes} bytes, which cannot be uint16 ids")
     header = np.fromfile(path, "<i4", 3).tolist()
     if len(header) < 3 or header[0] != MAGIC:
         return np.memmap(path, "<u2", mode="r")
@@ -120,4 +120,6 @@ def check_ids(shards, n_vocab, name):
         for start in range(0, len(shard), 2**24):
             largest = int(shard[start : start + 2**24].max())
             if largest >= n_vocab:
-                raise ValueError(f"{name}: has the id {largest}, but the tokenizer only {n_vocab}")
+                raise ValueError(
+                    f"{name}: has the id {largest}, but the tokenizer has only {n_vocab}"
+                )

@@ -38,7 +38,7 @@ def run_pool(tasks, work, n_workers):
                 yield from finished(running)
         except BrokenProcessPool:
             raise ChildProcessError(
-                "a worker was killed, for want of memory perhaps: "
+                "a worker was killed, perhaps for lack of memory: "
                 "the same command goes on where this one stopped"
             ) from None
         except BaseException:

@@ -37,7 +37,7 @@ STYLE = {
     "grid.color": "#e6e8eb",
     "figure.dpi": 150,
 } | dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-BIGRAM = 2.49  # nats a letter: exercises.md counts it, since the text is not part of the project
+BIGRAM = 2.49  # nats per letter: exercises.md counts it, since the text is not part of the project
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SPEECH = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
 
@@ -288,7 +288,7 @@ def slope():
     axes.annotate("the loss", (far[-1], curve[-1]), (0, -14), color=BLUE, ha="right",
                   textcoords="offset points")  # fmt: skip
     axes.set_xlabel("distance walked downhill, all parameters together")
-    axes.set_ylabel("loss, nats a letter")
+    axes.set_ylabel("loss, nats per letter")
     axes.grid()
     return figure
 
@@ -318,7 +318,7 @@ def training():
     bits.set_ylabel("the same in bits")
     bits.spines["right"].set_visible(False)
     axes.set_xlabel("step")
-    axes.set_ylabel("validation loss, nats a letter")
+    axes.set_ylabel("validation loss, nats per letter")
     axes.grid()
     return figure
 

@@ -46,7 +46,7 @@ def read_hparams(model_dir):
         if type(size) is not int or not 0 < size <= 2**24:
             raise ValueError(f"{path}: {key} is {size!r}, not a sensible number")
     if hparams["n_embd"] % hparams["n_head"]:
-        raise ValueError(f"{path}: n_embd {hparams['n_embd']} is no multiple of n_head")
+        raise ValueError(f"{path}: n_embd {hparams['n_embd']} is not a multiple of n_head")
     if hugging_face:
         n_inner = config.get("n_inner")
         if n_inner is not None and (type(n_inner) is not int or not 0 < n_inner <= 2**24):
@@ -55,7 +55,9 @@ def read_hparams(model_dir):
             hparams["n_inner"] = n_inner
         for key, same in OUR_ARITHMETIC.items():
             if config.get(key, same[0]) not in same:
-                raise ValueError(f"{path}: {key} {config[key]!r} is not supported, {same[0]!r} is")
+                raise ValueError(
+                    f"{path}: {key} {config[key]!r} is not supported: only {same[0]!r} is"
+                )
     return hparams
 
 

@@ -118,7 +118,7 @@ def fetch(url, f, note):
     known, n_have = read_note(note), f.seek(0, os.SEEK_END)
     if n_have and n_have == known["length"]:
         return known["md5"]  # we were stopped after the last byte and before the renaming
-    headers = {"Accept-Encoding": "identity"}  # Content-Length shall count the file's own bytes
+    headers = {"Accept-Encoding": "identity"}  # Content-Length is to count the file's own bytes
     if known["version"] and 0 < n_have < (known["length"] or 0):
         headers |= {"Range": f"bytes={n_have}-", "If-Range": known["version"]}
     with requests.get(url, headers=headers, stream=True, timeout=(10, PATIENCE)) as response:
@@ -136,7 +136,7 @@ def fetch(url, f, note):
             with open(note, "w", opener=open_no_link) as g:
                 json.dump(known, g)
             ends = "Content-Length" in sent or "Transfer-Encoding" in sent
-            if not (ends or known["md5"]):  # what breaks off could not be told from the whole
+            if not (ends or known["md5"]):  # a part could not be told from the whole
                 raise ConnectionError("the server does not say how much there is")
         elif response.status_code in (206, 416):
             rest = f"bytes {n_have}-{(known['length'] or 0) - 1}/{known['length']}"
@@ -157,7 +157,7 @@ def copy_body(response, f, name, n_have, length):
 
     with tqdm(
         desc=name, total=length, initial=n_have, unit="B", unit_scale=True, disable=None
-    ) as bar:  # disable=None: no bar where stderr is no terminal
+    ) as bar:  # disable=None: no bar where stderr is not a terminal
         for chunk in response.iter_content(2**14):  # a broken line costs at most one chunk
             f.write(chunk)
             bar.update(len(chunk))

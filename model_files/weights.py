@@ -117,7 +117,7 @@ def read_safetensors(path):
     tensors = {}
     for key, entry in header.items():
         if not isinstance(entry, dict):  # the library takes a list of the same values, too
-            raise ValueError(f"{path}: {key} is no JSON object")
+            raise ValueError(f"{path}: {key} is not a JSON object")
         start, stop = (8 + n_header + offset for offset in entry["data_offsets"])
         tensors[key] = entry["dtype"], tuple(entry["shape"]), data[start:stop]
     return tensors

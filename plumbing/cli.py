@@ -13,8 +13,14 @@ import os
 import re
 import signal
 import sys
+import types
 import typing
+import warnings
+from collections import deque
 
+VERSION = "1.0"  # of all of sixtyGPT, for --version
+# Letters that mean the same flag in every command; others mean the one flag that begins so.
+SHORT = {"m": "model_size", "n": "n_tokens_to_generate", "s": "seed", "t": "temperature"}
 USERS_MISTAKES = (ValueError, OSError, ImportError, AssertionError, OverflowError, MemoryError)
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 TYPED = "\0"  # marks what a person typed: argv cannot contain it, so nothing else looks like it
@@ -29,6 +35,10 @@ def run_cli(main):
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    # NumPy's, of weights that are too large: what comes of them is checked where it matters.
+    warnings.filterwarnings(
+        "ignore", "(overflow|invalid value|divide by zero) encountered", RuntimeWarning
+    )
     try:
         args, kwargs = read_arguments(main, sys.argv[1:])
         main(*args, **kwargs)
@@ -65,12 +75,18 @@ def one_line(error):
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def read_arguments(main, argv):
-    """`main`'s (args, kwargs) from `argv`, or SystemExit(0) after printing the help.
+def notice(text):
+    """Says something that a person should know, where a person reads it: on a terminal."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"notice: {text}", file=sys.stderr)
 
-    Fire binds them, with three of its habits tamed: it calls a function before it has looked at
-    all flags (here it calls a recorder), guesses types (`1984` would be an int) and gives `-` and
-    `--` meanings of its own. Marking every typed word hides it from the last two.
+
+def read_arguments(main, argv):
+    """`main`'s (args, kwargs) from `argv`, or SystemExit(0) after printing the help or the version.
+
+    Fire binds them, with two of its habits tamed: it calls a function before it has looked at all
+    flags (here it calls a recorder), and it guesses types (`1984` would be an int), which marking
+    every typed word prevents. Which flag a word means is decided here, by spell_out.
     """
     try:
         import fire
@@ -84,47 +100,118 @@ def read_arguments(main, argv):
     def record(*args, **kwargs):
         calls.append((args, kwargs))
 
-    parameters = inspect.signature(main, eval_str=True).parameters.values()
+    parameters = inspect.signature(main, eval_str=True).parameters
     help_wanted = {"-h", "--help"} & set(argv)
-    for p in () if help_wanted else parameters:  # the help would list what this adds
+    if not help_wanted and "--version" in argv:
+        print(f"sixtyGPT {VERSION}")
+        sys.exit(0)
+    for p in () if help_wanted else parameters.values():  # the help would list what this adds
         names = () if p.kind is p.VAR_POSITIONAL else (p.name,)  # (): fire's default parser
         SetParseFn(functools.partial(parse, p.name, p.annotation), *names)(record)
     # "int | None" reads better in the help as fire's own "Optional[int]".
-    plain = [p.replace(annotation=kinds(p.annotation)[0]) for p in parameters]
+    plain = [p.replace(annotation=kinds(p.annotation)[0]) for p in parameters.values()]
     record.__signature__ = inspect.Signature(plain)
 
     printed = io.StringIO()
+    command = ["--", "--help"] if help_wanted else spell_out(argv, parameters)
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            fire.Fire(record, command=["--", "--help"] if help_wanted else mark(argv))
+            fire.Fire(record, command=command)
     except fire.core.FireExit as stop:
         if not help_wanted:
             reason = stop.trace.elements[-1].ErrorAsStr().replace(TYPED, "")
+            reason = reason.replace("Could not consume arg:", "one word too many:")
             raise ValueError(f"{reason} (--help lists what there is)") from None
-        print(printed.getvalue().strip())
+        print(name_short_flags(printed.getvalue().strip()))
         raise
     return calls[0]
 
 
-def mark(argv):
-    """`argv` as UTF-8 text, with everything marked but the flags' names."""
-    words = (os.fsencode(word).decode("utf-8", "replace") for word in argv)
-    return [w.replace("=", "=" + TYPED, 1) if FLAG.fullmatch(w) else TYPED + w for w in words]
+def spell_out(argv, parameters):  # -> words for fire
+    """`argv` as UTF-8, each flag by its full name and with its value, what was typed marked.
+
+    A flag for True or False takes the next word only if it is one of the two. A flag that takes
+    several values may be repeated; of others the last one counts.
+    """
+    words = deque(os.fsencode(word).decode("utf-8", "replace") for word in argv)
+    texts, flags = [], {}
+    while words:
+        word = words.popleft()
+        if not FLAG.fullmatch(word):
+            texts.append(TYPED + word)
+            continue
+        typed, equals, value = word.partition("=")
+        name, is_on = find_flag(typed, parameters)
+        kind = kinds(parameters[name].annotation)[0]
+        if kind is bool and not equals:
+            spelt = words and words[0].lower() in ("true", "false")
+            value = words.popleft() if spelt else str(is_on)
+        elif not equals:
+            if not words or FLAG.fullmatch(words[0]):
+                raise ValueError(
+                    f"{typed}: expected a value (if it starts with a dash: {typed}=-x)"
+                )
+            value = words.popleft()
+        before = flags.get(name, "") if typing.get_origin(kind) is tuple else ""
+        flags[name] = before + TYPED + value
+    return texts + [f"--{name}={value}" for name, value in flags.items()]
+
+
+def find_flag(typed, parameters):  # "-n", "--top-k" or "--nojsonl" -> (name, False after a "no")
+    """The parameter that a flag names. ValueError, with the nearest names, if there is none."""
+    names = [p.name for p in parameters.values() if p.kind is not p.VAR_POSITIONAL]
+    name = typed.lstrip("-").replace("-", "_")
+    if len(name) == 1:
+        found = [n for n in names if n == SHORT.get(name, n) and n.startswith(name)]
+        if len(found) > 1:
+            raise ValueError(f"{typed} could mean {either(found, '--')}: write it in full")
+        name = found[0] if found else name
+    if name in names:
+        return name, True
+    if name.startswith("no") and name[2:] in names and parameters[name[2:]].annotation is bool:
+        return name[2:], False
+    raise ValueError(f"no flag {typed}{did_you_mean(name, names, '--')} (--help lists them all)")
+
+
+def did_you_mean(word, names, prefix=""):  # -> ": did you mean this or that?", or ""
+    """The names that contain the word or, if none does, those that look like it; two at most."""
+    import difflib
+
+    alike = [n for n in names if len(word) > 1 and word.lower() in n.lower()]
+    found = (alike or difflib.get_close_matches(word, names))[:2]
+    return f": did you mean {either(found, prefix)}?" if found else ""
+
+
+def count(n, noun):  # 1, "token" -> "1 token"; 2, "token" -> "2 tokens"
+    return f"{n} {noun}" + ("" if n == 1 else "s")
+
+
+def either(names, prefix=""):  # ["a", "b"] -> "a or b"
+    return " or ".join(prefix + name for name in names)
+
+
+def name_short_flags(text):  # fire's help -> the help
+    """Fire names a letter where one flag alone begins with it, whatever it means elsewhere."""
+    for letter, name in SHORT.items():
+        text = re.sub(rf"^( +)-{letter}, --", r"\1--", text, flags=re.MULTILINE)
+        text = re.sub(rf"^( +)--{name}=", rf"\1-{letter}, --{name}=", text, flags=re.MULTILINE)
+    return text
 
 
 def kinds(annotation):
     """`int | None` -> [int, None's type]; `int` -> [int]."""
-    return sorted(typing.get_args(annotation) or [annotation], key=lambda a: a is type(None))
+    some = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else [annotation]
+    return sorted(some, key=lambda a: a is type(None))
 
 
 def parse(name, annotation, word):
     """One argument as its annotation says; ValueError names the flag."""
     kind = kinds(annotation)[0]
     text = word.removeprefix(TYPED)
+    if typing.get_origin(kind) is tuple:
+        return tuple(text.split(TYPED))
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if text == word:  # nobody typed this: it is fire's own "True" for a flag without a value
-        raise ValueError(f"--{name}: expected a value (one that starts with a dash: --{name}=-x)")
     if kind in (int, float) and type(None) in kinds(annotation) and text.lower() == "none":
         return None
     wanted = {int: "a whole number", float: "a number", bool: "True or False"}.get(kind)

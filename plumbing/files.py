@@ -1,7 +1,8 @@
 """Files that cannot be trusted, and files that must not be left half-written.
 
-What is read may come from a stranger: nothing is opened that is no ordinary file, nor read that is
-larger than it should be. What is written is seen complete or not at all, whenever we are killed.
+What is read may come from a stranger: nothing is opened that is not an ordinary file, and nothing
+is read that is larger than it should be. What is written is complete or absent, whenever we are
+killed.
 """
 
 import contextlib
@@ -20,9 +21,9 @@ MOST_BYTES = 2**24  # of a file of JSON, or a tokenizer's: GPT-2's have 1 MB. Re
 
 
 def check_file(path, n_most=MOST_BYTES):
-    """ValueError for what is no ordinary file, or one of more bytes: nothing else is opened.
+    """ValueError for what is not an ordinary file, or one of more bytes: nothing else is opened.
 
-    A pipe would have us wait for ever, and a link may lead to a device that has no end.
+    A pipe could make us wait forever, and a link may lead to a device that never ends.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -32,7 +33,7 @@ def check_file(path, n_most=MOST_BYTES):
 
 
 def read_json(path, n_most=MOST_BYTES):  # -> dict
-    """Return the JSON object in a file of at most so many bytes; ValueError for anything else."""
+    """Return the JSON object in a file of at most n_most bytes; ValueError for anything else."""
     check_file(path, n_most)
     return parse_json(Path(path).read_bytes(), path)
 
@@ -81,7 +82,7 @@ def remove(*paths):
 def open_locked(part, wait=True):
     """`part`, opened to append, and ours alone until it is closed or we are killed.
 
-    BlockingIOError if it is another's, and we shall not wait. Some clusters' file systems have no
+    BlockingIOError if it is another's, and we are not to wait. Some clusters' file systems have no
     locks: there, nothing is kept apart.
     """
     while True:

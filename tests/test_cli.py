@@ -1,7 +1,10 @@
 """plumbing/cli.py, then gpt2.py and gpt2_pico.py as a person runs them: streams, signals, codes."""
 
+import importlib
+import inspect
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import REPO, TINY, call, exclaiming, run
+from conftest import REPO, TINY, call, exclaiming, run, tree_map
 
 import gpt2
 import utils
@@ -128,12 +131,19 @@ def test_a_prompt_is_text_whatever_it_looks_like(monkeypatch, capsys, prompt):
         (["a", "--n_tokens", "abc"], "--n_tokens: expected a whole number, got 'abc'"),
         (["a", "--n_tokens", "1.5"], "--n_tokens: expected a whole number, got '1.5'"),
         (["a", "--heat", "warm"], "--heat: expected a number, got 'warm'"),
-        (["a", "--quick", "maybe"], "--quick: expected True or False, got 'maybe'"),
+        (["a", "--quick=maybe"], "--quick: expected True or False, got 'maybe'"),
         (["a", "--top_k", "few"], "--top_k: expected a whole number, got 'few'"),
         (["a", "--note", "--quick"], "--note: expected a value"),
-        (["a", "--tempo", "1"], "--tempo"),
+        (["a", "--tempo", "1"], "no flag --tempo (--help"),
+        (["a", "--n-token", "1"], "no flag --n-token: did you mean --n_tokens? (--help"),
+        (["a", "--tokens=1"], "no flag --tokens: did you mean --n_tokens? (--help"),
+        (["a", "--notes", "b"], "no flag --notes: did you mean --note or"),
+        (["a", "--nonote"], "no flag --nonote"),
+        (["a", "-n", "1"], "no flag -n (--help"),  # which means n_tokens_to_generate everywhere
+        (["a", "-x"], "no flag -x (--help"),
+        (["a", "--top_k"], "--top_k: expected a value (if it starts with a dash: --top_k=-x)"),
         (["a", "b"], "--n_tokens: expected a whole number, got 'b'"),
-        (["a", "1", "2", "3", "4", "true", "b"], "b"),
+        (["a", "1", "2", "3", "4", "true", "b"], "one word too many: b"),
         ([], "prompt"),
     ],
     ids=str,
@@ -152,16 +162,87 @@ def test_none_is_a_number_left_out_and_a_bool_can_be_spelt(monkeypatch, capsys):
     assert outcome(monkeypatch, capsys, "a", "--noquick")[0][-1] is False
 
 
-def test_varargs_are_text_too(monkeypatch):
+def test_a_flag_for_true_or_false_leaves_the_next_word_alone(monkeypatch, capsys):
+    wanted = ("a", 40, 0.0, None, None, True)
+    assert outcome(monkeypatch, capsys, "--quick", "a") == (wanted, 0, "")
+    assert outcome(monkeypatch, capsys, "--quick", "True", "a") == (wanted, 0, "")
+    assert outcome(monkeypatch, capsys, "a", "--quick", "false")[0][-1] is False
+    assert outcome(monkeypatch, capsys, "--noquick", "a")[0][-1] is False
+
+
+def many(monkeypatch, *argv):
+    """What a main with varargs, several values and ambiguous letters gets."""
     got = []
 
-    def main(*prompts: str, n: int = 1):
-        got.append((prompts, n))
+    def main(
+        *texts: str,
+        n_samples: int = 1,
+        n_tokens_to_generate: int = 40,
+        stop: tuple[str, ...] | None = None,
+        size: str = "",
+    ):
+        got.append((texts, n_samples, n_tokens_to_generate, stop, size))
 
-    monkeypatch.setattr(sys, "argv", ["x", "1", "-", "[2]", "--n", "3", ""])
+    monkeypatch.setattr(sys, "argv", ["x", *argv])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
     cli.run_cli(main)
-    assert got == [(("1", "-", "[2]", ""), 3)]
+    return got[0]
+
+
+def test_varargs_are_text_too(monkeypatch):
+    argv = ["1", "-", "[2]", "--n_samples", "3", ""]
+    assert many(monkeypatch, *argv) == (("1", "-", "[2]", ""), 3, 40, None, "")
+
+
+def test_several_values_are_a_flag_repeated(monkeypatch):
+    """Whatever is in them. Of a flag for one value the last counts."""
+    values = ["a,b", "", "=", "--", "('c',)", "None"]
+    argv = [word for value in values for word in ("--stop", value)]
+    assert many(monkeypatch, *argv)[3] == tuple(values)
+    assert many(monkeypatch, *(f"--stop={value}" for value in values))[3] == tuple(values)
+    assert many(monkeypatch, "--stop", "x", "text", "--size", "a", "--size=b") == (
+        ("text",), 1, 40, ("x",), "b"
+    )  # fmt: skip
+
+
+def test_a_letter_means_the_same_flag_everywhere(monkeypatch):
+    assert many(monkeypatch, "-n", "7", "text") == (("text",), 1, 7, None, "")
+    assert many(monkeypatch, "-n=7")[2] == 7
+
+    def main(train: int = 0, big: bool = False, bold: bool = False, quick: bool = False):
+        pass
+
+    parameters = inspect.signature(main).parameters
+    assert cli.find_flag("-q", parameters) == ("quick", True)
+    for letter, words in {"b": "-b could mean --big or --bold: write", "t": "no flag -t"}.items():
+        with pytest.raises(ValueError, match=words):
+            cli.find_flag(f"-{letter}", parameters)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "gpt2_pico", "kv_cache", "explain", "evaluate", "prepare", "train_jax"]
+)
+def test_every_command_has_a_version_and_shows_what_letters_mean(name):
+    code, out, err = run(f"{name}.py", "--version")
+    assert (code, out, err) == (0, f"sixtyGPT {cli.VERSION}\n", "")
+    parameters = inspect.signature(importlib.import_module(name).main, eval_str=True).parameters
+    help_ = run(f"{name}.py", "--help")[1]
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        shown = re.findall(rf"^ +-{letter}, --(\w+)=", help_, re.MULTILINE)
+        assert len(shown) < 2
+        for flag in shown:
+            assert cli.find_flag(f"-{letter}", parameters) == (flag, True)
+
+
+def test_one_is_no_plural():
+    assert [cli.count(n, "file") for n in range(3)] == ["0 files", "1 file", "2 files"]
+
+
+def test_a_notice_is_for_a_terminal(monkeypatch, capsys):
+    cli.notice("to nobody")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    cli.notice("to a person")
+    assert capsys.readouterr().err == "notice: to a person\n"
 
 
 @pytest.mark.parametrize(
@@ -325,8 +406,9 @@ BAD = {
     "temperature nan": (["Once", "--temperature", "nan"], "temperature must be"),
     "seed -1": (["Once", "--temperature", "1", "--seed", "-1"], "seed must be"),
     "top_p nan, and no model": (["Once", "--top_p", "nan", "--model_size", "huge"], "top_p must"),
-    "an unknown flag": (["Once", "--temprature", "1"], "--temprature"),
+    "an unknown flag": (["Once", "--temprature", "1"], "--temprature: did you mean --temperature?"),
     "no prompt": ([], "prompt"),
+    "a longer prompt": (["x" * 9999], "9999 characters, but this model has only 48 positions"),
     "an unknown model": (["Once", "--model_size", "huge"], "no model 'huge'"),
 }
 
@@ -343,6 +425,49 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(models, case):
 def test_pico_refuses_what_does_not_fit(models):
     code, out, err = call("gpt2_pico.py", "x" * 40, "--model_size", "tiny", models_dir=models[0])
     assert (code, out) == (2, "") and err.count("\n") == 1 and "n_ctx 48" in err
+
+
+def test_a_text_slides_beyond_the_context_if_asked_to(models):
+    folder, params = models
+    flags = ["--model_size", "tiny", "--n_tokens_to_generate", "100", "--slide"]
+    text = expected(params, "x" * 60, 100, slide=True)
+    assert call("gpt2.py", "x" * 60, *flags, models_dir=folder) == (0, text, "")
+    assert len(text.encode("utf-8", "replace")) > 50
+
+
+def test_flags_that_change_nothing_are_said_on_a_terminal(models, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for how, words in (
+        ({"top_k": 5}, "notice: top_k and top_p change nothing at temperature 0"),
+        ({"top_p": 0.5}, "notice: top_k and top_p change nothing at temperature 0"),
+        ({"top_k": 5, "temperature": 1.0}, ""),
+        ({"seed": 3}, ""),
+    ):
+        gpt2.main("a", 1, "tiny", str(models[0]), **how)
+        err = capsys.readouterr().err
+        assert err.startswith(words) and err.count("\n") == bool(words)
+
+
+@pytest.mark.parametrize("weight", [np.nan, 1e38])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "gpt2.py Once",
+        "gpt2_pico.py Once",
+        "kv_cache.py Once",
+        "kv_cache.py Once --jsonl --n_samples 12",
+        "evaluate.py perplexity --data text.txt",
+        "explain.py Once --out page.html",
+    ],
+)
+def test_damaged_weights_are_one_line_without_warnings(models, tmp_path, line, weight):
+    broken = tree_map(lambda x: np.sign(x) * np.float32(weight), models[1])
+    utils.save_model(models[0] / "broken", Encoder([]), TINY, broken)
+    (tmp_path / "text.txt").write_text("some text " * 40)
+    args = [*line.split(), "--model_size", "broken"]
+    code, out, err = call(*args, models_dir=models[0], cwd=tmp_path)
+    assert (code, out) == (2, "") and "not finite" in err
+    assert err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_without_a_network_one_line_names_the_model_that_needs_none(tmp_path, monkeypatch):

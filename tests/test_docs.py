@@ -1,6 +1,6 @@
 """The guided tour: every block of docs/*.md is run, and must print what the page says it prints.
 
-```python blocks are doctests, one namespace a page; ```console blocks are commands, each after a
+```python blocks are doctests, one namespace per page; ```console blocks are commands, each after a
 "$ ", followed by what it prints. Both run in a copy of the project, in the order of the page: one
 may read what the one before it wrote. `...` stands for anything, and all white space is alike.
 """

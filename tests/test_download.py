@@ -164,7 +164,7 @@ def test_a_file_arrives_whole_and_only_once(server, tmp_path):
         ["drop", "refuse", "corrupt", "drop", "", ""],
         ["302", "drop", "307", ""],
         ["gzip"],
-        ["drop", "gzip", ""],  # a range of what is packed is no range of the file
+        ["drop", "gzip", ""],  # a range of what is packed is not a range of the file
         ["gzip, halved", "gzip, halved", "drop", ""],
         ["drop", "corrupt", ""],  # a right header, and other bytes
         ["chunks, then none", ""],

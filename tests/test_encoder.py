@@ -645,7 +645,7 @@ def test_nesting_that_json_just_bears_can_be_shown(spaces, tmp_path):
 STRANGE = {
     "a merge twice": [("a", "b"), ("b", "a"), ("a", "b")],
     "results before their parts": [("aba", "b"), ("ab", "a"), ("a", "b")],
-    "one that grows for ever": [("a" * n, "a" * n) for n in (1, 2, 4, 8, 16, 32)],
+    "one that grows forever": [("a" * n, "a" * n) for n in (1, 2, 4, 8, 16, 32)],
     "one piece in many ways": [("a", "aa"), ("aa", "a"), ("a", "a"), ("aa", "aa"), ("aaa", "a")],
     "endoftext": [("<|", "endoftext"), ("<|endoftext", "|>"), ("<", "|"), ("|", ">")]
     + [("endoftex"[:i], "endoftext"[i]) for i in range(1, 9)],

@@ -101,7 +101,7 @@ def test_of_equal_logits_the_first_is_the_likeliest():
 
 def test_a_damaged_model_gets_no_result(params):
     params["wte"][7, 3] = np.nan
-    with pytest.raises(ValueError, match="no numbers: its weights must be damaged"):
+    with pytest.raises(ValueError, match="not finite: its weights must be damaged"):
         evaluate.score(np.ones((3, 16), np.float32), np.array([0, 1, 0]), params)
 
 
@@ -213,7 +213,7 @@ def test_without_an_end_of_text_the_first_token_only_predicts(tmp_path):
         ids, *counts = evaluate.load_ids(write(tmp_path / "text", text), encoder)
         assert ids.tolist() == encoder.encode(text) and counts == [n_bytes, n_words]
     for text in ("", "b", "bc"):
-        with pytest.raises(ValueError, match="text: an empty text, or too short a one to predict"):
+        with pytest.raises(ValueError, match="text: an empty text, or one too short to predict"):
             evaluate.load_ids(write(tmp_path / "text", text), encoder)
     assert len(evaluate.load_ids(write(tmp_path / "text", "b"), Encoder([]))[0]) == 2
 
@@ -479,23 +479,23 @@ BAD_ITEMS = {
     "no JSON": ("hellaswag", b"{'ctx'", "not JSON"),
     "no UTF-8": ("hellaswag", b'{"ctx": "\xff"}', "not JSON"),
     "no object": ("lambada", [1], "not a JSON object"),
-    "no ctx": ("hellaswag", {"endings": ["a", "b"], "label": 0}, "ctx is missing or no text"),
-    "ctx a number": ("hellaswag", HELLASWAG | {"ctx": 1}, "ctx is missing or no text"),
-    "no endings": ("hellaswag", {"ctx": "a", "label": 0}, "endings is missing or no list"),
+    "no ctx": ("hellaswag", {"endings": ["a", "b"], "label": 0}, "ctx is missing or not text"),
+    "ctx a number": ("hellaswag", HELLASWAG | {"ctx": 1}, "ctx is missing or not text"),
+    "no endings": ("hellaswag", {"ctx": "a", "label": 0}, "endings is missing, or not a list"),
     "endings a text": (
         "hellaswag",
         HELLASWAG | {"endings": "abc"},
-        "endings is missing or no list",
+        "endings is missing, or not a list",
     ),
-    "endings numbers": ("hellaswag", HELLASWAG | {"endings": ["a", 1]}, "endings is missing or no"),
+    "endings numbers": ("hellaswag", HELLASWAG | {"endings": ["a", 1]}, "endings is missing, or"),
     "one ending": ("hellaswag", HELLASWAG | {"endings": ["a"], "label": 0}, "two texts or more"),
     "no label": ("hellaswag", {"ctx": "a", "endings": ["a", "b"]}, "no label (the test set"),
     "label 3": ("hellaswag", HELLASWAG | {"label": 3}, "label is 3, not a number from 0 to 2"),
     "label -1": ("hellaswag", HELLASWAG | {"label": -1}, "label is -1, not a number from 0 to 2"),
     "label text": ("hellaswag", HELLASWAG | {"label": "1"}, "label is '1', not a number"),
     "label true": ("hellaswag", HELLASWAG | {"label": True}, "label is True, not a number"),
-    "no text": ("lambada", {"txt": "a b"}, "text is missing or no text"),
-    "text a list": ("lambada", {"text": ["a b"]}, "text is missing or no text"),
+    "no text": ("lambada", {"txt": "a b"}, "text is missing or not text"),
+    "text a list": ("lambada", {"text": ["a b"]}, "text is missing or not text"),
     "no space": ("lambada", {"text": "word"}, "should end with a space and a last word"),
     "no word": ("lambada", {"text": "word "}, "should end with a space and a last word"),
     "no word but a line end": ("lambada", {"text": "a word \n"}, "with a space and a last word"),
@@ -559,7 +559,7 @@ def run(folder, *args, model="tiny", how=conftest.call):
 
 
 def result(*args, **kwargs):
-    """The one line of standard output, strict JSON. No bar, since standard error is no terminal."""
+    """The one line of standard output, strict JSON. No bar: stderr is not a terminal."""
     code, out, err = run(*args, **kwargs)
     assert (code, err) == (0, "") and out.count("\n") == 1 and out.endswith("}\n")
 
@@ -580,6 +580,48 @@ def test_perplexity_of_a_file(models, tmp_path):
         for key, value in expected.items():
             assert math.isclose(ours[key], value, rel_tol=1e-5)
     assert (n_bytes, n_words) == (135, 30) and ours["n_tokens"] == 135
+
+
+def test_perplexity_of_token_shards_is_that_of_their_validation_text(models, tmp_path):
+    """A document's end is a token more to predict, but has no bytes; the words are the text's."""
+    documents = ["Once upon a time,\n ünï\n", "there was\n", "a king"]
+    text = "<|endoftext|>\n".join(documents)
+    command = ["prepare.py", write(tmp_path / "text.txt", text), "--out", tmp_path / "shards"]
+    assert conftest.run(*command, "--val_fraction", "0.999999")[0] == 0
+    ours = result(models[0], "perplexity", "--data", str(tmp_path / "shards"))
+    encoder, hparams, params = utils.load_encoder_hparams_and_params("tiny", models[0])
+    ids = [256]
+    for document in documents:
+        ids += [*encoder.encode(document), 256]
+    x = gpt2.gpt2(ids[:-1], **params, n_head=N_HEAD).astype(np.float64)
+    log_probs = np.log(gpt2.softmax(x))[np.arange(len(ids) - 1), ids[1:]]
+    n_bytes = len("".join(documents).encode())
+    assert (ours["n_tokens"], ours["n_bytes"], ours["n_words"]) == (n_bytes + 3, n_bytes, 9)
+    np.testing.assert_allclose(ours["nats_per_token"], -log_probs.mean(), rtol=1e-5)
+    np.testing.assert_allclose(ours["nats_per_byte"], -log_probs.sum() / n_bytes, rtol=1e-5)
+
+
+def test_shards_of_others_have_ids_of_the_models(models, tmp_path):
+    """nanoGPT's, which do not say whose tokens they are; then shards that say it is not ours."""
+    text = "no end of text"
+    for name in ("train", "val"):
+        np.array(Encoder([]).encode(text), "<u2").tofile(tmp_path / f"{name}.bin")
+    plain = result(models[0], "perplexity", "--data", write(tmp_path / "text", text))
+    assert result(models[0], "perplexity", "--data", str(tmp_path)) == plain
+    Encoder([("a", "b")]).save(tmp_path)
+    code, _, err = run(models[0], "perplexity", "--data", tmp_path)
+    assert (code, err) == (2, f"error: {tmp_path}: its tokenizer is not the model's\n")
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    np.array([1, 257], "<u2").tofile(tmp_path / "val.bin")
+    code, _, err = run(models[0], "perplexity", "--data", tmp_path)
+    assert code == 2 and "has the id 257, but the tokenizer has only 257" in err
+    np.array([256, 256], "<u2").tofile(tmp_path / "val.bin")
+    code, _, err = run(models[0], "perplexity", "--data", tmp_path)
+    assert code == 2 and "no text to predict" in err
+    (tmp_path / "val.bin").unlink()
+    code, _, err = run(models[0], "perplexity", "--data", tmp_path)
+    assert (code, err) == (2, f"error: {tmp_path}: no validation shards\n")
 
 
 def test_an_infinite_perplexity_is_valid_json(models, tmp_path):
@@ -637,9 +679,9 @@ FLAGS = {
     "a stride for hellaswag": (["hellaswag", "--stride", "4"], "stride is for perplexity"),
     "a stride for lambada": (["lambada", "--stride", "4"], "stride is for perplexity"),
     "stride 0": (["perplexity", "--data", __file__, "--stride", "0"], "stride must be 1 or more"),
-    "no data": (["perplexity"], "--data takes a text file's path"),
+    "no data": (["perplexity"], "perplexity needs --data: a text file, or a folder of token"),
     "no such text": (["perplexity", "--data", "nowhere.txt"], "no file at nowhere.txt"),
-    "a folder": (["perplexity", "--data", os.sep], f"no file at {os.sep}: --data takes the path"),
+    "a folder": (["lambada", "--data", os.sep], f"no file at {os.sep}: --data takes the path"),
     "no such items": (
         ["lambada", "--data", "nowhere"],
         "no file at nowhere: --data takes the path",
@@ -665,6 +707,7 @@ def test_mistakes_that_only_the_model_shows(models, tmp_path):
     for args, words in (
         (["perplexity", "--data", empty], f"{empty}: an empty text"),
         (["perplexity", "--data", __file__, "--stride", "49"], "n_ctx, 48, not 49"),
+        (["perplexity", "--data", tmp_path], f"{tmp_path}: no token shards"),
         (["lambada", "--data", long_word], f"{long_word}, line 2: an ending of 49 tokens"),
         (["perplexity", "--data", long_word, "--model_size", "damaged"], "must be damaged"),
         (["perplexity", "--data", long_word, "--model_size", "huge"], "no model 'huge'"),

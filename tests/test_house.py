@@ -17,7 +17,7 @@ FROM_ROOT = {"encoder", "gpt2", "utils"}  # what a wing may import of the root
 
 
 def files():
-    """The modules that git knows, or all there are where the project is no checkout."""
+    """The modules that git knows, or all there are where the project is not a checkout."""
     paths = [*REPO.glob("*.py"), *(path for wing in WINGS for path in REPO.glob(f"{wing}/*.py"))]
     done = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True)
     known = {REPO / name for name in done.stdout.splitlines()}

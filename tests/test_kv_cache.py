@@ -1,10 +1,12 @@
 """kv_cache.py: the same text as without a cache, alone or in any company, within its memory."""
 
+import contextlib
 import inspect
 import io
 import itertools
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import weakref
 import conftest
 import numpy as np
 import pytest
-from conftest import REPO, TINY, exclaiming, hugging_face, random_params
+from conftest import REPO, TINY, exclaiming, hugging_face, on_linux, random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +24,11 @@ import kv_cache
 import utils
 from encoder import Encoder
 from model_files import weights
+
+with contextlib.suppress(ImportError):  # Windows has none of them
+    import fcntl
+    import pty
+    import termios
 
 N_HEAD = 2
 HPARAMS = {"n_vocab": 61, "n_ctx": 37, "n_embd": 24, "n_head": N_HEAD, "n_layer": 3}
@@ -134,7 +141,7 @@ def test_the_arithmetic_for_124m():
     cache = kv_cache.new_cache(weights.nest(wide), 12, capacity=1024)
     assert cache["kv"].nbytes == 72 * 2**20 == 72 * 1024 * 1024
     assert round(sum(array.nbytes for array in wide.values()) / 2**20) == 475
-    assert "72 KiB a token, 72 MiB for a full context of 1024, beside 475" in kv_cache.__doc__
+    assert "72 KiB per token, 72 MiB for a full context of 1024, beside 475" in kv_cache.__doc__
 
 
 def test_no_new_ids_are_refused(params):
@@ -457,6 +464,37 @@ def test_a_full_context_is_legal_and_the_callers_lists_stay(rng, params):
     assert kv_cache.generate(tuples, params, N_HEAD, 7) == alone(prompts, params, 7)
 
 
+@pytest.mark.parametrize("n_ctx", [1, 2, 5, 8])
+def test_a_text_that_slides_is_the_same_with_and_without_a_cache(rng, n_ctx):
+    """Prompts shorter and longer than the context; greedy and sampled; alone and in a batch."""
+    params = random_params(rng, HPARAMS | {"n_ctx": n_ctx})
+    prompts = random_prompts(rng, [1, n_ctx, n_ctx + 1, 3 * n_ctx, 2])
+    expected = alone(prompts, params, 3 * n_ctx + 4, slide=True)
+    for batch_size, chunk in ((1, 512), (2, 3), (8, 1)):
+        how = {"batch_size": batch_size, "chunk": chunk, "slide": True}
+        assert kv_cache.generate(prompts, params, N_HEAD, 3 * n_ctx + 4, **how) == expected
+    sampling = {"temperature": 1.0, "seed": 7, "slide": True}
+    for ids in prompts:
+        samples = kv_cache.generate([ids], params, N_HEAD, 20, n_samples=2, **sampling)
+        assert samples[0] == alone([ids], params, 20, **sampling)[0]
+        assert len(samples[1]) == 20
+
+
+def test_what_slides_keeps_half_a_context(rng, params):
+    """By gpt2.gpt2 alone: the ids that the model sees, written out."""
+    ids = rng.integers(0, 61, 30).tolist()
+    seen, wanted = list(ids), []
+    for _ in range(60):
+        if len(seen) == 38:  # n_ctx is 37
+            seen = seen[-18:]
+        wanted.append(int(gpt2.gpt2(seen, **params, n_head=N_HEAD)[-1].argmax()))
+        seen.append(wanted[-1])
+    assert gpt2.generate(ids, params, N_HEAD, 60, slide=True) == wanted
+    assert gpt2.generate(ids, params, N_HEAD, 7, slide=True) == alone([ids], params, 7)[0]
+    with pytest.raises(ValueError, match="37 positions"):
+        gpt2.generate(ids, params, N_HEAD, 60)
+
+
 WRONG = {
     "no prompts": ([], {}, "no prompts"),
     "a long row": ([[1], [1] * 30, [1]], {}, "prompt 2 of 3: 30 prompt tokens + 8 to generate"),
@@ -487,9 +525,23 @@ def test_what_cannot_be_is_one_clear_error_before_any_work(params, monkeypatch, 
 @given(pieces=st.lists(st.text("ab\n", max_size=4), max_size=12), stop=st.text("ab\n", min_size=1))
 def test_cut_ends_before_the_stop_wherever_the_pieces_break(pieces, stop):
     text = "".join(pieces)
-    shown = list(kv_cache.up_to(iter(pieces), stop))
+    shown = list(kv_cache.up_to(iter(pieces), [stop]))
     assert "".join(shown) == text.split(stop)[0]
-    assert "".join(kv_cache.up_to(iter(pieces), None)) == text
+    assert "".join(kv_cache.up_to(iter(pieces), [])) == text
+
+
+@given(
+    pieces=st.lists(st.text("ab\n", max_size=4), max_size=12),
+    stops=st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4),
+)
+def test_of_several_stops_the_one_that_is_there_first_counts(pieces, stops):
+    text = wanted = ""
+    for piece in pieces:
+        text = wanted = text + piece
+        if found := [text.index(stop) for stop in stops if stop in text]:
+            wanted = text[: min(found)]
+            break
+    assert "".join(kv_cache.up_to(iter(pieces), stops)) == wanted
 
 
 def test_up_to_shows_text_as_soon_as_it_is_sure():
@@ -500,7 +552,7 @@ def test_up_to_shows_text_as_soon_as_it_is_sure():
             taken.append(piece)
             yield piece
 
-    stream = kv_cache.up_to(pieces(), "END")
+    stream = kv_cache.up_to(pieces(), ["END"])
     assert next(stream) == "Hel" and taken == ["Hel"]
     assert next(stream) == "lo, " and next(stream) == "Enough " and list(stream) == [""]
     assert taken[-1] == "ND of"  # nothing after the stop is even asked for
@@ -556,7 +608,8 @@ def test_jsonl_is_for_programs(models):
         ids = expected(models[1], prompt, 9)
         why = "length" if len(ids) == 9 else "endoftext"
         text = Encoder([]).decode(ids)
-        assert entry == {"prompt": prompt, "text": text, "ids": ids, "stop": why}
+        where = {"index": prompts.index(prompt), "sample": 0}
+        assert entry == {"prompt": prompt, "text": text, "ids": ids, "stop": why} | where
 
 
 def test_a_stop_string_ends_a_row_before_it():
@@ -575,6 +628,108 @@ def test_a_stop_string_ends_a_row_before_it():
     assert encoder.decode(entry["ids"]).endswith(stop)
 
 
+def test_stops_may_be_several_and_have_escapes(models, monkeypatch, capsys):
+    """A model that writes "!" alone, and so the text of its stops; then what escapes mean."""
+    utils.save_model(models[0] / "loud", Encoder([]), TINY, exclaiming(TINY))
+    where = ["--model_size", "loud", "-n", "9"]
+    for stops, text in ((["!!!", "!!!!"], ""), (["?", "x!"], "!" * 9)):
+        args = [f"--stop={stop}" for stop in stops]
+        done = conftest.run("kv_cache.py", "Once", *where, *args, models_dir=models[0])
+        assert done == (0, text + "\n", "")
+    assert kv_cache.unescape(r"\n\t\\n\x \\\n") == "\n\t\\n\\x \\\n"
+    seen = []
+    monkeypatch.setattr(kv_cache, "print_stream", lambda *args: seen.append(args[-1]))
+    how = {"model_size": "loud", "models_dir": str(models[0])}
+    kv_cache.main("Once", stop=(r"\n\n", "é"), **how)
+    kv_cache.main("Once", **how)
+    assert seen == [["\n\n", "é"], []]
+
+
+def test_an_echo_is_the_prompt_before_its_text(models):
+    texts = [Encoder([]).decode(expected(models[1], prompt, 5)) for prompt in ("One ", "Two")]
+    args = ["--echo", "-n", "5"]
+    assert run(models[0], "One ", *args) == (0, f"One {texts[0]}\n", "")
+    wanted = f'==> "One " <==\nOne {texts[0]}\n\n==> "Two" <==\nTwo{texts[1]}\n\n'
+    assert run(models[0], "One ", "Two", *args) == (0, wanted, "")
+    assert json.loads(run(models[0], "Two", *args, "--jsonl")[1])["text"] == "Two" + texts[1]
+
+
+def test_jsonl_before_a_prompt_leaves_it_alone(models):
+    code, out, err = run(models[0], "--jsonl", "One", "-n", "2")
+    assert (code, json.loads(out)["prompt"], err) == (0, "One", "")
+
+
+def test_flags_that_change_nothing_are_said_on_a_terminal(models, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    words = (
+        "notice: at temperature 0, top_k and top_p change nothing, and all samples are the same\n"
+    )
+    for how, wanted in (
+        ({"top_k": 5}, words),
+        ({"top_p": 0.5}, words),
+        ({"n_samples": 2}, words),
+        ({"n_samples": 2, "temperature": 1.0}, ""),
+        ({}, ""),
+    ):
+        where = {"model_size": "tiny", "models_dir": str(models[0])}
+        kv_cache.main("a", n_tokens_to_generate=1, **how, **where)
+        assert capsys.readouterr().err == wanted
+
+
+# --------------------------------------------------------------------------------------------------
+# Lines typed, one after the other
+# --------------------------------------------------------------------------------------------------
+
+
+def test_interactive_lines_are_continued_one_by_one(models):
+    lines = ["One", "x" * 99, "", "ünï"]
+    args = ["--interactive", "-n", "5", "--echo"]
+    code, out, err = run(models[0], *args, stdin="\n".join(lines).encode())
+    texts = [
+        line + Encoder([]).decode(expected(models[1], line, 5)) for line in lines[:1] + lines[2:]
+    ]
+    assert (code, out) == (0, "".join(text + "\n" for text in texts))
+    assert err == (
+        "error: prompt 1 of 1: 99 prompt tokens + 5 to generate = 104, but this model has only 48 "
+        "positions (n_ctx)\n"
+    )
+
+
+@on_linux
+def test_a_terminal_without_prompts_is_interactive_and_ctrl_c_stops_one_text(tmp_path):
+    """On a pseudo-terminal: a text that never ends by itself, stopped; a second one; Ctrl-D."""
+    hparams = TINY | {"n_ctx": 4096, "n_embd": 64}
+    utils.save_model(tmp_path / "slow", Encoder([]), hparams, exclaiming(hparams))
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command(tmp_path, ["-n", "4000"], "slow"), stdin=theirs, stdout=theirs, stderr=theirs,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        for line in (b"One\n", b"Two\n"):
+            read_until(ours, b"> ")
+            os.write(ours, line)
+            read_until(ours, b"!!!")
+            os.write(ours, b"\x03")
+        read_until(ours, b"> ")
+        assert process.poll() is None
+        os.write(ours, b"\x04")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def read_until(terminal, wanted):
+    """Waits, for a minute at most, for these bytes."""
+    seen = b""
+    while wanted not in seen:
+        assert select.select([terminal], [], [], 60)[0], seen
+        seen += os.read(terminal, 1024)
+
+
 @pytest.mark.parametrize("where", ["a file", "standard input"])
 def test_prompts_from_a_file_a_line_each(models, tmp_path, where):
     lines = "One\n\nA third, \r\nünï\u2028still one\n".encode()  # \u2028 does not end a line
@@ -589,8 +744,28 @@ def test_prompts_from_a_file_a_line_each(models, tmp_path, where):
     assert [entry["ids"] for entry in entries] == [expected(models[1], p, 4) for p in prompts]
 
 
-def test_a_closed_standard_input_is_one_line(models):
-    line = " ".join(map(str, command(models[0], ["--prompts_file", "-"]))) + " <&-"
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(models, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfOne\r\nTw\xef\xbb\xbfo\r\n")
+    assert kv_cache.read_lines(tmp_path / "prompts.txt") == ["One", "Tw\ufeffo"]
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(models, tmp_path, monkeypatch):
+    """Its ids would take many times its bytes. One that might fit is encoded to know."""
+    lines, how = ["One", "x" * 10**6], {"model_size": "tiny", "models_dir": str(models[0])}
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    plain, encoded = Encoder.encode, []
+    monkeypatch.setattr(Encoder, "encode", lambda *a: encoded.append(len(a[1])) or plain(*a))
+    words = "prompt 2 of 2: a prompt of 1000000 characters, but this model has only 48 positions"
+    with pytest.raises(ValueError, match=words):
+        kv_cache.main(prompts_file=str(tmp_path / "prompts.txt"), **how)
+    assert encoded == [3]
+    with pytest.raises(ValueError, match="prompt 1 of 1: 100 prompt tokens"):
+        kv_cache.main("x" * 100, **how)
+
+
+@pytest.mark.parametrize("flag", ["--prompts_file=-", "--interactive"])
+def test_a_closed_standard_input_is_one_line(models, flag):
+    line = " ".join(map(str, command(models[0], [flag]))) + " <&-"
     done = subprocess.run(line, shell=True, capture_output=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr == b"error: standard input is closed\n"
@@ -623,6 +798,7 @@ def test_samples_of_several_prompts_name_their_own(models):
     args = ["One", "Two", "--n_samples", "2", "--n_tokens_to_generate", "2", "--jsonl"]
     entries = [json.loads(line) for line in run(models[0], *args)[1].splitlines()]
     assert [entry["prompt"] for entry in entries] == ["One", "One", "Two", "Two"]
+    assert [(entry["index"], entry["sample"]) for entry in entries] == [*np.ndindex(2, 2)]
     out = run(models[0], *args[:-1])[1]
     titles = [line for line in out.split("\n") if line.startswith("==> ")]
     assert titles == [
@@ -633,7 +809,7 @@ def test_samples_of_several_prompts_name_their_own(models):
 def test_rows_that_end_out_of_order_are_all_printed(capsys):
     steps = [(1, [5], None), (0, [6], None), (2, [7], "stop")]
     steps += [(1, [5, 5], "length"), (0, [6, 6], "length")]
-    kv_cache.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), None, True, bar=False)
+    kv_cache.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), [], True, bar=False)
     entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [entry["prompt"] for entry in entries] == ["a", "b", "c"]
 
@@ -643,17 +819,17 @@ def test_the_bar_counts_tokens_and_ends_full(monkeypatch):
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     steps = [(0, [6], None), (1, [7], "stop"), (0, [6, 6], "length"), (2, [], "endoftext")]
-    kv_cache.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), None, True, bar=True)
+    kv_cache.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), [], True, bar=True)
     assert " 0/6 " in terminal.getvalue() and " 3/3 " in terminal.getvalue().split("\r")[-1]
     terminal.truncate(0)
-    kv_cache.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), None, True, bar=False)
+    kv_cache.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), [], True, bar=False)
     assert terminal.getvalue() == ""
 
 
 def test_prompts_of_a_file_have_a_bar(models, tmp_path, monkeypatch):
     (tmp_path / "prompts").write_text("One\nTwo\n")
     bars, how = [], {"model_size": "tiny", "models_dir": str(models[0])}
-    monkeypatch.setattr(kv_cache, "print_rows", lambda *_, bar: bars.append(bar))
+    monkeypatch.setattr(kv_cache, "print_rows", lambda *_, bar, echo: bars.append(bar))
     kv_cache.main("One", "Two", **how)
     kv_cache.main(prompts_file=str(tmp_path / "prompts"), **how)
     assert bars == [False, True]
@@ -661,7 +837,7 @@ def test_prompts_of_a_file_have_a_bar(models, tmp_path, monkeypatch):
 
 def test_a_title_is_the_prompt_as_it_was(capsys):
     kv_cache.print_rows(
-        iter([(0, [0], "length")]), ['é "中"\n'], 1, 1, Encoder([]), None, False, bar=False
+        iter([(0, [0], "length")]), ['é "中"\n'], 1, 1, Encoder([]), [], False, bar=False
     )
     assert capsys.readouterr().out == '==> "é \\"中\\"\\n" <==\n!\n\n'
 
@@ -669,12 +845,13 @@ def test_a_title_is_the_prompt_as_it_was(capsys):
 def test_no_tokens_are_legal(models):
     assert run(models[0], "Once", "--n_tokens_to_generate", "0") == (0, "\n", "")
     code, out, err = run(models[0], "Once", "--n_tokens_to_generate", "0", "--jsonl")
-    entry = {"prompt": "Once", "text": "", "ids": [], "stop": "length"}
+    entry = {"prompt": "Once", "text": "", "ids": [], "stop": "length", "index": 0, "sample": 0}
     assert (code, json.loads(out), err) == (0, entry, "")
 
 
 BAD = {
     "no prompts": ([], "no prompts"),
+    "too many prompts": (["One", "--interactive"], "--interactive reads its prompts as you type"),
     "an empty file": (["--prompts_file", os.devnull], "no prompts"),
     "no such file": (["--prompts_file", "nowhere.txt"], "nowhere.txt"),
     "a folder": (["--prompts_file", "."], "."),

@@ -172,7 +172,7 @@ def joined(parts):
 
 @given(texts, st.integers(20, 80), st.sampled_from([ENDOFTEXT, "", "a b c"]))
 @fuzz
-def test_text_is_parted_at_separator_lines_whatever_the_block(
+def test_text_is_split_at_separator_lines_whatever_the_block(
     tmp_path_factory, text, block, separator
 ):
     path = tmp_path_factory.getbasetemp() / "text"
@@ -373,7 +373,7 @@ def test_folders_globs_and_their_order(tmp_path):
     out, err = make("corpus", "z.txt", "--out", "s", "--val_fraction", "0", cwd=tmp_path)
     names = ["corpus/a.md", "corpus/b.txt", "corpus/deep/c.txt", "z.txt"]
     assert documents_of(read(tmp_path / "s", "train")) == [f"text of {name}" for name in names]
-    assert err == "notice: left out 1 files of other kinds (.png): name them to include them\n"
+    assert err == "notice: left out 1 file of other kinds (.png): name them to include them\n"
     meta = json.loads((tmp_path / "s" / "meta.json").read_text())
     assert [s["name"] for s in meta["plan"]["sources"]] == names == list(meta["sha256"])
     sums = subprocess.run(
@@ -616,12 +616,12 @@ BROKEN = {
     "no.parquet": (b"plain text", "no.parquet: not Parquet, or cut short ("),
     "a.jsonl": (
         ROW + b'\n{"b": 1}',
-        "a.jsonl: line 3: no text in the field 'text' (there is: 'b')",
+        "a.jsonl: line 3: no text in the field 'text' (it has 'b')",
     ),
     "null.jsonl": (ROW + b'{"text": null}\n', "null.jsonl: line 2: no text in the field 'text'"),
     "list.jsonl": (
         b'["text"]\n',
-        "list.jsonl: line 1: no text in the field 'text' (there is: no o",
+        "list.jsonl: line 1: no text in the field 'text' (it is not an o",
     ),
     "cut.jsonl": (ROW + b'{"text": "b', "cut.jsonl: line 2: not JSON ("),
     "cut.jsonl.gz": (gzip.compress(ROW * 70 + b'{"text'), "cut.jsonl.gz: line 71: not JSON ("),
@@ -645,7 +645,7 @@ def test_broken_files_give_one_clear_line(tmp_path, name):
         assert (code, out) == (2, "") and err.startswith("error: " + problem), err
         assert err.count("\n") == 1
         assert not (tmp_path / "out" / "meta.json").exists()
-    if not list((tmp_path / "out").glob("*.bin")):  # what failed at once is no hindrance
+    if not list((tmp_path / "out").glob("*.bin")):  # what failed at once is not in the way
         (tmp_path / "good.txt").write_text("good")
         make("good.txt", "--out", "out", cwd=tmp_path)
 
@@ -761,7 +761,7 @@ def test_parquet_without_the_column(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"body": ["a", None]}), tmp_path / "a.parquet")
     code, out, err = run("a.parquet", "--out", "out", cwd=tmp_path)
-    assert (code, err) == (2, "error: a.parquet: no column 'text', but body\n")
+    assert (code, err) == (2, "error: a.parquet: no column 'text', only body\n")
     code, out, err = run("a.parquet", "--out", "out", "--field", "body", cwd=tmp_path)
     assert (code, err) == (2, "error: a.parquet: row 2 has no text in the column 'body'\n")
 
@@ -769,7 +769,7 @@ def test_parquet_without_the_column(tmp_path):
 FLAGS = [
     ("", "nothing to prepare: name files, folders, - or shakespeare"),
     ("gone.txt", "gone.txt: no such file, folder or pattern"),
-    ("- a.txt", "- (standard input) cannot be together with other inputs"),
+    ("- a.txt", "- (standard input) cannot be combined with other inputs"),
     ("-", "name the folder for the shards with --out"),
     ("a.txt a.txt", "name the folder for the shards with --out"),
     ("a.txt --val_fraction 1", "val_fraction must be at least 0 and below 1, not 1.0"),
@@ -780,8 +780,11 @@ FLAGS = [
     ("*.txt", "name the folder for the shards with --out"),
     ("pipe", "pipe: not a regular file; - reads standard input"),
     ("a.txt --workers 0", "workers must be 1 or more, not 0"),
-    ("a.txt --separator=a\nb", "separator must be the content of one line"),
-    ("a.txt --tokenizer x --train_tokenizer 300", "--tokenizer and --train_tokenizer exclude each"),
+    ("a.txt --separator=a\nb", "separator must be a single line"),
+    (
+        "a.txt --tokenizer x --train_tokenizer 300",
+        "--tokenizer and --train_tokenizer cannot be used",
+    ),
     (
         "a.txt --train_tokenizer 256",
         "train_tokenizer must be 257 (bytes and <|endoftext|>) or more",
@@ -817,7 +820,7 @@ def test_strange_bytes_are_counted_and_the_rest_is_kept(tmp_path):
         found = read(tmp_path / f"s{len(tokenizer)}", "train")
         wanted = [data.split(b"<")[0], "fine �\n".encode()]
         assert found == ids_of(wanted, small if tokenizer else None)
-        assert err == "notice: 3 sequences of bytes were no UTF-8 and became U+FFFD\n"
+        assert err == "notice: 3 pieces of invalid UTF-8 replaced by U+FFFD\n"
 
 
 @on_linux

@@ -80,7 +80,7 @@ def test_foreign_shards(tmp_path, rng, kind):
     assert encoder is None
     assert shards.read_stretches(split["train"], [0], 1000).tolist() == [train]
     assert shards.read_stretches(split["val"], [0], 300).tolist() == [val]
-    with pytest.raises(ValueError, match="has the id 256, but the tokenizer only 256"):
+    with pytest.raises(ValueError, match="has the id 256, but the tokenizer has only 256"):
         shards.check_ids([np.array([3, 256])], 256, "x")
     Encoder([("a", "b")]).save(tmp_path)
     assert shards.open_shards(tmp_path)[1].merges == [("a", "b")]
@@ -141,7 +141,7 @@ def damage(folder, how):
             for s in (None, ["train_000000.bin"])
         ),
         *(
-            ({"shards": {name: n}}, "meta.json: .* is no shard")
+            ({"shards": {name: n}}, "meta.json: .* is not a shard")
             for name in (
                 "train_000000.bin",
                 "../train_000000.bin",
@@ -174,7 +174,10 @@ def test_a_shard_of_more_ids_than_numbers_have_bits(prepared):
 def test_damaged_foreign_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no token shards: expected prepare.py's meta.json"):
         shards.open_shards(tmp_path)
-    for data, problem in ((b"", "0 bytes, which are no"), (b"abc", "3 bytes, which are no uint16")):
+    for data, problem in (
+        (b"", "0 bytes, which cannot"),
+        (b"abc", "3 bytes, which cannot be uint16"),
+    ):
         (tmp_path / "train.bin").write_bytes(data)
         with pytest.raises(ValueError, match=problem):
             shards.open_shards(tmp_path)
@@ -240,7 +243,7 @@ def test_the_same_ids_train_alike_from_every_kind(prepared, tmp_path):
     write_nano(tmp_path / "nano" / "x_val.bin", [1, 300] * 100)
     flags = ["--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "n"]
     code, out, err = call_trainer("--data", tmp_path / "nano", *flags)
-    assert (code, out) == (2, "") and "has the id 300, but the tokenizer only 257" in err
+    assert (code, out) == (2, "") and "has the id 300, but the tokenizer has only 257" in err
 
 
 def test_a_text_may_have_a_tokenizer(tmp_path):

@@ -128,7 +128,7 @@ def test_loss_and_gradients_are_pytorchs(rng, way):
     padded = resize_vocab(params, n_rows)
     value, ours = gradients(jax.tree.map(jnp.asarray, padded), jnp.asarray(tokens), **WAYS[way])
     assert abs(value / wanted.item() - 1) < 1e-4
-    assert (ours["wte"][257:] == 0).all()  # rows that are no token learn nothing
+    assert (ours["wte"][257:] == 0).all()  # rows that are not a token learn nothing
     ours = resize_vocab(jax.tree.map(np.asarray, ours), 257)
     for name, x in name_leaves(ours).items():
         name = weights.hugging_face_name(".".join(re.findall(r"\w+", name)))
@@ -463,7 +463,7 @@ BAD = {
     "optimizer": (["--optimizer", "sgd"], "optimizer must be adamw or muon"),
     "lowest rate": (["--min_learning_rate", "-1"], "min_learning_rate must be 0 or more"),
     "beta": (["--adam_b2", "1"], "adam_b2 must be more than 0 and less than 1"),
-    "recipe": (["--recipe", "gpt5"], "no recipe 'gpt5': there are shakespeare-cpu, "),
+    "recipe": (["--recipe", "gpt5"], "no recipe 'gpt5': choose one of shakespeare-cpu, "),
     "half a model": (["--recipe", "finetune", "--n_layer", 1], "recipe finetune needs --init_from"),
     "huge": (["--n_accumulate", 10**10], "n_accumulate must be from 1 to"),
     "large": (["--n_embd", 2**21], "n_embd must be from 1 to 1048576, not 2097152"),
@@ -853,7 +853,7 @@ def test_a_run_json_of_another_model_is_refused(never_stopped, change):
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3", "F4", "C64", "BOOL", "I64", "F64"])
 def test_moments_of_another_kind_are_refused(models, tmp_path, dtype):
-    """Of some, NumPy has no type, which is no reason for a traceback."""
+    """Of some, NumPy has no type: not a reason for a traceback."""
     place = shutil.copytree(models[0] / "tiny", tmp_path / "00000005")
     shapes = {"a": ((8,), np.dtype("float32"))}
     n_bytes = {"F4": 4, "F8_E4M3": 8, "BOOL": 8, "F64": 64, "C64": 64, "I64": 64}.get(dtype, 16)
@@ -1028,7 +1028,7 @@ def test_the_shipped_model_has_the_validation_loss_that_its_readme_states():
 
 
 def bigram_loss(train, validation):
-    """Nats a token when only the one before is known: counts of pairs, each counted once more."""
+    """Nats per token when only the one before is known: counts of pairs, each counted once more."""
     pairs, firsts = Counter(zip(train[:-1], train[1:], strict=True)), Counter(train[:-1])
     n_seen = len(set(train))
     p = [

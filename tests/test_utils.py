@@ -523,7 +523,7 @@ def test_a_text_file_of_any_size_is_not_read(saved, name):
 
 
 def put_in_the_way(path, kind):
-    """What is no ordinary file, or a link to such: opened or read, most of them never end."""
+    """What is not an ordinary file, or a link to such: opened or read, most of them never end."""
     path.unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(path)
@@ -562,7 +562,45 @@ def test_a_name_that_means_no_model(saved, name, monkeypatch):
         utils.load_encoder_hparams_and_params(name, str(folder.parent))
     message = cli.one_line(caught.value)
     assert message.isprintable() and len(message) < 2100
-    assert any(words in message for words in ("no model", "neither config.json nor hparams.json"))
+    beginnings = ("no model", "no folder at", "neither config.json nor hparams.json")
+    assert any(words in message for words in beginnings)
+
+
+def test_what_is_like_no_model_gets_the_nearest_names(saved, monkeypatch):
+    folder, _ = saved  # models/small
+    monkeypatch.chdir(folder)
+    for name, words in {
+        "smal": "no model 'smal': did you mean small? choose one of small, 124M, 355M, 774M, 1558M",
+        "gpt-2": "no model 'gpt-2': did you mean gpt2",
+        "124m": "no model '124m': did you mean 124M? choose",
+        "xyzzy": "no model 'xyzzy': choose one of small, 124M",
+        "./x/y": "no folder at ./x/y: expected a model's folder, or its name",
+        "/nowhere/small": "no folder at /nowhere/small: ",
+    }.items():
+        with pytest.raises(ValueError) as caught:
+            utils.find_model(name, str(folder.parent))
+        assert str(caught.value).startswith(words)
+
+
+def test_hugging_faces_names_mean_the_released_sizes(tmp_path, monkeypatch):
+    """Unless a folder has that name, in models_dir or here."""
+    fetched = []
+
+    def download(size, models_dir, only_tokenizer):
+        fetched.append(size)
+        (tmp_path / size).mkdir(exist_ok=True)
+
+    monkeypatch.setattr(utils, "download", download)
+    monkeypatch.chdir(tmp_path)
+    names = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
+    for name, size in names.items():
+        assert utils.find_model(name, str(tmp_path)) == str(tmp_path / size)
+    assert fetched == [*names.values()]
+    for models_dir in (tmp_path / "models", tmp_path):
+        (models_dir / "gpt2").mkdir(parents=True)
+        assert utils.find_model("gpt2", str(tmp_path / "models")) == str(models_dir / "gpt2")
+        (models_dir / "gpt2").rmdir()
+    assert fetched == [*names.values()]
 
 
 def test_a_model_may_be_a_link_and_have_links(saved, tmp_path):

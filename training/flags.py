@@ -49,7 +49,7 @@ def read_flags(
 ):  # -> what is trained, {name: value} of those given; and HOW, {name: value or None}
     """Train a GPT-2 on a text or on token shards, and save it as a model folder.
 
-    The last tenth of a text is kept for validation. Losses, in nats a token, are printed as they
+    The last tenth of a text is kept for validation. Losses, in nats per token, are printed as they
     are measured, with a sample, and whenever the validation loss is the best so far the model is
     saved to `out`, in place of what was there: whatever happens later, the best one is kept. Ctrl-C
     and SIGTERM end a run after the current steps, with a checkpoint. Beside the model are
@@ -77,7 +77,7 @@ def read_flags(
         n_embd: width of the model.
         n_ctx: the longest stretch of text it sees at once.
         batch_size: stretches at a time, on all devices together.
-        n_accumulate: so many batches make one step, their gradients averaged.
+        n_accumulate: batches that make one step, their gradients averaged.
         n_steps: steps in all.
         optimizer: adamw, or muon for the matrices in the blocks and Adam for the rest.
         learning_rate: the highest, reached after n_warmup steps.
@@ -102,7 +102,7 @@ def read_flags(
     given = {name: value for name, value in locals().items() if value is not None}
     how = {name: given.pop(name, None) for name in HOW}
     if recipe is not None and recipe not in RECIPES:
-        raise ValueError(f"no recipe {recipe!r}: there are {', '.join(RECIPES)}")
+        raise ValueError(f"no recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
     if init_from is not None and tokenizer is not None:
         raise ValueError("--init_from brings its own tokenizer: leave out --tokenizer")
     default = {p.name: p.default for p in inspect.signature(read_flags).parameters.values()}

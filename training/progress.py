@@ -19,7 +19,7 @@ from plumbing.files import open_locked, parse_json, replacing, write_whole
 
 
 def flops_per_token(hparams, n_ctx):
-    """6 N + 12 L E T for a forward and a backward pass: FLOP a token in stretches of T = n_ctx.
+    """6 N + 12 L E T for a forward and a backward pass: FLOP per token in stretches of T = n_ctx.
 
     Six for each of the N parameters a token is multiplied with, so all but wpe (Kaplan et al. 2020,
     arXiv:2001.08361), and twelve for each of attention's E numbers a layer and position, the masked
@@ -163,7 +163,7 @@ def draw(out):
         title = f"best validation loss {best['validation']:.4f} at step {best['step']}"
         axes.set_title(title, fontsize="medium")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

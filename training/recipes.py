@@ -22,7 +22,7 @@ GPT2 = SHAKESPEARE | {
     "data": None,
     "n_ctx": 1024,
     "batch_size": 32,
-    "n_accumulate": 16,  # 32 * 16 * 1024 = 524288 tokens a step, and 10 billion in all
+    "n_accumulate": 16,  # 32 * 16 * 1024 = 524288 tokens per step, and 10 billion in all
     "n_steps": 19073,
     "optimizer": "adamw",
     "n_warmup": 700,

@@ -80,7 +80,7 @@ def check_enough(shards, n_ctx, data):
     for split, arrays in shards.items():
         if count_ids(arrays) <= n_ctx:
             raise ValueError(
-                f"{data}: too few tokens, {count_ids(arrays)} of {split}: n_ctx + 1 is {n_ctx + 1}"
+                f"{data}: too few {split} tokens: {count_ids(arrays)}, but n_ctx + 1 is {n_ctx + 1}"
             )
 
 
