@@ -4,21 +4,24 @@
 
 A language model is one function: token ids in, and for every position a score (a logit) for each
 token that could come next. The first half of this file is that function, built up from its smallest
-part; the second half calls it again and again to write text.
+part; the second half uses it again and again to write text.
 
-Two conventions carry the whole file:
+Four conventions carry the whole file:
 
 *  Shapes. Comments give them as [what goes in] -> [what comes out], where
        n_seq    tokens in the sequence        n_embd  numbers that describe one token
        n_vocab  tokens in the vocabulary      n_head  attention heads
        n_ctx    longest sequence possible     d_head  n_embd / n_head, one head's share
-   and `...` is any number of leading axes, none included: every function works on the last axes
-   only, so a batch of sequences takes the same path as one.
+   n_q is the number of queries, and `...` any number of leading axes, even zero: the functions of
+   the first half work on the last axes only, so a batch of sequences takes the same path as one.
 
-*  Backends. Nothing here needs to know whether an array is NumPy's or JAX's. Operators and methods
-   (`@`, `x.mean`) belong to the array. For the few functions that are not methods, such as tanh,
-   `x.__array_namespace__()` returns the array's own module: `numpy` (2 or newer) or `jax.numpy`.
-   So train_jax.py can compile and differentiate these very functions.
+*  Parameters are dicts with the checkpoint's own names. A layer such as c_fc is {"w": array, "b":
+   array}, and `linear(x, **c_fc)` means `linear(x, w=c_fc["w"], b=c_fc["b"])`.
+
+*  Backends. Nothing in the first half needs to know whether an array is NumPy's or JAX's. Operators
+   and methods (`@`, `x.mean`) belong to the array. For the few functions that are not methods, such
+   as tanh, `x.__array_namespace__()` returns the array's own module: `numpy` (2 or newer) or
+   `jax.numpy`. So train_jax.py can compile and differentiate these very functions.
 
 *  In place. Lines such as `x /= 2` save memory in NumPy. They only ever change an array that the
    same function has just made, so no caller sees a change. In JAX they make a new array.
@@ -48,16 +51,16 @@ def gelu(x):  # [...] -> [...]
     return x * (0.5 + 0.5 * xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
 
 
-def softmax(x):  # [...] -> [...], each row of the last axis positive and summing to 1
+def softmax(x):  # [...] -> [...], no number of it negative, each row summing to 1
     """Turns scores into probabilities.
 
-    Subtracting the same number from a whole row does not change the result. The row's maximum is
-    subtracted so that exp cannot overflow.
+    Subtracting the same number from a whole row does not change the result. The row's maximum,
+    rounded down, is subtracted so that exp cannot overflow.
     """
     xp = x.__array_namespace__()
     largest = x.max(-1, keepdims=True)
-    # floor is for the trainer only. Since the number makes no difference, its gradient is zero in
-    # the end, but JAX would work to find that out. The derivative of floor is zero from the start.
+    # Rounding down is for the trainer. The number makes no difference, so its gradient is zero, but
+    # JAX would spend time to compute that zero. It knows that the derivative of floor is zero.
     e = xp.exp(x - xp.floor(largest))
     e /= e.sum(-1, keepdims=True)
     return e
@@ -66,17 +69,17 @@ def softmax(x):  # [...] -> [...], each row of the last axis positive and summin
 def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
     """Gives every token's vector mean 0 and variance 1, then a learned gain g and bias b.
 
-    Ba et al. 2016, arXiv:1607.06450.
+    eps avoids a division by 0. Ba et al. 2016, arXiv:1607.06450.
     """
     x = x - x.mean(-1, keepdims=True)
-    x /= ((x * x).mean(-1, keepdims=True) + eps) ** 0.5  # the standard deviation
+    x /= ((x * x).mean(-1, keepdims=True) + eps) ** 0.5  # divided by the standard deviation
     x *= g
     x += b
     return x
 
 
 def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
-    """Matrix product plus bias. It runs in the precision of w, which the trainer may lower."""
+    """Matrix product plus bias, computed in w's precision, which the trainer may lower."""
     y = x.astype(w.dtype, copy=False) @ w  # no copy where x has that precision already
     y += b
     return y
@@ -85,23 +88,24 @@ def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
 def ffn(x, c_fc, c_proj):  # [..., n_seq, n_embd] -> [..., n_seq, n_embd]
     """The feed-forward network works on each token by itself: widen, bend by gelu, narrow.
 
-    Vaswani et al. 2017, section 3.3, with gelu for their relu.
+    Vaswani et al. 2017, section 3.3, with gelu in place of relu.
     """
     x = gelu(linear(x, **c_fc))  # [..., n_seq, 4 * n_embd]
     return linear(x, **c_proj)
 
 
-def attention(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_head] -> [..., n_q, d_head]
+def attention(q, k, v):  # q [..., n_q, d_head], k and v [..., n_seq, d_head] -> the shape of q
     """Each query takes a weighted average of the values at its own position and before.
 
     How much value j counts for query i depends on how well key j fits the query: their dot product,
-    turned into weights by softmax. The dot product of two random vectors has a variance of d_head;
-    the square root brings it back to 1. Vaswani et al. 2017, arXiv:1706.03762, section 3.2.
+    turned into weights by softmax. The dot product of two random vectors of variance 1 has variance
+    d_head; dividing by the square root of d_head brings that back to 1. Vaswani et al. 2017,
+    arXiv:1706.03762, section 3.2.
 
     Usually n_q is n_seq. Where it is less, the queries are those of the last n_q positions.
     """
     xp, n_q, n_seq, d_head = q.__array_namespace__(), q.shape[-2], k.shape[-2], k.shape[-1]
-    scores = q / math.sqrt(d_head) @ k.swapaxes(-1, -2)  # [..., n_q, n_seq]
+    scores = (q / math.sqrt(d_head)) @ k.swapaxes(-1, -2)  # [..., n_q, n_seq]
     position = xp.arange(n_seq)
     future = position > position[n_seq - n_q :, None]  # [n_q, n_seq]: what a query may not see
     weights = softmax(xp.where(future, -math.inf, scores))  # exp(-inf) is 0
@@ -111,29 +115,29 @@ def attention(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_head] -> [.
 def attention_in_blocks(q, k, v):  # the shapes of attention
     """The same as attention, with less work on long texts: 64 queries at a time.
 
-    The mask throws away nearly half of the scores. A block of queries need not be compared with the
-    keys that come after all of them, so most of that half is never made. For 1024 tokens this takes
-    less than half of the time.
+    The mask throws away nearly half of the scores. A part of the queries need not be compared with
+    the keys that come after all of them, so most of that half is never made. What is made is small
+    enough for the processor's cache, too. 1024 tokens take less than half of the time.
     """
     n_q, n_seq = q.shape[-2], k.shape[-2]
     if n_q <= 64:
         return attention(q, k, v)
-    blocks = []
+    parts = []
     for start in range(0, n_q, 64):
-        block = q[..., start : start + 64, :]
-        seen = n_seq - n_q + start + block.shape[-2]  # keys up to the block's last position
-        blocks.append(attention(block, k[..., :seen, :], v[..., :seen, :]))
-    return q.__array_namespace__().concat(blocks, axis=-2)
+        part = q[..., start : start + 64, :]
+        n_seen = n_seq - n_q + start + part.shape[-2]  # keys up to the part's last position
+        parts.append(attention(part, k[..., :n_seen, :], v[..., :n_seen, :]))
+    return q.__array_namespace__().concat(parts, axis=-2)
 
 
 def mha(x, c_attn, c_proj, n_head, attend=attention_in_blocks):
     """Multi-head attention, [..., n_seq, n_embd] -> the same: n_head attentions side by side.
 
-    Each works on a slice of d_head numbers of every token's query, key and value, so that one head
-    can look for one thing and another head for another. Vaswani et al. 2017, section 3.2.2.
+    Each works on a slice of d_head numbers of every token's query, key and value, so that heads can
+    look for different things. Vaswani et al. 2017, section 3.2.2.
 
-    `attend` computes the attention of all heads. It gets q, k, v, three of [..., n_head, n_seq,
-    d_head], and returns the same shape; its queries must not see what comes after them.
+    `attend` computes the attention of all heads. It gets q, k and v, [..., n_head, n_seq, d_head]
+    each, and returns that shape. Its queries must not see what comes after them.
     """
     xp = x.__array_namespace__()
     x = linear(x, **c_attn)  # [..., n_seq, 3 * n_embd]
@@ -149,23 +153,24 @@ def mha(x, c_attn, c_proj, n_head, attend=attention_in_blocks):
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, attend=attention_in_blocks):
     """Attention moves information between tokens, then the ffn works on each. x keeps its shape.
 
-    Both add what they found to x, the "residual stream". GPT-2 normalises before each of the two,
+    Both add their result to x, the "residual stream". GPT-2 normalises before each of the two,
     not after them (Radford et al. 2019, section 2.3).
 
-    `attend` is the one part that can be exchanged, by an entry of that name in a block's dict. This
-    is where a key-value cache or a GPU's own kernel plugs in, or where one head is switched off:
+    `attend` is the one part that can be replaced: put a function under that name in a block's dict.
+    This is where a key-value cache or a GPU's own kernel plugs in, or where a head is switched off:
 
-        params["blocks"][3]["attend"] = my_attention  # of the fourth block: they count from 0
+        params["blocks"][3]["attend"] = my_attention  # in the fourth block: they count from 0
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, attend=attend)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
 
 
 def hidden_state(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..., n_seq, n_embd]
-    """All of GPT-2 but its last multiplication, float32 where the parameters are.
+    """All of GPT-2 but its last multiplication, float32 if the parameters are.
 
     `inputs` are token ids below n_vocab: an array or, with NumPy, a list. ValueError for more than
-    n_ctx of them. Token i gets row i of wpe; whoever hands in other rows decides the positions.
+    n_ctx of them. Token i stands at position i, row i of wpe. To start at position p, as a cache
+    does, pass wpe[p:].
     """
     x = wte[inputs]  # what each token is ...
     n_seq, n_ctx = x.shape[-2], wpe.shape[-2]
@@ -178,10 +183,10 @@ def hidden_state(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..
 
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..., n_seq, n_vocab]
-    """The logits of the token after every position, float32 where the parameters are.
+    """The logits of the token after every position, float32 if the parameters are.
 
-    The token embedding wte serves twice: above it turns ids into vectors, here vectors into a score
-    for every id (Press & Wolf 2017, arXiv:1608.05859).
+    The token embedding wte serves twice: in hidden_state it turns ids into vectors, here vectors
+    into a score for every id (Press & Wolf 2017, arXiv:1608.05859).
     """
     return hidden_state(inputs, wte, wpe, blocks, ln_f, n_head) @ wte.swapaxes(0, 1)
 
@@ -195,15 +200,15 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> 
     """The distribution that `sample` draws from.
 
     temperature: below 1 sharpens it, above 1 flattens it.
-    top_k: keeps the k likeliest tokens, 0 all (Fan et al. 2018, arXiv:1805.04833).
+    top_k: keeps the k likeliest tokens; 0 keeps all (Fan et al. 2018, arXiv:1805.04833).
     top_p: keeps the likeliest tokens that together reach p, the one that crosses p included
         (Holtzman et al. 2019, arXiv:1904.09751).
 
-    Tokens as likely as the last one kept are kept as well, so there may be more of them. float64,
-    so that 50257 small numbers add up to 1.
+    They apply in this order. Ties with the last token kept are kept too. float64, so that 50257
+    small numbers add up to 1.
     """
     logits = logits.astype(np.float64)
-    with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, rightly
+    with np.errstate(over="ignore"):  # a tiny temperature sends all others to -inf, as it should
         logits = (logits - logits.max()) / temperature
     if 0 < top_k < len(logits):
         least = np.sort(logits)[-top_k]
@@ -211,34 +216,37 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> 
     probs = softmax(logits)
     if top_p < 1:
         descending = np.sort(probs)[::-1]
-        n_kept = 1 + np.searchsorted(np.cumsum(descending), top_p)  # the one that crosses p, too
+        n_below = np.searchsorted(np.cumsum(descending), top_p)  # so many do not reach p
+        n_kept = 1 + n_below  # and the next one crosses it
         least = descending[min(n_kept, len(probs)) - 1]
         probs = np.where(probs < least, 0.0, probs)
     return probs / probs.sum()
 
 
 def sample(logits, rng, temperature=0.0, top_k=0, top_p=1.0):  # [n_vocab] -> one token id
-    """The likeliest token where temperature is 0 (the first of equals), else a draw with rng.
+    """At temperature 0 the likeliest token (the first if tied), else a draw with rng.
 
-    ValueError where the logits are not finite, as those of damaged weights.
+    ValueError where the largest logit is not finite, as with damaged weights.
     """
-    best = int(logits.argmax())  # where there is a NaN, argmax finds it
+    best = int(logits.argmax())  # of the first NaN, if there is one
     if not math.isfinite(logits[best]):
         raise ValueError("the logits are not finite: the model's weights must be damaged")
     if temperature == 0:
         return best
     cumulative = np.cumsum(probabilities(logits, temperature, top_k, top_p))
+    # The first token whose cumulative sum exceeds a random number: a token of probability p is hit
+    # with probability p.
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
 
 def check_sampling(n_tokens_to_generate, temperature=0.0, top_k=0, top_p=1.0, seed=None):
-    """Raises ValueError, one clear line, for what means nothing, whatever the model."""
+    """Raises ValueError, one clear line, for settings that make no sense for any model."""
     if n_tokens_to_generate < 0:
         raise ValueError(f"n_tokens_to_generate must be 0 or more, not {n_tokens_to_generate}")
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
+        raise ValueError(f"temperature must be 0 (greedy) or more, and finite, not {temperature}")
     if top_k < 0:
-        raise ValueError(f"top_k must be 1 or more, or 0 to keep every token, not {top_k}")
+        raise ValueError(f"top_k must be 0 (keep every token) or more, not {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
     if seed is not None and seed < 0:
@@ -246,7 +254,7 @@ def check_sampling(n_tokens_to_generate, temperature=0.0, top_k=0, top_p=1.0, se
 
 
 def check_length(n_prompt, n_tokens_to_generate, n_ctx):
-    """Raises ValueError, one clear line, for a text that has no start or would not fit."""
+    """Raises ValueError, one clear line, for an empty prompt or a text that would not fit."""
     if n_prompt == 0:
         raise ValueError("the prompt has no tokens, and there is no <|endoftext|> to start from")
     n_seq = n_prompt + n_tokens_to_generate
@@ -257,10 +265,11 @@ def check_length(n_prompt, n_tokens_to_generate, n_ctx):
         )
 
 
-def latest(ids, n_ctx):  # list of ids -> the last of them, at most n_ctx
-    """What is left of a text that slides: once it is too long, its last half a context.
+def latest(ids, n_ctx):  # list of ids -> its end, at most n_ctx ids
+    """The ids that the model still sees: all if they fit, else the last n_ctx // 2.
 
-    Half, not all but one: a cache has to read again what is left, and so does it once in a while.
+    Half, not n_ctx - 1: kv_cache.py, which does the same, must read them again after each cut, so
+    cuts should be rare.
     """
     return ids if len(ids) <= n_ctx else ids[-max(1, n_ctx // 2) :]
 
@@ -269,12 +278,12 @@ def generate_stream(
     inputs, params, n_head, n_tokens_to_generate,
     temperature=0.0, top_k=0, top_p=1.0, seed=None, endoftext=None, slide=False,
 ):  # fmt: skip
-    """Yields new token ids one at a time, stopping early (without yielding it) at `endoftext`.
+    """Yields new token ids one at a time; ends early at `endoftext`, which is not yielded.
 
     Autoregression: run the model, choose a token from the last position's logits, append, repeat.
-    Each step runs the whole sequence again, although only its last token is new. A text may be
-    longer than n_ctx if it is to slide: the model then sees the latest of it. The first next()
-    raises ValueError for what check_sampling and check_length refuse.
+    Each step runs the whole sequence again, although only its last token is new. With
+    `slide`, a text may outgrow n_ctx: the model sees only its end. What check_sampling and
+    check_length refuse is a ValueError when the first token is asked for.
     """
     n_ctx = len(params["wpe"])
     check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)
@@ -284,7 +293,7 @@ def generate_stream(
     for _ in range(n_tokens_to_generate):
         inputs = latest(inputs, n_ctx)
         x = hidden_state(inputs, **params, n_head=n_head)
-        logits = params["wte"] @ x[-1]  # of the last position only: wte is 50257 rows tall
+        logits = params["wte"] @ x[-1]  # as in gpt2, but of the last position only
         token = sample(logits, rng, temperature, top_k, top_p)
         if token == endoftext:
             return
@@ -312,7 +321,7 @@ def main(
 
     Args:
         prompt: the text to continue; empty to start from nothing.
-        n_tokens_to_generate: how many tokens to add at most.
+        n_tokens_to_generate: add at most this many tokens.
         model_size: 124M, 355M, 774M or 1558M (downloaded once), a folder in models_dir, or a path.
         models_dir: the folder that holds the models.
         temperature: 0 always takes the likeliest token; around 0.8 writes livelier text.

@@ -1,4 +1,8 @@
-"""GPT-2 in sixty lines of NumPy. Read this first; gpt2.py is the same model, explained in full."""
+"""GPT-2 in sixty lines of NumPy. Read this first; gpt2.py is the same model, explained in full.
+
+n_seq tokens, n_embd numbers for each, n_head heads of d_head = n_embd / n_head numbers, n_vocab
+different tokens. Parameters are dicts: c_fc is {"w": ..., "b": ...}, and **c_fc hands over both.
+"""
 
 import numpy as np
 
@@ -8,7 +12,7 @@ def gelu(x):
 
 
 def softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))  # without the maximum, exp could overflow
+    e = np.exp(x - x.max(-1, keepdims=True))  # less the maximum: exp cannot overflow
     return e / e.sum(-1, keepdims=True)
 
 
@@ -26,8 +30,9 @@ def ffn(x, c_fc, c_proj):  # [n_seq, n_embd] -> [n_seq, n_embd]
 
 
 def attention(q, k, v):  # three of [n_head, n_seq, d_head] -> [n_head, n_seq, d_head]
-    scores = q @ k.swapaxes(1, 2) / q.shape[-1] ** 0.5  # [n_head, n_seq, n_seq], variance near 1
-    seen = np.tri(q.shape[1], dtype=bool)  # [n_seq, n_seq]: each token, and those before it
+    scores = q @ k.swapaxes(1, 2)  # [n_head, n_seq, n_seq]: how well each key fits each query
+    scores = scores / q.shape[-1] ** 0.5  # sums of d_head products: this keeps them near 1
+    seen = np.tri(q.shape[1], dtype=bool)  # [n_seq, n_seq]: each token sees itself and those before
     return softmax(np.where(seen, scores, -np.inf)) @ v
 
 
@@ -40,7 +45,7 @@ def mha(x, c_attn, c_proj, n_head):  # [n_seq, n_embd] -> [n_seq, n_embd]
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head):  # [n_seq, n_embd] -> [n_seq, n_embd]
-    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head)  # tokens look at each other
+    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head)  # tokens look back
     return x + ffn(layer_norm(x, **ln_2), **mlp)  # each token by itself
 
 
@@ -53,8 +58,9 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_seq] -> [n_seq, n_vocab]
 
 def generate(inputs, params, n_head, n_tokens_to_generate):  # ids -> the new ids
     ids, n_ctx = list(inputs), len(params["wpe"])
-    fits = 0 < len(ids) <= len(ids) + n_tokens_to_generate <= n_ctx
-    assert fits, f"{len(ids)} + {n_tokens_to_generate} tokens do not fit n_ctx {n_ctx}"
+    assert ids and n_tokens_to_generate >= 0, "it takes a token to begin with, and 0 or more to add"
+    too_long = f"{len(ids)} + {n_tokens_to_generate} tokens do not fit n_ctx {n_ctx}"
+    assert len(ids) + n_tokens_to_generate <= n_ctx, too_long
     for _ in range(n_tokens_to_generate):
         logits = gpt2(ids, **params, n_head=n_head)[-1]  # [n_vocab], of the last position
         assert np.isfinite(logits).all(), "the logits are not finite: damaged weights?"

@@ -850,7 +850,7 @@ def test_a_line_of_many_blocks_and_bounded_memory(tmp_path):
 def test_no_validation_is_noticed(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one row cannot be split"}')
     out, err = make("a.jsonl", "--val_fraction", "0.1", cwd=tmp_path)
-    assert err.startswith("notice: no document was chosen for validation")
+    assert err.startswith("notice: no document is for validation")
 
 
 # Ray
