@@ -231,7 +231,10 @@ def report(out, meta):
     share = n_tokens["val"] / sum(n_tokens.values())
     wanted = [0.01 if fraction is None else fraction for fraction in fractions]
     if not n_tokens["val"] and min(wanted) > 0:
-        notice("no document was chosen for validation: raise --val_fraction, or draw with another --seed")
+        notice(
+            "no document was chosen for validation: raise --val_fraction, or draw with another "
+            "--seed"
+        )
     elif not min(wanted) / 3 <= share <= max(wanted) * 3:
         notice(
             f"validation has {share:.1%} of the tokens, since single documents are large: "

@@ -238,7 +238,7 @@ def test_an_interrupted_pass_leaves_the_rows_as_they_were(params, monkeypatch):
         return gpt2.attention(*args)
 
     with monkeypatch.context() as m:
-        m.setattr(kv_cache, "attention", stumble)
+        m.setattr(kv_cache, "attention_in_blocks", stumble)
         with pytest.raises(KeyboardInterrupt):
             kv_cache.step(caches, [7, 8], params, N_HEAD)
     logits = kv_cache.step(caches, [4, 5], params, N_HEAD)
