@@ -11,22 +11,19 @@ import threading
 import time
 from queue import SimpleQueue
 
-from numpy._core._multiarray_umath import __cpu_features__
-
 lock = threading.RLock()  # for what follows: callers may have threads of their own
 n_users, restore = 0, []  # of own_threads; and [(OpenBLAS, the number of threads it had outside)]
+here = threading.local()  # .busy where a thread is doing a share of some work already
 
 
 def blas():
-    """[(OpenBLAS as threadpoolctl controls it, its threads at first)]; [] where it has no use."""
+    """[(OpenBLAS as threadpoolctl controls it, its threads at first)]; [] where there is none."""
     with lock:
         return find_blas()
 
 
 @functools.cache
 def find_blas():
-    if not __cpu_features__.get("AVX512_SKX") or "OPENBLAS_CORETYPE" in os.environ:
-        return []
     from threadpoolctl import ThreadpoolController
 
     found = ThreadpoolController().select(internal_api="openblas").lib_controllers
@@ -71,8 +68,13 @@ def own_threads(n_rows):
 
 
 def in_threads(work, n):
-    """[work(slice), ...]: 0 .. n cut into a slice for each thread, this one's first."""
-    n_parts = max(1, min(n_threads(), n))
+    """[work(slice), ...]: 0 .. n cut into a slice for each thread, this one's first.
+
+    Work that is itself a thread's share is not shared again.
+    """
+    if n_threads() == 1 or n <= 1 or getattr(here, "busy", False):
+        return [work(slice(0, n))]
+    n_parts = min(n_threads(), n)
     lead = 0.08  # this thread takes a little more, for the others must wake first
     ends = [0, *(round(n * (i + lead) / (n_parts + lead)) for i in range(1, n_parts + 1))]
     slices = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
@@ -82,10 +84,13 @@ def in_threads(work, n):
             task = i, work, slices[i], results, done
             asked = i  # from here to the end of put no signal is handled
             tasks.put(task)
+        here.busy = True
         results[0] = work(slices[0])
+        here.busy = False
         for _ in range(1, n_parts):
             done.get()
     except BaseException:  # Ctrl-C, say: nobody may go on writing into the caller's arrays
+        here.busy = False
         while any(result is UNSET for result in results[1 : asked + 1]):
             time.sleep(0.001)
         raise
@@ -114,6 +119,7 @@ def start_workers():
 
 def serve(tasks):
     """A worker's life. A SimpleQueue wakes it several times faster than concurrent.futures does."""
+    here.busy = True
     while True:
         do(*tasks.get())  # which forgets its arguments: they may hold large arrays
 
