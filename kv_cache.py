@@ -24,12 +24,11 @@ import contextlib
 import json
 import sys
 from collections import deque
-from functools import partial
 
 import numpy as np
 
-from engine import products, threads
-from gpt2 import attention, check_length, check_sampling, hidden_state, sample
+from engine import products, slices, threads
+from gpt2 import attention, check_length, check_sampling, sample
 
 CHUNK = 512  # tokens that a pass runs at most, which bounds its scratch memory
 
@@ -64,6 +63,14 @@ def make_room(cache, n_seq, n_ctx):
         cache["kv"] = kv
 
 
+def remember(cache, layer, heads, k, v):  # two of [n_heads, n_new, d_head] -> [.., n_seq, ..]
+    """Keeps the new tokens' keys and values, for which there is room. Returns the old and these."""
+    start, stop = cache["n_seq"], cache["n_seq"] + k.shape[-2]
+    keys, values = cache["kv"][layer][:, heads]
+    keys[:, start:stop], values[:, start:stop] = k, v
+    return keys[:, :stop], values[:, :stop]
+
+
 def extend(caches, new_ids, params, n_head):  # n_rows caches and id lists -> [n_rows, n_embd]
     """extend_all, for which only the hidden state of each row's last token is of interest."""
     x = extend_all(caches, new_ids, params, n_head)
@@ -80,50 +87,32 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
         raise ValueError("two rows have the same cache: give the second a copy_cache of it")
     if not all(len(ids) for ids in new_ids):
         raise ValueError("every row needs at least one new id")
-    params = products.wrap(params)
     starts = [cache["n_seq"] for cache in caches]
     stops = [start + len(ids) for start, ids in zip(starts, new_ids, strict=True)]
     for cache, stop in zip(caches, stops, strict=True):
         make_room(cache, stop, n_ctx=len(params["wpe"]))
     tokens = np.concatenate(new_ids)  # [n_tokens], all rows' in one flat sequence
     positions = np.concatenate([np.arange(*span) for span in zip(starts, stops, strict=True)])
-    borders = np.cumsum([len(ids) for ids in new_ids])  # where each row ends in that sequence
-    pieces = share_attention(len(caches), len(tokens), n_head)
-    n_scores = sum(stop * len(ids) for stop, ids in zip(stops, new_ids, strict=True))
+    ends = np.cumsum([len(ids) for ids in new_ids])  # of each row in that sequence
+    places = [slice(end - len(ids), end) for end, ids in zip(ends, new_ids, strict=True)]
 
-    def attend(q, k, v, layer):  # [n_head, n_tokens, d_head] each -> [n_head, n_tokens, d_head]
-        # Laid out by tokens, so that what mha does with it next copies nothing.
-        out = np.empty((q.shape[1], n_head, q.shape[2]), q.dtype).swapaxes(0, 1)
-
-        def work(mine):
-            for i, some in pieces[mine]:
-                start, stop = starts[i], stops[i]
-                row = slice(borders[i] - (stop - start), borders[i])
-                keys, values = caches[i]["kv"][layer][:, some]  # [n_heads, capacity, d_head] each
-                keys[:, start:stop], values[:, start:stop] = k[some, row], v[some, row]
-                out[some, row] = attention(q[some, row], keys[:, :stop], values[:, :stop])
-
-        if len(pieces) > 1 and n_scores > 64 * len(pieces):  # else waking a thread takes longer
-            threads.in_threads(work, len(pieces))
+    def attend(layer, pieces, q, k, v, out):  # [n_head, n_tokens, d_head] each
+        work = []
+        for row, heads in pieces:
+            new = heads, places[row]
+            keys, values = remember(caches[row], layer, heads, k[new], v[new])
+            work.append((q[new], keys, values, out[new]))
+        look = params["blocks"][layer].get("attend", attention)
+        if look is attention and len(tokens) == len(caches) > 1:  # a token of each row
+            slices.attention_of_rows(work)
         else:
-            work(slice(None))
-        return out
+            for q_row, keys, values, out_row in work:
+                out_row[...] = look(q_row, keys, values)
 
-    blocks = [b | {"attend": partial(attend, layer=i)} for i, b in enumerate(params["blocks"])]
-    here = {"wpe": params["wpe"][positions], "blocks": blocks}
-    with threads.own_threads(len(tokens)):
-        x = hidden_state(tokens, **params | here, n_head=n_head)
+    x = slices.run(tokens, positions, params, n_head, len(caches), attend)
     for cache, stop in zip(caches, stops, strict=True):
         cache["n_seq"] = stop  # only now: a pass that was interrupted leaves the row as it was
     return x
-
-
-def share_attention(n_rows, n_tokens, n_head):  # -> [(row, slice of its heads)]
-    """The pieces of attention's work: a row each; of a lone prompt, some heads for each thread."""
-    alone = n_rows == 1 and n_tokens > 1
-    n = -(-n_head // threads.n_threads()) if alone else n_head  # heads a piece, rounded up
-    heads = [slice(first, first + n) for first in range(0, n_head, n)]
-    return [(row, some) for row in range(n_rows) for some in heads]
 
 
 def next_logits(x, params):  # [n_rows, n_embd] -> [n_rows, n_vocab]

@@ -22,6 +22,7 @@ import gpt2
 import kv_cache
 import utils
 from encoder import Encoder
+from engine import slices, threads
 from model_files import weights
 
 N_HEAD = 2
@@ -163,13 +164,13 @@ def test_a_prompt_that_does_not_fit_is_refused_before_its_first_chunk(params):
 
 
 def test_the_plain_functions_use_the_fast_products_too(params, monkeypatch):
-    kinds, plain = [], kv_cache.hidden_state
+    kinds, plain = [], slices.hidden_state
 
     def look(tokens, wte, **rest):
         kinds.append(type(wte))
         return plain(tokens, wte, **rest)
 
-    monkeypatch.setattr(kv_cache, "hidden_state", look)
+    monkeypatch.setattr(slices, "hidden_state", look)
     kv_cache.prefill(kv_cache.new_cache(params, N_HEAD), [1, 2], params, N_HEAD)
     assert kinds == [kv_cache.products.Matrix]
 
@@ -190,8 +191,8 @@ def test_what_the_caller_does_with_its_lists_changes_nothing(rng, params):
 
 def test_wide_rows_and_long_prompts_take_the_fast_paths(rng, monkeypatch):
     """Sizes for which threads and slabs come into play, wherever this machine would use them."""
-    monkeypatch.setattr(kv_cache.threads, "n_threads", lambda: 3)
-    kv_cache.threads.start_workers.cache_clear()
+    monkeypatch.setattr(threads, "n_threads", lambda: 3)
+    threads.start_workers.cache_clear()
     hparams = {"n_vocab": 401, "n_ctx": 300, "n_embd": 512, "n_head": 4, "n_layer": 2}
     params = random_params(rng, hparams)
     prompts = random_prompts(rng, [290, 3, 120, 64, 1], n_vocab=401)
@@ -204,7 +205,78 @@ def test_wide_rows_and_long_prompts_take_the_fast_paths(rng, monkeypatch):
     logits = kv_cache.step(caches, tokens, wrapped, 4)
     for row, ids, token in zip(logits, prompts, tokens, strict=True):
         assert_same_logits(row, gpt2.gpt2([*ids, token], **params, n_head=4)[-1])
-    kv_cache.threads.start_workers.cache_clear()
+    threads.start_workers.cache_clear()
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
+def test_slices_of_tokens_give_the_same_numbers(rng, n_threads, monkeypatch):
+    """Threads that meet in attention, beside the plain function; rows of all lengths in a pass."""
+    monkeypatch.setattr(threads, "n_threads", lambda: n_threads)
+    monkeypatch.setattr(slices, "MIN_TOKENS", 4)
+    threads.start_workers.cache_clear()
+    params, kinds, plain = random_params(rng, HPARAMS), [], slices.hidden_state
+    monkeypatch.setattr(
+        slices,
+        "hidden_state",
+        lambda tokens, **rest: kinds.append(len(tokens)) or plain(tokens, **rest),
+    )
+    for lengths in ([37], [20, 1, 16], [1] * 40, [2, 37, 1, 30], [5]):
+        texts = random_prompts(rng, lengths)
+        caches = [kv_cache.new_cache(params, N_HEAD) for _ in texts]
+        half = [max(1, n // 2) for n in lengths]
+        kv_cache.extend_all(
+            caches, [t[:n] for t, n in zip(texts, half, strict=True)], params, N_HEAD
+        )
+        rest = [(c, t[n:]) for c, t, n in zip(caches, texts, half, strict=True) if t[n:]]
+        if rest:
+            kv_cache.extend_all(*zip(*rest, strict=True), params, N_HEAD)
+        for cache, ids in zip(caches, texts, strict=True):
+            logits = kv_cache.step([cache], [0], params, N_HEAD) if len(ids) < 37 else None
+            if logits is not None:
+                assert_same_logits(logits[0], gpt2.gpt2([*ids, 0], **params, n_head=N_HEAD)[-1])
+    assert max(kinds) < 40 or n_threads == 1
+    threads.start_workers.cache_clear()
+
+
+def test_an_error_in_one_slice_ends_all(rng, monkeypatch):
+    monkeypatch.setattr(threads, "n_threads", lambda: 3)
+    monkeypatch.setattr(slices, "MIN_TOKENS", 4)
+    threads.start_workers.cache_clear()
+    params, plain = random_params(rng, HPARAMS), slices.hidden_state
+    for where in (0, 1, 2):
+
+        def stumble(tokens, where=where, **rest):
+            if tokens[0] == where:
+                raise MemoryError("no room")
+            return plain(tokens, **rest)
+
+        cache = kv_cache.new_cache(params, N_HEAD)
+        with monkeypatch.context() as m:
+            m.setattr(slices, "hidden_state", stumble)
+            ids = [0] * 10 + [1] * 10 + [2] * 10
+            with pytest.raises(MemoryError, match="no room"):
+                kv_cache.prefill(cache, ids, params, N_HEAD)
+        assert cache["n_seq"] == 0
+        expected = gpt2.gpt2(ids, **params, n_head=N_HEAD)[-1]
+        assert_same_logits(kv_cache.prefill(cache, ids, params, N_HEAD), expected)
+    threads.start_workers.cache_clear()
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_a_blocks_own_attention_works_with_a_cache(rng, params, n_threads, monkeypatch):
+    """It sees a row's queries, and all its keys and values; every head of them."""
+    monkeypatch.setattr(threads, "n_threads", lambda: n_threads)
+    monkeypatch.setattr(slices, "MIN_TOKENS", 4)
+    threads.start_workers.cache_clear()
+
+    def own(q, k, v):  # heads looked at in another order: all must be there
+        return gpt2.attention(q, k, v)[::-1] * 0.5
+
+    blocks = [params["blocks"][0], params["blocks"][1] | {"attend": own}, params["blocks"][2]]
+    params = params | {"blocks": blocks}
+    prompts = random_prompts(rng, [20, 3, 25])
+    assert kv_cache.generate(prompts, params, N_HEAD, 8) == alone(prompts, params, 8)
+    threads.start_workers.cache_clear()
 
 
 def test_a_copy_goes_its_own_way(params):
@@ -222,16 +294,16 @@ def test_an_interrupted_pass_leaves_the_rows_as_they_were(params, monkeypatch):
     caches = [kv_cache.new_cache(params, N_HEAD, capacity=3) for _ in range(2)]
     for cache in caches:
         kv_cache.prefill(cache, [1, 2, 3], params, N_HEAD)
-    calls = []
+    calls, plain = [], slices.attention_of_rows
 
-    def stumble(*args):
+    def stumble(rows):
         calls.append(1)
-        if len(calls) == 4:  # in the second layer, for the second row
+        if len(calls) == 2:  # in the second layer
             raise KeyboardInterrupt
-        return gpt2.attention(*args)
+        plain(rows)
 
     with monkeypatch.context() as m:
-        m.setattr(kv_cache, "attention", stumble)
+        m.setattr(slices, "attention_of_rows", stumble)
         with pytest.raises(KeyboardInterrupt):
             kv_cache.step(caches, [7, 8], params, N_HEAD)
     logits = kv_cache.step(caches, [4, 5], params, N_HEAD)
@@ -241,7 +313,7 @@ def test_an_interrupted_pass_leaves_the_rows_as_they_were(params, monkeypatch):
 
 def test_weights_are_used_where_they_lie(params, monkeypatch):
     """A model mapped from disk stays there: what reaches the forward pass shares its memory."""
-    seen, plain = [], kv_cache.hidden_state
+    seen, plain = [], slices.hidden_state
 
     def look(tokens, wte, wpe, blocks, ln_f, n_head):
         seen.append(np.shares_memory(wte, params["wte"]))
@@ -249,7 +321,7 @@ def test_weights_are_used_where_they_lie(params, monkeypatch):
         return plain(tokens, wte, wpe, blocks, ln_f, n_head)
 
     first = params["blocks"][0]
-    monkeypatch.setattr(kv_cache, "hidden_state", look)
+    monkeypatch.setattr(slices, "hidden_state", look)
     kv_cache.generate([[1]], params, N_HEAD, 2)
     assert seen == [True] * 4
 
