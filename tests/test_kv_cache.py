@@ -22,7 +22,7 @@ import gpt2
 import kv_cache
 import utils
 from encoder import Encoder
-from engine import slices, threads
+from engine import lookup, slices, threads
 from model_files import weights
 
 N_HEAD = 2
@@ -408,13 +408,13 @@ def one_row(prompt, params, n_tokens, temperature, row):
 
 def test_a_pass_runs_at_most_a_chunk(rng, params, monkeypatch):
     """Of all rows together; those that write go first, so that no prompt keeps them waiting."""
-    prompts, passes, extend = random_prompts(rng, [20, 30, 2, 9]), [], kv_cache.extend
+    prompts, passes, extend = random_prompts(rng, [20, 30, 2, 9]), [], kv_cache.extend_all
 
     def note(caches, new_ids, *rest):
         passes.append([len(ids) for ids in new_ids])
         return extend(caches, new_ids, *rest)
 
-    monkeypatch.setattr(kv_cache, "extend", note)
+    monkeypatch.setattr(kv_cache, "extend_all", note)
     rows = kv_cache.generate(prompts, params, N_HEAD, 5, batch_size=3, chunk=8)
     assert rows == alone(prompts, params, 5)
     assert max(map(sum, passes)) == 8 and all(sizes == sorted(sizes) for sizes in passes)
@@ -441,18 +441,21 @@ def test_a_sampled_row_depends_on_the_seed_and_its_number_alone(rng, params):
 
 
 def test_samples_share_one_reading_of_the_prompt(rng, params, monkeypatch):
-    n_run, plain = [], kv_cache.extend
+    n_run, plain = [], kv_cache.extend_all
     monkeypatch.setattr(
-        kv_cache, "extend", lambda c, new, *a: n_run.append(sum(map(len, new))) or plain(c, new, *a)
+        kv_cache,
+        "extend_all",
+        lambda c, new, *a: n_run.append(sum(map(len, new))) or plain(c, new, *a),
     )
     prompts = random_prompts(rng, [20, 11])
     kv_cache.generate(prompts, params, N_HEAD, 5, n_samples=4, temperature=1.0, batch_size=3)
-    assert sum(n_run) == 20 + 11 + 2 * 4 * (5 - 1)
+    # A further sample runs the prompt's last token again, for its logits.
+    assert sum(n_run) == 20 + 11 + 2 * 3 + 2 * 4 * (5 - 1)
 
 
 def test_the_batch_stays_full_and_within_its_memory(rng, params, monkeypatch):
     """The bound on caches and on a pass; done rows leave; waiting ones do not wait for the rest."""
-    alive, passes, plain = weakref.WeakSet(), [], kv_cache.extend
+    alive, passes, plain = weakref.WeakSet(), [], kv_cache.extend_all
 
     class Counted(dict):
         __hash__ = object.__hash__
@@ -472,7 +475,7 @@ def test_the_batch_stays_full_and_within_its_memory(rng, params, monkeypatch):
 
     monkeypatch.setattr(kv_cache, "new_cache", counting(kv_cache.new_cache))
     monkeypatch.setattr(kv_cache, "copy_cache", counting(kv_cache.copy_cache))
-    monkeypatch.setattr(kv_cache, "extend", extend)
+    monkeypatch.setattr(kv_cache, "extend_all", extend)
     prompts = random_prompts(rng, rng.integers(1, 30, 12))
     kv_cache.generate(prompts, params, N_HEAD, 7, n_samples=2, batch_size=4, chunk=16)
     n_rows, n_tokens, n_alive = map(max, zip(*passes, strict=True))
@@ -516,7 +519,7 @@ def test_a_row_that_has_ended_holds_no_cache(params, monkeypatch):
 
 
 def test_nothing_to_write_is_legal_and_runs_nothing(params, monkeypatch):
-    monkeypatch.setattr(kv_cache, "extend", None)
+    monkeypatch.setattr(kv_cache, "extend_all", None)
     assert kv_cache.generate([[1], [2, 3]], params, N_HEAD, 0, n_samples=2) == [[]] * 4
     stream = kv_cache.generate_stream([[1]], params, N_HEAD, 0)
     assert list(stream) == [(0, [], "length")]
@@ -540,17 +543,121 @@ WRONG = {
     "batch_size": ([[1]], {"batch_size": 0}, "batch_size must be 1 or more, not 0"),
     "n_samples": ([[1]], {"n_samples": 0}, "n_samples must be 1 or more"),
     "chunk": ([[1]], {"chunk": 0}, "chunk must be 1 or more"),
+    "lookup": ([[1]], {"lookup": -1}, "lookup must be a number of guesses, or 0 for none, not -1"),
     "temperature": ([[1]], {"temperature": -1.0}, "temperature must be"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_cannot_be_is_one_clear_error_before_any_work(params, monkeypatch, case):
-    monkeypatch.setattr(kv_cache, "extend", None)
+    monkeypatch.setattr(kv_cache, "extend_all", None)
     prompts, options, words = WRONG[case]
     with pytest.raises(ValueError) as raised:
         kv_cache.generate(prompts, params, N_HEAD, 8, **options)
     assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("chunk", [5, 512])
+def test_a_common_beginning_is_read_once(rng, params, monkeypatch, batch_size, chunk):
+    """By rows that begin together, and by those that come when others write or have just ended."""
+    common = rng.integers(0, 61, 18).tolist()
+    prompts = [common + rest for rest in random_prompts(rng, [3, 1, 5, 2, 4, 3])]
+    expected, n_run, plain = alone(prompts, params, 6), [], kv_cache.extend_all
+    monkeypatch.setattr(
+        kv_cache,
+        "extend_all",
+        lambda caches, new, *rest: n_run.append(sum(map(len, new))) or plain(caches, new, *rest),
+    )
+    ours = kv_cache.generate(prompts, params, N_HEAD, 6, batch_size=batch_size, chunk=chunk)
+    assert ours == expected
+    n_distinct = sum(len(set(map(tuple, (p[:n] for p in prompts)))) for n in range(1, 19))
+    n_rest = sum(map(len, prompts)) - 6 * 18
+    assert n_distinct == 18 and sum(n_run) <= 18 + n_rest + 6 * (6 - 1)
+
+
+def test_what_another_row_has_written_is_not_read_again(rng, params, monkeypatch):
+    """A conversation: the second prompt is the first, its answer, and more."""
+    first = rng.integers(0, 61, 12).tolist()
+    answer, n_run, plain = alone([first], params, 6)[0], [], kv_cache.extend_all
+    second = first + answer + [1, 2]
+    expected = alone([second], params, 5)
+    rows = []
+    kv_cache.admit(rows, kv_cache.new_row(first, 10, np.random.default_rng(0)))
+    for _ in range(8):
+        kv_cache.advance(rows, params, N_HEAD)
+    monkeypatch.setattr(
+        kv_cache,
+        "extend_all",
+        lambda c, new, *a: n_run.append(list(map(len, new))) or plain(c, new, *a),
+    )
+    row = kv_cache.new_row(second, 5, np.random.default_rng(0))
+    kv_cache.admit(rows, row)
+    kv_cache.advance(rows, params, N_HEAD)
+    assert n_run == [[1, 2]] and row["ids"] == expected[0][:1]
+
+
+def test_rows_join_and_leave_between_passes(rng, params):
+    """As a server drives it: one comes while others write, one is taken out half-way."""
+    prompts = random_prompts(rng, [20, 4, 20])
+    prompts[2] = prompts[0][:15] + prompts[2][15:]
+    expected, rows = alone(prompts, params, 8), []
+    made = [kv_cache.new_row(p, 8, np.random.default_rng(0)) for p in prompts]
+    kv_cache.admit(rows, made[0])
+    kv_cache.admit(rows, made[2])  # waits for what made[0] is to read ...
+    kv_cache.advance(rows, params, N_HEAD, chunk=5)
+    assert made[2]["cache"] is None
+    rows.remove(made[0])
+    made[0]["end"] = "cancelled"  # ... and reads the rest itself
+    kv_cache.admit(rows, made[1])
+    while rows:
+        kv_cache.advance(rows, params, N_HEAD, chunk=5)
+    assert [row["ids"] for row in made[1:]] == expected[1:] and made[0]["ids"] == []
+    assert [row["end"] for row in made] == ["cancelled", "length", "length"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_lookup_changes_no_token(data):
+    """Of few different tokens, so that guesses are made, right and wrong; greedy and drawn."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    params = random_params(rng, HPARAMS)
+    n_tokens = data.draw(st.integers(0, 20), label="n_tokens")
+    temperature = data.draw(st.sampled_from([0.0, 0.3, 1.0]), label="temperature")
+    lookup = data.draw(st.integers(1, 9), label="lookup")
+    prompts = [rng.integers(0, 3, n).tolist() for n in data.draw(
+        st.lists(st.integers(1, 17), min_size=1, max_size=4), label="lengths"
+    )]  # fmt: skip
+    options = {
+        "temperature": temperature, "seed": 7, "endoftext": data.draw(st.integers(0, 60)),
+        "stop": lambda ids: ids[-1] == 5, "chunk": data.draw(st.integers(1, 40)),
+    }  # fmt: skip
+    plain = list(kv_cache.generate_stream(prompts, params, N_HEAD, n_tokens, **options))
+    fast = kv_cache.generate_stream(prompts, params, N_HEAD, n_tokens, **options, lookup=lookup)
+    in_order = [sorted(events, key=lambda e: e[0]) for events in (plain, list(fast))]
+    assert in_order[0] == in_order[1]
+
+
+def test_lookup_writes_a_text_that_repeats_in_fewer_passes(params, monkeypatch):
+    passes, plain = [], kv_cache.extend_all
+    monkeypatch.setattr(
+        kv_cache, "extend_all", lambda c, new, *a: passes.append(len(new[0])) or plain(c, new, *a)
+    )
+    still = exclaiming(HPARAMS)  # always the same token
+    (ids,) = kv_cache.generate([[1, 2]], still, N_HEAD, 30, lookup=4)
+    n_lookup = len(passes)
+    assert [ids] == kv_cache.generate([[1, 2]], still, N_HEAD, 30) and len(set(ids)) == 1
+    assert n_lookup <= 4 + 30 / 5 and max(passes[1:]) == 5 and len(passes) == n_lookup + 30
+
+
+def test_lookup_gives_up_where_it_guesses_wrong(monkeypatch):
+    """One guess at first, then one for 16 tokens at the most: a bound on what it costs."""
+    trust, n_guesses = 1.0, 0
+    for _ in range(160):
+        guessed = 4 if trust >= 1 else 0
+        n_guesses += guessed > 0
+        trust = lookup.new_trust(trust, guessed, n_right=0)
+    assert n_guesses == 1 + 160 // 17
 
 
 # --------------------------------------------------------------------------------------------------
