@@ -10,10 +10,13 @@ It has a single thread: ours share the work, and two pools of threads would only
 other. Without the package everything works the same, and takes longer.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import os
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ import numpy as np
 from engine import threads
 
 AVX512 = {"SkylakeX", "Cooperlake", "SapphireRapids"}  # OpenBLAS's names for such kernels
-MOST_ROWS = 64  # of x; with more, AVX-512 pays
+MOST_ROWS = 64  # of x; with more, AVX-512 pays, where it is more than twice 256 bits
 
 
 def has_avx512():
@@ -33,6 +36,16 @@ def few_rows():
     """The function (x, w, y) that writes x @ w into y, for few rows of x; None: NumPy's is best."""
     with threads.lock:
         return find_few_rows()
+
+
+@functools.cache
+def most_rows():
+    """Of x, up to which few_rows is faster: all on Zen 4, whose AVX-512 is 256 bits twice."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        cpu = dict(re.findall(r"(vendor_id|cpu family)\s*: (\S+)", f.read()))
+        if cpu == {"vendor_id": "AuthenticAMD", "cpu family": "25"}:
+            return sys.maxsize
+    return MOST_ROWS
 
 
 @functools.cache

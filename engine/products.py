@@ -59,7 +59,7 @@ def product(x, w):  # [rows, n_in], [n_in, n_out] -> [rows, n_out]
         return x @ w
     if by_columns and len(x) <= MOST_ROWS_IN_SLABS and kernels.has_avx512():
         return split_columns(x, w, slabs_of_columns)
-    if len(x) <= kernels.MOST_ROWS and (few_rows := kernels.few_rows()):
+    if len(x) <= kernels.most_rows() and (few_rows := kernels.few_rows()):
         return split_columns(kernels.pad(x), w, few_rows)[: len(x)]
     return split_columns(x, w, np.matmul) if threads.n_users else x @ w
 

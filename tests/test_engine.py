@@ -1,5 +1,6 @@
 """engine/: every way to multiply gives the product, on any number of threads."""
 
+import io
 import os
 import signal
 import subprocess
@@ -76,6 +77,27 @@ def test_padding_adds_rows_of_zeros_up_to_a_multiple_of_four(rng):
         assert np.array_equal(padded[:n_rows], x) and not padded[n_rows:].any()
 
 
+@pytest.mark.parametrize(
+    "cpu, most",
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\n" * 2, sys.maxsize),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", 64),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\n", 64),
+        (None, 64),
+    ],
+)
+def test_how_many_rows_are_few_depends_on_the_processor(cpu, most, monkeypatch):
+    def read(path, **_):
+        if cpu is None:
+            raise FileNotFoundError(path)
+        return io.StringIO(cpu)
+
+    monkeypatch.setattr(kernels, "open", read, raising=False)
+    kernels.most_rows.cache_clear()
+    assert kernels.most_rows() == most
+    kernels.most_rows.cache_clear()
+
+
 NOT_USED = {
     "somebody has chosen kernels": 'os.environ["OPENBLAS_CORETYPE"] = "Haswell"',
     "the package is not there": "importlib.util.find_spec = lambda name: None",
@@ -109,6 +131,7 @@ def test_the_second_library_is_loaded_apart(rng):
     if kernels.few_rows() is None:
         pytest.skip("no AVX-512 kernels here, or scipy-openblas64 is not installed")
     script = """
+import io
 import os
 before = dict(os.environ)
 from engine import kernels, threads
@@ -303,6 +326,7 @@ from threadpoolctl import ThreadpoolController
 print(counts, threads.n_users)
 assert all(now == first for now, first in counts) and threads.n_users == 0
 assert not counts or threads.n_threads() == max(n for _, n in counts)
+import io
 import os
 assert not counts or max(n for _, n in counts) == min(64, len(os.sched_getaffinity(0)))
 """
