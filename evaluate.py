@@ -17,12 +17,13 @@ import json
 import math
 import os
 from collections import Counter
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
 from corpus.shards import check_ids, count_ids, open_shards
-from gpt2 import hidden_state
+from engine import threads
 from kv_cache import copy_cache, extend, extend_all, new_cache, next_logits
 from model_files.download import download_file
 from plumbing.cli import run_cli
@@ -34,7 +35,7 @@ URLS = {
     "lambada": "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
 }
 
-LOGITS_ROWS = 256  # positions that have their logits at the same time: 51 MB of them with 50257 ids
+LOGITS_ROWS = 64  # positions that have their logits at the same time: 13 MB of them with 50257 ids
 CACHED_TOKENS = (
     2048  # tokens in caches at the same time, or those of one item: 144 MiB for GPT-2 124M
 )
@@ -46,17 +47,24 @@ def score(x, targets, params):  # [n, n_embd], [n] -> [n] float32, [n] bool
     The largest logit is subtracted first, so that exp cannot overflow. ValueError where the answer
     is not a number: NaN would be wrong at everything without a word.
     """
-    log_probs, hits = np.empty(len(x), np.float32), np.empty(len(x), bool)
+    answers = []
     for start in range(0, len(x), LOGITS_ROWS):
         some = slice(start, start + LOGITS_ROWS)
         logits = next_logits(x[some], params)  # [n_some, n_vocab]
-        rows, best = np.arange(len(logits)), logits.argmax(-1)
-        logits -= logits[rows, best, None]
-        log_probs[some] = logits[rows, targets[some]] - np.log(np.exp(logits).sum(-1))
-        hits[some] = best == targets[some]
+        shares = partial(score_logits, logits, targets[some])
+        answers += threads.in_threads(shares, len(logits))
+    log_probs, hits = map(np.concatenate, zip(*answers, strict=True))
     if not np.isfinite(log_probs).all():
         raise ValueError("the model's probabilities are not finite: its weights must be damaged")
     return log_probs, hits
+
+
+def score_logits(logits, targets, rows):  # [n, n_vocab], [n], a slice -> score's answer for it
+    logits, targets = logits[rows], targets[rows]
+    each, best = np.arange(len(logits)), logits.argmax(-1)
+    logits -= logits[each, best, None]  # of nobody else's use
+    chosen = logits[each, targets]
+    return chosen - np.log(np.exp(logits, out=logits).sum(-1)), best == targets
 
 
 # --- Perplexity ---------------------------------------------------------------------------------
@@ -144,7 +152,8 @@ def perplexity(ids, n_bytes, n_words, params, n_head, stride=None):  # of load_i
     nats = 0.0
     with tqdm(total=n_tokens, unit="token", disable=None) as bar:
         for start, stop, n_scored in windows(n_tokens, n_ctx, stride):
-            x = hidden_state(ids[start:stop], **params, n_head=n_head)[-n_scored:]
+            cache = new_cache(params, n_head, capacity=stop - start)
+            x = extend_all([cache], [ids[start:stop]], params, n_head)[-n_scored:]
             log_probs, _ = score(x, ids[stop + 1 - n_scored : stop + 1], params)
             nats -= float(log_probs.sum(dtype=np.float64))
             bar.set_postfix(nats_per_token=f"{nats / stop:.4f}", refresh=False)

@@ -30,8 +30,10 @@ from functools import partial
 
 import numpy as np
 
-from engine import products, threads
+from engine import lookup as guessing
+from engine import products, slices, threads
 from gpt2 import (
+    attention,
     attention_in_blocks,
     check_length,
     check_sampling,
@@ -41,6 +43,35 @@ from gpt2 import (
 )
 
 CHUNK = 512  # tokens that a pass runs at most, which bounds its scratch memory
+MIN_SHARED = 8  # tokens at the beginning of two rows; for fewer, one need not wait for the other
+
+# --------------------------------------------------------------------------------------------------
+# The idea: keep the keys and values, attend to all of them, and shift the positions
+# --------------------------------------------------------------------------------------------------
+
+
+def one_text(params, n_head):  # -> a function that takes the next ids, [n], and returns [n, n_embd]
+    """The cache at its simplest, to be read: all below does the same, faster and for many texts."""
+    kept, n_seq = {}, 0  # {layer: (keys, values)}, and how many tokens they are of
+
+    def run(ids):
+        nonlocal n_seq
+
+        def attend(q, k, v, layer):  # three of [n_head, n, d_head]
+            if n_seq > 0:
+                k = np.concat([kept[layer][0], k], axis=-2)  # [n_head, n_seq + n, d_head]
+                v = np.concat([kept[layer][1], v], axis=-2)
+            kept[layer] = k, v
+            return attention(q, k, v)  # it takes the queries for those of the last positions
+
+        blocks = [b | {"attend": partial(attend, layer=i)} for i, b in enumerate(params["blocks"])]
+        later = params | {"blocks": blocks, "wpe": params["wpe"][n_seq:]}
+        x = hidden_state(ids, **later, n_head=n_head)
+        n_seq += len(ids)
+        return x
+
+    return run
+
 
 # --------------------------------------------------------------------------------------------------
 # The cache of one row: {"kv": [n_layer, 2, n_head, capacity, d_head], "n_seq": tokens in it}
@@ -55,9 +86,11 @@ def new_cache(params, n_head, capacity=32):
     return {"kv": np.zeros(shape, np.float32), "n_seq": 0}
 
 
-def copy_cache(cache):
-    """A second row that goes on from the same tokens, independently."""
-    return {"kv": cache["kv"].copy(), "n_seq": cache["n_seq"]}
+def copy_cache(cache, n_seq=None):
+    """A second row that goes on from the same tokens, or the first n_seq of them, independently."""
+    if n_seq is None:
+        return {"kv": cache["kv"].copy(), "n_seq": cache["n_seq"]}
+    return {"kv": cache["kv"][..., :n_seq, :].copy(), "n_seq": n_seq}
 
 
 def make_room(cache, n_seq, n_ctx):
@@ -71,6 +104,14 @@ def make_room(cache, n_seq, n_ctx):
         kv = np.zeros((*before, capacity, d_head), np.float32)
         kv[..., : cache["n_seq"], :] = cache["kv"][..., : cache["n_seq"], :]
         cache["kv"] = kv
+
+
+def remember(cache, layer, heads, k, v):  # two of [n_heads, n_new, d_head] -> [.., n_seq, ..]
+    """Keeps the new tokens' keys and values, for which there is room. Returns the old and these."""
+    start, stop = cache["n_seq"], cache["n_seq"] + k.shape[-2]
+    keys, values = cache["kv"][layer][:, heads]
+    keys[:, start:stop], values[:, start:stop] = k, v
+    return keys[:, :stop], values[:, :stop]
 
 
 def extend(caches, new_ids, params, n_head):  # n_rows caches and id lists -> [n_rows, n_embd]
@@ -89,50 +130,32 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
         raise ValueError("two rows have the same cache: give the second a copy_cache of it")
     if not all(len(ids) for ids in new_ids):
         raise ValueError("every row needs at least one new id")
-    params = products.wrap(params)
     starts = [cache["n_seq"] for cache in caches]
     stops = [start + len(ids) for start, ids in zip(starts, new_ids, strict=True)]
     for cache, stop in zip(caches, stops, strict=True):
         make_room(cache, stop, n_ctx=len(params["wpe"]))
     tokens = np.concatenate(new_ids)  # [n_tokens], all rows' in one flat sequence
     positions = np.concatenate([np.arange(*span) for span in zip(starts, stops, strict=True)])
-    borders = np.cumsum([len(ids) for ids in new_ids])  # where each row ends in that sequence
-    pieces = share_attention(len(caches), len(tokens), n_head)
-    n_scores = sum(stop * len(ids) for stop, ids in zip(stops, new_ids, strict=True))
+    ends = np.cumsum([len(ids) for ids in new_ids])  # of each row in that sequence
+    places = [slice(end - len(ids), end) for end, ids in zip(ends, new_ids, strict=True)]
 
-    def attend(q, k, v, layer):  # [n_head, n_tokens, d_head] each -> [n_head, n_tokens, d_head]
-        # Laid out by tokens, so that what mha does with it next copies nothing.
-        out = np.empty((q.shape[1], n_head, q.shape[2]), q.dtype).swapaxes(0, 1)
-
-        def work(mine):
-            for i, some in pieces[mine]:
-                start, stop = starts[i], stops[i]
-                row = slice(borders[i] - (stop - start), borders[i])
-                keys, values = caches[i]["kv"][layer][:, some]  # [n_heads, capacity, d_head] each
-                keys[:, start:stop], values[:, start:stop] = k[some, row], v[some, row]
-                out[some, row] = attention_in_blocks(q[some, row], keys[:, :stop], values[:, :stop])
-
-        if len(pieces) > 1 and n_scores > 64 * len(pieces):  # else waking a thread takes longer
-            threads.in_threads(work, len(pieces))
+    def attend(layer, pieces, q, k, v, out):  # [n_head, n_tokens, d_head] each
+        work = []
+        for row, heads in pieces:
+            new = heads, places[row]
+            keys, values = remember(caches[row], layer, heads, k[new], v[new])
+            work.append((q[new], keys, values, out[new]))
+        look = params["blocks"][layer].get("attend", attention_in_blocks)
+        if look is attention_in_blocks and len(tokens) == len(caches) > 1:  # a token of each row
+            slices.attention_of_rows(work)
         else:
-            work(slice(None))
-        return out
+            for q_row, keys, values, out_row in work:
+                out_row[...] = look(q_row, keys, values)
 
-    blocks = [b | {"attend": partial(attend, layer=i)} for i, b in enumerate(params["blocks"])]
-    here = {"wpe": params["wpe"][positions], "blocks": blocks}
-    with threads.own_threads(len(tokens)):
-        x = hidden_state(tokens, **params | here, n_head=n_head)
+    x = slices.run(tokens, positions, params, n_head, len(caches), attend)
     for cache, stop in zip(caches, stops, strict=True):
         cache["n_seq"] = stop  # only now: a pass that was interrupted leaves the row as it was
     return x
-
-
-def share_attention(n_rows, n_tokens, n_head):  # -> [(row, slice of its heads)]
-    """The pieces of attention's work: a row each; of a lone prompt, some heads for each thread."""
-    alone = n_rows == 1 and n_tokens > 1
-    n = -(-n_head // threads.n_threads()) if alone else n_head  # heads a piece, rounded up
-    heads = [slice(first, first + n) for first in range(0, n_head, n)]
-    return [(row, some) for row in range(n_rows) for some in heads]
 
 
 def next_logits(x, params):  # [n_rows, n_embd] -> [n_rows, n_vocab]
@@ -161,81 +184,127 @@ def prefill(cache, ids, params, n_head, chunk=CHUNK):  # one row's prompt -> [n_
 
 
 # --------------------------------------------------------------------------------------------------
-# Many rows: the done leave the batch, the waiting take their places
+# A batch: the list of rows that take their steps together. They join and leave between two passes
 # --------------------------------------------------------------------------------------------------
 
 
-def generate_stream(
-    prompts, params, n_head, n_tokens_to_generate,
-    temperature=0.0, top_k=0, top_p=1.0, seed=None, endoftext=None,
-    stop=None, n_samples=1, batch_size=8, chunk=CHUNK, slide=False,
-):  # fmt: skip
-    """Yields (row, its new ids so far, None or why it ends), once for each token of each row drawn.
+def new_row(prompt, n_tokens, rng, sampling=(), endoftext=None, stop=None, lookup=0):
+    """A text to write, as a dict: "ids" are its new tokens so far, "end" becomes why it ended.
 
-    Row i * n_samples + j is sample j of prompts[i]. Row 0 draws what gpt2.py draws with that seed,
-    every other row from the seed and its own number. A row ends by its "length", by "endoftext"
-    (which is not among its ids), or by "stop": where stop(ids) is true. Texts that slide may be
-    longer than n_ctx: a row that is full reads the last half a context again, into a new cache.
-
-    Memory: batch_size rows have a cache, and one prompt that waits for its samples; so at most
-    (batch_size + 1) * 8 * n_layer * n_embd * n_ctx bytes, half a cache more while one grows, and
-    what a pass of `chunk` tokens needs (of batch_size tokens, if that is more). The first next()
-    raises ValueError for what is wrong, and says in which prompt.
+    sampling is what gpt2.sample takes after rng. With lookup, each pass checks as many guesses.
+    check_batch says what else is legal.
     """
-    check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)
-    prompts = [list(ids) for ids in prompts]  # copies: the caller may change theirs meanwhile
+    row = {"prompt": prompt, "n_tokens": n_tokens, "rng": rng, "sampling": sampling}
+    row |= {"endoftext": endoftext, "stop": stop, "lookup": lookup, "trust": 1.0}
+    row |= {"ids": [], "end": None, "cache": None, "to_run": prompt, "guesses": []}
+    return row | {"has_slid": False}
+
+
+def admit(rows, row, ended=()):
+    """The row joins. What its beginning shares with a row there, or one just ended, is copied."""
+    others = sorted([*rows, *ended], key=lambda other: (n_shared(row, other), n_read(other)))
+    n = n_shared(row, others[-1]) if others else 0
+    row |= {"source": others[-1] if n else None, "n_shared": n}
+    rows.append(row)
+
+
+def n_shared(row, other):
+    """How many tokens begin both the row's prompt and the other row; at most all but its last."""
+    if other["has_slid"]:  # its beginning is forgotten
+        return 0
+    ours, theirs = row["prompt"][:-1], other["prompt"] + other["ids"]
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    n = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+    return n if n >= MIN_SHARED else 0
+
+
+def n_read(row):
+    return row["cache"]["n_seq"] if row["cache"] else 0
+
+
+def begin(row, params, n_head):
+    """Gives the row its cache, unless it still waits for another to read what they share."""
+    source, n = row["source"], row["n_shared"]
+    if source and source["has_slid"]:
+        n = 0
+    elif source and n_read(source) < n:
+        if not source["end"]:
+            return
+        n = n_read(source)
+    row["cache"] = copy_cache(source["cache"], n) if n else new_cache(params, n_head)
+    row |= {"to_run": row["prompt"][n:], "source": None}
+
+
+def advance(rows, params, n_head, chunk=CHUNK):  # -> [(row, its ids so far, None or why it ends)]
+    """One pass of at most `chunk` tokens; returns what was written. Rows with an end leave."""
+    for row in rows:
+        if not row["cache"]:
+            begin(row, params, n_head)
+    batch = choose(rows, max(chunk, len(rows)))
+    x = extend_all([row["cache"] for row, _ in batch], [ids for _, ids in batch], params, n_head)
+    ends = np.cumsum([len(ids) for _, ids in batch])
+    writers = [(row, end) for (row, _), end in zip(batch, ends, strict=True) if not row["to_run"]]
+    last = [np.arange(end - 1 - len(row["guesses"]), end) for row, end in writers]
+    logits = next_logits(x[np.concatenate([*last, ends[:0]])], params)
+    written = []
+    for (row, _), n in zip(writers, map(len, last), strict=True):
+        written += write(row, logits[:n])
+        logits = logits[n:]
+        if not row["end"]:
+            fit(row, params, n_head)
+    rows[:] = [row for row in rows if not row["end"]]
+    return written
+
+
+def choose(rows, n_tokens):  # -> [(row, the ids it runs now)], n_tokens together at most
+    """First those that write, with a token each and its guesses; then the shortest prompts."""
+    batch = []
+    for row in sorted(rows, key=lambda row: (not row["ids"], len(row["to_run"]))):
+        ids = row["to_run"][:n_tokens] if row["cache"] else []
+        if ids:
+            batch.append((row, ids))
+            n_tokens -= len(ids)
+            row["to_run"] = [] if row["guesses"] else row["to_run"][len(ids) :]
+            row["guesses"] = row["guesses"][: len(ids) - 1]
+    return batch
+
+
+def write(row, logits):  # [1 + n_guesses, n_vocab] -> as advance
+    """Draws the row's next token, and one more after each guess that it proves right."""
+    written, guesses = [], row["guesses"]
+    for guess, scores in zip([*guesses, None], logits, strict=True):
+        token = sample(scores, row["rng"], *row["sampling"])
+        row["end"] = put(row, token)
+        written.append((row, list(row["ids"]), row["end"]))
+        if row["end"] or token != guess:
+            break
+    row["cache"]["n_seq"] -= len(guesses) + 1 - len(written)  # forgets the wrong ones
+    row["trust"] = guessing.new_trust(row["trust"], len(guesses), len(written) - 1)
+    n = min(row["lookup"], row["n_tokens"] - len(row["ids"]) - 1) if row["trust"] >= 1 else 0
+    row["guesses"] = guessing.guess(row["prompt"] + row["ids"], n) if n > 0 else []
+    row["to_run"] = [token, *row["guesses"]]
+    return written
+
+
+def fit(row, params, n_head):
+    """A row that is full slides: it reads the end of its text again, into a new cache."""
     n_ctx = len(params["wpe"])
-    most = math.inf if slide else n_ctx
-    check_batch(prompts, n_tokens_to_generate, params, n_samples, batch_size, chunk, most)
-    prompts = [latest(ids, n_ctx) for ids in prompts]
-    params, sampling = products.wrap(params), (temperature, top_k, top_p)
-    waiting, rows, kept = deque(range(len(prompts) * n_samples)), [], None
-    while waiting and n_tokens_to_generate == 0:
-        yield waiting.popleft(), [], "length"
-    while waiting or rows:
-        while waiting and len(rows) < batch_size:
-            prompt, number = divmod(waiting[0], n_samples)
-            if number > 0 and kept is None:
-                break  # the prompt's first sample is still reading it
-            index = waiting.popleft()
-            row = {"index": index, "ids": [], "rng": row_rng(seed, index)}
-            if number > 0:
-                row |= copy_of(kept)
-            else:
-                row |= {"cache": new_cache(params, n_head), "new": prompts[prompt], "logits": None}
-            rows.append(row)
-            kept = None if number == n_samples - 1 else kept
-        advance(rows, params, n_head, max(chunk, batch_size))
-        for row in rows:
-            if row["logits"] is None:  # it has not read all of its prompt
-                continue
-            if n_samples > 1 and row["index"] % n_samples == 0 and not row["ids"]:
-                kept = copy_of(row)
-            row["end"] = write(row, n_tokens_to_generate, sampling, endoftext, stop)
-            if row["end"]:
-                del row["cache"]
-            elif row["cache"]["n_seq"] == n_ctx:  # it is to slide
-                text = prompts[row["index"] // n_samples] + row["ids"]
-                row |= {"cache": new_cache(params, n_head), "new": latest(text, n_ctx)}
-            yield row["index"], list(row["ids"]), row["end"]
-        rows = [row for row in rows if not row.get("end")]
+    room = n_ctx - n_read(row)
+    if room == 0:
+        row |= {"cache": new_cache(params, n_head), "guesses": [], "has_slid": True}
+        row["to_run"] = latest(row["prompt"] + row["ids"], n_ctx)
+    else:  # guesses must not outgrow it
+        row["to_run"], row["guesses"] = row["to_run"][:room], row["guesses"][: room - 1]
 
 
-def copy_of(row):
-    """What a row that has read its prompt passes on to the prompt's next samples."""
-    return {"cache": copy_cache(row["cache"]), "new": [], "logits": row["logits"]}
-
-
-def write(row, n_tokens_to_generate, sampling, endoftext, stop):
-    """Draws the row's next token. Returns why the row ends with it, or None."""
-    token = sample(row["logits"], row["rng"], *sampling)
-    row |= {"new": [token], "logits": None}
-    if token == endoftext:
+def put(row, token):
+    """The row's next token. Returns why the row ends with it, or None."""
+    if token == row["endoftext"]:
         return "endoftext"
     row["ids"].append(token)
-    if stop and stop(row["ids"]):
+    if row["stop"] and row["stop"](row["ids"]):
         return "stop"
-    return "length" if len(row["ids"]) == n_tokens_to_generate else None
+    return "length" if len(row["ids"]) == row["n_tokens"] else None
 
 
 def row_rng(seed, row):
@@ -243,27 +312,60 @@ def row_rng(seed, row):
     return np.random.default_rng([seed, row] if seed is not None and row > 0 else seed)
 
 
-def advance(rows, params, n_head, chunk):
-    """One pass: each row's new ids, at most `chunk` together; logits for the rows it completes."""
-    batch = []
-    for row in sorted(rows, key=lambda row: len(row["new"])):  # the writers first, with one each
-        if n := min(len(row["new"]), chunk):
-            batch.append((row, row["new"][:n]))
-            row["new"] = row["new"][n:]
-            chunk -= n
-    if batch:
-        x = extend([row["cache"] for row, _ in batch], [ids for _, ids in batch], params, n_head)
-        complete = [i for i, (row, _) in enumerate(batch) if not row["new"]]
-        for i, logits in zip(complete, next_logits(x[complete], params), strict=True):
-            batch[i][0]["logits"] = logits
+def generate_stream(
+    prompts, params, n_head, n_tokens_to_generate,
+    temperature=0.0, top_k=0, top_p=1.0, seed=None, endoftext=None,
+    stop=None, n_samples=1, batch_size=8, chunk=CHUNK, lookup=0, slide=False,
+):  # fmt: skip
+    """Yields (row, its new ids so far, None or why it ends), once for each token of each row drawn.
+
+    Row i * n_samples + j is sample j of prompts[i]. Row 0 draws what gpt2.py draws with that seed,
+    every other row from the seed and its own number. A row ends by its "length", by "endoftext"
+    (which is not among its ids), or by "stop": where stop(ids) is true. Texts that slide may be
+    longer than n_ctx: a row that is full reads the last half of a context again, into a new cache.
+
+    With `lookup`, a pass also checks that many guesses for each row, see engine/lookup.py: the same
+    ids, sooner where a text repeats itself. (A pass of several tokens sums its products in another
+    order than one of a single token: where two logits are equal within that, either may win.)
+
+    Memory: batch_size rows have a cache, and one that has ended while the next copies it; so at
+    most (batch_size + 1) * 8 * n_layer * n_embd * n_ctx bytes, half a cache more while one grows,
+    and what a pass of `chunk` tokens needs (of batch_size tokens, if that is more). The first
+    next() raises ValueError for what is wrong, and says in which prompt.
+    """
+    check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)
+    prompts = [list(ids) for ids in prompts]  # copies: the caller may change theirs meanwhile
+    n_ctx = len(params["wpe"])
+    counts = {"n_samples": n_samples, "batch_size": batch_size, "chunk": chunk}
+    check_batch(prompts, n_tokens_to_generate, params, counts, lookup, math.inf if slide else n_ctx)
+    prompts = [latest(ids, n_ctx) for ids in prompts]
+    params, sampling = products.wrap(params), (temperature, top_k, top_p)
+    waiting, rows = deque(range(len(prompts) * n_samples)), []
+    while waiting and n_tokens_to_generate == 0:
+        yield waiting.popleft(), [], "length"
+
+    def turn():
+        written = advance(rows, params, n_head, chunk) if rows else []
+        ended = [row for row, _, why in written if why]
+        while waiting and len(rows) < batch_size:
+            index = waiting.popleft()
+            how = row_rng(seed, index), sampling, endoftext, stop, lookup
+            row = new_row(prompts[index // n_samples], n_tokens_to_generate, *how)
+            admit(rows, row | {"index": index}, ended)
+        return [(row["index"], ids, why) for row, ids, why in written]
+
+    while waiting or rows:
+        yield from turn()
 
 
-def check_batch(prompts, n_tokens_to_generate, params, n_samples, batch_size, chunk, n_ctx):
+def check_batch(prompts, n_tokens_to_generate, params, counts, lookup, n_ctx):
     """Raises ValueError, one clear line, for numbers below 1 and prompts that do not fit."""
     n_vocab = len(params["wte"])
-    for name, value in {"n_samples": n_samples, "batch_size": batch_size, "chunk": chunk}.items():
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, not {value}")
+    if lookup < 0:
+        raise ValueError(f"lookup must be a number of guesses, or 0 for none, not {lookup}")
     if not prompts:
         raise ValueError("no prompts: at least one is needed")
     for i, prompt in enumerate(prompts, 1):
@@ -295,6 +397,7 @@ def main(
     n_tokens_to_generate: int = 40,
     n_samples: int = 1,
     batch_size: int = 8,
+    lookup: int = 0,
     stop: tuple[str, ...] | None = None,
     echo: bool = False,
     jsonl: bool = False,
@@ -316,6 +419,8 @@ def main(
         n_tokens_to_generate: how many tokens to add to each at most.
         n_samples: how many continuations of each prompt (with a temperature above 0).
         batch_size: how many to write at the same time; each needs memory for its cache.
+        lookup: guess this many tokens at a time from what was written before; the text is the same,
+            and comes sooner if it repeats itself.
         stop: end a continuation before this text, in which \\n is a new line, \\t a tab and \\\\ a
             backslash; may be repeated, for several (the ids of --jsonl keep its tokens).
         echo: print each prompt before its continuation.
@@ -347,7 +452,7 @@ def main(
             params, hparams["n_head"], n_tokens_to_generate,
             temperature, top_k, top_p, seed, encoder.endoftext,
             stops and (lambda ids: any(text in encoder.decode(ids) for text in stops)),
-            n_samples, batch_size, slide=slide,
+            n_samples, batch_size, lookup=lookup, slide=slide,
         )  # fmt: skip
         if len(prompts) * n_samples == 1 and not jsonl:
             print_stream(rows, prompts[0] if echo else "", encoder, stops)

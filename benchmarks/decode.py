@@ -23,11 +23,12 @@ from common import HPARAMS, alternate, hugging_face, machine, model_folder, prin
 import gpt2
 import kv_cache
 import utils
-from engine import products, threads
+from engine import kernels, products, threads
 from model_files import weights
 
 N_HEAD, N_VOCAB = HPARAMS["n_head"], HPARAMS["n_vocab"]
 N_PROMPT, SHORT, LONG, ROUNDS = 16, 8, 40, 5
+ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def ctranslate2_generator(folder, kind, temporary):
@@ -61,7 +62,7 @@ def engines(folder, params, temporary):
 
     kinds = {kind: ctranslate2_generator(folder, kind, temporary) for kind in ("float32", "int8")}
     return {
-        "kv_cache": lambda ids, n: kv_cache.generate(ids, params, N_HEAD, n, batch_size=32),
+        "kv_cache": lambda ids, n: kv_cache.generate(ids, params, N_HEAD, n, batch_size=64),
         "Hugging_Face": theirs,
         **{f"CTranslate2_{kind}": translator(generator) for kind, generator in kinds.items()},
     }
@@ -95,11 +96,12 @@ def floor(params):
 
 def time_products(params):
     """The products with the blocks' matrices alone: what engine/products.py is for."""
+    print(f"\na second library: {'yes' if kernels.few_rows() else 'no'}", end="")
     names = [name for name, _ in weights.tensor_shapes(HPARAMS) if name.endswith(".w")]
     arrays = [weights.leaf(params, name) for name in names]
-    matrices = [w.view(products.Matrix) for w in arrays]
-    print(f"\nthe blocks' products alone, ms\n{'rows':>6}{'NumPy':>10}{'ours':>10}")
-    for n_rows in (1, 2, 8, 16, 32):
+    matrices, tensors = [w.view(products.Matrix) for w in arrays], list(map(torch.tensor, arrays))
+    print(f"\nthe blocks' products alone, ms\n{'rows':>6}{'NumPy':>10}{'ours':>10}{'PyTorch':>10}")
+    for n_rows in ROWS:
         x = {n_in: np.ones((n_rows, n_in), np.float32) for n_in in {len(w) for w in arrays}}
 
         def fast(x=x, n_rows=n_rows):
@@ -107,12 +109,34 @@ def time_products(params):
                 for w in matrices * 10:
                     x[len(w)] @ w
 
-        def plain(x=x):
+        def plain(x=x, arrays=arrays):
             for w in arrays * 10:
                 x[len(w)] @ w
 
-        seconds = alternate(ROUNDS, plain=plain, fast=fast)
-        print(f"{n_rows:>6}{seconds['plain'] * 100:10.1f}{seconds['fast'] * 100:10.1f}")
+        def theirs(x=x):
+            plain({n_in: torch.from_numpy(array) for n_in, array in x.items()}, tensors)
+
+        seconds = alternate(ROUNDS, plain=plain, fast=fast, theirs=theirs)
+        print(f"{n_rows:>6}" + "".join(f"{value * 100:10.1f}" for value in seconds.values()))
+
+
+def lookup(params):
+    """One row with guesses and without: a text that repeats itself, and one that never does."""
+    n, ids = 200, np.random.default_rng(0).integers(0, N_VOCAB, N_PROMPT).tolist()
+    print(f"\n{n} tokens after {N_PROMPT}, one row: ms a token, plain and with --lookup 4")
+    for name, temperature in {"repeats": 0.0, "does not": 1.0}.items():
+
+        def write(guesses, temperature=temperature):
+            how = {"temperature": temperature, "seed": 0, "lookup": guesses}
+            return kv_cache.generate([ids], params, N_HEAD, n, **how)[0]
+
+        text = write(4)
+        assert text == write(0)
+        seconds = alternate(ROUNDS, plain=lambda: write(0), guessing=lambda: write(4))
+        plain, guessing = (1e3 * value / n for value in seconds.values())
+        threes = len(set(zip(text, text[1:], text[2:], strict=False)))
+        print(f"{name:>10}{plain:10.1f}{guessing:10.1f}{plain / guessing:7.2f}x", end="")
+        print(f"   ({threes} different runs of three tokens)")
 
 
 def one_more(params, n):
@@ -152,13 +176,14 @@ def main():
         contestants = engines(folder, params, temporary)
         versions = f"PyTorch {torch.__version__}, CTranslate2 {ctranslate2.__version__}"
         print(f"{machine()}, {versions}")
-        for n_rows in (1, 8, 32):
+        for n_rows in ROWS:
             seconds = seconds_a_step(contestants, n_rows)
             if n_rows == 1:
                 least, rate = floor(params)
                 seconds[f"the floor, at {rate / 1e9:.1f} GB/s"] = least
             print_table(f"a step of {n_rows} row{'s' * (n_rows > 1)}", seconds, "kv_cache")
         time_products(params)
+        lookup(params)
         by_length(params)
 
 

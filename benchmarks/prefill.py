@@ -3,21 +3,24 @@
 usage: pip install -r requirements/benchmarks.txt; python benchmarks/prefill.py
 
 Random weights of GPT-2 124M's shape: 512 tokens, for the logits of the next one, and 8 prompts of
-different lengths, together and one by one. Also what smaller chunks, which bound memory, cost.
+different lengths, together and one by one. Also what smaller chunks, which bound memory, cost, what
+more threads gain, and the perplexity of a text of 4 x 1024 tokens, beside Hugging Face.
 """
 
 import logging
 import tempfile
+from unittest import mock
 
 import numpy as np
 import torch
 import transformers
-from common import HPARAMS, alternate, machine, model_folder, print_table
+from common import HPARAMS, alternate, hugging_face, machine, model_folder, print_table
 from decode import N_HEAD, N_VOCAB, engines
 
+import evaluate
 import kv_cache
 import utils
-from engine import products
+from engine import products, threads
 
 ROUNDS = 7
 
@@ -52,6 +55,41 @@ def main():
             for chunk in (64, 128, 256, 512, 1024)
         }
         print_table("1024 tokens, by the size of the chunks", seconds, "chunks of 512")
+        by_threads(ids, matrices)
+        time_perplexity(params)
+
+
+def by_threads(ids, params):
+    counts = [n for n in (1, 2, 4, 8, 16, 32) if n <= threads.n_threads()]
+
+    def read(n):
+        with mock.patch.object(threads, "n_threads", lambda: n):
+            read_once(ids, params, len(ids))
+
+    read_once(ids, params, len(ids))  # starts the threads, all of them
+    seconds = alternate(ROUNDS, **{str(n): lambda n=n: read(n) for n in counts})
+    print_table(f"{len(ids)} tokens, by the number of threads", seconds, str(counts[-1]))
+
+
+def time_perplexity(params):
+    n_ctx, model = HPARAMS["n_ctx"], hugging_face(params)
+    ids = np.random.default_rng(1).integers(0, N_VOCAB, 4 * n_ctx + 1)
+
+    def ours():
+        return evaluate.perplexity(ids, 1, 1, params, N_HEAD)["nats_per_token"]
+
+    @torch.inference_mode()
+    def theirs():
+        nats = 0.0
+        for start in range(0, 4 * n_ctx, n_ctx):
+            window = torch.from_numpy(ids[start : start + n_ctx + 1])
+            logits = model(window[None, :-1]).logits[0]
+            nats += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+        return nats / (4 * n_ctx)
+
+    assert abs(ours() - theirs()) < 1e-4, (ours(), theirs())
+    seconds = alternate(3, evaluate=ours, Hugging_Face=theirs)
+    print_table("the perplexity of 4 x 1024 tokens", seconds, "evaluate")
 
 
 def long_prompt(rng):

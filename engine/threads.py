@@ -1,7 +1,8 @@
 """Threads for products: OpenBLAS's count of them, and some of our own to share work among.
 
 Inside `with own_threads(n_rows):` OpenBLAS stays on the calling thread, and `in_threads(work, n)`
-cuts the work into a slice for each of ours. Ctrl-C, forks and a caller's own threads do no harm.
+cuts the work into a slice for each of ours; with `in_step` these can wait for each other. Ctrl-C,
+forks and a caller's own threads do no harm.
 """
 
 import contextlib
@@ -9,24 +10,23 @@ import functools
 import os
 import threading
 import time
+from itertools import pairwise
 from queue import SimpleQueue
-
-from numpy._core._multiarray_umath import __cpu_features__
 
 lock = threading.RLock()  # for what follows: callers may have threads of their own
 n_users, restore = 0, []  # of own_threads; and [(OpenBLAS, the number of threads it had outside)]
+stepping = threading.Lock()  # held while threads wait for each other
+here = threading.local()  # .busy where a thread is doing a share of some work already
 
 
 def blas():
-    """[(OpenBLAS as threadpoolctl controls it, its threads at first)]; [] where it has no use."""
+    """[(OpenBLAS as threadpoolctl controls it, its threads at first)]; [] where there is none."""
     with lock:
         return find_blas()
 
 
 @functools.cache
 def find_blas():
-    if not __cpu_features__.get("AVX512_SKX") or "OPENBLAS_CORETYPE" in os.environ:
-        return []
     from threadpoolctl import ThreadpoolController
 
     found = ThreadpoolController().select(internal_api="openblas").lib_controllers
@@ -70,28 +70,63 @@ def own_threads(n_rows):
                 limit(restore)
 
 
+def parts(n):
+    """How many threads share n things. One, in a thread that has a share of some work already."""
+    return 1 if getattr(here, "busy", False) else max(1, min(n_threads(), n))
+
+
 def in_threads(work, n):
     """[work(slice), ...]: 0 .. n cut into a slice for each thread, this one's first."""
-    n_parts = max(1, min(n_threads(), n))
+    n_parts = parts(n)
     lead = 0.08  # this thread takes a little more, for the others must wake first
     ends = [0, *(round(n * (i + lead) / (n_parts + lead)) for i in range(1, n_parts + 1))]
-    slices = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
-    results, done, asked, tasks = [UNSET] * n_parts, SimpleQueue(), 0, workers()
+    return share(work, [slice(*pair) for pair in pairwise(ends)])
+
+
+def in_step(work, n, n_parts):
+    """[work(number, slice, meet), ...]: 0 .. n cut evenly for n_parts threads that meet.
+
+    meet() returns once all have called it. n_parts is parts(n) at most. One call at a time: two
+    could each hold threads that the other waits for.
+    """
+    ends = [round(n * i / n_parts) for i in range(n_parts + 1)]
+    barrier = threading.Barrier(n_parts)
+
+    def take_part(mine):
+        try:
+            return work(ends.index(mine.start), mine, barrier.wait)
+        except BaseException:
+            barrier.abort()  # nobody waits for one who will not come
+            raise
+
+    with stepping if n_parts > 1 else contextlib.nullcontext():
+        return share(take_part, [slice(*pair) for pair in pairwise(ends)], barrier.abort)
+
+
+def share(work, slices, give_up=lambda: None):
+    """[work(slice), ...], the first here, the others in workers; give_up() if this one fails."""
+    if len(slices) == 1:
+        return [work(slices[0])]
+    results, done, asked, tasks = [UNSET] * len(slices), SimpleQueue(), 0, workers()
     try:
-        for i in range(1, n_parts):
+        for i in range(1, len(slices)):
             task = i, work, slices[i], results, done
             asked = i  # from here to the end of put no signal is handled
             tasks.put(task)
+        here.busy = True
         results[0] = work(slices[0])
-        for _ in range(1, n_parts):
+        for _ in range(1, len(slices)):
             done.get()
-    except BaseException:  # Ctrl-C, say: nobody may go on writing into the caller's arrays
+    except BaseException as error:  # Ctrl-C, say: nobody may go on writing into the caller's arrays
+        give_up()
         while any(result is UNSET for result in results[1 : asked + 1]):
             time.sleep(0.001)
-        raise
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+        results[0] = error
+    finally:
+        here.busy = False
+    errors = [result for result in results if isinstance(result, BaseException)]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error  # rather the cause than what it brought about
     return results
 
 
@@ -114,6 +149,7 @@ def start_workers():
 
 def serve(tasks):
     """A worker's life. A SimpleQueue wakes it several times faster than concurrent.futures does."""
+    here.busy = True
     while True:
         do(*tasks.get())  # which forgets its arguments: they may hold large arrays
 
@@ -128,8 +164,8 @@ def do(i, work, mine, results, done):
 
 def after_fork():
     """Threads do not survive a fork; a lock that another thread held would never be released."""
-    global lock, n_users
-    lock = threading.RLock()
+    global lock, stepping, n_users
+    lock, stepping = threading.RLock(), threading.Lock()
     start_workers.cache_clear()
     if n_users:
         n_users = 0

@@ -1,5 +1,6 @@
 """engine/: every way to multiply gives the product, on any number of threads."""
 
+import io
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import REPO
 
-from engine import products, threads
+from engine import kernels, products, threads
 
 
 @pytest.fixture(params=[1, 2, 3, 5])
@@ -24,6 +25,15 @@ def n_threads(request, monkeypatch):
     threads.start_workers.cache_clear()
 
 
+@pytest.fixture(params=["a second library", "NumPy's alone"])
+def library(request, monkeypatch):
+    """With the second OpenBLAS, where it is installed and of use, and without."""
+    if request.param == "NumPy's alone":
+        monkeypatch.setattr(kernels, "few_rows", lambda: None)
+    elif kernels.few_rows() is None:
+        pytest.skip("no AVX-512 kernels here, or scipy-openblas64 is not installed")
+
+
 def close(y, x, w):
     """Against float64, within what summing n_in float32 products in any order may lose."""
     exact = x.astype(np.float64) @ w.astype(np.float64)
@@ -31,8 +41,8 @@ def close(y, x, w):
 
 
 @pytest.mark.parametrize("order", ["C", "F", "neither"])
-@pytest.mark.parametrize("n_rows", [0, 1, 2, 3, 7, 8, 16, 17, 32, 33, 70])
-def test_every_product_equals_the_plain_one(rng, n_threads, n_rows, order):
+@pytest.mark.parametrize("n_rows", [0, 1, 2, 7, 16, 64, 65, 161])
+def test_every_product_equals_the_plain_one(rng, n_threads, library, n_rows, order):
     for n_in, n_out in [(768, 700), (257, 1031), (2048, 65), (64, 2049), (131073, 1), (1, 131072)]:
         w = rng.standard_normal((n_in, n_out), dtype=np.float32)
         w = {"C": w, "F": np.asfortranarray(w), "neither": np.repeat(w, 2, axis=1)[:, ::2]}[order]
@@ -47,19 +57,97 @@ def test_every_product_equals_the_plain_one(rng, n_threads, n_rows, order):
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_the_parts_themselves(rng, n_threads, order):
     """Each way by name, for sizes that `product` would not choose it for, too."""
-    ways = {
-        "C": [products.sum_of_slabs, products.split_columns],
-        "F": [products.row_of_slabs, products.split_columns],
-    }
+    ways = [np.matmul, *([products.slabs_of_columns] if order == "F" else [])]
+    if few_rows := kernels.few_rows():
+        ways += [few_rows]
     for _ in range(40):
         n_rows, n_in, n_out = rng.integers(1, [40, 300, 300])
         w = np.asarray(rng.standard_normal((n_in, n_out), dtype=np.float32), order=order)
         x = rng.standard_normal((n_rows, n_in), dtype=np.float32)
-        for way in ways[order]:
-            assert close(way(x, w), x, w), (way.__name__, n_rows, n_in, n_out)
+        for way in ways:
+            y = products.split_columns(x, w, way)
+            assert close(y, x, w), (way.__name__, n_rows, n_in, n_out)
 
 
-def test_the_same_product_is_the_same_to_the_last_bit(rng, n_threads):
+def test_padding_adds_rows_of_zeros_up_to_a_multiple_of_four(rng):
+    for n_rows, n_padded in [(0, 0), (1, 4), (3, 4), (4, 4), (5, 8), (64, 64)]:
+        x = rng.standard_normal((n_rows, 7), dtype=np.float32)
+        padded = kernels.pad(x)
+        assert padded.shape == (n_padded, 7) and padded.dtype == np.float32
+        assert np.array_equal(padded[:n_rows], x) and not padded[n_rows:].any()
+
+
+@pytest.mark.parametrize(
+    "cpu, most",
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\n" * 2, sys.maxsize),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", 64),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\n", 64),
+        (None, 64),
+    ],
+)
+def test_how_many_rows_are_few_depends_on_the_processor(cpu, most, monkeypatch):
+    def read(path, **_):
+        if cpu is None:
+            raise FileNotFoundError(path)
+        return io.StringIO(cpu)
+
+    monkeypatch.setattr(kernels, "open", read, raising=False)
+    kernels.most_rows.cache_clear()
+    assert kernels.most_rows() == most
+    kernels.most_rows.cache_clear()
+
+
+NOT_USED = {
+    "somebody has chosen kernels": 'os.environ["OPENBLAS_CORETYPE"] = "Haswell"',
+    "the package is not there": "importlib.util.find_spec = lambda name: None",
+    "its file is damaged": "importlib.util.find_spec = damaged",
+    "NumPy has no AVX-512 kernels": "kernels.AVX512 = set()",
+}
+
+
+@pytest.mark.parametrize("case", NOT_USED)
+def test_without_a_second_library_numpys_serves(case, tmp_path):
+    """In a new process: libraries are looked for once. The environment stays as it was."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libscipy_openblas64_.so").write_bytes(b"no library")
+    script = f"""
+import importlib.util, os, types
+def damaged(name):
+    return types.SimpleNamespace(origin={str(tmp_path / "__init__.py")!r})
+import numpy as np
+from engine import kernels, products
+{NOT_USED[case]}
+before = dict(os.environ)
+assert kernels.few_rows() is None and dict(os.environ) == before
+x, w = np.ones((8, 512), np.float32), np.ones((512, 512), np.float32)
+assert np.array_equal(x @ w.view(products.Matrix), x @ w)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=REPO, timeout=60)
+
+
+def test_the_second_library_is_loaded_apart(rng):
+    """Its own kernels, one thread; NumPy's stays as it is; no trace in the environment."""
+    if kernels.few_rows() is None:
+        pytest.skip("no AVX-512 kernels here, or scipy-openblas64 is not installed")
+    script = """
+import io
+import os
+before = dict(os.environ)
+from engine import kernels, threads
+from threadpoolctl import threadpool_info
+numpys = threadpool_info()
+assert kernels.few_rows() and dict(os.environ) == before
+now = threadpool_info()
+(second,) = [lib for lib in now if lib["filepath"] not in {lib["filepath"] for lib in numpys}]
+assert (second["architecture"], second["num_threads"]) == ("Haswell", 1)
+assert [lib for lib in now if lib != second] == numpys
+assert os.popen("echo $OPENBLAS_CORETYPE").read() == "\\n"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=REPO, timeout=60)
+
+
+def test_the_same_product_is_the_same_to_the_last_bit(rng, n_threads, library):
     x = rng.standard_normal((8, 768), dtype=np.float32)
     w = rng.standard_normal((768, 700), dtype=np.float32).view(products.Matrix)
     first = x @ w
@@ -110,6 +198,16 @@ def test_in_threads_keeps_order_and_covers_everything(n_threads):
     assert threads.in_threads(slower_when_earlier, n_threads) == list(range(n_threads))
     seen = threads.in_threads(lambda mine: threading.get_ident(), n_threads)
     assert seen[0] == threading.get_ident() and len(seen) == n_threads
+
+
+def test_a_threads_share_is_not_shared_again(n_threads):
+    def outer(mine):
+        inner = threads.in_threads(lambda part: (threading.get_ident(), part), 100)
+        return inner == [(threading.get_ident(), slice(0, 100))]
+
+    if n_threads > 1:
+        assert threads.in_threads(outer, 100) == [True] * n_threads
+    assert len(threads.in_threads(lambda mine: 1, 100)) == n_threads  # busy no more
 
 
 def test_an_error_in_a_worker_is_raised_by_the_caller(n_threads):
@@ -215,7 +313,7 @@ def test_two_first_callers_at_once_lose_no_threads():
     """In a new process, where nothing has been looked up yet."""
     script = """
 import threading, numpy as np
-from engine import products, threads
+from engine import kernels, products, threads
 barrier = threading.Barrier(4)
 def call():
     barrier.wait()
@@ -229,6 +327,7 @@ from threadpoolctl import ThreadpoolController
 print(counts, threads.n_users)
 assert all(now == first for now, first in counts) and threads.n_users == 0
 assert not counts or threads.n_threads() == max(n for _, n in counts)
+import io
 import os
 assert not counts or max(n for _, n in counts) == min(64, len(os.sched_getaffinity(0)))
 """
@@ -242,5 +341,6 @@ def test_ctrl_c_while_the_workers_start_ends_the_call(n_threads, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(threads, "workers", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        threads.in_threads(lambda mine: 1, n_threads)
+    if n_threads > 1:
+        with pytest.raises(KeyboardInterrupt):
+            threads.in_threads(lambda mine: 1, n_threads)

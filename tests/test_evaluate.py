@@ -72,7 +72,7 @@ def test_score_is_log_softmax_in_chunks_of_any_size(rng, params, monkeypatch):
         assert log_probs.dtype == np.float32
 
 
-def test_score_makes_256_rows_of_logits_at_most_and_in_float32(params, monkeypatch):
+def test_score_makes_64_rows_of_logits_at_most_and_in_float32(params, monkeypatch):
     seen, plain = [], evaluate.next_logits
 
     def look(x, params):
@@ -81,8 +81,8 @@ def test_score_makes_256_rows_of_logits_at_most_and_in_float32(params, monkeypat
         return logits
 
     monkeypatch.setattr(evaluate, "next_logits", look)
-    evaluate.score(np.ones((600, 16), np.float32), np.zeros(600, int), params)
-    assert seen == [(n, np.float32, np.float32) for n in (256, 256, 88)]
+    evaluate.score(np.ones((150, 16), np.float32), np.zeros(150, int), params)
+    assert seen == [(n, np.float32, np.float32) for n in (64, 64, 22)]
 
 
 def test_logits_of_any_size_do_not_overflow(params):

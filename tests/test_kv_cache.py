@@ -23,6 +23,7 @@ import gpt2
 import kv_cache
 import utils
 from encoder import Encoder
+from engine import lookup, slices, threads
 from model_files import weights
 
 with contextlib.suppress(ImportError):  # Windows has none of them
@@ -169,13 +170,13 @@ def test_a_prompt_that_does_not_fit_is_refused_before_its_first_chunk(params):
 
 
 def test_the_plain_functions_use_the_fast_products_too(params, monkeypatch):
-    kinds, plain = [], kv_cache.hidden_state
+    kinds, plain = [], slices.hidden_state
 
     def look(tokens, wte, **rest):
         kinds.append(type(wte))
         return plain(tokens, wte, **rest)
 
-    monkeypatch.setattr(kv_cache, "hidden_state", look)
+    monkeypatch.setattr(slices, "hidden_state", look)
     kv_cache.prefill(kv_cache.new_cache(params, N_HEAD), [1, 2], params, N_HEAD)
     assert kinds == [kv_cache.products.Matrix]
 
@@ -196,8 +197,8 @@ def test_what_the_caller_does_with_its_lists_changes_nothing(rng, params):
 
 def test_wide_rows_and_long_prompts_take_the_fast_paths(rng, monkeypatch):
     """Sizes for which threads and slabs come into play, wherever this machine would use them."""
-    monkeypatch.setattr(kv_cache.threads, "n_threads", lambda: 3)
-    kv_cache.threads.start_workers.cache_clear()
+    monkeypatch.setattr(threads, "n_threads", lambda: 3)
+    threads.start_workers.cache_clear()
     hparams = {"n_vocab": 401, "n_ctx": 300, "n_embd": 512, "n_head": 4, "n_layer": 2}
     params = random_params(rng, hparams)
     prompts = random_prompts(rng, [290, 3, 120, 64, 1], n_vocab=401)
@@ -210,7 +211,78 @@ def test_wide_rows_and_long_prompts_take_the_fast_paths(rng, monkeypatch):
     logits = kv_cache.step(caches, tokens, wrapped, 4)
     for row, ids, token in zip(logits, prompts, tokens, strict=True):
         assert_same_logits(row, gpt2.gpt2([*ids, token], **params, n_head=4)[-1])
-    kv_cache.threads.start_workers.cache_clear()
+    threads.start_workers.cache_clear()
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
+def test_slices_of_tokens_give_the_same_numbers(rng, n_threads, monkeypatch):
+    """Threads that meet in attention, beside the plain function; rows of all lengths in a pass."""
+    monkeypatch.setattr(threads, "n_threads", lambda: n_threads)
+    monkeypatch.setattr(slices, "MIN_TOKENS", 4)
+    threads.start_workers.cache_clear()
+    params, kinds, plain = random_params(rng, HPARAMS), [], slices.hidden_state
+    monkeypatch.setattr(
+        slices,
+        "hidden_state",
+        lambda tokens, **rest: kinds.append(len(tokens)) or plain(tokens, **rest),
+    )
+    for lengths in ([37], [20, 1, 16], [1] * 40, [2, 37, 1, 30], [5]):
+        texts = random_prompts(rng, lengths)
+        caches = [kv_cache.new_cache(params, N_HEAD) for _ in texts]
+        half = [max(1, n // 2) for n in lengths]
+        kv_cache.extend_all(
+            caches, [t[:n] for t, n in zip(texts, half, strict=True)], params, N_HEAD
+        )
+        rest = [(c, t[n:]) for c, t, n in zip(caches, texts, half, strict=True) if t[n:]]
+        if rest:
+            kv_cache.extend_all(*zip(*rest, strict=True), params, N_HEAD)
+        for cache, ids in zip(caches, texts, strict=True):
+            logits = kv_cache.step([cache], [0], params, N_HEAD) if len(ids) < 37 else None
+            if logits is not None:
+                assert_same_logits(logits[0], gpt2.gpt2([*ids, 0], **params, n_head=N_HEAD)[-1])
+    assert max(kinds) < 40 or n_threads == 1
+    threads.start_workers.cache_clear()
+
+
+def test_an_error_in_one_slice_ends_all(rng, monkeypatch):
+    monkeypatch.setattr(threads, "n_threads", lambda: 3)
+    monkeypatch.setattr(slices, "MIN_TOKENS", 4)
+    threads.start_workers.cache_clear()
+    params, plain = random_params(rng, HPARAMS), slices.hidden_state
+    for where in (0, 1, 2):
+
+        def stumble(tokens, where=where, **rest):
+            if tokens[0] == where:
+                raise MemoryError("no room")
+            return plain(tokens, **rest)
+
+        cache = kv_cache.new_cache(params, N_HEAD)
+        with monkeypatch.context() as m:
+            m.setattr(slices, "hidden_state", stumble)
+            ids = [0] * 10 + [1] * 10 + [2] * 10
+            with pytest.raises(MemoryError, match="no room"):
+                kv_cache.prefill(cache, ids, params, N_HEAD)
+        assert cache["n_seq"] == 0
+        expected = gpt2.gpt2(ids, **params, n_head=N_HEAD)[-1]
+        assert_same_logits(kv_cache.prefill(cache, ids, params, N_HEAD), expected)
+    threads.start_workers.cache_clear()
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_a_blocks_own_attention_works_with_a_cache(rng, params, n_threads, monkeypatch):
+    """It sees a row's queries, and all its keys and values; every head of them."""
+    monkeypatch.setattr(threads, "n_threads", lambda: n_threads)
+    monkeypatch.setattr(slices, "MIN_TOKENS", 4)
+    threads.start_workers.cache_clear()
+
+    def own(q, k, v):  # heads looked at in another order: all must be there
+        return gpt2.attention(q, k, v)[::-1] * 0.5
+
+    blocks = [params["blocks"][0], params["blocks"][1] | {"attend": own}, params["blocks"][2]]
+    params = params | {"blocks": blocks}
+    prompts = random_prompts(rng, [20, 3, 25])
+    assert kv_cache.generate(prompts, params, N_HEAD, 8) == alone(prompts, params, 8)
+    threads.start_workers.cache_clear()
 
 
 def test_a_copy_goes_its_own_way(params):
@@ -228,16 +300,16 @@ def test_an_interrupted_pass_leaves_the_rows_as_they_were(params, monkeypatch):
     caches = [kv_cache.new_cache(params, N_HEAD, capacity=3) for _ in range(2)]
     for cache in caches:
         kv_cache.prefill(cache, [1, 2, 3], params, N_HEAD)
-    calls = []
+    calls, plain = [], slices.attention_of_rows
 
-    def stumble(*args):
+    def stumble(rows):
         calls.append(1)
-        if len(calls) == 4:  # in the second layer, for the second row
+        if len(calls) == 2:  # in the second layer
             raise KeyboardInterrupt
-        return gpt2.attention(*args)
+        plain(rows)
 
     with monkeypatch.context() as m:
-        m.setattr(kv_cache, "attention_in_blocks", stumble)
+        m.setattr(slices, "attention_of_rows", stumble)
         with pytest.raises(KeyboardInterrupt):
             kv_cache.step(caches, [7, 8], params, N_HEAD)
     logits = kv_cache.step(caches, [4, 5], params, N_HEAD)
@@ -247,7 +319,7 @@ def test_an_interrupted_pass_leaves_the_rows_as_they_were(params, monkeypatch):
 
 def test_weights_are_used_where_they_lie(params, monkeypatch):
     """A model mapped from disk stays there: what reaches the forward pass shares its memory."""
-    seen, plain = [], kv_cache.hidden_state
+    seen, plain = [], slices.hidden_state
 
     def look(tokens, wte, wpe, blocks, ln_f, n_head):
         seen.append(np.shares_memory(wte, params["wte"]))
@@ -255,7 +327,7 @@ def test_weights_are_used_where_they_lie(params, monkeypatch):
         return plain(tokens, wte, wpe, blocks, ln_f, n_head)
 
     first = params["blocks"][0]
-    monkeypatch.setattr(kv_cache, "hidden_state", look)
+    monkeypatch.setattr(slices, "hidden_state", look)
     kv_cache.generate([[1]], params, N_HEAD, 2)
     assert seen == [True] * 4
 
@@ -342,13 +414,13 @@ def one_row(prompt, params, n_tokens, temperature, row):
 
 def test_a_pass_runs_at_most_a_chunk(rng, params, monkeypatch):
     """Of all rows together; those that write go first, so that no prompt keeps them waiting."""
-    prompts, passes, extend = random_prompts(rng, [20, 30, 2, 9]), [], kv_cache.extend
+    prompts, passes, extend = random_prompts(rng, [20, 30, 2, 9]), [], kv_cache.extend_all
 
     def note(caches, new_ids, *rest):
         passes.append([len(ids) for ids in new_ids])
         return extend(caches, new_ids, *rest)
 
-    monkeypatch.setattr(kv_cache, "extend", note)
+    monkeypatch.setattr(kv_cache, "extend_all", note)
     rows = kv_cache.generate(prompts, params, N_HEAD, 5, batch_size=3, chunk=8)
     assert rows == alone(prompts, params, 5)
     assert max(map(sum, passes)) == 8 and all(sizes == sorted(sizes) for sizes in passes)
@@ -376,18 +448,21 @@ def test_a_sampled_row_depends_on_the_seed_and_its_number_alone(rng, params):
 
 
 def test_samples_share_one_reading_of_the_prompt(rng, params, monkeypatch):
-    n_run, plain = [], kv_cache.extend
+    n_run, plain = [], kv_cache.extend_all
     monkeypatch.setattr(
-        kv_cache, "extend", lambda c, new, *a: n_run.append(sum(map(len, new))) or plain(c, new, *a)
+        kv_cache,
+        "extend_all",
+        lambda c, new, *a: n_run.append(sum(map(len, new))) or plain(c, new, *a),
     )
     prompts = random_prompts(rng, [20, 11])
     kv_cache.generate(prompts, params, N_HEAD, 5, n_samples=4, temperature=1.0, batch_size=3)
-    assert sum(n_run) == 20 + 11 + 2 * 4 * (5 - 1)
+    # A further sample runs the prompt's last token again, for its logits.
+    assert sum(n_run) == 20 + 11 + 2 * 3 + 2 * 4 * (5 - 1)
 
 
 def test_the_batch_stays_full_and_within_its_memory(rng, params, monkeypatch):
     """The bound on caches and on a pass; done rows leave; waiting ones do not wait for the rest."""
-    alive, passes, plain = weakref.WeakSet(), [], kv_cache.extend
+    alive, passes, plain = weakref.WeakSet(), [], kv_cache.extend_all
 
     class Counted(dict):
         __hash__ = object.__hash__
@@ -406,7 +481,7 @@ def test_the_batch_stays_full_and_within_its_memory(rng, params, monkeypatch):
 
     monkeypatch.setattr(kv_cache, "new_cache", counting(kv_cache.new_cache))
     monkeypatch.setattr(kv_cache, "copy_cache", counting(kv_cache.copy_cache))
-    monkeypatch.setattr(kv_cache, "extend", extend)
+    monkeypatch.setattr(kv_cache, "extend_all", extend)
     prompts = random_prompts(rng, rng.integers(1, 30, 12))
     kv_cache.generate(prompts, params, N_HEAD, 7, n_samples=2, batch_size=4, chunk=16)
     n_rows, n_tokens, n_alive = map(max, zip(*passes, strict=True))
@@ -449,7 +524,7 @@ def test_a_row_that_has_ended_holds_no_cache(params, monkeypatch):
 
 
 def test_nothing_to_write_is_legal_and_runs_nothing(params, monkeypatch):
-    monkeypatch.setattr(kv_cache, "extend", None)
+    monkeypatch.setattr(kv_cache, "extend_all", None)
     assert kv_cache.generate([[1], [2, 3]], params, N_HEAD, 0, n_samples=2) == [[]] * 4
     stream = kv_cache.generate_stream([[1]], params, N_HEAD, 0)
     assert list(stream) == [(0, [], "length")]
@@ -462,6 +537,35 @@ def test_a_full_context_is_legal_and_the_callers_lists_stay(rng, params):
     assert prompts == before
     tuples = [tuple(ids) for ids in prompts]
     assert kv_cache.generate(tuples, params, N_HEAD, 7) == alone(prompts, params, 7)
+
+
+def test_the_idea_at_its_simplest_is_what_all_the_rest_computes(rng, params):
+    """Any cuts of a text, even token by token: one_text, extend and the whole text at once."""
+    ids = rng.integers(HPARAMS["n_vocab"], size=37).tolist()
+    whole = gpt2.hidden_state(ids, **params, n_head=N_HEAD)
+    for cuts in ([37], [1] * 37, [5, 1, 1, 20, 3, 7]):
+        simple, cache, start = (
+            kv_cache.one_text(params, N_HEAD),
+            kv_cache.new_cache(params, N_HEAD),
+            0,
+        )
+        for n in cuts:
+            some = ids[start : start + n]
+            x = simple(some)
+            np.testing.assert_allclose(x, whole[start : start + n], atol=1e-5)
+            theirs = kv_cache.extend_all([cache], [some], params, N_HEAD)
+            np.testing.assert_allclose(x, theirs, atol=1e-5)
+            assert x.dtype == np.float32
+            start += n
+
+
+def test_guesses_and_sliding_go_together(rng, params):
+    ids = [1, 2, 3] * 10
+    for n_ctx in (12, 37):
+        short = params | {"wpe": params["wpe"][:n_ctx]}
+        plain = kv_cache.generate([ids], short, N_HEAD, 70, slide=True)
+        assert kv_cache.generate([ids], short, N_HEAD, 70, slide=True, lookup=4) == plain
+        assert plain[0] == gpt2.generate(ids, short, N_HEAD, 70, slide=True)
 
 
 @pytest.mark.parametrize("n_ctx", [1, 2, 5, 8])
@@ -504,17 +608,121 @@ WRONG = {
     "batch_size": ([[1]], {"batch_size": 0}, "batch_size must be 1 or more, not 0"),
     "n_samples": ([[1]], {"n_samples": 0}, "n_samples must be 1 or more"),
     "chunk": ([[1]], {"chunk": 0}, "chunk must be 1 or more"),
+    "lookup": ([[1]], {"lookup": -1}, "lookup must be a number of guesses, or 0 for none, not -1"),
     "temperature": ([[1]], {"temperature": -1.0}, "temperature must be"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_cannot_be_is_one_clear_error_before_any_work(params, monkeypatch, case):
-    monkeypatch.setattr(kv_cache, "extend", None)
+    monkeypatch.setattr(kv_cache, "extend_all", None)
     prompts, options, words = WRONG[case]
     with pytest.raises(ValueError) as raised:
         kv_cache.generate(prompts, params, N_HEAD, 8, **options)
     assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("chunk", [5, 512])
+def test_a_common_beginning_is_read_once(rng, params, monkeypatch, batch_size, chunk):
+    """By rows that begin together, and by those that come when others write or have just ended."""
+    common = rng.integers(0, 61, 18).tolist()
+    prompts = [common + rest for rest in random_prompts(rng, [3, 1, 5, 2, 4, 3])]
+    expected, n_run, plain = alone(prompts, params, 6), [], kv_cache.extend_all
+    monkeypatch.setattr(
+        kv_cache,
+        "extend_all",
+        lambda caches, new, *rest: n_run.append(sum(map(len, new))) or plain(caches, new, *rest),
+    )
+    ours = kv_cache.generate(prompts, params, N_HEAD, 6, batch_size=batch_size, chunk=chunk)
+    assert ours == expected
+    n_distinct = sum(len(set(map(tuple, (p[:n] for p in prompts)))) for n in range(1, 19))
+    n_rest = sum(map(len, prompts)) - 6 * 18
+    assert n_distinct == 18 and sum(n_run) <= 18 + n_rest + 6 * (6 - 1)
+
+
+def test_what_another_row_has_written_is_not_read_again(rng, params, monkeypatch):
+    """A conversation: the second prompt is the first, its answer, and more."""
+    first = rng.integers(0, 61, 12).tolist()
+    answer, n_run, plain = alone([first], params, 6)[0], [], kv_cache.extend_all
+    second = first + answer + [1, 2]
+    expected = alone([second], params, 5)
+    rows = []
+    kv_cache.admit(rows, kv_cache.new_row(first, 10, np.random.default_rng(0)))
+    for _ in range(8):
+        kv_cache.advance(rows, params, N_HEAD)
+    monkeypatch.setattr(
+        kv_cache,
+        "extend_all",
+        lambda c, new, *a: n_run.append(list(map(len, new))) or plain(c, new, *a),
+    )
+    row = kv_cache.new_row(second, 5, np.random.default_rng(0))
+    kv_cache.admit(rows, row)
+    kv_cache.advance(rows, params, N_HEAD)
+    assert n_run == [[1, 2]] and row["ids"] == expected[0][:1]
+
+
+def test_rows_join_and_leave_between_passes(rng, params):
+    """As a server drives it: one comes while others write, one is taken out half-way."""
+    prompts = random_prompts(rng, [20, 4, 20])
+    prompts[2] = prompts[0][:15] + prompts[2][15:]
+    expected, rows = alone(prompts, params, 8), []
+    made = [kv_cache.new_row(p, 8, np.random.default_rng(0)) for p in prompts]
+    kv_cache.admit(rows, made[0])
+    kv_cache.admit(rows, made[2])  # waits for what made[0] is to read ...
+    kv_cache.advance(rows, params, N_HEAD, chunk=5)
+    assert made[2]["cache"] is None
+    rows.remove(made[0])
+    made[0]["end"] = "cancelled"  # ... and reads the rest itself
+    kv_cache.admit(rows, made[1])
+    while rows:
+        kv_cache.advance(rows, params, N_HEAD, chunk=5)
+    assert [row["ids"] for row in made[1:]] == expected[1:] and made[0]["ids"] == []
+    assert [row["end"] for row in made] == ["cancelled", "length", "length"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_lookup_changes_no_token(data):
+    """Of few different tokens, so that guesses are made, right and wrong; greedy and drawn."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    params = random_params(rng, HPARAMS)
+    n_tokens = data.draw(st.integers(0, 20), label="n_tokens")
+    temperature = data.draw(st.sampled_from([0.0, 0.3, 1.0]), label="temperature")
+    lookup = data.draw(st.integers(1, 9), label="lookup")
+    prompts = [rng.integers(0, 3, n).tolist() for n in data.draw(
+        st.lists(st.integers(1, 17), min_size=1, max_size=4), label="lengths"
+    )]  # fmt: skip
+    options = {
+        "temperature": temperature, "seed": 7, "endoftext": data.draw(st.integers(0, 60)),
+        "stop": lambda ids: ids[-1] == 5, "chunk": data.draw(st.integers(1, 40)),
+    }  # fmt: skip
+    plain = list(kv_cache.generate_stream(prompts, params, N_HEAD, n_tokens, **options))
+    fast = kv_cache.generate_stream(prompts, params, N_HEAD, n_tokens, **options, lookup=lookup)
+    in_order = [sorted(events, key=lambda e: e[0]) for events in (plain, list(fast))]
+    assert in_order[0] == in_order[1]
+
+
+def test_lookup_writes_a_text_that_repeats_in_fewer_passes(params, monkeypatch):
+    passes, plain = [], kv_cache.extend_all
+    monkeypatch.setattr(
+        kv_cache, "extend_all", lambda c, new, *a: passes.append(len(new[0])) or plain(c, new, *a)
+    )
+    still = exclaiming(HPARAMS)  # always the same token
+    (ids,) = kv_cache.generate([[1, 2]], still, N_HEAD, 30, lookup=4)
+    n_lookup = len(passes)
+    assert [ids] == kv_cache.generate([[1, 2]], still, N_HEAD, 30) and len(set(ids)) == 1
+    assert n_lookup <= 4 + 30 / 5 and max(passes[1:]) == 5 and len(passes) == n_lookup + 30
+
+
+def test_lookup_gives_up_where_it_guesses_wrong(monkeypatch):
+    """One guess at first, then one for 16 tokens at the most: a bound on what it costs."""
+    trust, n_guesses = 1.0, 0
+    for _ in range(160):
+        guessed = 4 if trust >= 1 else 0
+        n_guesses += guessed > 0
+        trust = lookup.new_trust(trust, guessed, n_right=0)
+    assert n_guesses == 1 + 160 // 17
 
 
 # --------------------------------------------------------------------------------------------------
