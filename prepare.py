@@ -146,6 +146,10 @@ def prepare(out, plan, encoder, options, n_workers, ray):
     elif plan["train_tokenizer"]:
         work_dir = os.path.join(out, WORK)
         encoder = learn_tokenizer(plan["train_tokenizer"], plan["sources"], options, work_dir)
+        if encoder.n_vocab < plan["train_tokenizer"]:
+            notice(
+                f"the text gave a tokenizer of {encoder.n_vocab} entries: no pair is left to merge"
+            )
     encoder.save(out)
     options = options | {"dtype": "<u2" if encoder.n_vocab <= 2**16 else "<u4"}
     encoders.clear()

@@ -998,6 +998,13 @@ def test_the_validation_split_does_not_swallow_the_corpus(tmp_path):
             assert n_val / (n_val + n_train) == pytest.approx(0.1, abs=1e-4)
 
 
+def test_a_tokenizer_that_settles_for_fewer_ids_says_so(tmp_path):
+    (tmp_path / "a.txt").write_text("abab")
+    out, err = make("a.txt", "--train_tokenizer", "300", cwd=tmp_path)
+    assert err == "notice: the text gave a tokenizer of 259 entries: no pair is left to merge\n"
+    assert "259 ids" in out
+
+
 def test_few_rows_are_split_between_two(tmp_path, rng):
     """The border is the nearer end of the row in which the last tenth begins."""
     pyarrow = pytest.importorskip("pyarrow")
