@@ -100,12 +100,16 @@ def attention(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_head] -> [.
 
     Usually n_q is n_seq. Where it is less, the queries are those of the last n_q positions.
     """
+    return attention_weights(q, k) @ v
+
+
+def attention_weights(q, k):  # [..., n_q, d_head], [..., n_seq, d_head] -> [..., n_q, n_seq]
+    """What attention weighs the values with: a row a query, which sums to 1."""
     xp, n_q, n_seq, d_head = q.__array_namespace__(), q.shape[-2], k.shape[-2], k.shape[-1]
-    scores = q / math.sqrt(d_head) @ k.swapaxes(-1, -2)  # [..., n_q, n_seq]
+    scores = q / math.sqrt(d_head) @ k.swapaxes(-1, -2)
     position = xp.arange(n_seq)
     future = position > position[n_seq - n_q :, None]  # [n_q, n_seq]: what a query may not see
-    weights = softmax(xp.where(future, -math.inf, scores))  # exp(-inf) is 0
-    return weights @ v
+    return softmax(xp.where(future, -math.inf, scores))  # exp(-inf) is 0
 
 
 def attention_in_blocks(q, k, v):  # the shapes of attention

@@ -1,0 +1,335 @@
+"""backprop.py against jax.grad, PyTorch, and slopes measured in float64."""
+
+import math
+
+import numpy as np
+import pytest
+from conftest import hugging_face, random_params, tree_map
+
+import backprop
+import gpt2
+from model_files import weights
+
+SHAPES = {  # n_batch, n_seq, n_vocab, n_ctx, n_embd, n_head, n_layer
+    "odd sizes": (3, 7, 13, 11, 15, 3, 2),
+    "one head": (2, 9, 31, 9, 10, 1, 2),
+    "one layer": (4, 5, 20, 8, 12, 2, 1),
+    "a batch of one": (1, 17, 257, 20, 24, 4, 2),
+    "one token": (2, 1, 9, 4, 6, 2, 1),
+    "a number a head": (2, 6, 9, 6, 5, 5, 1),
+    "attention in halves": (3, 67, 40, 80, 12, 2, 2),
+    "attention in quarters": (1, 131, 40, 131, 8, 2, 1),
+}
+
+
+def make(rng, shape):  # -> parameters, tokens, n_head
+    n_batch, n_seq, *sizes = shape
+    names = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+    hparams = dict(zip(names, sizes, strict=True))
+    tokens = rng.integers(0, hparams["n_vocab"], (n_batch, n_seq + 1))
+    return random_params(rng, hparams), tokens, hparams
+
+
+def random_shape(rng):
+    n_head, n_seq = int(rng.integers(1, 6)), int(rng.integers(1, 140))
+    n_embd = n_head * int(rng.integers(-(-8 // n_head), 12))
+    n_ctx = n_seq + int(rng.integers(0, 5))
+    sizes = int(rng.integers(2, 300)), n_ctx, n_embd, n_head, int(rng.integers(1, 4))
+    return int(rng.integers(1, 6)), n_seq, *sizes
+
+
+def leaves(tree):  # -> {name: array}
+    hparams = {"n_vocab": 0, "n_ctx": 0, "n_embd": 0, "n_layer": len(tree["blocks"])}
+    return {name: weights.leaf(tree, name) for name, _ in weights.tensor_shapes(hparams)}
+
+
+def assert_close(ours, theirs, tolerance=1e-4):
+    """The distance of each array, as a share of its length (of the longest one's, for noise)."""
+    ours, theirs = leaves(ours), leaves(theirs)
+    floor = 1e-3 * max(np.linalg.norm(x) for x in theirs.values())
+    for name, x in theirs.items():
+        distance = np.linalg.norm(ours[name] - x) / max(np.linalg.norm(x), floor)
+        assert ours[name].shape == x.shape and distance <= tolerance, (name, distance)
+
+
+def jax_gradients(params, tokens, n_head):
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    train_jax = pytest.importorskip("train_jax", reason="optax is not installed")
+    function = jax.value_and_grad(lambda p: train_jax.losses(p, tokens, n_head).mean())
+    with jax.default_matmul_precision("float32"):
+        value, gradients = jax.jit(function)(params)
+    return float(value), tree_map(np.asarray, gradients)
+
+
+def torch_gradients(params, tokens, hparams):
+    model = hugging_face(params, hparams)
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    ids = torch.from_numpy(tokens)
+    logits = model(ids[:, :-1]).logits.flatten(0, 1)
+    value = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+    value.backward()
+    found = {name: weights.hugging_face_name(name) for name in leaves(params)}
+    found = {n: model.transformer.get_parameter(key).grad.numpy() for n, key in found.items()}
+    return value.item(), weights.nest(found)
+
+
+def assert_right(wanted, params, tokens, n_head):
+    loss, ours = backprop.loss_and_gradients(params, tokens, n_head)
+    assert type(loss) is float and abs(loss / wanted[0] - 1) < 1e-4
+    assert {x.dtype for x in leaves(ours).values()} == {np.dtype("float32")}
+    assert_close(ours, wanted[1])
+
+
+@pytest.mark.parametrize("name", ["odd sizes", "attention in halves"])
+def test_gradients_are_those_of_jax(rng, name):
+    params, tokens, hparams = make(rng, SHAPES[name])
+    wanted = jax_gradients(params, tokens, hparams["n_head"])
+    assert_right(wanted, params, tokens, hparams["n_head"])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradients_are_those_of_pytorch(rng, name):
+    params, tokens, hparams = make(rng, SHAPES[name])
+    wanted = torch_gradients(params, tokens, hparams)
+    assert_right(wanted, params, tokens, hparams["n_head"])
+
+
+@pytest.mark.parametrize("_", range(20))
+def test_gradients_are_those_of_pytorch_for_any_shape(rng, _):
+    shape = random_shape(rng)
+    print("shape", shape)
+    params, tokens, hparams = make(rng, shape)
+    wanted = torch_gradients(params, tokens, hparams)
+    assert_right(wanted, params, tokens, hparams["n_head"])
+
+
+# --- Slopes, measured in float64 ------------------------------------------------------------------
+
+
+def slopes(f, x, step=1e-5):  # f() -> a number that depends on the float64 array x -> x's shape
+    """(f(x + step) - f(x - step)) / (2 step) for each number of x, which is put back."""
+    found = np.empty_like(x)
+    for i in np.ndindex(x.shape):
+        before, values = x[i], []
+        for x[i] in (before + step, before - step):
+            values.append(f())
+        x[i], found[i] = before, (values[0] - values[1]) / (2 * step)
+    return found
+
+
+def agree(ours, measured):
+    assert ours.shape == measured.shape and ours.dtype == np.float64
+    assert np.allclose(ours, measured, rtol=1e-6, atol=1e-8 + 1e-6 * np.abs(measured).max())
+
+
+def test_every_parameters_slope_is_its_gradient(rng):
+    params, tokens, hparams = make(rng, (3, 4, 7, 5, 6, 2, 2))
+    params = tree_map(lambda x: x.astype(np.float64), params)
+    rows, columns = np.indices(tokens[:, 1:].shape)
+
+    def loss():
+        logits = gpt2.gpt2(tokens[:, :-1], **params, n_head=2)
+        right = logits[rows, columns, tokens[:, 1:]]
+        return (np.log(np.exp(logits).sum(-1)) - right).mean()
+
+    value, ours = backprop.loss_and_gradients(params, tokens, 2)
+    assert math.isclose(value, loss(), rel_tol=1e-12)
+    for name, x in leaves(params).items():
+        agree(weights.leaf(ours, name), slopes(loss, x))
+
+
+def check(rng, f, arrays, backward):
+    """backward(dy) -> what f's sum, weighed by dy, changes by when each of the arrays does."""
+    y = f()
+    dy = rng.standard_normal(y.shape)
+    kept = dy.copy()
+    found = backward(dy)
+    assert (dy == kept).all()  # the caller's gradient is not used as scratch
+    for x, gradient in zip(arrays, found, strict=True):
+        agree(gradient, slopes(lambda: (f() * dy).sum(), x))
+
+
+def flat(gradients):  # (dx, a tree of dicts) -> dx, then the leaves in the tree's order
+    dx, tree = gradients
+    found = [dx]
+    tree_map(found.append, tree)
+    return found
+
+
+def affine(rng, n_in, n_out):
+    return {"w": rng.standard_normal((n_in, n_out)), "b": rng.standard_normal(n_out)}
+
+
+def norm(rng, n):
+    return {"g": rng.standard_normal(n), "b": rng.standard_normal(n)}
+
+
+def test_gelus_gradient(rng):
+    x = np.concatenate([rng.standard_normal(40) * 3, [0.0, 1e-30, -1e-30, 9, -9, 40, -40]])
+    check(rng, lambda: gpt2.gelu(x), [x], lambda dy: [backprop.gelu_backward(dy, x, gpt2.gelu(x))])
+    x = x.astype(np.float32)
+    found = backprop.gelu_backward(np.ones_like(x), x, gpt2.gelu(x))
+    assert found.dtype == np.float32 and found[40] == 0.5 and found[-2] == 1 and found[-1] == 0
+
+
+def test_softmaxs_gradient(rng):
+    x = rng.standard_normal((3, 2, 5))
+    check(
+        rng,
+        lambda: gpt2.softmax(x),
+        [x],
+        lambda dy: [backprop.softmax_backward(dy, gpt2.softmax(x))],
+    )
+
+
+def test_layer_norms_gradient(rng):
+    x, p = rng.standard_normal((4, 7)), norm(rng, 7)
+    check(
+        rng,
+        lambda: gpt2.layer_norm(x, **p),
+        [x, p["g"], p["b"]],
+        lambda dy: flat(backprop.layer_norm_backward(dy, x, **p)),
+    )
+
+
+def test_linears_gradient(rng):
+    x, p = rng.standard_normal((4, 3)), affine(rng, 3, 5)
+    check(
+        rng,
+        lambda: gpt2.linear(x, **p),
+        [x, p["w"], p["b"]],
+        lambda dy: flat(backprop.linear_backward(dy, x, **p)),
+    )
+
+
+def test_ffns_gradient(rng):
+    x, p = rng.standard_normal((4, 3)), {"c_fc": affine(rng, 3, 8), "c_proj": affine(rng, 8, 3)}
+    y, backward = backprop.ffn_forward(x, **p)
+    assert (y == gpt2.ffn(x, **p)).all()
+    check(rng, lambda: gpt2.ffn(x, **p), flat((x, p)), lambda dy: flat(backward(dy)))
+
+
+@pytest.mark.parametrize("n_seq, d_head", [(5, 3), (1, 2), (66, 1)])
+def test_attentions_gradient(rng, n_seq, d_head):
+    q, k, v = rng.standard_normal((3, 2, n_seq, d_head))
+    check(
+        rng,
+        lambda: gpt2.attention(q, k, v),
+        [q, k, v],
+        lambda dy: backprop.attention_backward(dy, q, k, v),
+    )
+
+
+def block(rng, n):
+    attn = {"c_attn": affine(rng, n, 3 * n), "c_proj": affine(rng, n, n)}
+    mlp = {"c_fc": affine(rng, n, 4 * n), "c_proj": affine(rng, 4 * n, n)}
+    return {"mlp": mlp, "attn": attn, "ln_1": norm(rng, n), "ln_2": norm(rng, n)}
+
+
+def test_the_gradient_of_multi_head_attention(rng):
+    """For sequences one after the other, which gpt2.mha takes as a batch."""
+    x, p = rng.standard_normal((6, 4)), block(rng, 4)["attn"]
+
+    def run():
+        return gpt2.mha(x.reshape(2, 3, 4), **p, n_head=2).reshape(6, 4)
+
+    y, backward = backprop.mha_forward(x, **p, n_head=2, n_seq=3)
+    assert np.allclose(y, run())
+    check(rng, run, flat((x, p)), lambda dy: flat(backward(dy)))
+
+
+def test_the_gradient_of_a_block(rng):
+    x, p = rng.standard_normal((6, 4)), block(rng, 4)
+
+    def run():
+        return gpt2.transformer_block(x.reshape(2, 3, 4), **p, n_head=2).reshape(6, 4)
+
+    y, backward = backprop.transformer_block_forward(x, **p, n_head=2, n_seq=3)
+    assert np.allclose(y, run())
+    check(rng, run, flat((x, p)), lambda dy: flat(backward(dy)))
+
+
+def test_cross_entropys_gradient(rng):
+    logits, targets = 3 * rng.standard_normal((5, 7)), rng.integers(0, 7, 5)
+
+    def nats():
+        return -np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))[range(5), targets]
+
+    ours, gradient = backprop.cross_entropy(logits, targets)
+    assert np.allclose(ours, nats())
+    agree(gradient, slopes(lambda: nats().sum(), logits))
+
+
+def test_what_is_thought_impossible_costs_as_much_as_it_is_far_off():
+    logits = np.array([[0, 500, -3000]], np.float32)  # whose probability is 0 in float32
+    nats, gradient = backprop.cross_entropy(logits, np.array([2]))
+    assert nats == [3500] and (gradient == [[0, 1, -1]]).all()
+
+
+# --- The whole ------------------------------------------------------------------------------------
+
+
+def test_the_forward_pass_is_gpt2s(rng):
+    params, tokens, hparams = make(rng, SHAPES["attention in halves"])
+    logits, _ = backprop.gpt2_forward(tokens[:, 1:], **params, n_head=2)
+    wanted = gpt2.gpt2(tokens[:, 1:], **params, n_head=2).reshape(logits.shape)
+    assert logits.dtype == np.float32 and np.allclose(logits, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_seq", [6, 70])
+def test_nothing_is_sent_to_positions_that_come_later(rng, n_seq):
+    """Of what one position's output asks for, the later ones and other sequences get nothing."""
+    params, tokens, hparams = make(rng, (2, n_seq, 9, n_seq, 6, 2, 2))
+    t = int(rng.integers(0, n_seq - 1))
+    logits, backward = backprop.gpt2_forward(tokens[:, :-1], **params, n_head=2)
+    d = np.zeros_like(logits)
+    d[t] = rng.standard_normal(9)
+    found = backward(d)["wpe"]
+    assert (found[t + 1 :] == 0).all() and (found[: t + 1] != 0).any(-1).all()
+    dy = np.zeros((2 * n_seq, 6))
+    dy[t] = rng.standard_normal(6)
+    x = rng.standard_normal(dy.shape)
+    _, backward = backprop.transformer_block_forward(
+        x, **params["blocks"][0], n_head=2, n_seq=n_seq
+    )
+    dx, _ = backward(dy)
+    assert (dx[t + 1 :] == 0).all() and (dx[: t + 1] != 0).any(-1).all()
+
+
+def test_ids_that_come_again_add_up(rng):
+    ids, dx = rng.integers(0, 5, 40), rng.standard_normal((40, 3))
+    wanted = np.zeros((5, 3))
+    np.add.at(wanted, ids, dx)
+    found, sums = backprop.sum_by_id(ids, dx)
+    assert list(found) == sorted(set(ids.tolist())) and np.allclose(sums, wanted[found])
+
+
+def test_positions_and_ids_that_no_text_has_get_nothing(rng):
+    params, tokens, _ = make(rng, (2, 5, 20, 9, 6, 2, 1))
+    _, gradients = backprop.loss_and_gradients(params, tokens % 10, 2)
+    assert (gradients["wpe"][5:] == 0).all() and (gradients["wpe"][:5] != 0).any(-1).all()
+    assert (gradients["wte"] != 0).any(-1).all()  # rows that are no input are wrong answers
+
+
+def test_neither_parameters_nor_tokens_are_changed_and_bits_come_again(rng):
+    params, tokens, hparams = make(rng, (5, 33, 50, 40, 32, 4, 2))
+    before, kept = tree_map(np.copy, params), tokens.copy()
+    tree_map(lambda x: x.setflags(write=False), params)
+    loss, first = backprop.loss_and_gradients(params, tokens, 4)
+    for _ in range(3):
+        again, second = backprop.loss_and_gradients(params, tokens, 4)
+        assert again == loss
+        for name, x in leaves(first).items():
+            assert (x == weights.leaf(second, name)).all()
+    assert (tokens == kept).all()
+    assert all((x == weights.leaf(before, n)).all() for n, x in leaves(params).items())
+
+
+def test_how_the_batch_is_cut_does_not_matter(rng):
+    params, tokens, _ = make(rng, (5, 9, 50, 10, 8, 2, 2))
+    loss, whole = backprop.loss_and_gradients(params, tokens, 2)
+    parts = [backprop.loss_and_gradients(params, row[None], 2) for row in tokens]
+    assert math.isclose(np.mean([value for value, _ in parts]), loss, rel_tol=1e-5)
+    mean = tree_map(lambda *x: x, parts[0][1])
+    mean = {n: np.mean([weights.leaf(g, n) for _, g in parts], 0) for n in leaves(whole)}
+    assert_close(whole, weights.nest(mean))
