@@ -1,44 +1,46 @@
 """GPT-2's other half in pure NumPy: the gradient, derived by hand, and training with it.
 
-    python backprop.py --data shakespeare                      # from text to a model, no framework
-    python gpt2.py "It was" --model_size mine                  # then write with it
+    python backprop.py --data shakespeare                # from text to a model, and no framework
+    python backprop.py --init_from 124M --data novel.txt # or go on with one
+    python gpt2.py "It was" --model_size mine            # then write with it
 
-gpt2.py says what the model computes; this file says how the loss would change if anything in it
-did. The chain rule does it, backwards: who knows dy, what the loss gains per change of a function's
-result y, can work out dx, what it gains per change of the input x. So each function of gpt2.py has
-a counterpart here, in the same order.
+gpt2.py computes the loss; this file says how the loss changes if anything in there does. If dy is
+the gradient by a function's result y (what the loss gains per change of y), the chain rule gives
+dx, the gradient by its input x. So every function of gpt2.py has a counterpart here, in its order:
 
-*  The small ones: f_backward(dy, ...) takes dy and f's own arguments (or its result, where that
-   saves work) and returns dx, and the gradients of f's parameters under their names.
-*  Those made of others: f_forward(...) calls gpt2.py's functions as they are and returns y and a
-   function `backward` from dy to the same; what a gradient asks for is kept in it meanwhile.
+*  A small one's, f_backward(dy, ...), takes dy and f's arguments, or f's result where that saves
+   work. It returns dx, and the gradients of f's parameters under their names.
+*  One made of others has f_forward(...), which calls gpt2.py's functions as they are and returns y
+   and `backward`, a function from dy to the same. What it needs until then is kept inside it.
 
-`dy` always has the shape of y, `dx` that of x. The tokens of a batch stand one after the other in
-one flat sequence, [n_tokens, n_embd], because a few large products are faster than many small ones;
-only attention cuts it into sequences again. n_tokens is n_batch * n_seq; the rest is as in gpt2.py.
+dx always has the shape of x. The tokens of a batch stand one after the other, [n_tokens, n_embd],
+since one large product is faster than many small ones; attention alone sees sequences.
 
-Memory, in float32: 4 bytes for each of the n parameters, once for itself, twice for the optimizer
-and once a thread for its gradient; and what is kept for a token, 16 n_embd numbers a layer and
-2 n_vocab for the logits.
+Memory: 4 bytes for each parameter, twice that for Adam, once more for each thread's gradient; and
+4 * (n_layer * 16 * n_embd + 3 * n_vocab) bytes for every token of the batch.
 """
 
+import functools
 import math
 
 import numpy as np
 
 from engine.threads import in_threads, own_threads
 from gpt2 import attention, attention_weights, gelu, layer_norm, linear, mha, softmax
+from kv_cache import generate
+from model_files.weights import leaves
+from plumbing.cli import run_cli
+from training.flags import read_flags
+from training.host import run
 
-# --------------------------------------------------------------------------------------------------
-# The gradient
-# --------------------------------------------------------------------------------------------------
+# --- The gradient -------------------------------------------------------------------------------
 
 
 def gelu_backward(dy, x, y):  # [...] each, y = gelu(x) -> dx
-    """gelu is y = x s with s = (1 + tanh u) / 2, so y' = s + x s'.
+    """y = x s with s = (1 + tanh u) / 2, so the slope is s + x s'.
 
-    tanh' = 1 - tanh^2 makes s' = 2 s (1 - s) u', and x s is y again: y' = s + 2 y (1 - s) u'. No
-    tanh is needed: s is y / x, but for x = 0, where it is 1/2. u is the bracket in gelu.
+    tanh' = 1 - tanh^2 makes s' = 2 s (1 - s) u', and x s is y again: s + 2 y (1 - s) u'. So tanh
+    is not needed a second time: s = y / x, except at 0, where it is 1/2.
     """
     s = np.divide(y, x, out=np.full_like(x, 0.5), where=x != 0)
     slope = x * x
@@ -52,36 +54,34 @@ def gelu_backward(dy, x, y):  # [...] each, y = gelu(x) -> dx
 
 
 def softmax_backward(dy, y):  # [..., n] each, y = softmax(x) -> dx
-    """y_i rises with x_i by y_i (1 - y_i) and falls with every other x_j by y_i y_j.
+    """A rising x_j lifts y_j by y_j and, as all share a sum of 1, lowers every y_i by y_i y_j.
 
-    Summed over i, x_j changes the loss by y_j (dy_j - sum of all y_i dy_i): what j gains above the
-    average, for the y sum to 1 and no more can be had for all of them together.
+    So dx_j = y_j (dy_j - sum of all dy_i y_i): what j is worth above the average.
     """
     return y * (dy - np.vecdot(dy, y)[..., None])
 
 
-def layer_norm_backward(dy, x, g, b, eps=1e-5):  # [n_tokens, n_embd] each -> dx, {"g", "b"}
-    """y = n g + b, where n is x with mean 0 and variance 1: dn = dy g, dg = dy n, db = dy.
+def layer_norm_backward(dy, x, g, b, eps=1e-5):  # [n_tokens, n_embd] twice -> dx, {"g", "b"}
+    """y = n g + b, n is x with mean 0 and variance 1. g and b serve all tokens: dg, db are sums.
 
-    dx has three terms: dn scaled as x was; less its mean, because a shift of all x changes no n;
-    and less its part along n, because stretching x changes no n either. g and b serve every token,
-    so their gradients are sums over the tokens.
+    dx has three terms: dn = dy g, scaled as x was; less its mean, because adding a number to all x
+    changes no n; less its part along n, because stretching x changes no n either.
     """
     n = x - x.mean(-1, keepdims=True)
     scale = (np.vecdot(n, n)[:, None] / x.shape[-1] + eps) ** -0.5
     n *= scale
-    gradients = {"g": (dy * n).sum(0), "b": dy.sum(0)}
     dx = dy * g
     dx -= dx.mean(-1, keepdims=True)
     dx -= n * (np.vecdot(dx, n)[:, None] / x.shape[-1])
     dx *= scale
-    return dx, gradients
+    n *= dy
+    return dx, {"g": n.sum(0), "b": dy.sum(0)}
 
 
 def linear_backward(dy, x, w, b):  # [n_tokens, n_out], [n_tokens, n_in] -> dx, {"w", "b"}
-    """y_j = sum of x_i w_ij + b_j: x_i reaches all y_j by w_ij, so dx = dy w^T.
+    """y_j = sum_i x_i w_ij + b_j. x_i acts on every y_j, by w_ij: dx = dy w^T.
 
-    w_ij meets x_i in every token, so dw_ij is the sum over tokens of x_i dy_j, which is x^T dy.
+    w_ij acts in every token, by its x_i: dw_ij is the sum over tokens of x_i dy_j, so x^T dy.
     """
     return dy @ w.T, {"w": x.T @ dy, "b": dy.sum(0)}
 
@@ -90,7 +90,7 @@ def ffn_forward(x, c_fc, c_proj):  # [n_tokens, n_embd] -> y, backward
     h = linear(x, **c_fc)
     a = gelu(h)
 
-    def backward(dy):  # -> dx, {"c_fc", "c_proj"}
+    def backward(dy):  # the same three in reverse -> dx, {"c_fc", "c_proj"}
         da, d_proj = linear_backward(dy, a, **c_proj)
         dx, d_fc = linear_backward(gelu_backward(da, h, a), x, **c_fc)
         return dx, {"c_fc": d_fc, "c_proj": d_proj}
@@ -98,12 +98,12 @@ def ffn_forward(x, c_fc, c_proj):  # [n_tokens, n_embd] -> y, backward
     return linear(a, **c_proj), backward
 
 
-def attention_backward(dy, q, k, v):  # [..., n_q, d_head] twice, [..., n_seq, d_head] twice
-    """-> dq, dk, dv. With weights p, y = p v is a product like linear's: dv = p^T dy, dp = dy v^T.
+def attention_backward(dy, q, k, v):  # dy, q: [..., n_q, d_head], k, v: [..., n_seq, d_head]
+    """-> dq, dk, dv. y = p v is a product, as in linear: dp = dy v^T, dv = p^T dy; so is q k^T.
 
-    Then dp goes back through softmax to the scores q k^T / sqrt(d_head), again a product. p is made
-    a second time: to keep n_seq^2 numbers a head would cost more. What the mask hides has p = 0 and
-    so gets nothing. Long sequences are cut in halves as in gpt2.attention; what is in both adds up.
+    The weights p are made again, which is cheaper than keeping n_seq numbers a token and head. The
+    mask needs nothing: what it hides has p = 0, so softmax_backward gives it 0. Long sequences are
+    cut in halves as in gpt2.attention, and what serves both halves gets the sum.
     """
     n_q, n_seq = q.shape[-2], k.shape[-2]
     if n_q > 64:
@@ -115,13 +115,12 @@ def attention_backward(dy, q, k, v):  # [..., n_q, d_head] twice, [..., n_seq, d
         dv[seen] += dv_seen
         return np.concat([dq, dq_late], axis=-2), dk, dv
     p = attention_weights(q, k)
-    dscores = softmax_backward(dy @ v.swapaxes(-1, -2), p)
-    dscores /= math.sqrt(q.shape[-1])
-    return dscores @ k, dscores.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ dy
+    d_scores = softmax_backward(dy @ v.swapaxes(-1, -2), p) / math.sqrt(q.shape[-1])
+    return d_scores @ k, d_scores.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ dy
 
 
 def mha_forward(x, c_attn, c_proj, n_head, n_seq):  # [n_tokens, n_embd] -> y, backward
-    """`attend`, which gpt2.mha lets us hand in, sees each sequence alone and keeps what it saw."""
+    """gpt2.mha lets us hand in `attend`, which sees the sequences apart and keeps what it saw."""
     kept, n_tokens = [], len(x)
 
     def split(x):  # [n_head, n_tokens, d_head] -> [n_head, n_batch, n_seq, d_head]
@@ -130,14 +129,14 @@ def mha_forward(x, c_attn, c_proj, n_head, n_seq):  # [n_tokens, n_embd] -> y, b
     def attend(q, k, v):
         kept[:] = split(q), split(k), split(v)
         out = attention(*kept).reshape(q.shape)
-        kept.append(out.swapaxes(0, 1).reshape(x.shape))
+        kept.append(out.swapaxes(0, 1).reshape(x.shape))  # what c_proj is given
         return out
 
     def backward(dy):  # -> dx, {"c_attn", "c_proj"}
-        q, k, v, merged = kept
+        *qkv, merged = kept
         d, d_proj = linear_backward(dy, merged, **c_proj)
         d = split(d.reshape(n_tokens, n_head, -1).swapaxes(0, 1))
-        d = np.concat(attention_backward(d, q, k, v)).reshape(3 * n_head, n_tokens, -1)
+        d = np.concat(attention_backward(d, *qkv)).reshape(3 * n_head, n_tokens, -1)
         dx, d_attn = linear_backward(d.swapaxes(0, 1).reshape(n_tokens, -1), x, **c_attn)
         return dx, {"c_attn": d_attn, "c_proj": d_proj}
 
@@ -145,7 +144,7 @@ def mha_forward(x, c_attn, c_proj, n_head, n_seq):  # [n_tokens, n_embd] -> y, b
 
 
 def transformer_block_forward(x, mlp, attn, ln_1, ln_2, n_head, n_seq):  # -> y, backward
-    """A sum hands its gradient on to both sides: past each half as it is, and through the half."""
+    """A sum has the slope 1 by both sides: dy goes on along the stream, and into each half."""
     y, mha_backward = mha_forward(layer_norm(x, **ln_1), **attn, n_head=n_head, n_seq=n_seq)
     middle = x + y
     y, ffn_backward = ffn_forward(layer_norm(middle, **ln_2), **mlp)
@@ -154,8 +153,8 @@ def transformer_block_forward(x, mlp, attn, ln_1, ln_2, n_head, n_seq):  # -> y,
         d, d_mlp = ffn_backward(dy)
         d, d_ln_2 = layer_norm_backward(d, middle, **ln_2)
         d += dy
-        d_half, d_attn = mha_backward(d)
-        dx, d_ln_1 = layer_norm_backward(d_half, x, **ln_1)
+        dx, d_attn = mha_backward(d)
+        dx, d_ln_1 = layer_norm_backward(dx, x, **ln_1)
         dx += d
         return dx, {"mlp": d_mlp, "attn": d_attn, "ln_1": d_ln_1, "ln_2": d_ln_2}
 
@@ -163,19 +162,19 @@ def transformer_block_forward(x, mlp, attn, ln_1, ln_2, n_head, n_seq):  # -> y,
 
 
 def gpt2_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_batch, n_seq] -> logits, backward
-    """wte serves twice and gets both gradients: what its rows did to the logits, as the w^T of a
-    linear, and what they did as inputs, where each row gets the sum over all places of its id."""
-    (n_batch, n_seq), inputs, halves = inputs.shape, inputs.ravel(), []
+    """wte serves twice and gets the sum: of what it does in the logits, where it is a linear's w^T,
+    and of what its rows do as inputs. There each row gets the sum over all places of its id."""
+    (n_batch, n_seq), inputs, backwards = inputs.shape, inputs.ravel(), []
     x = wte[inputs] + np.tile(wpe[:n_seq], (n_batch, 1))
     for block in blocks:
         x, backward = transformer_block_forward(x, **block, n_head=n_head, n_seq=n_seq)
-        halves.append(backward)
+        backwards.append(backward)
     y = layer_norm(x, **ln_f)
 
-    def backward(dlogits):  # [n_tokens, n_vocab] -> a tree like the parameters
-        d_wte, d_wpe, d_blocks = dlogits.T @ y, np.zeros_like(wpe), []
-        d, d_ln_f = layer_norm_backward(dlogits @ wte, x, **ln_f)
-        for block_backward in reversed(halves):
+    def backward(d_logits):  # [n_tokens, n_vocab] -> a tree like the parameters
+        d_wte, d_wpe, d_blocks = d_logits.T @ y, np.zeros_like(wpe), []
+        d, d_ln_f = layer_norm_backward(d_logits @ wte, x, **ln_f)
+        for block_backward in reversed(backwards):
             d, d_block = block_backward(d)
             d_blocks.insert(0, d_block)
         ids, sums = sum_by_id(inputs, d)
@@ -187,19 +186,19 @@ def gpt2_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_batch, n_seq] ->
 
 
 def sum_by_id(ids, rows):  # [n], [n, n_embd] -> the different ids, the sum of each one's rows
-    """`d_wte[ids] += rows` would keep one row of each id, and np.add.at goes row by row: sorted, an
-    id's rows are neighbours, and reduceat adds up neighbours."""
+    """`d_wte[ids] += rows` would count an id once, and np.add.at goes number by number. Sorted, the
+    rows of an id are neighbours, which reduceat adds up."""
     order = np.argsort(ids, kind="stable")
     ids = ids[order]
     first = np.flatnonzero(np.append(True, ids[1:] != ids[:-1]))
     return ids[first], np.add.reduceat(rows[order], first)
 
 
-def cross_entropy(logits, targets):  # [n, n_vocab], [n] -> [n], nats; and the gradient of their sum
-    """-ln p of the target, where p = softmax(logits): the logarithm of a sum, less one logit.
+def cross_entropy(logits, targets):  # [n, n_vocab], [n] -> nats [n], the gradient of their sum
+    """-ln p[target], p = softmax(logits), is ln(sum of exp(logits)) less the target's logit.
 
-    The sum's logarithm has softmax for its gradient, and the one logit has 1: together p - y, where
-    y is 1 at the target and 0 elsewhere. The sum is read off the likeliest, whose p is never 0.
+    The first has the slope p, the second 1 at the target: p - y, where y is what came, in full. ln
+    of the sum is read off the likeliest token, whose p is never 0.
     """
     p, rows, best = softmax(logits), np.arange(len(logits)), logits.argmax(-1)
     nats = logits[rows, best] - np.log(p[rows, best]) - logits[rows, targets]
@@ -208,33 +207,100 @@ def cross_entropy(logits, targets):  # [n, n_vocab], [n] -> [n], nats; and the g
 
 
 def loss_and_gradients(params, tokens, n_head):  # [n_batch, n_seq + 1] -> nats a token, a tree
-    """The mean of -ln p(next token), a float, and its gradient, arrays like those of params.
+    """The mean of -ln p[next token], a float, and its gradient: arrays like those of params.
 
-    The batch is cut among threads, each with sequences of its own and OpenBLAS on that thread
-    alone, so that all of the work is shared and not the products only. The parts are added up in
-    the order of the batch: the same bits each time, on one machine.
+    Threads share the sequences, each with OpenBLAS to itself, so that all of the work is done in
+    parallel and not the products alone. Their gradients are added up in the batch's order, which
+    gives the same bits each time on one machine.
     """
 
     def work(mine):
         logits, backward = gpt2_forward(tokens[mine, :-1], **params, n_head=n_head)
-        nats, dlogits = cross_entropy(logits, tokens[mine, 1:].ravel())
-        dlogits /= n
-        return nats.sum(dtype=np.float64), backward(dlogits)
+        nats, d_logits = cross_entropy(logits, tokens[mine, 1:].ravel())
+        d_logits /= tokens[:, 1:].size
+        return nats.sum(dtype=np.float64) / tokens[:, 1:].size, backward(d_logits)
 
-    n = tokens[:, 1:].size
-    with own_threads(len(tokens)):  # a single sequence is left to OpenBLAS and its threads
-        parts = in_threads(work, len(tokens))
-    nats, gradients = parts[0]
-    for more, others in parts[1:]:
-        nats += more
-        tree_map(lambda a, b: np.add(a, b, out=a), gradients, others)
-    return float(nats / n), gradients
+    with own_threads(len(tokens)):  # a single sequence is left to OpenBLAS's own threads
+        loss, gradients = add_up(in_threads(work, len(tokens)))
+    return float(loss), gradients
 
 
-def tree_map(f, *trees):
-    """A tree of the results of f, called with the arrays at the same place of all the trees."""
-    if isinstance(trees[0], dict):
-        return {name: tree_map(f, *(tree[name] for tree in trees)) for name in trees[0]}
-    if isinstance(trees[0], list):
-        return [tree_map(f, *nodes) for nodes in zip(*trees, strict=True)]
-    return f(*trees)
+def add_up(parts):  # (number, tree), ... -> their sums, in the arrays of the first
+    parts = iter(parts)
+    total, tree = next(parts)
+    for number, other in parts:
+        total += number
+        for x, more in zip(leaves(tree).values(), leaves(other).values(), strict=True):
+            x += more
+    return total, tree
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+def learning_rate(n_done, n_steps, learning_rate, min_learning_rate, n_warmup, **_):
+    """The next step's: a line up from learning_rate / n_warmup, then half a cosine down."""
+    first, n_warmup = learning_rate / n_warmup, min(n_warmup, n_steps // 2)
+    if n_done < n_warmup:
+        return first + (learning_rate - first) * n_done / n_warmup
+    way = min(1, (n_done - n_warmup) / (n_steps - n_warmup))
+    low, high = min_learning_rate, learning_rate
+    return low + (high - low) * (1 + math.cos(math.pi * way)) / 2
+
+
+def adamw(params, gradients, moments, n_done, grad_clip, weight_decay, adam_b2, **schedule):
+    """A step, in place. moments: {"m.wte": zeros, "v.wte": zeros, ...} before the first one.
+
+    Adam (Kingma & Ba 2015, arXiv:1412.6980) goes by the mean of the last gradients, m, over the
+    root of the mean of their squares, v; c1 and c2 make up for their beginning at 0. Matrices decay
+    (Loshchilov & Hutter 2019, arXiv:1711.05101). Pieces of 2^14 numbers fit a core's own cache.
+    """
+    rate, b1, b2 = learning_rate(n_done, **schedule), 0.9, adam_b2
+    c1, c2, pieces = 1 - b1 ** (n_done + 1), 1 - b2 ** (n_done + 1), []
+    gradients = leaves(gradients)
+    for name, p in leaves(params).items():
+        four = p, gradients[name], moments["m." + name], moments["v." + name]
+        four = [x.reshape(-1) for x in four]
+        kept = 1 - rate * weight_decay if p.ndim == 2 else 1  # not of biases and gains
+        pieces += [(kept, *(x[i : i + 2**14] for x in four)) for i in range(0, p.size, 2**14)]
+    length = math.sqrt(sum(float(g @ g) for _, _, g, _, _ in pieces))
+    clip = min(1, grad_clip / (length or 1))
+
+    def work(mine):
+        for kept, p, g, m, v in pieces[mine]:
+            m *= b1
+            m += g * ((1 - b1) * clip)
+            v *= b2
+            v += g * g * ((1 - b2) * clip**2)
+            p *= kept
+            p -= m * (rate / c1) / (np.sqrt(v / c2) + 1e-8)
+
+    in_threads(work, len(pieces))
+
+
+def train_step(params, moments, n_done, batches, flags):  # -> the loss; the rest in place
+    """batches: [n_accumulate, batch_size, n_ctx + 1]; their gradients are averaged."""
+    parts = (loss_and_gradients(params, tokens, flags["n_head"]) for tokens in batches)
+    loss, gradients = add_up(parts)
+    for x in leaves(gradients).values() if len(batches) > 1 else ():
+        x /= len(batches)
+    adamw(params, gradients, moments, n_done, **flags)
+    return loss / len(batches)
+
+
+def validation_nats(params, tokens, n_head):  # [n_batch, n_seq + 1] -> their sum
+    def work(mine):
+        logits, _ = gpt2_forward(tokens[mine, :-1], **params, n_head=n_head)
+        return cross_entropy(logits, tokens[mine, 1:].ravel())[0].sum(dtype=np.float64)
+
+    with own_threads(len(tokens)):
+        return float(sum(in_threads(work, len(tokens))))
+
+
+@functools.wraps(read_flags, assigned=["__doc__"])  # every flag is explained there
+def main(*args, **kwargs):
+    run(*read_flags(*args, **kwargs), train_step, validation_nats, learning_rate, generate)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -9,6 +9,8 @@ from conftest import hugging_face, random_params, tree_map
 import backprop
 import gpt2
 from model_files import weights
+from model_files.weights import leaves
+from training import host
 
 SHAPES = {  # n_batch, n_seq, n_vocab, n_ctx, n_embd, n_head, n_layer
     "odd sizes": (3, 7, 13, 11, 15, 3, 2),
@@ -36,11 +38,6 @@ def random_shape(rng):
     n_ctx = n_seq + int(rng.integers(0, 5))
     sizes = int(rng.integers(2, 300)), n_ctx, n_embd, n_head, int(rng.integers(1, 4))
     return int(rng.integers(1, 6)), n_seq, *sizes
-
-
-def leaves(tree):  # -> {name: array}
-    hparams = {"n_vocab": 0, "n_ctx": 0, "n_embd": 0, "n_layer": len(tree["blocks"])}
-    return {name: weights.leaf(tree, name) for name, _ in weights.tensor_shapes(hparams)}
 
 
 def assert_close(ours, theirs, tolerance=1e-4):
@@ -333,3 +330,112 @@ def test_how_the_batch_is_cut_does_not_matter(rng):
     mean = tree_map(lambda *x: x, parts[0][1])
     mean = {n: np.mean([weights.leaf(g, n) for _, g in parts], 0) for n in leaves(whole)}
     assert_close(whole, weights.nest(mean))
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+SCHEDULE = {"n_steps": 200, "learning_rate": 3e-3, "min_learning_rate": 3e-4, "n_warmup": 20}
+ADAMW = SCHEDULE | {"grad_clip": 1.0, "weight_decay": 0.1, "adam_b2": 0.99}
+
+
+def zeros(params):
+    return {
+        f"{kind}.{name}": np.zeros_like(x) for kind in "mv" for name, x in leaves(params).items()
+    }
+
+
+@pytest.mark.parametrize("n_steps, n_warmup", [(200, 20), (10, 100), (7, 3), (1, 100), (2, 1)])
+def test_the_learning_rate_is_train_jaxs(n_steps, n_warmup):
+    train_jax = pytest.importorskip("train_jax", reason="jax or optax is not installed")
+    flags = SCHEDULE | {"n_steps": n_steps, "n_warmup": n_warmup}
+    schedule = train_jax.make_schedule(**flags)
+    for n_done in range(n_steps + 3):
+        ours = backprop.learning_rate(n_done, **flags)
+        assert math.isclose(ours, float(schedule(n_done)), rel_tol=1e-5), n_done
+
+
+def test_200_steps_have_the_losses_of_train_jaxs_adamw(rng):
+    """The same beginning and the same batches. The longer half of the gradients is clipped."""
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    train_jax = pytest.importorskip("train_jax", reason="optax is not installed")
+    hparams = {"n_vocab": 60, "n_ctx": 12, "n_embd": 24, "n_head": 3, "n_layer": 2}
+    flags = hparams | {"seed": int(rng.integers(2**31))}
+    _, params = host.new_model(flags, hparams["n_vocab"])
+    text = np.cumsum(rng.integers(0, 3, 4000)) % 60  # each id follows from the one before, almost
+    starts = rng.integers(0, len(text) - 13, (200, 1, 8))
+    batches = text[starts[..., None] + np.arange(13)].astype(np.int32)
+
+    schedule = train_jax.make_schedule(**SCHEDULE)
+    optimizer = train_jax.make_optimizer(schedule, "adamw", 0.1, 1.0, 0.99)
+    steps = train_jax.make_train_steps(optimizer, n_head=3)
+    theirs = jax.tree.map(jax.numpy.array, params)
+    state = theirs, optimizer.init(theirs), 0
+    moments, gaps, losses, clipped = zeros(params), [], [], 0
+    for n_done in range(200):
+        state, wanted = steps(state, batches[n_done : n_done + 1], 1)
+        loss, gradients = backprop.loss_and_gradients(params, batches[n_done, 0], 3)
+        clipped += math.hypot(*(np.linalg.norm(x) for x in leaves(gradients).values())) > 1
+        backprop.adamw(params, gradients, moments, n_done, **ADAMW)
+        losses.append(loss)
+        gaps.append(abs(loss - float(wanted)))
+    print("losses", losses[0], losses[-1], "largest gap", max(gaps), "clipped", clipped)
+    assert max(gaps) < 1e-3 and losses[-1] < losses[0] - 2
+    assert 0 < clipped < 200  # both ways were gone
+
+
+def test_adamw_is_pytorchs(rng):
+    """Matrices decay, the others do not; leaves of more than one piece; the moments are float32."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    params, _, hparams = make(rng, (1, 1, 401, 9, 48, 3, 1))
+    twins = {name: torch.nn.Parameter(torch.tensor(x)) for name, x in leaves(params).items()}
+    groups = [
+        {"params": [x for x in twins.values() if x.ndim == 2], "weight_decay": 0.1},
+        {"params": [x for x in twins.values() if x.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer, moments = torch.optim.AdamW(groups, 1.0, betas=(0.9, 0.99)), zeros(params)
+    for n_done in range(5):
+        gradients = random_params(rng, hparams)
+        for name, x in leaves(gradients).items():
+            twins[name].grad = torch.tensor(x)
+        torch.nn.utils.clip_grad_norm_(twins.values(), ADAMW["grad_clip"], error_if_nonfinite=True)
+        for group in optimizer.param_groups:
+            group["lr"] = backprop.learning_rate(n_done, **SCHEDULE)
+        optimizer.step()
+        backprop.adamw(params, gradients, moments, n_done, **ADAMW)
+    assert {x.dtype for x in [*leaves(params).values(), *moments.values()]} == {np.dtype("float32")}
+    for name, x in leaves(params).items():
+        assert np.allclose(x, twins[name].detach().numpy(), rtol=1e-5, atol=1e-6), name
+
+
+def test_accumulated_batches_are_one_large_batch(rng):
+    params, _, hparams = make(rng, (1, 1, 30, 9, 8, 2, 1))
+    batches, flags = rng.integers(0, 30, (3, 2, 10)), ADAMW | {"n_head": 2}
+    ours, whole = zeros(params), zeros(params)
+    a = backprop.train_step(tree_map(np.copy, params), ours, 0, batches, flags)
+    b = backprop.train_step(params, whole, 0, batches.reshape(1, 6, 10), flags)
+    assert math.isclose(a, b, rel_tol=1e-5)
+    first = {name.removeprefix("m."): x for name, x in whole.items() if name.startswith("m.")}
+    assert_close(weights.nest({name: ours["m." + name] for name in first}), weights.nest(first))
+
+
+def test_the_beginning_has_gpt2s_deviations(rng):
+    flags = {"n_ctx": 64, "n_embd": 128, "n_head": 4, "n_layer": 8, "seed": int(rng.integers(99))}
+    hparams, params = host.new_model(flags, 257)
+    for name, x in leaves(params).items():
+        assert x.dtype == np.float32
+        if x.ndim == 1:
+            assert (x == name.endswith(".g")).all()
+        else:
+            wanted = 0.02 / 4 if name.endswith("c_proj.w") else 0.02  # sqrt(2 * 8 layers) is 4
+            assert abs(x.std() / wanted - 1) < 0.05 and abs(x.mean()) < 0.002, name
+    tokens = rng.integers(0, 257, (4, 65))
+    assert abs(backprop.loss_and_gradients(params, tokens, 4)[0] - math.log(257)) < 0.1
+
+
+def test_batches_are_stretches_from_anywhere_that_the_seed_and_the_step_decide(rng):
+    text, seed = [np.arange(7, dtype=np.uint16), np.arange(7, 20, dtype=np.uint16)], 5
+    found = np.array([host.draw(text, seed, step, (2, 5, 17)) for step in range(50)])
+    assert found.shape == (50, 2, 5, 17) and (np.diff(found) == 1).all()
+    assert set(found[..., 0].flat) == {0, 1, 2, 3}  # the last stretch ends with the last token
+    assert (host.draw(text, seed, 7, (2, 5, 17)) == found[7]).all()
+    assert (host.draw(text, seed + 1, 7, (2, 5, 17)) != found[7]).any()
