@@ -26,7 +26,7 @@ import math
 import numpy as np
 
 from engine.threads import in_threads, own_threads
-from gpt2 import attention, attention_weights, gelu, layer_norm, linear, mha, softmax
+from gpt2 import attention_weights, gelu, layer_norm, linear, mha, softmax
 from kv_cache import generate
 from model_files.weights import leaves
 from plumbing.cli import run_cli
@@ -42,7 +42,9 @@ def gelu_backward(dy, x, y):  # [...] each, y = gelu(x) -> dx
     tanh' = 1 - tanh^2 makes s' = 2 s (1 - s) u', and x s is y again: s + 2 y (1 - s) u'. So tanh
     is not needed a second time: s = y / x, except at 0, where it is 1/2.
     """
-    s = np.divide(y, x, out=np.full_like(x, 0.5), where=x != 0)
+    with np.errstate(invalid="ignore"):
+        s = y / x
+    s[x == 0] = 0.5
     slope = x * x
     slope *= 2 * math.sqrt(2 / math.pi) * 3 * 0.044715
     slope += 2 * math.sqrt(2 / math.pi)  # 2 u'
@@ -71,7 +73,7 @@ def layer_norm_backward(dy, x, g, b, eps=1e-5):  # [n_tokens, n_embd] twice -> d
     scale = (np.vecdot(n, n)[:, None] / x.shape[-1] + eps) ** -0.5
     n *= scale
     dx = dy * g
-    dx -= dx.mean(-1, keepdims=True)
+    dx -= (dy @ g)[:, None] / x.shape[-1]  # its mean
     dx -= n * (np.vecdot(dx, n)[:, None] / x.shape[-1])
     dx *= scale
     n *= dy
@@ -98,46 +100,57 @@ def ffn_forward(x, c_fc, c_proj):  # [n_tokens, n_embd] -> y, backward
     return linear(a, **c_proj), backward
 
 
-def attention_backward(dy, q, k, v):  # dy, q: [..., n_q, d_head], k, v: [..., n_seq, d_head]
-    """-> dq, dk, dv. y = p v is a product, as in linear: dp = dy v^T, dv = p^T dy; so is q k^T.
+def attention_forward(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_head] -> y, backward
+    """y = p v is a product, as in linear: dp = dy v^T, dv = p^T dy. So are the scores, q k^T.
 
-    The weights p are made again, which is cheaper than keeping n_seq numbers a token and head. The
-    mask needs nothing: what it hides has p = 0, so softmax_backward gives it 0. Long sequences are
-    cut in halves as in gpt2.attention, and what serves both halves gets the sum.
+    The mask needs nothing: what it hides has p = 0, so softmax_backward gives it 0. Long sequences
+    are cut in halves as in gpt2.attention, and what serves both halves gets the sum.
     """
     n_q, n_seq = q.shape[-2], k.shape[-2]
     if n_q > 64:
         early, late = np.s_[..., : n_q // 2, :], np.s_[..., n_q // 2 :, :]
         seen = np.s_[..., : n_seq - n_q + n_q // 2, :]
-        dq, dk_seen, dv_seen = attention_backward(dy[early], q[early], k[seen], v[seen])
-        dq_late, dk, dv = attention_backward(dy[late], q[late], k, v)
-        dk[seen] += dk_seen
-        dv[seen] += dv_seen
-        return np.concat([dq, dq_late], axis=-2), dk, dv
+        first, first_backward = attention_forward(q[early], k[seen], v[seen])
+        second, second_backward = attention_forward(q[late], k, v)
+
+        def backward(dy):
+            dq_early, dk_seen, dv_seen = first_backward(dy[early])
+            dq_late, dk, dv = second_backward(dy[late])
+            dk[seen] += dk_seen
+            dv[seen] += dv_seen
+            return np.concat([dq_early, dq_late], axis=-2), dk, dv
+
+        return np.concat([first, second], axis=-2), backward
     p = attention_weights(q, k)
-    d_scores = softmax_backward(dy @ v.swapaxes(-1, -2), p) / math.sqrt(q.shape[-1])
-    return d_scores @ k, d_scores.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ dy
+
+    def backward(dy):  # -> dq, dk, dv
+        d_scores = softmax_backward(dy @ v.swapaxes(-1, -2), p)
+        d_scores /= math.sqrt(q.shape[-1])
+        return d_scores @ k, d_scores.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ dy
+
+    return p @ v, backward
 
 
 def mha_forward(x, c_attn, c_proj, n_head, n_seq):  # [n_tokens, n_embd] -> y, backward
-    """gpt2.mha lets us hand in `attend`, which sees the sequences apart and keeps what it saw."""
-    kept, n_tokens = [], len(x)
+    """gpt2.mha lets us hand in `attend`, which sees the sequences apart and keeps what it makes."""
+    kept = {}
 
-    def split(x):  # [n_head, n_tokens, d_head] -> [n_head, n_batch, n_seq, d_head]
-        return x.reshape(n_head, -1, n_seq, x.shape[-1])
+    def split(x):  # [n_tokens, n_embd] -> [n_head, n_batch, n_seq, d_head]
+        return x.reshape(-1, n_seq, n_head, x.shape[-1] // n_head).transpose(2, 0, 1, 3)
 
-    def attend(q, k, v):
-        kept[:] = split(q), split(k), split(v)
-        out = attention(*kept).reshape(q.shape)
-        kept.append(out.swapaxes(0, 1).reshape(x.shape))  # what c_proj is given
-        return out
+    def merge(x):  # and back
+        return x.transpose(1, 2, 0, 3).reshape(-1, n_head * x.shape[-1])
+
+    def attend(q, k, v):  # [n_head, n_tokens, d_head] each
+        sequences = (x.reshape(n_head, -1, n_seq, x.shape[-1]) for x in (q, k, v))
+        y, kept["backward"] = attention_forward(*sequences)
+        kept["y"] = merge(y)  # what c_proj is given
+        return kept["y"].reshape(len(x), n_head, -1).swapaxes(0, 1)
 
     def backward(dy):  # -> dx, {"c_attn", "c_proj"}
-        *qkv, merged = kept
-        d, d_proj = linear_backward(dy, merged, **c_proj)
-        d = split(d.reshape(n_tokens, n_head, -1).swapaxes(0, 1))
-        d = np.concat(attention_backward(d, *qkv)).reshape(3 * n_head, n_tokens, -1)
-        dx, d_attn = linear_backward(d.swapaxes(0, 1).reshape(n_tokens, -1), x, **c_attn)
+        d, d_proj = linear_backward(dy, kept["y"], **c_proj)
+        d = np.concat([merge(x) for x in kept["backward"](split(d))], axis=-1)
+        dx, d_attn = linear_backward(d, x, **c_attn)
         return dx, {"c_attn": d_attn, "c_proj": d_proj}
 
     return mha(x, c_attn, c_proj, n_head, attend), backward
@@ -273,7 +286,10 @@ def adamw(params, gradients, moments, n_done, grad_clip, weight_decay, adam_b2, 
             v *= b2
             v += g * g * ((1 - b2) * clip**2)
             p *= kept
-            p -= m * (rate / c1) / (np.sqrt(v / c2) + 1e-8)
+            step = np.sqrt(v)
+            step *= c1 / (rate * math.sqrt(c2))
+            step += 1e-8 * c1 / rate
+            p -= np.divide(m, step, out=step)
 
     in_threads(work, len(pieces))
 
