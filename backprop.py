@@ -1,7 +1,6 @@
 """GPT-2's other half in pure NumPy: the gradient, derived by hand, and training with it.
 
     python backprop.py --data shakespeare                # from text to a model, and no framework
-    python backprop.py --init_from 124M --data novel.txt # or go on with one
     python gpt2.py "It was" --model_size mine            # then write with it
 
 gpt2.py computes the loss; this file says how the loss changes if anything in there does. If dy is
@@ -13,11 +12,11 @@ dx, the gradient by its input x. So every function of gpt2.py has a counterpart 
 *  One made of others has f_forward(...), which calls gpt2.py's functions as they are and returns y
    and `backward`, a function from dy to the same. What it needs until then is kept inside it.
 
-dx always has the shape of x. The tokens of a batch stand one after the other, [n_tokens, n_embd],
-since one large product is faster than many small ones; attention alone sees sequences.
+dx has the shape of x, dy that of y. The tokens of a batch stand one after the other, [n_tokens,
+n_embd]: one large product is faster than many small ones. Attention alone sees sequences.
 
 Memory: 4 bytes for each parameter, twice that for Adam, once more for each thread's gradient; and
-4 * (n_layer * 16 * n_embd + 3 * n_vocab) bytes for every token of the batch.
+4 * (n_layer * (16 * n_embd + n_head * n_seq) + 3 * n_vocab) bytes for every token of the batch.
 """
 
 import functools
@@ -37,22 +36,15 @@ from training.host import run
 
 
 def gelu_backward(dy, x, y):  # [...] each, y = gelu(x) -> dx
-    """y = x s with s = (1 + tanh u) / 2, so the slope is s + x s'.
-
-    tanh' = 1 - tanh^2 makes s' = 2 s (1 - s) u', and x s is y again: s + 2 y (1 - s) u'. So tanh
-    is not needed a second time: s = y / x, except at 0, where it is 1/2.
+    """y = x s with s = (1 + tanh u) / 2 has the slope s + x s', and tanh' = 1 - tanh^2 makes
+    s' = 2 s (1 - s) u'. Since x s is y: s + 2 y (1 - s) u'. s is y / x, so tanh is not made again;
+    only at 0, where it is 1/2, that says nothing.
     """
     with np.errstate(invalid="ignore"):
         s = y / x
     s[x == 0] = 0.5
-    slope = x * x
-    slope *= 2 * math.sqrt(2 / math.pi) * 3 * 0.044715
-    slope += 2 * math.sqrt(2 / math.pi)  # 2 u'
-    slope *= y
-    slope *= 1 - s
-    slope += s
-    slope *= dy
-    return slope
+    du = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * (x * x))
+    return dy * (s + 2 * y * (1 - s) * du)
 
 
 def softmax_backward(dy, y):  # [..., n] each, y = softmax(x) -> dx
@@ -103,24 +95,8 @@ def ffn_forward(x, c_fc, c_proj):  # [n_tokens, n_embd] -> y, backward
 def attention_forward(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_head] -> y, backward
     """y = p v is a product, as in linear: dp = dy v^T, dv = p^T dy. So are the scores, q k^T.
 
-    The mask needs nothing: what it hides has p = 0, so softmax_backward gives it 0. Long sequences
-    are cut in halves as in gpt2.attention, and what serves both halves gets the sum.
+    The mask needs nothing: what it hides has p = 0, so softmax_backward gives it 0.
     """
-    n_q, n_seq = q.shape[-2], k.shape[-2]
-    if n_q > 64:
-        early, late = np.s_[..., : n_q // 2, :], np.s_[..., n_q // 2 :, :]
-        seen = np.s_[..., : n_seq - n_q + n_q // 2, :]
-        first, first_backward = attention_forward(q[early], k[seen], v[seen])
-        second, second_backward = attention_forward(q[late], k, v)
-
-        def backward(dy):
-            dq_early, dk_seen, dv_seen = first_backward(dy[early])
-            dq_late, dk, dv = second_backward(dy[late])
-            dk[seen] += dk_seen
-            dv[seen] += dv_seen
-            return np.concat([dq_early, dq_late], axis=-2), dk, dv
-
-        return np.concat([first, second], axis=-2), backward
     p = attention_weights(q, k)
 
     def backward(dy):  # -> dq, dk, dv
@@ -129,6 +105,27 @@ def attention_forward(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_hea
         return d_scores @ k, d_scores.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ dy
 
     return p @ v, backward
+
+
+def attention_in_blocks_forward(q, k, v):  # the same
+    """Keys and values serve the queries of many blocks, and get the sum of what each sends back."""
+    n_q, n_seq, parts = q.shape[-2], k.shape[-2], []
+    if n_q <= 64:
+        return attention_forward(q, k, v)
+    for start in range(0, n_q, 64):
+        block, n_seen = np.s_[..., start : start + 64, :], n_seq - n_q + min(start + 64, n_q)
+        seen = np.s_[..., :n_seen, :]
+        parts.append((block, seen, *attention_forward(q[block], k[seen], v[seen])))
+
+    def backward(dy):  # -> dq, dk, dv
+        dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
+        for block, seen, _, block_backward in parts:
+            dq[block], dk_seen, dv_seen = block_backward(dy[block])
+            dk[seen] += dk_seen
+            dv[seen] += dv_seen
+        return dq, dk, dv
+
+    return np.concat([y for _, _, y, _ in parts], axis=-2), backward
 
 
 def mha_forward(x, c_attn, c_proj, n_head, n_seq):  # [n_tokens, n_embd] -> y, backward
@@ -143,7 +140,7 @@ def mha_forward(x, c_attn, c_proj, n_head, n_seq):  # [n_tokens, n_embd] -> y, b
 
     def attend(q, k, v):  # [n_head, n_tokens, d_head] each
         sequences = (x.reshape(n_head, -1, n_seq, x.shape[-1]) for x in (q, k, v))
-        y, kept["backward"] = attention_forward(*sequences)
+        y, kept["backward"] = attention_in_blocks_forward(*sequences)
         kept["y"] = merge(y)  # what c_proj is given
         return kept["y"].reshape(len(x), n_head, -1).swapaxes(0, 1)
 
@@ -219,33 +216,34 @@ def cross_entropy(logits, targets):  # [n, n_vocab], [n] -> nats [n], the gradie
     return nats, p
 
 
-def loss_and_gradients(params, tokens, n_head):  # [n_batch, n_seq + 1] -> nats a token, a tree
-    """The mean of -ln p[next token], a float, and its gradient: arrays like those of params.
+def loss_and_gradients(params, tokens, n_head, n_parts=1):  # [n_batch, n_seq + 1] ids
+    """-> nats a token, a float, the mean of -ln p[next token]; its gradient, a tree like params.
 
-    Threads share the sequences, each with OpenBLAS to itself, so that all of the work is done in
-    parallel and not the products alone. Their gradients are added up in the batch's order, which
-    gives the same bits each time on one machine.
+    Both are divided by n_parts: so many of them add up to a mean. Threads share the sequences, each
+    with OpenBLAS to itself, so that all of the work is done in parallel and not the products alone.
+    What they return is added up in the batch's order: the same bits each time, on one machine.
     """
 
     def work(mine):
         logits, backward = gpt2_forward(tokens[mine, :-1], **params, n_head=n_head)
         nats, d_logits = cross_entropy(logits, tokens[mine, 1:].ravel())
-        d_logits /= tokens[:, 1:].size
-        return nats.sum(dtype=np.float64) / tokens[:, 1:].size, backward(d_logits)
+        d_logits /= n
+        return nats.sum(dtype=np.float64) / n, backward(d_logits)
 
+    n = tokens[:, 1:].size * n_parts
     with own_threads(len(tokens)):  # a single sequence is left to OpenBLAS's own threads
-        loss, gradients = add_up(in_threads(work, len(tokens)))
-    return float(loss), gradients
+        return add_up(in_threads(work, len(tokens)))
 
 
 def add_up(parts):  # (number, tree), ... -> their sums, in the arrays of the first
     parts = iter(parts)
     total, tree = next(parts)
+    sums = leaves(tree)
     for number, other in parts:
         total += number
-        for x, more in zip(leaves(tree).values(), leaves(other).values(), strict=True):
-            x += more
-    return total, tree
+        for name, x in leaves(other).items():
+            sums[name] += x
+    return float(total), tree
 
 
 # --- Training -----------------------------------------------------------------------------------
@@ -256,28 +254,27 @@ def learning_rate(n_done, n_steps, learning_rate, min_learning_rate, n_warmup, *
     first, n_warmup = learning_rate / n_warmup, min(n_warmup, n_steps // 2)
     if n_done < n_warmup:
         return first + (learning_rate - first) * n_done / n_warmup
-    way = min(1, (n_done - n_warmup) / (n_steps - n_warmup))
-    low, high = min_learning_rate, learning_rate
-    return low + (high - low) * (1 + math.cos(math.pi * way)) / 2
+    height = 1 + math.cos(math.pi * min(1, (n_done - n_warmup) / (n_steps - n_warmup)))
+    return min_learning_rate + (learning_rate - min_learning_rate) * height / 2
 
 
 def adamw(params, gradients, moments, n_done, grad_clip, weight_decay, adam_b2, **schedule):
     """A step, in place. moments: {"m.wte": zeros, "v.wte": zeros, ...} before the first one.
 
-    Adam (Kingma & Ba 2015, arXiv:1412.6980) goes by the mean of the last gradients, m, over the
-    root of the mean of their squares, v; c1 and c2 make up for their beginning at 0. Matrices decay
-    (Loshchilov & Hutter 2019, arXiv:1711.05101). Pieces of 2^14 numbers fit a core's own cache.
+    Adam (Kingma & Ba 2015, arXiv:1412.6980): m is a mean of the gradients so far, v of their
+    squares; c1 and c2 make up for their beginning at 0. Matrices decay (Loshchilov & Hutter 2019,
+    arXiv:1711.05101), biases and gains do not. Pieces of 2^14 numbers fit a core's cache.
     """
-    rate, b1, b2 = learning_rate(n_done, **schedule), 0.9, adam_b2
-    c1, c2, pieces = 1 - b1 ** (n_done + 1), 1 - b2 ** (n_done + 1), []
-    gradients = leaves(gradients)
+    rate, b1, b2, pieces = learning_rate(n_done, **schedule), 0.9, adam_b2, []
+    c1, c2, gradients = 1 - b1 ** (n_done + 1), 1 - b2 ** (n_done + 1), leaves(gradients)
     for name, p in leaves(params).items():
         four = p, gradients[name], moments["m." + name], moments["v." + name]
-        four = [x.reshape(-1) for x in four]
-        kept = 1 - rate * weight_decay if p.ndim == 2 else 1  # not of biases and gains
+        four, kept = [x.reshape(-1) for x in four], 1 - rate * weight_decay * (p.ndim == 2)
         pieces += [(kept, *(x[i : i + 2**14] for x in four)) for i in range(0, p.size, 2**14)]
-    length = math.sqrt(sum(float(g @ g) for _, _, g, _, _ in pieces))
-    clip = min(1, grad_clip / (length or 1))
+    squares = in_threads(
+        lambda mine: sum(float(g @ g) for _, _, g, *_ in pieces[mine]), len(pieces)
+    )
+    clip = min(1, grad_clip / (math.sqrt(sum(squares)) or 1))
 
     def work(mine):
         for kept, p, g, m, v in pieces[mine]:
@@ -286,36 +283,22 @@ def adamw(params, gradients, moments, n_done, grad_clip, weight_decay, adam_b2, 
             v *= b2
             v += g * g * ((1 - b2) * clip**2)
             p *= kept
-            step = np.sqrt(v)
-            step *= c1 / (rate * math.sqrt(c2))
-            step += 1e-8 * c1 / rate
-            p -= np.divide(m, step, out=step)
+            p -= m * (rate / c1) / (np.sqrt(v / c2) + 1e-8)
 
     in_threads(work, len(pieces))
 
 
-def train_step(params, moments, n_done, batches, flags):  # -> the loss; the rest in place
-    """batches: [n_accumulate, batch_size, n_ctx + 1]; their gradients are averaged."""
-    parts = (loss_and_gradients(params, tokens, flags["n_head"]) for tokens in batches)
-    loss, gradients = add_up(parts)
-    for x in leaves(gradients).values() if len(batches) > 1 else ():
-        x /= len(batches)
+def train_step(params, moments, n_done, batches, flags):  # -> the loss; the others in place
+    """batches: [n_accumulate, batch_size, n_ctx + 1], whose gradients are averaged."""
+    n = len(batches)
+    loss, gradients = add_up(loss_and_gradients(params, x, flags["n_head"], n) for x in batches)
     adamw(params, gradients, moments, n_done, **flags)
-    return loss / len(batches)
-
-
-def validation_nats(params, tokens, n_head):  # [n_batch, n_seq + 1] -> their sum
-    def work(mine):
-        logits, _ = gpt2_forward(tokens[mine, :-1], **params, n_head=n_head)
-        return cross_entropy(logits, tokens[mine, 1:].ravel())[0].sum(dtype=np.float64)
-
-    with own_threads(len(tokens)):
-        return float(sum(in_threads(work, len(tokens))))
+    return loss
 
 
 @functools.wraps(read_flags, assigned=["__doc__"])  # every flag is explained there
 def main(*args, **kwargs):
-    run(*read_flags(*args, **kwargs), train_step, validation_nats, learning_rate, generate)
+    run(*read_flags(*args, **kwargs), train_step, cross_entropy, learning_rate, generate)
 
 
 if __name__ == "__main__":

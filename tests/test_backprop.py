@@ -19,8 +19,8 @@ SHAPES = {  # n_batch, n_seq, n_vocab, n_ctx, n_embd, n_head, n_layer
     "a batch of one": (1, 17, 257, 20, 24, 4, 2),
     "one token": (2, 1, 9, 4, 6, 2, 1),
     "a number a head": (2, 6, 9, 6, 5, 5, 1),
-    "attention in halves": (3, 67, 40, 80, 12, 2, 2),
-    "attention in quarters": (1, 131, 40, 131, 8, 2, 1),
+    "attention in two blocks": (3, 67, 40, 80, 12, 2, 2),
+    "attention in three blocks": (1, 131, 40, 131, 8, 2, 1),
 }
 
 
@@ -77,7 +77,7 @@ def assert_right(wanted, params, tokens, n_head):
     assert_close(ours, wanted[1])
 
 
-@pytest.mark.parametrize("name", ["odd sizes", "attention in halves"])
+@pytest.mark.parametrize("name", ["odd sizes", "attention in two blocks"])
 def test_gradients_are_those_of_jax(rng, name):
     params, tokens, hparams = make(rng, SHAPES[name])
     wanted = jax_gradients(params, tokens, hparams["n_head"])
@@ -209,7 +209,7 @@ def test_ffns_gradient(rng):
 @pytest.mark.parametrize("n_seq, d_head", [(5, 3), (1, 2), (66, 1)])
 def test_attentions_gradient(rng, n_seq, d_head):
     q, k, v = rng.standard_normal((3, 2, n_seq, d_head))
-    y, backward = backprop.attention_forward(q, k, v)
+    y, backward = backprop.attention_in_blocks_forward(q, k, v)
     assert np.allclose(y, gpt2.attention(q, k, v))
     check(rng, lambda: gpt2.attention(q, k, v), [q, k, v], backward)
 
@@ -264,7 +264,7 @@ def test_what_is_thought_impossible_costs_as_much_as_it_is_far_off():
 
 
 def test_the_forward_pass_is_gpt2s(rng):
-    params, tokens, hparams = make(rng, SHAPES["attention in halves"])
+    params, tokens, hparams = make(rng, SHAPES["attention in two blocks"])
     logits, _ = backprop.gpt2_forward(tokens[:, 1:], **params, n_head=2)
     wanted = gpt2.gpt2(tokens[:, 1:], **params, n_head=2).reshape(logits.shape)
     assert logits.dtype == np.float32 and np.allclose(logits, wanted, atol=1e-4)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import os
+import secrets
 import signal
 import sys
 import time
@@ -12,43 +13,54 @@ import numpy as np
 from tqdm import tqdm
 
 from corpus.shards import count_ids, read_stretches
+from engine.threads import in_threads, own_threads
+from gpt2 import gpt2
 from model_files.weights import leaves, nest, tensor_shapes
 from training import progress
-from training.checkpoints import check_folder, clear_away, find_checkpoint, save_checkpoint
-from training.flags import check_saved, choose
+from training.checkpoints import (
+    check_out,
+    clear_away,
+    find_checkpoint,
+    find_out,
+    save_checkpoint,
+)
+from training.flags import check_saved, choose, extend
 from training.loop import load_start, sample, train
 from training.text import NAMED_TEXTS
-from utils import check_target, load_encoder_hparams_and_params, save_model
+from utils import load_encoder_hparams_and_params, save_model
 
 ONLY = {"optimizer": "adamw", "dtype": "float32", "drop_rate": 0.0, "fsdp": False}
 ALONE = ("coordinator", "num_processes", "process_id")
 STEPS_PER_CALL = (10, 5, 1)  # before Ctrl-C is seen: what takes about 1 s at most
 
 
-def run(typed, how, train_step, validation_nats, learning_rate, generate):
+def run(typed, how, train_step, cross_entropy, learning_rate, generate):
     """What a person asked for (read_flags'), done by the trainer's own functions.
 
     train_step(params, moments, n_done, batches, flags): -> the loss; changes the first two in
-    place. validation_nats(params, tokens, n_head): the sum over tokens. learning_rate(n_done,
-    **flags); generate: kv_cache.py's.
+    place. cross_entropy(logits, targets): -> nats, and what is of no interest here.
+    learning_rate(n_done, **flags); generate: kv_cache.py's.
     """
     check_asked(typed, how)
     place = saved = model = None
     if how["resume"] is None:
-        check_target(typed["out"])  # better now than after the first steps
-        check_folder(typed["out"])
+        check_out(typed["out"], how["overwrite"])  # better now than after the first steps
         if "init_from" in typed:
             model = load_encoder_hparams_and_params(typed["init_from"], how["models_dir"])
         flags = choose(ONLY | typed, "cpu", model and model[1])
     else:
-        place, saved = find_checkpoint(how["resume"])
-        flags = check_saved(saved, place) | {"out": how["resume"]}
-    trainer = train_step, validation_nats, learning_rate, generate
+        out = find_out(how["resume"], how["models_dir"])
+        place, saved = find_checkpoint(out)
+        flags = extend(check_saved(saved, place), saved["step"], typed.get("n_steps"))
+        flags |= {"out": out}
+    trainer = train_step, cross_entropy, learning_rate, generate
     stopped = run_training(flags, how, model, place, saved, *trainer)
     if stopped == signal.SIGTERM:
         sys.exit(143)
     if stopped:
         raise KeyboardInterrupt
+    if saved and saved["step"] == flags["n_steps"]:
+        print(f"all {saved['step']} steps were done: --n_steps goes on, with a larger number")
     print(f"the best model is in {flags['out']}")
 
 
@@ -62,7 +74,7 @@ def check_asked(typed, how):
 
 
 def run_training(
-    flags, how, model, place, saved, train_step, validation_nats, learning_rate, generate
+    flags, how, model, place, saved, train_step, cross_entropy, learning_rate, generate
 ):
     """Train from the beginning, from (tokenizer, sizes, parameters), or from a checkpoint.
 
@@ -79,10 +91,11 @@ def run_training(
     n_done, peak = saved["step"] if saved else 0, measure_peak()
     flops = progress.flops_per_token(hparams, n_ctx)
     schedule = functools.partial(learning_rate, **flags)
-    speed = "NumPy", flops, peak, "measured"
-    log = progress.make_log(out, n_done, *speed, schedule, how["tensorboard"])
+    run = saved.get("run") if saved else secrets.randbits(48)
+    speed = ("NumPy", flops, peak, "measured")
+    log = progress.make_log(out, run, n_done, *speed, schedule, how["tensorboard"])
     clear_away(out)  # no other run is at work there, or make_log would have refused
-    keep, checkpoint = make_savers(flags, encoder, hparams, text, place, generate)
+    keep, checkpoint = make_savers(flags, encoder, hparams, text, run, place, generate)
     shape = flags["n_accumulate"], flags["batch_size"], n_ctx + 1
     seconds = math.prod(shape) * flops / peak  # a step's, at best
     n_steps = next((n for n in STEPS_PER_CALL if n * seconds < 0.5), 1)
@@ -99,7 +112,7 @@ def run_training(
     def validate(params):  # -> nats a token
         n = flags["batch_size"]
         batches = (windows[i : i + n] for i in range(0, len(windows), n))
-        return sum(validation_nats(params, batch, n_head) for batch in batches) / n_val
+        return sum(nats(params, batch, n_head, cross_entropy) for batch in batches) / n_val
 
     best = saved and saved["best"]
     if model is not None:  # the best so far is what it was
@@ -114,6 +127,16 @@ def run_training(
     }
     state = params, moments, n_done
     return train(state, flags, train_steps, read, validate, keep, checkpoint, log, start)
+
+
+def nats(params, tokens, n_head, cross_entropy):  # [n, n_seq + 1] -> the sum over all tokens
+    def work(mine):
+        logits = gpt2(tokens[mine, :-1], **params, n_head=n_head)
+        logits = logits.reshape(-1, logits.shape[-1])
+        return cross_entropy(logits, tokens[mine, 1:].ravel())[0].sum(dtype=np.float64)
+
+    with own_threads(len(tokens)):
+        return float(sum(in_threads(work, len(tokens))))
 
 
 def new_model(flags, n_vocab):  # -> hparams, parameters
@@ -151,10 +174,11 @@ def measure_peak():  # -> the FLOP/s of one large product
     return 2 * n**3 / min(seconds)
 
 
-def make_savers(flags, encoder, hparams, text, place, generate):
+def make_savers(flags, encoder, hparams, text, run, place, generate):
     """-> keep(params, is_best) and checkpoint(state, best), as `train` wants them.
 
-    text: what a checkpoint says of it; place: the checkpoint that the run goes on from, or None.
+    text: what a checkpoint says of it; run: the run's number; place: the checkpoint that it goes on
+    from, or None.
     """
     out, places = flags["out"], [place] if place else []
     if flags["data"] not in NAMED_TEXTS:
@@ -167,7 +191,8 @@ def make_savers(flags, encoder, hparams, text, place, generate):
 
     def checkpoint(state, best):
         params, moments, n_done = state
-        about = {"flags": flags, "best": best if best < math.inf else None, "text": text}
+        about = {"run": run, "flags": flags, "text": text}
+        about |= {"best": best if best < math.inf else None}
         about |= {"versions": {"numpy": np.__version__}}
         save_checkpoint(out, places, n_done, params, moments, about, encoder, hparams)
         with contextlib.suppress(ImportError, OSError):  # a picture is not worth a run
