@@ -12,11 +12,10 @@ dx, the gradient by its input x. So every function of gpt2.py has a counterpart 
 *  One made of others has f_forward(...), which calls gpt2.py's functions as they are and returns y
    and `backward`, a function from dy to the same. What it needs until then is kept inside it.
 
-dx has the shape of x, dy that of y. The tokens of a batch stand one after the other, [n_tokens,
-n_embd]: one large product is faster than many small ones. Attention alone sees sequences.
-
-Memory: 4 bytes for each parameter, twice that for Adam, once more for each thread's gradient; and
-4 * (n_layer * (16 * n_embd + n_head * n_seq) + 3 * n_vocab) bytes for every token of the batch.
+A batch's tokens stand one after the other, [n_tokens, n_embd], for a few large products are faster
+than many small ones; attention alone sees sequences. Memory: 4 bytes for each parameter, twice that
+for Adam, once more for each thread's gradient; and for each token of the batch
+4 * (n_layer * (16 * n_embd + n_head * n_seq) + 3 * n_vocab).
 """
 
 import functools
@@ -172,8 +171,8 @@ def transformer_block_forward(x, mlp, attn, ln_1, ln_2, n_head, n_seq):  # -> y,
 
 
 def gpt2_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_batch, n_seq] -> logits, backward
-    """wte serves twice and gets the sum: of what it does in the logits, where it is a linear's w^T,
-    and of what its rows do as inputs. There each row gets the sum over all places of its id."""
+    """wte serves twice and gets the sum: it makes the logits, as a linear's w^T, and its rows are
+    the inputs. There each row gets the sum over all places of its id."""
     (n_batch, n_seq), inputs, backwards = inputs.shape, inputs.ravel(), []
     x = wte[inputs] + np.tile(wpe[:n_seq], (n_batch, 1))
     for block in blocks:
@@ -236,11 +235,9 @@ def loss_and_gradients(params, tokens, n_head, n_parts=1):  # [n_batch, n_seq + 
 
 
 def add_up(parts):  # (number, tree), ... -> their sums, in the arrays of the first
-    parts = iter(parts)
-    total, tree = next(parts)
-    sums = leaves(tree)
+    total, tree = next(parts := iter(parts))
     for number, other in parts:
-        total += number
+        total, sums = total + number, leaves(tree)
         for name, x in leaves(other).items():
             sums[name] += x
     return float(total), tree
@@ -296,7 +293,7 @@ def train_step(params, moments, n_done, batches, flags):  # -> the loss; the oth
     return loss
 
 
-@functools.wraps(read_flags, assigned=["__doc__"])  # every flag is explained there
+@functools.wraps(read_flags, assigned=["__doc__"])
 def main(*args, **kwargs):
     run(*read_flags(*args, **kwargs), train_step, cross_entropy, learning_rate, generate)
 
