@@ -256,21 +256,17 @@ def learning_rate(n_done, n_steps, learning_rate, min_learning_rate, n_warmup, *
 
 
 def adamw(params, gradients, moments, n_done, grad_clip, weight_decay, adam_b2, **schedule):
-    """A step, in place. moments: {"m.wte": zeros, "v.wte": zeros, ...} before the first one.
-
-    Adam (Kingma & Ba 2015, arXiv:1412.6980): m is a mean of the gradients so far, v of their
-    squares; c1 and c2 make up for their beginning at 0. Matrices decay (Loshchilov & Hutter 2019,
-    arXiv:1711.05101), biases and gains do not. Pieces of 2^14 numbers fit a core's cache.
+    """A step, in place: Adam (Kingma & Ba 2015, arXiv:1412.6980), with decay of the matrices alone
+    (Loshchilov & Hutter 2019, arXiv:1711.05101). moments: {"m.wte": zeros, "v.wte": zeros, ...} at
+    first, means of the gradients and of their squares; c1 and c2 make up for these beginnings.
     """
     rate, b1, b2, pieces = learning_rate(n_done, **schedule), 0.9, adam_b2, []
     c1, c2, gradients = 1 - b1 ** (n_done + 1), 1 - b2 ** (n_done + 1), leaves(gradients)
-    for name, p in leaves(params).items():
+    for name, p in leaves(params).items():  # pieces of 2^14 numbers fit a core's cache
         four = p, gradients[name], moments["m." + name], moments["v." + name]
         four, kept = [x.reshape(-1) for x in four], 1 - rate * weight_decay * (p.ndim == 2)
         pieces += [(kept, *(x[i : i + 2**14] for x in four)) for i in range(0, p.size, 2**14)]
-    squares = in_threads(
-        lambda mine: sum(float(g @ g) for _, _, g, *_ in pieces[mine]), len(pieces)
-    )
+    squares = in_threads(lambda i: sum(float(g @ g) for _, _, g, *_ in pieces[i]), len(pieces))
     clip = min(1, grad_clip / (math.sqrt(sum(squares)) or 1))
 
     def work(mine):

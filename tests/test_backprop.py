@@ -556,7 +556,7 @@ def never_stopped(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("sign", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("sign", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_same_bits(never_stopped, sign):
     out = never_stopped.parent / sign
     process = begin(*TINY_RUN, "--out", out)
@@ -571,6 +571,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(never_stopped, sign):
     assert ends(out) == ends(never_stopped)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(never_stopped):
     out, rng = never_stopped.parent / "killed", np.random.default_rng()
     process = begin(*TINY_RUN, "--out", out)
