@@ -80,11 +80,10 @@ def record(inputs, params, n_head):
     [hidden_state] = call["calls"]
     *blocks, ln_f = hidden_state["calls"]
     mha, ffn = zip(*[(mha, ffn) for _, mha, _, ffn in (b["calls"] for b in blocks)], strict=True)
-    identity = np.eye(len(inputs), dtype=np.float32)  # as values, each key's row gives its weight
     weights = []
     for _, attention, _ in (half["calls"] for half in mha):
         q, k = attention["args"]["q"], attention["args"]["k"]
-        weights.append(gpt2.attention(q, k, identity))
+        weights.append(gpt2.attention_weights(q, k))
     return {
         "logits": call["out"],
         "attention": np.stack(weights),

@@ -94,13 +94,12 @@ def ffn(x, c_fc, c_proj):  # [..., n_seq, n_embd] -> [..., n_seq, n_embd]
     return linear(x, **c_proj)
 
 
-def attention(q, k, v):  # q [..., n_q, d_head], k and v [..., n_seq, d_head] -> the shape of q
-    """Each query takes a weighted average of the values at its own position and before.
+def attention_weights(q, k):  # [..., n_q, d_head], [..., n_seq, d_head] -> [..., n_q, n_seq]
+    """How much each query takes of the value at each position: rows that sum to 1.
 
-    How much value j counts for query i depends on how well key j fits the query: their dot product,
-    turned into weights by softmax. The dot product of two random vectors of variance 1 has variance
-    d_head; dividing by the square root of d_head brings that back to 1. Vaswani et al. 2017,
-    arXiv:1706.03762, section 3.2.
+    That depends on how well the position's key fits the query: their dot product, turned into
+    weights by softmax. The dot product of two random vectors of variance 1 has variance d_head;
+    dividing by the square root of d_head brings that back to 1.
 
     Usually n_q is n_seq. Where it is less, the queries are those of the last n_q positions.
     """
@@ -108,8 +107,15 @@ def attention(q, k, v):  # q [..., n_q, d_head], k and v [..., n_seq, d_head] ->
     scores = (q / math.sqrt(d_head)) @ k.swapaxes(-1, -2)  # [..., n_q, n_seq]
     position = xp.arange(n_seq)
     future = position > position[n_seq - n_q :, None]  # [n_q, n_seq]: what a query may not see
-    weights = softmax(xp.where(future, -math.inf, scores))  # exp(-inf) is 0
-    return weights @ v
+    return softmax(xp.where(future, -math.inf, scores))  # exp(-inf) is 0
+
+
+def attention(q, k, v):  # q [..., n_q, d_head], k and v [..., n_seq, d_head] -> the shape of q
+    """Each query takes a weighted average of the values at its own position and before.
+
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.2.
+    """
+    return attention_weights(q, k) @ v
 
 
 def attention_in_blocks(q, k, v):  # the shapes of attention

@@ -126,7 +126,7 @@ def learn_tokenizer(n_vocab, sources, options, work_dir):  # -> Encoder
 
     def texts():
         n_wanted = n_taken = 0
-        for task in make_tasks(sources, options, work_dir):
+        for task in make_tasks(sources, options | {"val_fraction": 0}, work_dir):  # all of it
             for span in task["spans"]:
                 n_wanted = min(n_wanted + share * span["size"], TRAINING_BYTES)
                 for _, text, _ in itertools.chain.from_iterable(read_span(span, options)):

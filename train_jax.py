@@ -26,7 +26,6 @@ import os
 import secrets
 import signal
 import sys
-import time
 
 from tqdm import tqdm
 
@@ -42,7 +41,7 @@ except ModuleNotFoundError as missing:  # generating does not need them, so they
 
 from gpt2 import hidden_state
 from kv_cache import generate
-from plumbing.cli import note_signals, run_cli
+from plumbing.cli import run_cli
 from training import progress
 from training.attention import fused_attention
 from training.batches import batches_shape, fill_batches, read_batches, step_keys
@@ -55,6 +54,7 @@ from training.checkpoints import (
 )
 from training.devices import (
     any_process,
+    check_agreement,
     end_together,
     make_mesh,
     make_sharding,
@@ -64,7 +64,15 @@ from training.devices import (
     to_host,
 )
 from training.flags import check_saved, choose, extend, read_flags
-from training.state import count_rows, load_start, name_leaves, resize_vocab, start_state
+from training.loop import load_start, sample, train
+from training.state import (
+    count_rows,
+    moment_shapes,
+    name_leaves,
+    new_model,
+    resize_vocab,
+    start_state,
+)
 from training.text import NAMED_TEXTS
 from utils import load_encoder_hparams_and_params, save_model
 
@@ -257,60 +265,6 @@ def validation_loss(params, windows, counts, dtype="float32", **how):  # -> [], 
     return (jax.lax.map(lambda w: losses(weights, w, **how), windows) * counts).sum() / counts.sum()
 
 
-def train(state, flags, train_steps, read, validate, keep, checkpoint, log, start, quiet=False):
-    """Run the steps that are left and show progress. -> the signal that ended it early, or 0.
-
-    read(n_done): batches for some steps, whose number is their first axis. validate(params): nats.
-    keep(params, is_best) gets what has just been validated; checkpoint(state, best) the state at
-    intervals, at the end and when a signal comes, and returns where it has it; log(values) what
-    metrics.jsonl shall say, and returns what the bar shall show. start: {"place": the checkpoint
-    that the run goes on from or None, "best": its best validation loss or None, "worst": a loss
-    that says that all is lost}. ValueError, with the last checkpoint's place, for such a loss, or
-    one that is not a number.
-    """
-    n_done, n_steps = int(state[2]), flags["n_steps"]
-    place, n_saved, best = start["place"], n_done, start["best"]
-    best = math.inf if best is None else best
-    every = flags["eval_every"], flags["checkpoint_every"]
-    tokens_per_step = flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
-    bar = tqdm(total=n_steps, initial=n_done, unit="step", disable=quiet or None)
-    with bar, note_signals() as caught:
-        batches, compiled = read(n_done), False
-        while n_done < n_steps and not any_process(caught):
-            began = time.perf_counter()
-            n = min(len(batches), n_steps - n_done, *(k - n_done % k for k in every))
-            state, loss = train_steps(state, batches, n)
-            n_done += n
-            batches = read(n_done)  # while the device is at work
-            loss = float(loss)
-            if not loss < start["worst"]:
-                last = f"the last checkpoint is {place}" if place else "there is no checkpoint"
-                raise ValueError(f"the loss is {loss:.4g} at step {n_done}: {last}")
-            values = {"step": n_done, "loss": loss}
-            if compiled:  # the first call's time is the compiler's
-                values["tokens_per_second"] = n * tokens_per_step / (time.perf_counter() - began)
-            compiled = True
-            bar.set_postfix(log(values), refresh=False)
-            bar.update(n)
-            if n_done % every[0] == 0 or n_done == n_steps:
-                validation = validate(state[0])
-                log({"step": n_done, "validation": validation})
-                if not quiet:
-                    tqdm.write(f"step {n_done}: train {loss:.4f}, validation {validation:.4f}")
-                keep(state[0], validation < best)
-                best = min(best, validation)
-            if n_done % every[1] == 0 or n_done == n_steps:
-                place, n_saved = checkpoint(state, best), n_done
-        stopped = any_process(caught)
-        if stopped and n_done > n_saved:
-            if best == math.inf:
-                keep(state[0], True)
-            place = checkpoint(state, best)
-        if stopped and place and not quiet:
-            tqdm.write(f"stopped after step {n_done}, which is saved in {place}")
-    return stopped
-
-
 # --- The command line ---------------------------------------------------------------------------
 
 
@@ -361,9 +315,11 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
         jax.config.update("jax_default_matmul_precision", "float32")
     schedule = make_schedule(**flags)
     optimizer, is_tuned = make_optimizer(schedule, **flags), model is not None
+    shapes = functools.partial(moment_shapes, optimizer)
     shards, windows, text, (encoder, hparams, params), moments = load_start(
-        flags, optimizer, model, place, saved, models_dir
+        flags, shapes, new_model, model, place, saved, models_dir
     )
+    check_agreement([flags, text])
     if is_main:
         n_params = sum(x.size for x in jax.tree.leaves(params))
         n_val = windows[:, 1:].size
@@ -399,8 +355,9 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
     n_vocab = hparams["n_vocab"]  # an unfamiliar text may begin above its logarithm
     start = {"place": place, "best": best, "worst": 2 * max(math.log(n_vocab), best or 0)}
     return train(
-        state, flags, train_steps, read, validate, keep, checkpoint, log, start, not is_main
-    )
+        state, flags, train_steps, read, validate, keep, checkpoint, log, start,
+        quiet=not is_main, agree=any_process,
+    )  # fmt: skip
 
 
 def set_up(flags, mesh, optimizer, params, moments, n_done, windows):
@@ -435,7 +392,7 @@ def make_savers(flags, encoder, hparams, text, run, place):
         if is_main and is_best:
             save_model(out, encoder, hparams, params, flags["saved_dtype"])
         if is_main:
-            tqdm.write(sample(params, encoder, hparams, flags["seed"]))
+            tqdm.write(sample(generate, params, encoder, hparams, flags["seed"]))
 
     def checkpoint(state, best):
         params, moments = resize_vocab(to_host(state[:2]), n_vocab)
@@ -461,15 +418,6 @@ def loss_options(flags, n_vocab, n_batch):
     attend = fused_attention if flags["dtype"] == "bfloat16" else None
     how = {"n_head": flags["n_head"], "n_vocab": n_vocab, "n_chunks": n_chunks, "attend": attend}
     return how | {"dtype": flags["dtype"]}
-
-
-def sample(params, encoder, hparams, seed):  # -> some lines of text, set in
-    """What the model writes after a line's end, up to 100 tokens of it."""
-    n, how = min(100, hparams["n_ctx"] - 1), {"temperature": 0.8, "seed": seed}
-    prompts = [encoder.encode("\n")]
-    ids = generate(prompts, params, hparams["n_head"], n, endoftext=encoder.endoftext, **how)[0]
-    lines = [line for line in encoder.decode(ids).splitlines() if line.strip()]
-    return "\n".join("    " + line for line in lines)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """How many tokens a second does the trainer learn from, beside PyTorch?
 
-usage: python benchmarks/train_step.py [RECIPE]
+usage: python benchmarks/train_step.py [RECIPE [BATCHxTOKENS]]
 
 The model and the batch of a recipe (shakespeare-cpu by default), random tokens: train_jax.py's
-own steps with each optimizer, and transformers' GPT-2 with fused AdamW, eager and compiled.
-Both clip the gradients. On a GPU PyTorch's products are bfloat16 by autocast, ours by the recipe.
-With the floor: the products of one step, by the formula of progress.py, at the speed of one large
-product in the same moment.
+own steps with each optimizer, and transformers' GPT-2 with fused AdamW, eager and compiled; on a
+CPU also backprop.py's, in NumPy alone. `gpt2-124M 4x64` is llm.c's example for CPUs, and runs with
+AdamW, uncompiled. All clip the gradients. On a GPU PyTorch's products are bfloat16 by autocast,
+ours by the recipe. With the floor: the products of one step, by the formula of progress.py, at the
+speed of one large product in the same moment.
 """
 
 import contextlib
@@ -17,13 +18,14 @@ import numpy as np
 import torch
 from common import alternate, hugging_face, machine, print_table
 
+import backprop
 import train_jax
 from model_files import weights
-from training import devices, progress
+from training import devices, host, progress
 from training.flags import choose
 from training.state import count_rows, start_state
 
-N_STEPS = 20  # a measurement
+N_STEPS = 20  # a measurement; with a batch of one's own, 1
 
 
 def ours(flags, params, tokens, optimizer):  # -> a function that trains N_STEPS steps
@@ -39,8 +41,24 @@ def ours(flags, params, tokens, optimizer):  # -> a function that trains N_STEPS
 
     def train():
         nonlocal state
-        state, loss = steps(state, batches, N_STEPS)
+        state, loss = steps(state, batches, len(tokens))
         return float(loss)
+
+    return train
+
+
+def by_hand(flags, params, tokens):
+    params = weights.nest({name: x.copy() for name, x in weights.leaves(params).items()})
+    moments = {name: np.zeros(*how) for name, how in host.moment_shapes(params).items()}
+    n_done = 0
+
+    def train():
+        nonlocal n_done
+        total = 0.0
+        for batches in tokens:
+            total += backprop.train_step(params, moments, n_done, batches, flags)
+            n_done += 1
+        return total / len(tokens)
 
     return train
 
@@ -72,7 +90,7 @@ def theirs(flags, params, tokens, compiled):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             total += loss.item()
-        return total / N_STEPS
+        return total / len(tokens)
 
     return train
 
@@ -90,18 +108,24 @@ def main():
         if len(shape) == 2:
             arrays[name] = rng.normal(0, 0.02, shape).astype(np.float32)
     params = weights.nest(arrays)
-    shape = N_STEPS, flags["n_accumulate"], flags["batch_size"], flags["n_ctx"] + 1
+    n_steps, small = N_STEPS, sys.argv[2:]
+    if small:
+        batch_size, n_ctx = map(int, small[0].split("x"))
+        flags |= {"n_accumulate": 1, "batch_size": batch_size, "n_ctx": n_ctx}
+        n_steps = 1
+    shape = n_steps, flags["n_accumulate"], flags["batch_size"], flags["n_ctx"] + 1
     tokens = rng.integers(0, n_vocab, shape, dtype=np.int32)
 
-    sides = {
-        "ours_AdamW": ours(flags, params, tokens, "adamw"),
-        "ours_Muon": ours(flags, params, tokens, "muon"),
-        "PyTorch_eager": theirs(flags, params, tokens, compiled=False),
-        "PyTorch_compiled": theirs(flags, params, tokens, compiled=True),
-    }
+    sides = {"ours_AdamW": ours(flags, params, tokens, "adamw")}
+    if jax.default_backend() == "cpu":
+        sides["NumPy_AdamW"] = by_hand(flags, params, tokens)
+    sides["PyTorch_eager"] = theirs(flags, params, tokens, compiled=False)
+    if not small:
+        sides["ours_Muon"] = ours(flags, params, tokens, "muon")
+        sides["PyTorch_compiled"] = theirs(flags, params, tokens, compiled=True)
     first = {name: side() for name, side in sides.items()}
     assert all(abs(loss - np.log(n_vocab)) < 0.5 for loss in first.values()), first
-    seconds = {name: value / N_STEPS for name, value in alternate(7, **sides).items()}
+    seconds = {name: value / n_steps for name, value in alternate(7, **sides).items()}
     n_tokens = int(np.prod(shape[1:3])) * flags["n_ctx"]
     all_devices = devices.make_mesh(flags["batch_size"]).devices.ravel()
     peak, source = devices.peak_flops(all_devices, flags["dtype"])

@@ -19,6 +19,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import backprop  # noqa: E402
 import encoder as bpe  # noqa: E402
 import gpt2  # noqa: E402
 import utils  # noqa: E402
@@ -262,6 +263,49 @@ def sampling():
     return figure
 
 
+def gradients():
+    """Slopes measured and by hand, and by hand with a term of the layer norm's left out."""
+    encoder, hparams, params = load()
+    text = np.array([encoder.encode("The moon was new and the road was long.")])
+    n_head = hparams["n_head"]
+    arrays = {name: x.astype(np.float64) for name, x in weights.leaves(params).items()}
+    rng, places = np.random.default_rng(0), []
+    for name, x in arrays.items():
+        places += [(name, tuple(rng.integers(0, n) for n in x.shape)) for _ in range(2)]
+
+    def loss():
+        logits = gpt2.gpt2(text[:, :-1], **weights.nest(arrays), n_head=n_head)[0]
+        return backprop.cross_entropy(logits, text[0, 1:])[0].mean()
+
+    def measure(name, place, step=1e-4):
+        x, before = arrays[name], arrays[name][place]
+        x[place] = before + step
+        up = loss()
+        x[place] = before - step
+        down = loss()
+        x[place] = before
+        return (up - down) / (2 * step)
+
+    def forgetful(dy, x, g, b):  # without the part along n
+        n = gpt2.layer_norm(x, 1.0, 0.0)
+        dx = dy * g / x.std(-1, keepdims=True)
+        return dx - dx.mean(-1, keepdims=True), {"g": (dy * n).sum(0), "b": dy.sum(0)}
+
+    measured = np.abs([measure(*where) for where in places])
+    figure, axes = canvas(height=3.8)
+    right = backprop.layer_norm_backward
+    for f, color, name in ((forgetful, RED, "a term is missing"), (right, BLUE, "by hand")):
+        backprop.layer_norm_backward = f
+        found = weights.leaves(backprop.loss_and_gradients(params, text, n_head)[1])
+        found = np.abs([found[name][place] for name, place in places])
+        seen = (measured > 1e-9) & (found > 0)
+        axes.plot(measured[seen], found[seen], "o", color=color, markersize=3, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="slope, measured", ylabel="slope, by backprop.py")
+    axes.legend(loc="upper left", frameon=False)
+    axes.grid()
+    return figure
+
+
 def slope():
     """The loss on the way down its own gradient, and the straight line that the gradient is."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -358,9 +402,10 @@ PICTURES = {
     "04_mask": mask,
     "05_residuals": residuals,
     "06_sampling": sampling,
-    "08_slope": slope,
-    "09_training": training,
-    "10_checkpoint": checkpoint,
+    "08_gradients": gradients,
+    "09_slope": slope,
+    "10_training": training,
+    "11_checkpoint": checkpoint,
 }
 
 

@@ -63,6 +63,15 @@ def nest(arrays):
     return params
 
 
+def leaves(node, way=""):  # the reverse of nest
+    """{"blocks": [{"ln_1": {"g": array}}], ...} -> {"blocks.0.ln_1.g": array, ...}"""
+    if not isinstance(node, (dict, list)):
+        return {way: node}
+    steps = node.items() if isinstance(node, dict) else enumerate(node)
+    found = (leaves(child, f"{way}.{step}" if way else step) for step, child in steps)
+    return {name: array for some in found for name, array in some.items()}
+
+
 def leaf(params, name):  # (params, "blocks.0.ln_1.g") -> params["blocks"][0]["ln_1"]["g"]
     try:
         for step in name.split("."):

@@ -237,8 +237,8 @@ def anchors(path):
 def test_every_page_is_in_the_index_in_order():
     index = (DOCS / "README.md").read_text("utf-8")
     assert re.findall(r"\]\((\w+\.md)\)", index) == [*NUMBERED, "exercises.md", "guide.md"]
-    assert len(NUMBERED) == 10 and [name[:2] for name in NUMBERED] == sorted(
-        f"{i:02}" for i in range(1, 11)
+    assert len(NUMBERED) == 11 and [name[:2] for name in NUMBERED] == sorted(
+        f"{i:02}" for i in range(1, 12)
     )
 
 
@@ -277,8 +277,8 @@ def test_draw_knows_the_loss_that_the_exercise_counts():
 
 
 def test_the_sizes_of_the_checkpoint_add_up():
-    """Each row of page 10's table is a shape and its product; all of them make 124M."""
-    text = (DOCS / "10_checkpoint.md").read_text("utf-8")
+    """Each row of page 11's table is a shape and its product; all of them make 124M."""
+    text = (DOCS / "11_checkpoint.md").read_text("utf-8")
     hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_layer": 12}
     shapes, total = dict(weights.tensor_shapes(hparams)), 0
     rows = re.findall(r"^\| `([\w.]+)` \| ([\d x]+) \| ([\d ]+) \|", text, re.M)

@@ -169,7 +169,7 @@ def test_the_sources_are_those_of_the_file(written):
     data, lines = read_page(written[0]), (REPO / "gpt2.py").read_text("utf-8").splitlines(True)
     assert set(data["sources"]) == {
         *("gpt2", "hidden_state", "transformer_block", "layer_norm", "mha", "linear"),
-        *("attention_in_blocks", "attention", "softmax", "ffn", "gelu"),
+        *("attention_in_blocks", "attention", "attention_weights", "softmax", "ffn", "gelu"),
     }
     for name, source in data["sources"].items():
         n = source["lines"].count("\n")

@@ -457,6 +457,7 @@ def every_function(ids, params, n_head, prepare=lambda x: x):
         "layer_norm": gpt2.layer_norm(x, **block["ln_1"]),
         "linear": gpt2.linear(x, **block["mlp"]["c_fc"]),
         "ffn": gpt2.ffn(x, **block["mlp"]),
+        "attention_weights": gpt2.attention_weights(*qkv[:2]),
         "attention": gpt2.attention(*qkv),
         "attention_in_blocks": gpt2.attention_in_blocks(*qkv),
         "mha": gpt2.mha(x, **block["attn"], n_head=n_head),

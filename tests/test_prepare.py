@@ -999,7 +999,8 @@ def test_the_validation_split_does_not_swallow_the_corpus(tmp_path):
 
 
 def test_a_tokenizer_that_settles_for_fewer_ids_says_so(tmp_path):
-    (tmp_path / "a.txt").write_text("abab")
+    """And it learns from all of the text, whichever part is for validation."""
+    (tmp_path / "a.txt").write_text("ab\n" * 90 + "cd\n" * 5)
     out, err = make("a.txt", "--train_tokenizer", "300", cwd=tmp_path)
     assert err == "notice: the text gave a tokenizer of 259 entries: no pair is left to merge\n"
     assert "259 ids" in out

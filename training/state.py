@@ -1,42 +1,12 @@
 """A run's state, (parameters, moments, steps done): how it begins, and its parts' names."""
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from encoder import get_encoder
-from training.checkpoints import load_checkpoint
-from training.devices import check_agreement, make_sharding, put, spread
-from training.text import open_text
-from utils import find_model
-
-
-def load_start(flags, optimizer, model, place, saved, models_dir):
-    """What a run starts from: -> shards, windows, what a checkpoint says of both, model, moments.
-
-    model: (tokenizer, hparams, parameters), those given, else the checkpoint's, else new ones. The
-    moments are the checkpoint's {name: array}, or None. ValueError if the flags or the text are not
-    those that the checkpoint was made with, or other processes have others.
-    """
-    moments = encoder = None
-    if place:
-        *model, moments = load_checkpoint(place, functools.partial(moment_shapes, optimizer))
-        same = all(flags[name] == model[1][name] for name in ("n_layer", "n_head", "n_embd"))
-        if not same or flags["n_ctx"] > model[1]["n_ctx"]:
-            raise ValueError(f"{place}: run.json has other sizes than the model")
-    if model:
-        encoder = model[0]
-    elif flags.get("tokenizer"):
-        folder = find_model(flags["tokenizer"], models_dir, only_tokenizer=True)
-        encoder = get_encoder("", folder)
-    shards, windows, text, encoder = open_text(flags["data"], encoder, flags["n_ctx"])
-    if saved and not saved["text"].items() <= text.items():  # older ones say less
-        raise ValueError(f"{flags['data']}: is not the text that {place} was trained on")
-    check_agreement([flags, text])
-    return shards, windows, text, model or (encoder, *new_model(flags, encoder.n_vocab)), moments
+from training.devices import make_sharding, put, spread
 
 
 def init_params(key, n_vocab, n_ctx, n_embd, n_layer):

@@ -1,0 +1,298 @@
+"""GPT-2's other half in pure NumPy: the gradient, derived by hand, and training with it.
+
+    python backprop.py --data shakespeare                # from text to a model, and no framework
+    python gpt2.py "It was" --model_size mine            # then write with it
+
+gpt2.py computes the loss; this file says how the loss changes if anything in there does. If dy is
+the gradient by a function's result y (what the loss gains per change of y), the chain rule gives
+dx, the gradient by its input x. So every function of gpt2.py has a counterpart here, in its order:
+
+*  A small one's, f_backward(dy, ...), takes dy and f's arguments, or f's result where that saves
+   work. It returns dx, and the gradients of f's parameters under their names.
+*  One made of others has f_forward(...), which calls gpt2.py's functions as they are and returns y
+   and `backward`, a function from dy to the same. What it needs until then is kept inside it.
+
+A batch's tokens stand one after the other, [n_tokens, n_embd], for a few large products are faster
+than many small ones; attention alone sees sequences. Memory: 4 bytes for each parameter, twice that
+for Adam, once more for each thread's gradient; and for each token of the batch
+4 * (n_layer * (16 * n_embd + n_head * n_seq) + 3 * n_vocab).
+"""
+
+import functools
+import math
+
+import numpy as np
+
+from engine.threads import in_threads, own_threads
+from gpt2 import attention_weights, gelu, layer_norm, linear, mha, softmax
+from kv_cache import generate
+from model_files.weights import leaves
+from plumbing.cli import run_cli
+from training.flags import read_flags
+from training.host import run
+
+# --- The gradient -------------------------------------------------------------------------------
+
+
+def gelu_backward(dy, x, y):  # [...] each, y = gelu(x) -> dx
+    """y = x s with s = (1 + tanh u) / 2 has the slope s + x s', and tanh' = 1 - tanh^2 makes
+    s' = 2 s (1 - s) u'. Since x s is y: s + 2 y (1 - s) u'. s is y / x, so tanh is not made again;
+    only at 0, where it is 1/2, that says nothing.
+    """
+    with np.errstate(invalid="ignore"):
+        s = y / x
+    s[x == 0] = 0.5
+    du = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * (x * x))
+    return dy * (s + 2 * y * (1 - s) * du)
+
+
+def softmax_backward(dy, y):  # [..., n] each, y = softmax(x) -> dx
+    """A rising x_j lifts y_j by y_j and, as all share a sum of 1, lowers every y_i by y_i y_j.
+
+    So dx_j = y_j (dy_j - sum of all dy_i y_i): what j is worth above the average.
+    """
+    return y * (dy - np.vecdot(dy, y)[..., None])
+
+
+def layer_norm_backward(dy, x, g, b, eps=1e-5):  # [n_tokens, n_embd] twice -> dx, {"g", "b"}
+    """y = n g + b, n is x with mean 0 and variance 1. g and b serve all tokens: dg, db are sums.
+
+    dx has three terms: dn = dy g, scaled as x was; less its mean, because adding a number to all x
+    changes no n; less its part along n, because stretching x changes no n either.
+    """
+    n = x - x.mean(-1, keepdims=True)
+    scale = (np.vecdot(n, n)[:, None] / x.shape[-1] + eps) ** -0.5
+    n *= scale
+    dx = dy * g
+    dx -= (dy @ g)[:, None] / x.shape[-1]  # its mean
+    dx -= n * (np.vecdot(dx, n)[:, None] / x.shape[-1])
+    dx *= scale
+    n *= dy
+    return dx, {"g": n.sum(0), "b": dy.sum(0)}
+
+
+def linear_backward(dy, x, w, b):  # [n_tokens, n_out], [n_tokens, n_in] -> dx, {"w", "b"}
+    """y_j = sum_i x_i w_ij + b_j. x_i acts on every y_j, by w_ij: dx = dy w^T.
+
+    w_ij acts in every token, by its x_i: dw_ij is the sum over tokens of x_i dy_j, so x^T dy.
+    """
+    return dy @ w.T, {"w": x.T @ dy, "b": dy.sum(0)}
+
+
+def ffn_forward(x, c_fc, c_proj):  # [n_tokens, n_embd] -> y, backward
+    h = linear(x, **c_fc)
+    a = gelu(h)
+
+    def backward(dy):  # the same three in reverse -> dx, {"c_fc", "c_proj"}
+        da, d_proj = linear_backward(dy, a, **c_proj)
+        dx, d_fc = linear_backward(gelu_backward(da, h, a), x, **c_fc)
+        return dx, {"c_fc": d_fc, "c_proj": d_proj}
+
+    return linear(a, **c_proj), backward
+
+
+def attention_forward(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_head] -> y, backward
+    """y = p v is a product, as in linear: dp = dy v^T, dv = p^T dy. So are the scores, q k^T.
+
+    The mask needs nothing: what it hides has p = 0, so softmax_backward gives it 0.
+    """
+    p = attention_weights(q, k)
+
+    def backward(dy):  # -> dq, dk, dv
+        d_scores = softmax_backward(dy @ v.swapaxes(-1, -2), p)
+        d_scores /= math.sqrt(q.shape[-1])
+        return d_scores @ k, d_scores.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ dy
+
+    return p @ v, backward
+
+
+def attention_in_blocks_forward(q, k, v):  # the same
+    """Keys and values serve the queries of many blocks, and get the sum of what each sends back."""
+    n_q, n_seq, parts = q.shape[-2], k.shape[-2], []
+    if n_q <= 64:
+        return attention_forward(q, k, v)
+    for start in range(0, n_q, 64):
+        block, n_seen = np.s_[..., start : start + 64, :], n_seq - n_q + min(start + 64, n_q)
+        seen = np.s_[..., :n_seen, :]
+        parts.append((block, seen, *attention_forward(q[block], k[seen], v[seen])))
+
+    def backward(dy):  # -> dq, dk, dv
+        dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
+        for block, seen, _, block_backward in parts:
+            dq[block], dk_seen, dv_seen = block_backward(dy[block])
+            dk[seen] += dk_seen
+            dv[seen] += dv_seen
+        return dq, dk, dv
+
+    return np.concat([y for _, _, y, _ in parts], axis=-2), backward
+
+
+def mha_forward(x, c_attn, c_proj, n_head, n_seq):  # [n_tokens, n_embd] -> y, backward
+    """gpt2.mha lets us hand in `attend`, which sees the sequences apart and keeps what it makes."""
+    kept = {}
+
+    def split(x):  # [n_tokens, n_embd] -> [n_head, n_batch, n_seq, d_head]
+        return x.reshape(-1, n_seq, n_head, x.shape[-1] // n_head).transpose(2, 0, 1, 3)
+
+    def merge(x):  # and back
+        return x.transpose(1, 2, 0, 3).reshape(-1, n_head * x.shape[-1])
+
+    def attend(q, k, v):  # [n_head, n_tokens, d_head] each
+        sequences = (x.reshape(n_head, -1, n_seq, x.shape[-1]) for x in (q, k, v))
+        y, kept["backward"] = attention_in_blocks_forward(*sequences)
+        kept["y"] = merge(y)  # what c_proj is given
+        return kept["y"].reshape(len(x), n_head, -1).swapaxes(0, 1)
+
+    def backward(dy):  # -> dx, {"c_attn", "c_proj"}
+        d, d_proj = linear_backward(dy, kept["y"], **c_proj)
+        d = np.concat([merge(x) for x in kept["backward"](split(d))], axis=-1)
+        dx, d_attn = linear_backward(d, x, **c_attn)
+        return dx, {"c_attn": d_attn, "c_proj": d_proj}
+
+    return mha(x, c_attn, c_proj, n_head, attend), backward
+
+
+def transformer_block_forward(x, mlp, attn, ln_1, ln_2, n_head, n_seq):  # -> y, backward
+    """A sum has the slope 1 by both sides: dy goes on along the stream, and into each half."""
+    y, mha_backward = mha_forward(layer_norm(x, **ln_1), **attn, n_head=n_head, n_seq=n_seq)
+    middle = x + y
+    y, ffn_backward = ffn_forward(layer_norm(middle, **ln_2), **mlp)
+
+    def backward(dy):  # -> dx, {"mlp", "attn", "ln_1", "ln_2"}
+        d, d_mlp = ffn_backward(dy)
+        d, d_ln_2 = layer_norm_backward(d, middle, **ln_2)
+        d += dy
+        dx, d_attn = mha_backward(d)
+        dx, d_ln_1 = layer_norm_backward(dx, x, **ln_1)
+        dx += d
+        return dx, {"mlp": d_mlp, "attn": d_attn, "ln_1": d_ln_1, "ln_2": d_ln_2}
+
+    return middle + y, backward
+
+
+def gpt2_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_batch, n_seq] -> logits, backward
+    """wte serves twice and gets the sum: it makes the logits, as a linear's w^T, and its rows are
+    the inputs. There each row gets the sum over all places of its id."""
+    (n_batch, n_seq), inputs, backwards = inputs.shape, inputs.ravel(), []
+    x = wte[inputs] + np.tile(wpe[:n_seq], (n_batch, 1))
+    for block in blocks:
+        x, backward = transformer_block_forward(x, **block, n_head=n_head, n_seq=n_seq)
+        backwards.append(backward)
+    y = layer_norm(x, **ln_f)
+
+    def backward(d_logits):  # [n_tokens, n_vocab] -> a tree like the parameters
+        d_wte, d_wpe, d_blocks = d_logits.T @ y, np.zeros_like(wpe), []
+        d, d_ln_f = layer_norm_backward(d_logits @ wte, x, **ln_f)
+        for block_backward in reversed(backwards):
+            d, d_block = block_backward(d)
+            d_blocks.insert(0, d_block)
+        ids, sums = sum_by_id(inputs, d)
+        d_wte[ids] += sums
+        d_wpe[:n_seq] = d.reshape(n_batch, n_seq, -1).sum(0)
+        return {"wte": d_wte, "wpe": d_wpe, "blocks": d_blocks, "ln_f": d_ln_f}
+
+    return y @ wte.T, backward
+
+
+def sum_by_id(ids, rows):  # [n], [n, n_embd] -> the different ids, the sum of each one's rows
+    """`d_wte[ids] += rows` would count an id once, and np.add.at goes number by number. Sorted, the
+    rows of an id are neighbours, which reduceat adds up."""
+    order = np.argsort(ids, kind="stable")
+    ids = ids[order]
+    first = np.flatnonzero(np.append(True, ids[1:] != ids[:-1]))
+    return ids[first], np.add.reduceat(rows[order], first)
+
+
+def cross_entropy(logits, targets):  # [n, n_vocab], [n] -> nats [n], the gradient of their sum
+    """-ln p[target], p = softmax(logits), is ln(sum of exp(logits)) less the target's logit.
+
+    The first has the slope p, the second 1 at the target: p - y, where y is what came, in full. ln
+    of the sum is read off the likeliest token, whose p is never 0.
+    """
+    p, rows, best = softmax(logits), np.arange(len(logits)), logits.argmax(-1)
+    nats = logits[rows, best] - np.log(p[rows, best]) - logits[rows, targets]
+    p[rows, targets] -= 1
+    return nats, p
+
+
+def loss_and_gradients(params, tokens, n_head, n_parts=1):  # [n_batch, n_seq + 1] ids
+    """-> nats a token, a float, the mean of -ln p[next token]; its gradient, a tree like params.
+
+    Both are divided by n_parts: so many of them add up to a mean. Threads share the sequences, each
+    with OpenBLAS to itself, so that all of the work is done in parallel and not the products alone.
+    What they return is added up in the batch's order: the same bits each time, on one machine.
+    """
+
+    def work(mine):
+        logits, backward = gpt2_forward(tokens[mine, :-1], **params, n_head=n_head)
+        nats, d_logits = cross_entropy(logits, tokens[mine, 1:].ravel())
+        d_logits /= n
+        return nats.sum(dtype=np.float64) / n, backward(d_logits)
+
+    n = tokens[:, 1:].size * n_parts
+    with own_threads(len(tokens)):  # a single sequence is left to OpenBLAS's own threads
+        return add_up(in_threads(work, len(tokens)))
+
+
+def add_up(parts):  # (number, tree), ... -> their sums, in the arrays of the first
+    total, tree = next(parts := iter(parts))
+    for number, other in parts:
+        total, sums = total + number, leaves(tree)
+        for name, x in leaves(other).items():
+            sums[name] += x
+    return float(total), tree
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+def learning_rate(n_done, n_steps, learning_rate, min_learning_rate, n_warmup, **_):
+    """The next step's: a line up from learning_rate / n_warmup, then half a cosine down."""
+    first, n_warmup = learning_rate / n_warmup, min(n_warmup, n_steps // 2)
+    if n_done < n_warmup:
+        return first + (learning_rate - first) * n_done / n_warmup
+    height = 1 + math.cos(math.pi * min(1, (n_done - n_warmup) / (n_steps - n_warmup)))
+    return min_learning_rate + (learning_rate - min_learning_rate) * height / 2
+
+
+def adamw(params, gradients, moments, n_done, grad_clip, weight_decay, adam_b2, **schedule):
+    """A step, in place: Adam (Kingma & Ba 2015, arXiv:1412.6980), with decay of the matrices alone
+    (Loshchilov & Hutter 2019, arXiv:1711.05101). moments: {"m.wte": zeros, "v.wte": zeros, ...} at
+    first, means of the gradients and of their squares; c1 and c2 make up for these beginnings.
+    """
+    rate, b1, b2, pieces = learning_rate(n_done, **schedule), 0.9, adam_b2, []
+    c1, c2, gradients = 1 - b1 ** (n_done + 1), 1 - b2 ** (n_done + 1), leaves(gradients)
+    for name, p in leaves(params).items():  # pieces of 2^14 numbers fit a core's cache
+        four = p, gradients[name], moments["m." + name], moments["v." + name]
+        four, kept = [x.reshape(-1) for x in four], 1 - rate * weight_decay * (p.ndim == 2)
+        pieces += [(kept, *(x[i : i + 2**14] for x in four)) for i in range(0, p.size, 2**14)]
+    squares = in_threads(lambda i: sum(float(g @ g) for _, _, g, *_ in pieces[i]), len(pieces))
+    clip = min(1, grad_clip / (math.sqrt(sum(squares)) or 1))
+
+    def work(mine):
+        for kept, p, g, m, v in pieces[mine]:
+            m *= b1
+            m += g * ((1 - b1) * clip)
+            v *= b2
+            v += g * g * ((1 - b2) * clip**2)
+            p *= kept
+            p -= m * (rate / c1) / (np.sqrt(v / c2) + 1e-8)
+
+    in_threads(work, len(pieces))
+
+
+def train_step(params, moments, n_done, batches, flags):  # -> the loss; the others in place
+    """batches: [n_accumulate, batch_size, n_ctx + 1], whose gradients are averaged."""
+    n = len(batches)
+    loss, gradients = add_up(loss_and_gradients(params, x, flags["n_head"], n) for x in batches)
+    adamw(params, gradients, moments, n_done, **flags)
+    return loss
+
+
+@functools.wraps(read_flags, assigned=["__doc__"])
+def main(*args, **kwargs):
+    run(*read_flags(*args, **kwargs), train_step, cross_entropy, learning_rate, generate)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,202 @@
+"""A run whose arrays are NumPy's own, from the flags to the best model: backprop.py's."""
+
+import contextlib
+import functools
+import math
+import os
+import secrets
+import signal
+import sys
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from corpus.shards import count_ids, read_stretches
+from engine.threads import in_threads, own_threads
+from gpt2 import gpt2
+from model_files.weights import leaves, nest, tensor_shapes
+from training import progress
+from training.checkpoints import (
+    check_out,
+    clear_away,
+    find_checkpoint,
+    find_out,
+    save_checkpoint,
+)
+from training.flags import check_saved, choose, extend
+from training.loop import load_start, sample, train
+from training.text import NAMED_TEXTS
+from utils import load_encoder_hparams_and_params, save_model
+
+ONLY = {"optimizer": "adamw", "dtype": "float32", "drop_rate": 0.0, "fsdp": False}
+ALONE = ("coordinator", "num_processes", "process_id")
+STEPS_PER_CALL = (10, 5, 1)  # before Ctrl-C is seen: what takes about 1 s at most
+
+
+def run(typed, how, train_step, cross_entropy, learning_rate, generate):
+    """What a person asked for (read_flags'), done by the trainer's own functions.
+
+    train_step(params, moments, n_done, batches, flags): -> the loss; changes the first two in
+    place. cross_entropy(logits, targets): -> nats, and what is of no interest here.
+    learning_rate(n_done, **flags); generate: kv_cache.py's.
+    """
+    check_asked(typed, how)
+    place = saved = model = None
+    if how["resume"] is None:
+        check_out(typed["out"], how["overwrite"])  # better now than after the first steps
+        if "init_from" in typed:
+            model = load_encoder_hparams_and_params(typed["init_from"], how["models_dir"])
+        flags = choose(ONLY | typed, "cpu", model and model[1])
+    else:
+        out = find_out(how["resume"], how["models_dir"])
+        place, saved = find_checkpoint(out)
+        flags = extend(check_saved(saved, place), saved["step"], typed.get("n_steps"))
+        flags |= {"out": out}
+    trainer = train_step, cross_entropy, learning_rate, generate
+    stopped = run_training(flags, how, model, place, saved, *trainer)
+    if stopped == signal.SIGTERM:
+        sys.exit(143)
+    if stopped:
+        raise KeyboardInterrupt
+    if saved and saved["step"] == flags["n_steps"]:
+        print(f"all {saved['step']} steps were done: --n_steps goes on, with a larger number")
+    print(f"the best model is in {flags['out']}")
+
+
+def check_asked(typed, how):
+    """ValueError for what only train_jax.py can do."""
+    asked = {name: typed[name] for name in ONLY if typed.get(name, ONLY[name]) != ONLY[name]}
+    asked |= {name: how[name] for name in ALONE if how[name] is not None}
+    for name, value in asked.items():
+        only = f": here it is {ONLY[name]}" if name in ONLY else ""
+        raise ValueError(f"--{name} {value} is train_jax.py's{only}")
+
+
+def run_training(
+    flags, how, model, place, saved, train_step, cross_entropy, learning_rate, generate
+):
+    """Train from the beginning, from (tokenizer, sizes, parameters), or from a checkpoint.
+
+    place, saved: find_checkpoint's. -> the signal that ended the run early, or 0.
+    """
+    out, n_ctx, n_head = flags["out"], flags["n_ctx"], flags["n_head"]
+    shards, windows, text, (encoder, hparams, params), moments = load_start(
+        flags, moment_shapes, new_model, model, place, saved, how["models_dir"]
+    )
+    params = nest({name: np.array(x) for name, x in leaves(params).items()})  # to be changed
+    moments = moments or {n: np.zeros(*of) for n, of in moment_shapes(params).items()}
+    n_params, n_val = sum(x.size for x in leaves(params).values()), windows[:, 1:].size
+    print(f"{n_params} parameters, {text['n_train']} training and {n_val} validation tokens")
+    n_done, peak = saved["step"] if saved else 0, measure_peak()
+    flops = progress.flops_per_token(hparams, n_ctx)
+    schedule = functools.partial(learning_rate, **flags)
+    run = saved.get("run") if saved else secrets.randbits(48)
+    speed = ("NumPy", flops, peak, "measured")
+    log = progress.make_log(out, run, n_done, *speed, schedule, how["tensorboard"])
+    clear_away(out)  # no other run is at work there, or make_log would have refused
+    keep, checkpoint = make_savers(flags, encoder, hparams, text, run, place, generate)
+    shape = flags["n_accumulate"], flags["batch_size"], n_ctx + 1
+    seconds = math.prod(shape) * flops / peak  # a step's, at best
+    n_steps = next((n for n in STEPS_PER_CALL if n * seconds < 0.5), 1)
+
+    def read(n_done):  # -> [n_steps, n_accumulate, batch_size, n_ctx + 1]
+        steps = range(n_done, n_done + n_steps)
+        return [draw(shards["train"], flags["seed"], step, shape) for step in steps]
+
+    def train_steps(state, batches, n):
+        params, moments, n_done = state
+        losses = [train_step(params, moments, n_done + i, batches[i], flags) for i in range(n)]
+        return (params, moments, n_done + n), math.fsum(losses) / n
+
+    def validate(params):  # -> nats a token
+        n = flags["batch_size"]
+        batches = (windows[i : i + n] for i in range(0, len(windows), n))
+        return sum(nats(params, batch, n_head, cross_entropy) for batch in batches) / n_val
+
+    best = saved and saved["best"]
+    if model is not None:  # the best so far is what it was
+        best = validate(params)
+        log({"step": 0, "validation": best})
+        tqdm.write(f"step 0: validation {best:.4f}")
+        keep(params, is_best=True)
+    start = {
+        "place": place,
+        "best": best,
+        "worst": 2 * max(math.log(len(params["wte"])), best or 0),
+    }
+    state = params, moments, n_done
+    return train(state, flags, train_steps, read, validate, keep, checkpoint, log, start)
+
+
+def nats(params, tokens, n_head, cross_entropy):  # [n, n_seq + 1] -> the sum over all tokens
+    def work(mine):
+        logits = gpt2(tokens[mine, :-1], **params, n_head=n_head)
+        logits = logits.reshape(-1, logits.shape[-1])
+        return cross_entropy(logits, tokens[mine, 1:].ravel())[0].sum(dtype=np.float64)
+
+    with own_threads(len(tokens)):
+        return float(sum(in_threads(work, len(tokens))))
+
+
+def new_model(flags, n_vocab):  # -> hparams, parameters
+    """GPT-2's initialisation, as in training/state.py, drawn by NumPy."""
+    rng, params = np.random.default_rng(flags["seed"]), {}
+    hparams = {"n_vocab": n_vocab} | {n: flags[n] for n in ("n_ctx", "n_embd", "n_head", "n_layer")}
+    for name, shape in tensor_shapes(hparams):
+        params[name] = np.full(shape, name.endswith(".g"), np.float32)
+        if len(shape) == 2:
+            scale = (2 * flags["n_layer"]) ** -0.5 if name.endswith("c_proj.w") else 1
+            params[name] = rng.standard_normal(shape, np.float32) * np.float32(0.02 * scale)
+    return hparams, nest(params)
+
+
+def moment_shapes(params):  # -> {"m.wte": (shape, dtype), ..., "v.wte": ...}, AdamW's moments
+    arrays = leaves(params).items()
+    return {f"{kind}.{name}": (x.shape, np.dtype("<f4")) for kind in "mv" for name, x in arrays}
+
+
+def draw(shards, seed, step, shape):  # -> [*shape], ids
+    """Stretches from random places, which depend on the seed and the step alone."""
+    *many, n = shape
+    places = count_ids(shards) - n + 1
+    starts = np.random.default_rng([seed, step]).integers(0, places, math.prod(many))
+    return read_stretches(shards, starts, n).reshape(shape)
+
+
+def measure_peak():  # -> the FLOP/s of one large product
+    n, seconds = 2048, []  # having freed arrays of this size, malloc keeps what a step frees
+    x = np.ones((n, n), np.float32)
+    for _ in range(5):
+        began = time.perf_counter()
+        x @ x
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)
+
+
+def make_savers(flags, encoder, hparams, text, run, place, generate):
+    """-> keep(params, is_best) and checkpoint(state, best), as `train` wants them.
+
+    text: what a checkpoint says of it; run: the run's number; place: the checkpoint that it goes on
+    from, or None.
+    """
+    out, places = flags["out"], [place] if place else []
+    if flags["data"] not in NAMED_TEXTS:
+        flags = flags | {"data": os.path.abspath(flags["data"])}  # to be resumed from anywhere
+
+    def keep(params, is_best):
+        if is_best:
+            save_model(out, encoder, hparams, params, flags["saved_dtype"])
+        tqdm.write(sample(generate, params, encoder, hparams, flags["seed"]))
+
+    def checkpoint(state, best):
+        params, moments, n_done = state
+        about = {"run": run, "flags": flags, "text": text}
+        about |= {"best": best if best < math.inf else None}
+        about |= {"versions": {"numpy": np.__version__}}
+        save_checkpoint(out, places, n_done, params, moments, about, encoder, hparams)
+        with contextlib.suppress(ImportError, OSError):  # a picture is not worth a run
+            progress.draw(out)
+        return places[-1]
+
+    return keep, checkpoint

@@ -1,0 +1,106 @@
+"""What a trainer does, whatever computes its steps: how a run starts, and its loop. No JAX here."""
+
+import math
+import time
+
+from tqdm import tqdm
+
+from encoder import get_encoder
+from plumbing.cli import note_signals
+from training.checkpoints import load_checkpoint
+from training.text import open_text
+from utils import find_model
+
+
+def load_start(flags, moment_shapes, new_model, model, place, saved, models_dir):
+    """What a run starts from: -> shards, windows, what a checkpoint says of both, model, moments.
+
+    model: (tokenizer, hparams, parameters), those given, else the checkpoint's, else those of
+    new_model(flags, n_vocab). The moments are the checkpoint's, as moment_shapes(params) wants
+    them, or None. ValueError if the flags or the text are not those that it was made with.
+    """
+    moments = encoder = None
+    if place:
+        *model, moments = load_checkpoint(place, moment_shapes)
+        same = all(flags[name] == model[1][name] for name in ("n_layer", "n_head", "n_embd"))
+        if not same or flags["n_ctx"] > model[1]["n_ctx"]:
+            raise ValueError(f"{place}: run.json has other sizes than the model")
+    if model:
+        encoder = model[0]
+    elif flags.get("tokenizer"):
+        folder = find_model(flags["tokenizer"], models_dir, only_tokenizer=True)
+        encoder = get_encoder("", folder)
+    shards, windows, text, encoder = open_text(flags["data"], encoder, flags["n_ctx"])
+    if saved and not saved["text"].items() <= text.items():  # older ones say less
+        raise ValueError(f"{flags['data']}: is not the text that {place} was trained on")
+    return shards, windows, text, model or (encoder, *new_model(flags, encoder.n_vocab)), moments
+
+
+def any_signal(caught):  # [signals] -> one of them, or 0
+    return max(caught, default=0)
+
+
+def train(
+    state, flags, train_steps, read, validate, keep, checkpoint, log, start,
+    quiet=False, agree=any_signal,
+):  # fmt: skip
+    """Run the steps that are left and show progress. -> the signal that ended it early, or 0.
+
+    read(n_done): batches for some steps, whose number is their first axis. validate(params): nats.
+    keep(params, is_best) gets what has just been validated; checkpoint(state, best) the state at
+    intervals, at the end and when a signal comes, and returns where it has it; log(values) what
+    metrics.jsonl shall say, and returns what the bar shall show. start: {"place": the checkpoint
+    that the run goes on from or None, "best": its best validation loss or None, "worst": a loss
+    that says that all is lost}. ValueError, with the last checkpoint's place, for such a loss, or
+    one that is not a number. agree(the signals caught here): the one that ends the run, or 0.
+    """
+    n_done, n_steps = int(state[2]), flags["n_steps"]
+    place, n_saved, best = start["place"], n_done, start["best"]
+    best = math.inf if best is None else best
+    every = flags["eval_every"], flags["checkpoint_every"]
+    tokens_per_step = flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
+    bar = tqdm(total=n_steps, initial=n_done, unit="step", disable=quiet or None)
+    with bar, note_signals() as caught:
+        batches, compiled = read(n_done), False
+        while n_done < n_steps and not agree(caught):
+            began = time.perf_counter()
+            n = min(len(batches), n_steps - n_done, *(k - n_done % k for k in every))
+            state, loss = train_steps(state, batches, n)
+            n_done += n
+            batches = read(n_done)  # while the device is at work
+            loss = float(loss)
+            if not loss < start["worst"]:
+                last = f"the last checkpoint is {place}" if place else "there is no checkpoint"
+                raise ValueError(f"the loss is {loss:.4g} at step {n_done}: {last}")
+            values = {"step": n_done, "loss": loss}
+            if compiled:  # the first call's time is the compiler's
+                values["tokens_per_second"] = n * tokens_per_step / (time.perf_counter() - began)
+            compiled = True
+            bar.set_postfix(log(values), refresh=False)
+            bar.update(n)
+            if n_done % every[0] == 0 or n_done == n_steps:
+                validation = validate(state[0])
+                log({"step": n_done, "validation": validation})
+                if not quiet:
+                    tqdm.write(f"step {n_done}: train {loss:.4f}, validation {validation:.4f}")
+                keep(state[0], validation < best)
+                best = min(best, validation)
+            if n_done % every[1] == 0 or n_done == n_steps:
+                place, n_saved = checkpoint(state, best), n_done
+        stopped = agree(caught)
+        if stopped and n_done > n_saved:
+            if best == math.inf:
+                keep(state[0], True)
+            place = checkpoint(state, best)
+        if stopped and place and not quiet:
+            tqdm.write(f"stopped after step {n_done}, which is saved in {place}")
+    return stopped
+
+
+def sample(generate, params, encoder, hparams, seed):  # -> some lines of text, set in
+    """What the model writes after a line's end, up to 100 tokens of it. generate: kv_cache.py's."""
+    n, how = min(100, hparams["n_ctx"] - 1), {"temperature": 0.8, "seed": seed}
+    prompts = [encoder.encode("\n")]
+    ids = generate(prompts, params, hparams["n_head"], n, endoftext=encoder.endoftext, **how)[0]
+    lines = [line for line in encoder.decode(ids).splitlines() if line.strip()]
+    return "\n".join("    " + line for line in lines)
