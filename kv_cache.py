@@ -286,6 +286,7 @@ def main(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
+    backend: str = "numpy",
 ):
     """Continue one prompt, streaming, or many at once, with GPT-2 and a key-value cache.
 
@@ -303,17 +304,23 @@ def main(
         top_k: draw from the k likeliest tokens only; 0 for all.
         top_p: draw from the likeliest tokens that together reach this probability; 1 for all.
         seed: the same seed draws the same texts again.
+        backend: numpy, or jax, which compiles the engine first: for a GPU or a TPU.
     """
     from utils import load_encoder_hparams_and_params
 
     check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)  # before any download
     if stop == "":
         raise ValueError("stop must not be empty")
+    if backend not in ("numpy", "jax"):
+        raise ValueError(f"backend must be numpy or jax, not {backend!r}")
+    stream = generate_stream
+    if backend == "jax":
+        from kv_cache_jax import generate_stream as stream
     prompts = [*prompts, *([] if prompts_file is None else read_lines(prompts_file))]
     if not prompts:
         raise ValueError("no prompts: give one or more, or --prompts_file")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    rows = generate_stream(
+    rows = stream(
         [encoder.encode_prompt(prompt) for prompt in prompts],
         params, hparams["n_head"], n_tokens_to_generate,
         temperature, top_k, top_p, seed, encoder.endoftext,
