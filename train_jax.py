@@ -40,8 +40,9 @@ except ModuleNotFoundError as missing:  # generating does not need them, so they
     print(f"error: {missing}: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
 
+from evaluate import TASKS, accuracy, encode_item, load_items
 from gpt2 import hidden_state
-from kv_cache import generate
+from kv_cache_jax import generate
 from plumbing.cli import note_signals, run_cli
 from training import progress
 from training.attention import fused_attention
@@ -55,6 +56,7 @@ from training.checkpoints import (
 )
 from training.devices import (
     any_process,
+    check_agreement,
     end_together,
     make_mesh,
     make_sharding,
@@ -63,7 +65,8 @@ from training.devices import (
     start_jax,
     to_host,
 )
-from training.flags import check_saved, choose, extend, read_flags
+from training.flags import check_saved, choose, extend, read_flags, read_tasks
+from training.scoring import make_scorer, score_items
 from training.state import count_rows, load_start, name_leaves, resize_vocab, start_state
 from training.text import NAMED_TEXTS
 from utils import load_encoder_hparams_and_params, save_model
@@ -257,21 +260,25 @@ def validation_loss(params, windows, counts, dtype="float32", **how):  # -> [], 
     return (jax.lax.map(lambda w: losses(weights, w, **how), windows) * counts).sum() / counts.sum()
 
 
-def train(state, flags, train_steps, read, validate, keep, checkpoint, log, start, quiet=False):
+def train(
+    state, flags, train_steps, read, validate, keep, checkpoint, log, start, quiet=False,
+    measure=None,
+):  # fmt: skip
     """Run the steps that are left and show progress. -> the signal that ended it early, or 0.
 
     read(n_done): batches for some steps, whose number is their first axis. validate(params): nats.
     keep(params, is_best) gets what has just been validated; checkpoint(state, best) the state at
     intervals, at the end and when a signal comes, and returns where it has it; log(values) what
-    metrics.jsonl shall say, and returns what the bar shall show. start: {"place": the checkpoint
-    that the run goes on from or None, "best": its best validation loss or None, "worst": a loss
-    that says that all is lost}. ValueError, with the last checkpoint's place, for such a loss, or
-    one that is no number.
+    metrics.jsonl shall say, and returns what the bar shall show; measure(step, params, log), if it
+    is given, says how much the model gets right. start: {"place": the checkpoint that the run goes
+    on from or None, "best": its best validation loss or None, "worst": a loss that says that all is
+    lost}. ValueError, with the last checkpoint's place, for such a loss, or one that is no number.
     """
     n_done, n_steps = int(state[2]), flags["n_steps"]
     place, n_saved, best = start["place"], n_done, start["best"]
     best = math.inf if best is None else best
     every = flags["eval_every"], flags["checkpoint_every"]
+    every += (flags.get("eval_tasks_every", every[0]),)
     tokens_per_step = flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
     bar = tqdm(total=n_steps, initial=n_done, unit="step", disable=quiet or None)
     with bar, note_signals() as caught:
@@ -299,6 +306,8 @@ def train(state, flags, train_steps, read, validate, keep, checkpoint, log, star
                     tqdm.write(f"step {n_done}: train {loss:.4f}, validation {validation:.4f}")
                 keep(state[0], validation < best)
                 best = min(best, validation)
+            if measure and (n_done % every[2] == 0 or n_done == n_steps):
+                measure(n_done, state[0], log)
             if n_done % every[1] == 0 or n_done == n_steps:
                 place, n_saved = checkpoint(state, best), n_done
         stopped = any_process(caught)
@@ -364,6 +373,7 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
     shards, windows, text, (encoder, hparams, params), moments = load_start(
         flags, optimizer, model, place, saved, models_dir
     )
+    measure = make_measure(flags, mesh, encoder, hparams, not is_main)
     if is_main:
         n_params = sum(x.size for x in jax.tree.leaves(params))
         n_val = windows[:, 1:].size
@@ -396,11 +406,14 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
         if is_main:
             tqdm.write(f"step 0: validation {best:.4f}")
         keep(state[0], is_best=True)
+        if measure:
+            measure(0, state[0], log)
     n_vocab = hparams["n_vocab"]  # an unfamiliar text may begin above its logarithm
     start = {"place": place, "best": best, "worst": 2 * max(math.log(n_vocab), best or 0)}
     return train(
-        state, flags, train_steps, read, validate, keep, checkpoint, log, start, not is_main
-    )
+        state, flags, train_steps, read, validate, keep, checkpoint, log, start, not is_main,
+        measure,
+    )  # fmt: skip
 
 
 def set_up(flags, mesh, optimizer, params, moments, n_done, windows):
@@ -419,6 +432,35 @@ def set_up(flags, mesh, optimizer, params, moments, n_done, windows):
     return state, train_steps, validate
 
 
+def make_measure(flags, mesh, encoder, hparams, quiet):
+    """-> measure(step, params, log), as `train` wants it, of --eval_tasks; or None without them.
+
+    It runs on all devices, with the parameters as they lie there, and needs every process.
+    """
+    items, n_ctx, n_vocab = {}, hparams["n_ctx"], hparams["n_vocab"]
+    for task, path in read_tasks(flags.get("eval_tasks")).items():
+        texts = load_items(task, path, f"--eval_tasks {task}=")
+        items[task] = [encode_item(*item, encoder, n_ctx) for item in texts]
+    check_agreement(items)
+    how = loss_options(flags, n_vocab, 1)
+    to_dtype = functools.partial(narrow, dtype=flags["dtype"])
+    score_rows = make_scorer(mesh, flags["n_head"], n_ctx, n_vocab, to_dtype, how["attend"])
+
+    def measure(step, params, log):
+        figures = {}
+        for task, some in items.items():
+            scored = score_items(some, functools.partial(score_rows, params))
+            shown = {"desc": task, "leave": False, "disable": quiet or None}
+            found = accuracy(some, TASKS[task][1], None, None, scored, **shown)
+            figures |= {f"{task}_{name}": found[name] for name in found if name.startswith("acc")}
+        log({"step": step} | figures)
+        if not quiet:
+            shares = ", ".join(f"{name} {share:.4f}" for name, share in figures.items())
+            tqdm.write(f"step {step}: {shares}")
+
+    return measure if items else None
+
+
 def make_savers(flags, encoder, hparams, text, run, place):
     """-> keep(params, is_best) and checkpoint(state, best), as `train` wants them.
 
@@ -429,13 +471,17 @@ def make_savers(flags, encoder, hparams, text, run, place):
     places = [place] if place else []
     if flags["data"] not in NAMED_TEXTS:
         flags = flags | {"data": os.path.abspath(flags["data"])}  # to be resumed from anywhere
+    if tasks := read_tasks(flags.get("eval_tasks")):
+        words = (f"{t}={os.path.abspath(path)}" if path else t for t, path in tasks.items())
+        flags = flags | {"eval_tasks": ",".join(words)}
 
     def keep(params, is_best):
-        params = resize_vocab(to_host(params), n_vocab)
+        whole = resize_vocab(to_host(params), n_vocab)
         if is_main and is_best:
-            save_model(out, encoder, hparams, params, flags["saved_dtype"])
+            save_model(out, encoder, hparams, whole, flags["saved_dtype"])
+        written = sample(params, encoder, hparams, flags["seed"])  # where the parameters are
         if is_main:
-            tqdm.write(sample(params, encoder, hparams, flags["seed"]))
+            tqdm.write(written)
 
     def checkpoint(state, best):
         params, moments = resize_vocab(to_host(state[:2]), n_vocab)
@@ -464,10 +510,10 @@ def loss_options(flags, n_vocab, n_batch):
 
 
 def sample(params, encoder, hparams, seed):  # -> some lines of text, set in
-    """What the model writes after a line's end, up to 100 tokens of it."""
+    """What the model writes after a line's end, up to 100 tokens of it. Needs every process."""
     n, how = min(100, hparams["n_ctx"] - 1), {"temperature": 0.8, "seed": seed}
-    prompts = [encoder.encode("\n")]
-    ids = generate(prompts, params, hparams["n_head"], n, endoftext=encoder.endoftext, **how)[0]
+    how |= {"endoftext": encoder.endoftext, "n_vocab": hparams["n_vocab"]}
+    [ids] = generate([encoder.encode("\n")], params, hparams["n_head"], n, **how)
     lines = [line for line in encoder.decode(ids).splitlines() if line.strip()]
     return "\n".join("    " + line for line in lines)
 
