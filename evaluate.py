@@ -316,17 +316,19 @@ def check_flags(task, data, stride):
 
 
 def choose_backend(backend):  # the --backend flag -> "numpy" or "jax"
-    """By default jax where it finds an accelerator. ValueError for another name.
+    """By default jax where it finds an accelerator; starts JAX. ValueError for another name.
 
     Without a plugin for one JAX has none: then it is not imported, which would take a second.
     """
     if backend not in (None, "numpy", "jax"):
         raise ValueError(f"backend must be numpy or jax, not {backend!r}")
-    if backend is None and any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
-        from training.scoring import has_accelerator
+    if backend is None and not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
+        return "numpy"
+    if backend != "numpy":
+        from training.scoring import find_platform
 
-        backend = "jax" if has_accelerator() else "numpy"
-    return backend or "numpy"
+        backend = "numpy" if find_platform() == "cpu" and backend is None else "jax"
+    return backend
 
 
 def main(

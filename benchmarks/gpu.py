@@ -33,7 +33,8 @@ from tqdm import tqdm
 MINUTES = 8
 LLM_C = "llm.c on an H100"
 TOY = {"n_vocab": 257, "n_ctx": 64, "n_embd": 32, "n_head": 2, "n_layer": 1}
-TOY_RUN = ["--data", "python-docs", "--n_layer", 1, "--n_embd", 24, "--n_head", 2, "--n_ctx", 16]
+TOY_RUN = ["--recipe", "shakespeare", "--data", "python-docs", "--n_layer", 1, "--n_embd", 24]
+TOY_RUN += ["--n_head", 2, "--n_ctx", 16, "--batch_size", 8]
 TOY_RUN += ["--n_steps", 60, "--eval_every", 60, "--optimizer", "adamw", "--dtype", "float32"]
 
 
@@ -152,8 +153,10 @@ def profile(function):
     """The ten kernels that take longest, by JAX's profiler, as shares of all kernels' time."""
     import jax
 
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(folder, profiler_options=options):
             function()
         [path] = Path(folder).rglob("*.xplane.pb")
         planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
@@ -174,7 +177,7 @@ def learning(toy):
     """300 steps of 124M on the Python documentation: does the loss fall on this machine?"""
     flags = ["--recipe", "gpt2-124M", "--n_accumulate", 1, "--n_warmup", 50, "--n_steps", 300]
     flags += ["--data", "python-docs", "--eval_every", 300, "--checkpoint_every", 300]
-    lines, _ = run_trainer(*(["--recipe", "shakespeare-cpu", *TOY_RUN] if toy else flags))
+    lines, _ = run_trainer(*(TOY_RUN if toy else flags))
     losses = [line["loss"] for line in lines if "loss" in line]
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     show(f"{lines[-1]['step']} real steps: the loss from {losses[0]:.2f} to", losses[-1], "nats")
@@ -183,7 +186,7 @@ def learning(toy):
 
 def shakespeare(toy):
     """The recipe's whole run."""
-    lines, seconds = run_trainer("--recipe", "shakespeare", *(TOY_RUN if toy else []))
+    lines, seconds = run_trainer(*(TOY_RUN if toy else ["--recipe", "shakespeare"]))
     best = min(line["validation"] for line in lines if "validation" in line)
     whose = "nanoGPT on an A100"
     show("shakespeare: the best validation loss", best, "nats", 1.4697, whose, True)
@@ -211,7 +214,7 @@ def writing(toy):
     import train_jax
 
     hparams, dtype = (TOY, "float32") if toy else (HPARAMS, "bfloat16")
-    n_read, n_prompt, short, long = (32, 17, 4, 12) if toy else (512, 129, 8, 40)
+    n_read, n_prompt, short, long = (32, 29, 4, 35) if toy else (512, 129, 8, 40)
     params = random_params(hparams)
     theirs = load_theirs(params, hparams, toy)
     params = train_jax.narrow(jax.tree.map(jax.numpy.asarray, params), dtype)

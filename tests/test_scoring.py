@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import secrets
 
 import conftest
@@ -162,19 +163,28 @@ def test_an_unknown_backend_is_refused_before_a_model_is_looked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "plugin, finds, wanted",
+    "plugin, platform, wanted",
     [
-        (None, True, "numpy"),
-        ("jax_plugins", True, "jax"),
-        ("libtpu", True, "jax"),
-        ("libtpu", False, "numpy"),
+        (None, "gpu", "numpy"),
+        ("jax_plugins", "gpu", "jax"),
+        ("libtpu", "tpu", "jax"),
+        ("libtpu", "cpu", "numpy"),
     ],
 )
-def test_jax_is_the_default_where_it_finds_an_accelerator(monkeypatch, plugin, finds, wanted):
-    """And is asked for one only where a plugin for one is installed."""
+def test_jax_is_the_default_where_it_finds_an_accelerator(monkeypatch, plugin, platform, wanted):
+    """It is asked for one only where a plugin for one is installed, and started once at most."""
     asked = []
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: name == plugin or None)
-    monkeypatch.setattr(scoring, "has_accelerator", lambda: asked.append(1) or finds)
+    monkeypatch.setattr(scoring, "find_platform", lambda: asked.append(1) or platform)
     assert evaluate.choose_backend(None) == wanted and len(asked) == (plugin is not None)
-    assert [evaluate.choose_backend(name) for name in ("numpy", "jax")] == ["numpy", "jax"]
-    assert len(asked) == (plugin is not None)
+    asked.clear()
+    assert evaluate.choose_backend("numpy") == "numpy" and not asked
+    assert evaluate.choose_backend("jax") == "jax" and len(asked) == 1
+
+
+def test_a_plugin_without_a_device_leaves_it_to_numpy(models, tmp_path):
+    (tmp_path / "jax_plugins").mkdir()
+    data = write_lines(tmp_path / "items", [LAMBADA])
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    code, out, err = run(models[0], "lambada", "--data", data, env=env)
+    assert (code, err) == (0, "") and json.loads(out)["n_items"] == 1

@@ -17,15 +17,14 @@ TOKENS = 2**14  # of a pass, on each GPU or TPU; on a CPU's devices, which share
 LOGITS = 2**28  # float32 numbers of logits that one device holds at once
 
 
-def has_accelerator():
-    """Whether JAX finds a GPU, a TPU or the like."""
+def find_platform():  # -> "cpu", "gpu", "tpu", ...
+    """What JAX computes on, which it starts with: once, and before anything else here."""
     start_jax(None, None, None)
-    return jax.default_backend() != "cpu"
+    return jax.default_backend()
 
 
 def load_scorer(params, n_head):  # NumPy's -> a function of rows, make_scorer's without params
     """With the parameters on every device, and float32 that is not rounded on the way."""
-    start_jax(None, None, None)
     jax.config.update("jax_default_matmul_precision", "float32")
     mesh = make_mesh(len(jax.devices()))
     score_rows = make_scorer(mesh, n_head, len(params["wpe"]), len(params["wte"]))
@@ -98,19 +97,16 @@ def score_tokens(params, tokens, n_head, n_vocab, n_chunks=1, attend=None):
     return jax.tree.map(lambda part: part.swapaxes(0, 1).reshape(len(tokens), -1), parts)
 
 
-def score_items(
-    items, score_rows
-):  # of evaluate.encode_item -> (item, its endings' answers) of each
-    """Those of like length one after the other, because they share a shape; not in their order."""
+def score_items(items, score_rows):  # -> (item, the answers of its endings) of each
+    """Of evaluate.encode_item's items. Those of like length share a shape, and so come together."""
 
     def room(item):
         return round_up(item["n_seq"])
 
     for _, group in itertools.groupby(sorted(items, key=room), key=room):
         group = list(group)
-        answers = score_rows(
-            [(item["context"] + e, len(e)) for item in group for e in item["endings"]]
-        )
+        rows = [(item["context"] + e, len(e)) for item in group for e in item["endings"]]
+        answers = score_rows(rows)
         for item in group:
             yield item, list(itertools.islice(answers, len(item["endings"])))
 
