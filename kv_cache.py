@@ -316,6 +316,9 @@ def main(
     stream = generate_stream
     if backend == "jax":
         from kv_cache_jax import generate_stream as stream
+        from training.devices import keep_compiled
+
+        keep_compiled()
     prompts = [*prompts, *([] if prompts_file is None else read_lines(prompts_file))]
     if not prompts:
         raise ValueError("no prompts: give one or more, or --prompts_file")
