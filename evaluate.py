@@ -12,6 +12,7 @@ too; so the docstrings below say whose way each task follows.
 The result is one line of JSON, all that is written to standard output.
 """
 
+import importlib.util
 import itertools
 import json
 import math
@@ -65,6 +66,14 @@ def score_logits(logits, targets, rows):  # [n, n_vocab], [n], a slice -> score'
     logits -= logits[each, best, None]  # of nobody else's use
     chosen = logits[each, targets]
     return chosen - np.log(np.exp(logits, out=logits).sum(-1)), best == targets
+
+
+def score_row(row, params, n_head):  # -> score's answer
+    """row: ids, at most n_ctx + 1 of them, and how many of the last are to be scored."""
+    ids, n_scored = row
+    cache = new_cache(params, n_head, capacity=len(ids) - 1)
+    x = extend_all([cache], [ids[:-1]], params, n_head)[-n_scored:]
+    return score(x, ids[-n_scored:], params)
 
 
 # --- Perplexity ---------------------------------------------------------------------------------
@@ -134,8 +143,8 @@ def windows(n_tokens, n_ctx, stride):  # -> (start, stop, n_scored) of each
         done = stop
 
 
-def perplexity(ids, n_bytes, n_words, params, n_head, stride=None):  # of load_ids -> dict
-    """How surprised the model is by a text: the mean of -log p(token), and e to the power of it.
+def perplexity(ids, n_bytes, n_words, params, n_head, stride=None, score_rows=None):  # -> dict
+    """How surprised the model is by load_ids' text: the mean of -log p(token), and e to that power.
 
     Every token but the first id counts once. After the first window it is predicted from at least
     n_ctx - stride + 1 tokens and at most n_ctx; so a smaller stride gives a lower figure, at the
@@ -143,18 +152,18 @@ def perplexity(ids, n_bytes, n_words, params, n_head, stride=None):  # of load_i
     log-likelihoods. A tokenizer decides what a token is: compare models that have different ones
     by the byte or by the word. None stands for a perplexity too large for a float.
 
+    score_rows: a list of rows, as score_row takes them -> their answers; by default, in NumPy.
     ValueError for a stride that is not in 1 .. n_ctx.
     """
     n_tokens, n_ctx = len(ids) - 1, len(params["wpe"])
     stride = n_ctx if stride is None else stride
     if not 1 <= stride <= n_ctx:
         raise ValueError(f"stride must be from 1 to this model's n_ctx, {n_ctx}, not {stride}")
-    nats = 0.0
+    nats, cuts = 0.0, list(windows(n_tokens, n_ctx, stride))
+    rows = [(ids[start : stop + 1], n_scored) for start, stop, n_scored in cuts]
+    score_rows = score_rows or partial(map, partial(score_row, params=params, n_head=n_head))
     with tqdm(total=n_tokens, unit="token", disable=None) as bar:
-        for start, stop, n_scored in windows(n_tokens, n_ctx, stride):
-            cache = new_cache(params, n_head, capacity=stop - start)
-            x = extend_all([cache], [ids[start:stop]], params, n_head)[-n_scored:]
-            log_probs, _ = score(x, ids[stop + 1 - n_scored : stop + 1], params)
+        for (_, stop, n_scored), (log_probs, _) in zip(cuts, score_rows(rows), strict=True):
             nats -= float(log_probs.sum(dtype=np.float64))
             bar.set_postfix(nats_per_token=f"{nats / stop:.4f}", refresh=False)
             bar.update(n_scored)
@@ -235,14 +244,14 @@ def mark_lambada(scores, label):  # (log_probs, hits) of the one ending -> {meas
 TASKS = {"hellaswag": (read_hellaswag, mark_hellaswag), "lambada": (read_lambada, mark_lambada)}
 
 
-def load_items(task, path=None):  # -> [(where, context, endings, label), ...], texts
+def load_items(task, path=None, flag="--data "):  # -> [(where, context, endings, label)]
     """The items of a file of JSON lines, by default the task's own, which is downloaded once."""
     if path is None:
         path = os.path.join("data", os.path.basename(URLS[task]))
         try:
             download_file(URLS[task], path)  # unless it is there
         except ConnectionError as error:
-            raise ConnectionError(f"{error}; --data FILE takes a copy that is here") from None
+            raise ConnectionError(f"{error}; {flag}FILE takes a copy that is here") from None
     with open(path, "rb") as f:
         lines = [(f"{path}, line {i}", line) for i, line in enumerate(f, 1) if line.strip()]
     if not lines:
@@ -304,16 +313,23 @@ def score_items(items, params, n_head):  # -> for each item, for each of its end
     return [list(itertools.islice(answers, len(item["endings"]))) for item in items]
 
 
-def accuracy(items, mark, params, n_head):  # of encode_item -> dict
-    """The share of items that get each mark; n_cut counts those that lost some of their context."""
+def score_all(items, params, n_head):  # -> (item, score_items' answer) of each
+    for group in group_items(items):
+        yield from zip(group, score_items(group, params, n_head), strict=True)
+
+
+def accuracy(items, mark, params, n_head, scored=None, **shown):  # of encode_item -> dict
+    """The share of items that get each mark; n_cut counts those that lost some of their context.
+
+    scored: pairs like score_all's, in any order, by default its own; shown: how the bar is.
+    """
     totals, n_done = Counter(), 0
-    with tqdm(total=len(items), unit="item", disable=None) as bar:
-        for group in group_items(items):
-            for item, scores in zip(group, score_items(group, params, n_head), strict=True):
-                totals.update(mark(scores, item["label"]))
-            n_done += len(group)
+    with tqdm(total=len(items), unit="item", **{"disable": None} | shown) as bar:
+        for item, scores in scored or score_all(items, params, n_head):
+            totals.update(mark(scores, item["label"]))
+            n_done += 1
             bar.set_postfix({k: f"{n / n_done:.4f}" for k, n in totals.items()}, refresh=False)
-            bar.update(len(group))
+            bar.update(1)
     shares = {name: n / n_done for name, n in totals.items()}
     return shares | {"n_items": n_done, "n_cut": sum(item["cut"] for item in items)}
 
@@ -337,12 +353,29 @@ def check_flags(task, data, stride):
     raise FileNotFoundError(f"no file at {data}: --data takes the path of a {kind}")
 
 
+def choose_backend(backend):  # the --backend flag -> "numpy" or "jax"
+    """By default jax where it finds an accelerator; starts JAX. ValueError for another name.
+
+    Without a plugin for one JAX has none: then it is not imported, which would take a second.
+    """
+    if backend not in (None, "numpy", "jax"):
+        raise ValueError(f"backend must be numpy or jax, not {backend!r}")
+    if backend is None and not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
+        return "numpy"
+    if backend != "numpy":
+        from training.scoring import find_platform
+
+        backend = "numpy" if find_platform() == "cpu" and backend is None else "jax"
+    return backend
+
+
 def main(
     task: str,
     data: str | None = None,
     model_size: str = "124M",
     models_dir: str = "models",
     stride: int | None = None,
+    backend: str | None = None,
 ):
     """Measure how good a model is. The result is one line of JSON on standard output.
 
@@ -353,15 +386,23 @@ def main(
         model_size: 124M, 355M, 774M or 1558M (downloaded once), a folder in models_dir, or a path.
         models_dir: the folder that holds the models.
         stride: tokens between two windows of perplexity, at most the model's n_ctx, the default.
+        backend: numpy, or jax: on all devices, and the default where JAX finds a GPU or a TPU.
     """
     check_flags(task, data, stride)
+    backend, score_rows, scored = choose_backend(backend), None, None
     items = [] if task == "perplexity" else load_items(task, data)  # all valid, or no model
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+    items = [encode_item(*item, encoder, hparams["n_ctx"]) for item in items]
+    model = params, hparams["n_head"]
+    if backend == "jax":
+        from training import scoring
+
+        score_rows = scoring.load_scorer(*model)
+        scored = scoring.score_items(items, score_rows)
     if task == "perplexity":
-        result = perplexity(*load_ids(data, encoder), params, hparams["n_head"], stride)
+        result = perplexity(*load_ids(data, encoder), *model, stride, score_rows)
     else:
-        items = [encode_item(*item, encoder, hparams["n_ctx"]) for item in items]
-        result = accuracy(items, TASKS[task][1], params, hparams["n_head"])
+        result = accuracy(items, TASKS[task][1], *model, scored)
     print(json.dumps(result, allow_nan=False))
 
 

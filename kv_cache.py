@@ -408,6 +408,7 @@ def main(
     top_p: float = 1.0,
     seed: int | None = None,
     slide: bool = False,
+    backend: str = "numpy",
 ):
     """Continue one prompt, streaming, or many at once, with GPT-2 and a key-value cache.
 
@@ -433,6 +434,7 @@ def main(
         seed: the same seed draws the same texts again.
         slide: go on beyond the model's n_ctx, forgetting the beginning of a text: when it is full,
             the last half is read again.
+        backend: numpy, or jax, which compiles the engine first: for a GPU or a TPU.
     """
     from plumbing.cli import notice
     from utils import load_encoder_hparams_and_params
@@ -443,16 +445,17 @@ def main(
     stops = [unescape(text) for text in stop or ()]
     if "" in stops:
         raise ValueError("stop must not be empty")
+    stream = choose_stream(backend, lookup=lookup, slide=slide)
     prompts = find_prompts(prompts, prompts_file, interactive)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
 
     def write(prompts):
-        rows = generate_stream(
+        rows = stream(
             encode_prompts(prompts, encoder, None if slide else hparams["n_ctx"]),
             params, hparams["n_head"], n_tokens_to_generate,
             temperature, top_k, top_p, seed, encoder.endoftext,
             stops and (lambda ids: any(text in encoder.decode(ids) for text in stops)),
-            n_samples, batch_size, lookup=lookup, slide=slide,
+            n_samples, batch_size,
         )  # fmt: skip
         if len(prompts) * n_samples == 1 and not jsonl:
             print_stream(rows, prompts[0] if echo else "", encoder, stops)
@@ -466,6 +469,21 @@ def main(
         interact(write)
     else:
         write(prompts)
+
+
+def choose_stream(backend, **options):  # -> generate_stream, NumPy's or JAX's, with the options
+    """ValueError for another backend, and for options that JAX's does not have."""
+    if backend not in ("numpy", "jax"):
+        raise ValueError(f"backend must be numpy or jax, not {backend!r}")
+    if backend == "numpy":
+        return partial(generate_stream, **options)
+    if asked := [name for name, value in options.items() if value]:
+        raise ValueError(f"--backend jax has no --{asked[0]}")
+    import kv_cache_jax
+    from training.devices import keep_compiled
+
+    keep_compiled()
+    return kv_cache_jax.generate_stream
 
 
 def find_prompts(prompts, prompts_file, interactive):  # -> list of str, or None if they are typed

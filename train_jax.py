@@ -39,8 +39,9 @@ except ModuleNotFoundError as missing:  # generating does not need them, so they
     print(f"error: {missing}: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
 
+from evaluate import TASKS, accuracy, encode_item, load_items
 from gpt2 import hidden_state
-from kv_cache import generate
+from kv_cache_jax import generate
 from plumbing.cli import run_cli
 from training import progress
 from training.attention import fused_attention
@@ -63,8 +64,9 @@ from training.devices import (
     start_jax,
     to_host,
 )
-from training.flags import check_saved, choose, extend, read_flags
+from training.flags import check_saved, choose, extend, read_flags, read_tasks
 from training.loop import load_start, sample, train
+from training.scoring import make_scorer, score_items
 from training.state import (
     count_rows,
     moment_shapes,
@@ -320,6 +322,7 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
         flags, shapes, new_model, model, place, saved, models_dir
     )
     check_agreement([flags, text])
+    measure = make_measure(flags, mesh, encoder, hparams, not is_main)
     if is_main:
         n_params = sum(x.size for x in jax.tree.leaves(params))
         n_val = windows[:, 1:].size
@@ -352,11 +355,13 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
         if is_main:
             tqdm.write(f"step 0: validation {best:.4f}")
         keep(state[0], is_best=True)
+        if measure:
+            measure(0, state[0], log)
     n_vocab = hparams["n_vocab"]  # an unfamiliar text may begin above its logarithm
     start = {"place": place, "best": best, "worst": 2 * max(math.log(n_vocab), best or 0)}
     return train(
         state, flags, train_steps, read, validate, keep, checkpoint, log, start,
-        quiet=not is_main, agree=any_process,
+        quiet=not is_main, agree=any_process, measure=measure,
     )  # fmt: skip
 
 
@@ -376,6 +381,35 @@ def set_up(flags, mesh, optimizer, params, moments, n_done, windows):
     return state, train_steps, validate
 
 
+def make_measure(flags, mesh, encoder, hparams, quiet):
+    """-> measure(step, params, log), as `train` wants it, of --eval_tasks; or None without them.
+
+    It runs on all devices, with the parameters as they lie there, and needs every process.
+    """
+    items, n_ctx, n_vocab = {}, hparams["n_ctx"], hparams["n_vocab"]
+    for task, path in read_tasks(flags.get("eval_tasks")).items():
+        texts = load_items(task, path, f"--eval_tasks {task}=")
+        items[task] = [encode_item(*item, encoder, n_ctx) for item in texts]
+    check_agreement(items)
+    how = loss_options(flags, n_vocab, 1)
+    to_dtype = functools.partial(narrow, dtype=flags["dtype"])
+    score_rows = make_scorer(mesh, flags["n_head"], n_ctx, n_vocab, to_dtype, how["attend"])
+
+    def measure(step, params, log):
+        figures = {}
+        for task, some in items.items():
+            scored = score_items(some, functools.partial(score_rows, params))
+            shown = {"desc": task, "leave": False, "disable": quiet or None}
+            found = accuracy(some, TASKS[task][1], None, None, scored, **shown)
+            figures |= {f"{task}_{name}": found[name] for name in found if name.startswith("acc")}
+        log({"step": step} | figures)
+        if not quiet:
+            shares = ", ".join(f"{name} {share:.4f}" for name, share in figures.items())
+            tqdm.write(f"step {step}: {shares}")
+
+    return measure if items else None
+
+
 def make_savers(flags, encoder, hparams, text, run, place):
     """-> keep(params, is_best) and checkpoint(state, best), as `train` wants them.
 
@@ -386,13 +420,19 @@ def make_savers(flags, encoder, hparams, text, run, place):
     places = [place] if place else []
     if flags["data"] not in NAMED_TEXTS:
         flags = flags | {"data": os.path.abspath(flags["data"])}  # to be resumed from anywhere
+    if tasks := read_tasks(flags.get("eval_tasks")):
+        words = (f"{t}={os.path.abspath(path)}" if path else t for t, path in tasks.items())
+        flags = flags | {"eval_tasks": ",".join(words)}
+
+    write = functools.partial(generate, n_vocab=n_vocab)
 
     def keep(params, is_best):
-        params = resize_vocab(to_host(params), n_vocab)
+        whole = resize_vocab(to_host(params), n_vocab)
         if is_main and is_best:
-            save_model(out, encoder, hparams, params, flags["saved_dtype"])
+            save_model(out, encoder, hparams, whole, flags["saved_dtype"])
+        written = sample(write, params, encoder, hparams, flags["seed"])  # where they are
         if is_main:
-            tqdm.write(sample(generate, params, encoder, hparams, flags["seed"]))
+            tqdm.write(written)
 
     def checkpoint(state, best):
         params, moments = resize_vocab(to_host(state[:2]), n_vocab)

@@ -100,9 +100,13 @@ def test_the_root_holds_what_is_read_or_run():
 
 
 def test_nothing_heavy_is_imported_where_it_is_not_needed():
-    """JAX by the trainer and its wing alone; TensorFlow only within functions."""
+    """JAX by the trainer, its wing and --backend jax; TensorFlow only within functions."""
+    may = {"train_jax", "kv_cache_jax", *(name for name in MODULES if wing_of(name) == "training")}
+    need = {name for name in may if {"jax", "optax"} & imports(MODULES[name])}
     for name, path in MODULES.items():
         found = {other.split(".")[0] for other in imports(path)}
-        if name != "train_jax" and wing_of(name) != "training":
+        if name not in may:
             assert not found & {"jax", "optax"}, name
+            asked = ours(path, top_only=True) & need
+            assert not asked, f"{name} imports {asked} before anybody has asked for JAX"
         assert "tensorflow" not in {o.split(".")[0] for o in imports(path, top_only=True)}, name

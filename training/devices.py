@@ -26,11 +26,7 @@ from plumbing.cli import one_line
 
 
 def start_jax(coordinator, num_processes, process_id):
-    """Join the other processes, if there are any, and keep what is compiled for the next run.
-
-    What a CPU is compiled for is that CPU, so every machine has a folder of its own; and what is
-    in it will be run, so it is this user's alone.
-    """
+    """Join the other processes, if there are any, and keep what is compiled for the next run."""
     given = [coordinator, num_processes, process_id]
     if any(x is not None for x in given) and None in given:
         raise ValueError("--coordinator, --num_processes and --process_id go together")
@@ -55,20 +51,29 @@ def start_jax(coordinator, num_processes, process_id):
     platforms = env.get("JAX_PLATFORMS") or "cpu"
     if "cpu" not in platforms:  # where parameters begin, and batches are drawn
         jax.config.update("jax_platforms", platforms + ",cpu")
-    if "JAX_COMPILATION_CACHE_DIR" not in env:
-        caches = env.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(caches, "sixtygpt", f"jax-{platform.node()}")
-        with contextlib.suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(folder))
-            warnings.showwarning = functools.partial(mend_cache, folder, warnings.showwarning)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    keep_compiled()
     try:
         found = jax.devices()[0].platform
     except (RuntimeError, AssertionError):
         found = "cpu"
     if "cpu" not in platforms and found == "cpu":
         raise ValueError(f"JAX_PLATFORMS is {platforms}, but JAX finds no such device")
+
+
+def keep_compiled():
+    """Keep what is compiled for the next run.
+
+    What a CPU is compiled for is that CPU, so every machine has a folder of its own; and what is
+    in it will be run, so it is this user's alone.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(caches, "sixtygpt", f"jax-{platform.node()}")
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            warnings.showwarning = functools.partial(mend_cache, folder, warnings.showwarning)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def mend_cache(folder, show, message, *rest):

@@ -40,6 +40,8 @@ def read_flags(
     fsdp: bool | None = None,
     eval_every: int | None = None,
     checkpoint_every: int | None = None,
+    eval_tasks: str | None = None,
+    eval_tasks_every: int | None = None,
     seed: int | None = None,
     saved_dtype: str = "float32",
     tensorboard: bool = False,
@@ -55,8 +57,8 @@ def read_flags(
     and SIGTERM end a run after the current steps, with a checkpoint. Beside the model are
     metrics.jsonl and loss.png, which show how it went.
 
-    A recipe has a value for each of the flags from n_layer to seed, and maybe for data: those that
-    are typed replace them. The recipes are in training/recipes.py.
+    A recipe has a value for each of the flags from n_layer to seed but eval_tasks, and maybe for
+    data: those that are typed replace them. The recipes are in training/recipes.py.
 
     Args:
         data: a text file, shakespeare (downloaded once), python-docs (on every machine), or a
@@ -91,6 +93,10 @@ def read_flags(
         fsdp: spread parameters and moments over the devices, too, for models too large for one.
         eval_every: steps between two looks at the validation text.
         checkpoint_every: steps between two checkpoints in out/checkpoints; the last two are kept.
+        eval_tasks: hellaswag, lambada, or both with a comma between them: how much of each the
+            model gets right, as evaluate.py measures it. hellaswag=FILE takes a file of JSON lines
+            instead of the one downloaded once.
+        eval_tasks_every: steps between two such measurements, eval_every by default.
         seed: the same seed gives the same run.
         saved_dtype: float32 or float16, of the best model's weights on the disk.
         tensorboard: also write the losses to out/tensorboard (needs pip install tensorboard).
@@ -137,9 +143,21 @@ LIMITS = {  # what a flag must be, in words and as a test
     "dtype": ("float32 or bfloat16", lambda word: word in ("float32", "bfloat16")),
     "eval_every": COUNT,
     "checkpoint_every": COUNT,
+    "eval_tasks_every": COUNT,
     "seed": ("from 0 to 4294967295", lambda n: 0 <= n < 2**32),
     "saved_dtype": ("float32 or float16", lambda word: word in ("float32", "float16")),
 }
+
+
+def read_tasks(text):  # the --eval_tasks flag -> {task: path or None}
+    """ "hellaswag=a.jsonl,lambada" -> {"hellaswag": "a.jsonl", "lambada": None}. ValueError."""
+    tasks = {}
+    for word in text.split(",") if text is not None else ():
+        task, named, path = word.partition("=")
+        if task not in ("hellaswag", "lambada") or task in tasks or (named and not path):
+            raise ValueError(f"eval_tasks must be hellaswag, lambada or both, not {text!r}")
+        tasks[task] = path or None
+    return tasks
 
 
 def check_flags(flags):
@@ -151,6 +169,9 @@ def check_flags(flags):
         raise ValueError("n_embd {n_embd} must be a multiple of n_head {n_head}".format(**flags))
     if flags["min_learning_rate"] > flags["learning_rate"]:
         raise ValueError("min_learning_rate must not be more than learning_rate")
+    if "eval_tasks_every" in flags and "eval_tasks" not in flags:
+        raise ValueError("eval_tasks_every needs --eval_tasks: what to measure")
+    read_tasks(flags.get("eval_tasks"))
 
 
 def choose(typed, backend, hparams=None):  # -> the flags of a run
@@ -191,12 +212,15 @@ def check_saved(saved, place):  # -> the flags of a run that is resumed
         wanted = RECIPES[flags["recipe"]] | {"n_layer": 1, "n_head": 1, "n_embd": 1}
         wanted |= {"dtype": "", "saved_dtype": "", "data": ""}
         right = all(type(flags[name]) is type(value) for name, value in wanted.items())
-        right &= flags.keys() <= wanted.keys() | {"recipe", "out", "init_from", "tokenizer"}
+        tasks = {"eval_tasks": str, "eval_tasks_every": int}
+        right &= all(type(flags[name]) is kind for name, kind in tasks.items() if name in flags)
+        more = {*tasks, "recipe", "out", "init_from", "tokenizer"}
+        right &= flags.keys() <= wanted.keys() | more
         right &= type(saved["step"]) is int and 0 <= saved["step"] <= flags["n_steps"]
         right &= isinstance(saved.get("run"), int | None)
         right &= isinstance(saved["best"], float | None) and isinstance(saved["text"], dict)
         check_flags(flags)
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         right = False
     if not right:
         raise ValueError(f"{place}/run.json: damaged, or not of this trainer")

@@ -68,6 +68,7 @@ def check_asked(typed, how):
     """ValueError for what only train_jax.py can do."""
     asked = {name: typed[name] for name in ONLY if typed.get(name, ONLY[name]) != ONLY[name]}
     asked |= {name: how[name] for name in ALONE if how[name] is not None}
+    asked |= {name: typed[name] for name in ("eval_tasks", "eval_tasks_every") if name in typed}
     for name, value in asked.items():
         only = f": here it is {ONLY[name]}" if name in ONLY else ""
         raise ValueError(f"--{name} {value} is train_jax.py's{only}")

@@ -42,14 +42,15 @@ def any_signal(caught):  # [signals] -> one of them, or 0
 
 def train(
     state, flags, train_steps, read, validate, keep, checkpoint, log, start,
-    quiet=False, agree=any_signal,
+    quiet=False, agree=any_signal, measure=None,
 ):  # fmt: skip
     """Run the steps that are left and show progress. -> the signal that ended it early, or 0.
 
     read(n_done): batches for some steps, whose number is their first axis. validate(params): nats.
     keep(params, is_best) gets what has just been validated; checkpoint(state, best) the state at
     intervals, at the end and when a signal comes, and returns where it has it; log(values) what
-    metrics.jsonl shall say, and returns what the bar shall show. start: {"place": the checkpoint
+    metrics.jsonl shall say, and returns what the bar shall show; measure(step, params, log), if it
+    is given, says how much the model gets right. start: {"place": the checkpoint
     that the run goes on from or None, "best": its best validation loss or None, "worst": a loss
     that says that all is lost}. ValueError, with the last checkpoint's place, for such a loss, or
     one that is not a number. agree(the signals caught here): the one that ends the run, or 0.
@@ -58,6 +59,7 @@ def train(
     place, n_saved, best = start["place"], n_done, start["best"]
     best = math.inf if best is None else best
     every = flags["eval_every"], flags["checkpoint_every"]
+    every += (flags.get("eval_tasks_every", every[0]),)
     tokens_per_step = flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
     bar = tqdm(total=n_steps, initial=n_done, unit="step", disable=quiet or None)
     with bar, note_signals() as caught:
@@ -85,6 +87,8 @@ def train(
                     tqdm.write(f"step {n_done}: train {loss:.4f}, validation {validation:.4f}")
                 keep(state[0], validation < best)
                 best = min(best, validation)
+            if measure and (n_done % every[2] == 0 or n_done == n_steps):
+                measure(n_done, state[0], log)
             if n_done % every[1] == 0 or n_done == n_steps:
                 place, n_saved = checkpoint(state, best), n_done
         stopped = agree(caught)

@@ -1,6 +1,7 @@
 """What a training run shows of itself: its speed, its losses as lines of JSON, and as a picture.
 
-models/mine/metrics.jsonl    {"step": 20, "loss": 4.1, ...}, {"step": 200, "validation": ...}
+models/mine/metrics.jsonl    {"step": 20, "loss": 4.1, ...}, {"step": 200, "validation": ...},
+                             with --eval_tasks {"step": 200, "hellaswag_acc": 0.28, ...}
 models/mine/loss.png         the same, drawn; `progress.draw("models/mine")` draws it again
 """
 
@@ -145,7 +146,10 @@ def import_writer():
 
 
 def draw(out):
-    """out/loss.png: both losses by step. ImportError if there is no matplotlib."""
+    """out/loss.png: both losses by step, and, against a scale of their own, --eval_tasks' shares.
+
+    ImportError if there is no matplotlib.
+    """
     from matplotlib.figure import Figure
 
     lines = read_log(Path(out, "metrics.jsonl"))
@@ -165,7 +169,21 @@ def draw(out):
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
+    draw_shares(axes, lines)
     if axes.lines:
         axes.legend()
     with replacing(Path(out, "loss.png")) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def draw_shares(axes, lines):
+    """What --eval_tasks measured, if anything, with its scale on the right."""
+    names = sorted({name for line in lines for name in line if "_acc" in name})
+    right = axes.twinx() if names else None
+    for i, name in enumerate(names):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        style = {"color": f"C{2 + i}", "marker": "s", "markersize": 3, "linestyle": "--"}
+        right.plot(*zip(*points, strict=True), **style)
+        axes.plot([], [], label=name, **style)  # for the legend, which is this scale's
+    if names:
+        right.set_ylabel("share that is right")

@@ -1,0 +1,199 @@
+"""Generation compiled by JAX, with a key-value cache: kv_cache.py for a GPU or a TPU.
+
+    python kv_cache.py "Alan Turing theorized" --backend jax
+
+The same idea and the same forward pass, `gpt2.hidden_state` with an `attend` that keeps the keys
+and values. What differs is the shapes.
+
+Why static shapes. XLA, JAX's compiler, makes a program for arrays of given shapes, and takes
+seconds to make another. A cache that grew with every token would be compiled for every token. So a
+batch gets all its room at once, rounded up to a power of two, and prompts are filled up on their
+right. What fills up is never seen: a prompt's tokens only look back, and a step sees no more of a
+row than its true length, and writes over the filling. Rows that have ended go on, in vain, until
+their batch has. In return many steps run in one call: on a GPU, a word between Python and the
+device would take longer than a step does.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2 import attention, check_length, check_sampling, hidden_state, softmax
+from training.devices import to_host
+
+STEPS_PER_CALL = 32  # before Python sees the new tokens
+STATIC = ("n_head", "n_vocab", "sampling")  # another value is compiled anew
+
+
+def keep(logits, temperature, top_k=0, top_p=1.0):  # [..., n_vocab] -> the same
+    """The logits whose softmax is gpt2.probabilities: -inf for a token that is not to be drawn.
+
+    All in float32, so a token on top_p's very border may fall on the other side of it.
+    """
+    temperature = min(max(temperature, 1e-30), 1e30)  # float32 has no more
+    logits = (logits - logits.max(-1, keepdims=True)) / temperature
+    if 0 < top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p < 1:
+        descending = jnp.sort(logits, descending=True)
+        n_before = (jnp.cumsum(softmax(descending), -1) < top_p).sum(-1, keepdims=True)
+        last = jnp.minimum(n_before, logits.shape[-1] - 1)  # the one that crosses p
+        logits = jnp.where(logits < jnp.take_along_axis(descending, last, -1), -jnp.inf, logits)
+    return logits
+
+
+def draw(logits, keys, n_drawn, temperature=0.0, top_k=0, top_p=1.0):  # -> [n_rows] ids
+    """gpt2.sample for [n_rows, n_vocab], a key for each row; -1 where logits are no numbers."""
+    tokens = logits.argmax(-1)
+    if temperature > 0:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, n_drawn)
+        tokens = jax.vmap(jax.random.categorical)(keys, keep(logits, temperature, top_k, top_p))
+    return jnp.where(jnp.isfinite(logits.max(-1)), tokens, -1)
+
+
+# A batch: {"kv": a pair of [n_rows, capacity, n_head, d_head] for each layer, "n_seq": [n_rows]
+# tokens in it, "tokens": [n_rows] the next ones, not in it yet, "keys": [n_rows], "n_drawn": []}
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", *STATIC))
+def read(params, ids, n_seq, seed, rows, n_head, n_vocab, capacity, sampling):
+    """Prompts [n_rows, n_longest], of which n_seq [n_rows] are tokens -> a batch.
+
+    The seed and a row's number in rows [n_rows] decide what is drawn for it.
+    """
+    kv, keys = [], jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
+
+    def attend(q, k, v):  # [n_rows, n_head, n_longest, d_head] each -> the same
+        room = (0, 0), (0, capacity - k.shape[2]), (0, 0), (0, 0)
+        kv.append([jnp.pad(x.swapaxes(1, 2), room) for x in (k, v)])
+        return attention(q, k, v)
+
+    here = {"blocks": [block | {"attend": attend} for block in params["blocks"]]}
+    with jax.default_matmul_precision("float32"):  # or a GPU would round to 10 bits
+        x = hidden_state(ids, **params | here, n_head=n_head)[jnp.arange(len(ids)), n_seq - 1]
+        logits = (x @ params["wte"].T)[:, :n_vocab]  # the trainer's wte has rows that are no tokens
+    tokens = draw(logits, keys, 0, *sampling)
+    return {"kv": kv, "n_seq": n_seq, "tokens": tokens, "keys": keys, "n_drawn": 1}
+
+
+def step(params, batch, n_head, n_vocab, sampling):  # -> the batch, each row longer by a token
+    kv, n_seq = [], batch["n_seq"]
+
+    def attend(q, k, v, pair):  # [n_rows, n_head, 1, d_head] each -> the same
+        at = jnp.arange(len(n_seq)), n_seq
+        kv.append([x.at[at].set(new[:, :, 0]) for x, new in zip(pair, (k, v), strict=True)])
+        seen = {"key_value_seq_lengths": n_seq + 1}
+        return jax.nn.dot_product_attention(q.swapaxes(1, 2), *kv[-1], **seen).swapaxes(1, 2)
+
+    attends = [functools.partial(attend, pair=pair) for pair in batch["kv"]]
+    blocks = [b | {"attend": a} for b, a in zip(params["blocks"], attends, strict=True)]
+    here = {"wpe": params["wpe"][n_seq][:, None], "blocks": blocks}
+    with jax.default_matmul_precision("float32"):
+        x = hidden_state(batch["tokens"][:, None], **params | here, n_head=n_head)[:, 0]
+        logits = (x @ params["wte"].T)[:, :n_vocab]
+    new = {"tokens": draw(logits, batch["keys"], batch["n_drawn"], *sampling)}
+    return batch | new | {"kv": kv, "n_seq": n_seq + 1, "n_drawn": batch["n_drawn"] + 1}
+
+
+@functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="batch")
+def write(params, batch, alive, n, endoftext, n_head, n_vocab, sampling):
+    """n steps, or fewer, if no row is alive any more -> the batch, [STEPS_PER_CALL, n_rows] tokens.
+
+    alive: [n_rows]. Of the tokens the first n count; of a row's, those up to the id endoftext.
+    """
+
+    def one(carry):
+        i, batch, alive, tokens = carry
+        batch = step(params, batch, n_head, n_vocab, sampling)
+        new = batch["tokens"]
+        return i + 1, batch, alive & (new != endoftext), tokens.at[i].set(new)
+
+    tokens = jnp.zeros((STEPS_PER_CALL, len(alive)), batch["tokens"].dtype)
+    _, batch, _, tokens = jax.lax.while_loop(
+        lambda carry: (carry[0] < n) & carry[2].any(), one, (0, batch, alive, tokens)
+    )
+    return batch, tokens
+
+
+def generate_stream(
+    prompts, params, n_head, n_tokens_to_generate,
+    temperature=0.0, top_k=0, top_p=1.0, seed=None, endoftext=None,
+    stop=None, n_samples=1, batch_size=8, n_vocab=None,
+):  # fmt: skip
+    """kv_cache.generate_stream, compiled: the same arguments, and the same triples.
+
+    Greedily it writes the same. What a row draws depends on the seed and its number alone, as
+    there, but the random numbers are JAX's. params: NumPy's or JAX's, wherever they are; n_vocab:
+    how many rows of wte are tokens, if not all. Memory: batch_size caches of at most
+    8 * n_layer * n_embd * n_ctx bytes. ValueError for what is wrong.
+    """
+    check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)
+    n_vocab, n_ctx = n_vocab or len(params["wte"]), len(params["wpe"])
+    if not prompts or min(n_samples, batch_size) < 1:
+        raise ValueError("n_samples, batch_size and the number of prompts must be 1 or more")
+    for i, ids in enumerate(prompts, 1):
+        check_length(len(ids), n_tokens_to_generate, n_ctx)
+        if not 0 <= min(ids) <= max(ids) < n_vocab:
+            raise ValueError(f"prompt {i} of {len(prompts)}: an id is not in 0 .. {n_vocab - 1}")
+    texts = [list(ids) for ids in prompts for _ in range(n_samples)]
+    if n_tokens_to_generate == 0:
+        yield from ((row, [], "length") for row in range(len(texts)))
+        return
+    params, seed = jax.tree.map(jnp.asarray, params), np.random.SeedSequence(seed)
+    how = {"n_head": n_head, "n_vocab": n_vocab, "sampling": (temperature, top_k, top_p)}
+    batch_size, seed = min(batch_size, len(texts)), seed.generate_state(1)[0]
+    for first in range(0, len(texts), batch_size):
+        rows = np.arange(first, first + batch_size)
+        some = texts[first : first + batch_size]
+        begun = {row: [] for row in rows[: len(some)].tolist()}
+        some += [[0]] * (batch_size - len(some))  # rows that nobody asked for fill up the last one
+        n_seq = [len(ids) for ids in some]
+        n_longest = round_up(max(n_seq), n_ctx)
+        ids = np.array([ids + [0] * (n_longest - len(ids)) for ids in some])
+        room = {"capacity": round_up(max(n_seq) + n_tokens_to_generate, n_ctx)}
+        batch = read(params, ids, np.array(n_seq), seed, rows, **room, **how)
+        yield from write_all(params, batch, rows, begun, n_tokens_to_generate, endoftext, stop, how)
+
+
+def write_all(params, batch, rows, begun, n_tokens, endoftext, stop, how):
+    """The triples of one batch. begun: {row: its ids} of those among `rows` that go on."""
+    tokens, n, n_done = batch["tokens"][None], 1, 0
+    while True:
+        for new in to_host(tokens)[:n].tolist():
+            for row, token in zip(rows.tolist(), new, strict=True):
+                if row in begun:
+                    why = add_token(begun[row], token, n_tokens, endoftext, stop)
+                    yield row, list(begun[row]), why
+                    if why:
+                        del begun[row]
+        if not begun:
+            return
+        n_done += n
+        n, alive = min(STEPS_PER_CALL, n_tokens - n_done), np.isin(rows, list(begun))
+        end = -1 if endoftext is None else endoftext
+        batch, tokens = write(params, batch, alive, n, end, **how)
+
+
+def add_token(ids, token, n_tokens, endoftext, stop):  # -> why the row ends with it, or None
+    if token < 0:
+        raise ValueError("the logits are no finite numbers: the model's weights must be damaged")
+    if token == endoftext:
+        return "endoftext"
+    ids.append(token)
+    if stop and stop(ids):
+        return "stop"
+    return "length" if len(ids) == n_tokens else None
+
+
+def round_up(n, n_ctx):  # -> a power of two from 16 on, or n_ctx
+    return min(max(16, 1 << (n - 1).bit_length()), n_ctx)
+
+
+def generate(prompts, params, n_head, n_tokens_to_generate, **options):
+    """Ragged lists of ids -> one list of new ids a row; `options` as in generate_stream."""
+    triples = generate_stream(prompts, params, n_head, n_tokens_to_generate, **options)
+    rows = {row: ids for row, ids, _ in triples}
+    return [rows[row] for row in sorted(rows)]
