@@ -23,6 +23,7 @@ import math
 
 import numpy as np
 
+from engine import memory
 from engine.threads import in_threads, own_threads
 from gpt2 import attention_weights, gelu, layer_norm, linear, mha, softmax
 from kv_cache import generate
@@ -230,6 +231,7 @@ def loss_and_gradients(params, tokens, n_head, n_parts=1):  # [n_batch, n_seq + 
         return nats.sum(dtype=np.float64) / n, backward(d_logits)
 
     n = tokens[:, 1:].size * n_parts
+    memory.keep()
     with own_threads(len(tokens)):  # a single sequence is left to OpenBLAS's own threads
         return add_up(in_threads(work, len(tokens)))
 
