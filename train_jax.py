@@ -386,8 +386,11 @@ def make_measure(flags, mesh, encoder, hparams, quiet):
 
     It runs on all devices, with the parameters as they lie there, and needs every process.
     """
-    items, n_ctx, n_vocab = {}, hparams["n_ctx"], hparams["n_vocab"]
-    for task, path in read_tasks(flags.get("eval_tasks")).items():
+    tasks, items = read_tasks(flags.get("eval_tasks")), {}
+    n_ctx, n_vocab = hparams["n_ctx"], hparams["n_vocab"]
+    if not tasks:
+        return None
+    for task, path in tasks.items():
         texts = load_items(task, path, f"--eval_tasks {task}=")
         items[task] = [encode_item(*item, encoder, n_ctx) for item in texts]
     check_agreement(items)
@@ -407,7 +410,7 @@ def make_measure(flags, mesh, encoder, hparams, quiet):
             shares = ", ".join(f"{name} {share:.4f}" for name, share in figures.items())
             tqdm.write(f"step {step}: {shares}")
 
-    return measure if items else None
+    return measure
 
 
 def make_savers(flags, encoder, hparams, text, run, place):

@@ -109,6 +109,18 @@ def test_few_shapes_are_compiled_and_their_size_is_bounded(rng, params, monkeypa
     assert dict(chunks) == {n: {16: 4, 32: 4, 48: 4}[n] for n in dict(chunks)}
 
 
+def test_the_parameters_stay_where_they_are(params, monkeypatch):
+    """Spread over eight devices, they are not put anywhere again, nor is a copy left."""
+    mesh, sent, put = devices.make_mesh(8), [], scoring.put
+    tree = devices.put(params, devices.spread(params, mesh, fsdp=True))
+    monkeypatch.setattr(scoring, "put", lambda x, to: sent.append(x.shape) or put(x, to))
+    scorer = scoring.make_scorer(mesh, N_HEAD, N_CTX, N_VOCAB)
+    before = {id(x) for x in jax.live_arrays()}
+    answers = list(scorer(tree, [(np.arange(17), 3)] * 9))
+    assert sent == [(16, 17)] and len(answers) == 9
+    assert {id(x) for x in jax.live_arrays()} <= before
+
+
 def test_chunks_of_logits_change_nothing(rng, params):
     tokens = rng.integers(0, N_VOCAB, (3, 33))
     one, four = (
