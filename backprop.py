@@ -217,7 +217,7 @@ def cross_entropy(logits, targets):  # [n, n_vocab], [n] -> nats [n], the gradie
 
 
 def loss_and_gradients(params, tokens, n_head, n_parts=1):  # [n_batch, n_seq + 1] ids
-    """-> nats a token, a float, the mean of -ln p[next token]; its gradient, a tree like params.
+    """-> nats per token, a float, the mean of -ln p[next token]; its gradient, a tree like params.
 
     Both are divided by n_parts: so many of them add up to a mean. Threads share the sequences, each
     with OpenBLAS to itself, so that all of the work is done in parallel and not the products alone.

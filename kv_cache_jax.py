@@ -46,7 +46,7 @@ def keep(logits, temperature, top_k=0, top_p=1.0):  # [..., n_vocab] -> the same
 
 
 def draw(logits, keys, n_drawn, temperature=0.0, top_k=0, top_p=1.0):  # -> [n_rows] ids
-    """gpt2.sample for [n_rows, n_vocab], a key for each row; -1 where logits are no numbers."""
+    """gpt2.sample for [n_rows, n_vocab], a key for each row; -1 where logits are not finite."""
     tokens = logits.argmax(-1)
     if temperature > 0:
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, n_drawn)
@@ -179,7 +179,7 @@ def write_all(params, batch, rows, begun, n_tokens, endoftext, stop, how):
 
 def add_token(ids, token, n_tokens, endoftext, stop):  # -> why the row ends with it, or None
     if token < 0:
-        raise ValueError("the logits are no finite numbers: the model's weights must be damaged")
+        raise ValueError("the logits are not finite: the model's weights must be damaged")
     if token == endoftext:
         return "endoftext"
     ids.append(token)

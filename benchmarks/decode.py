@@ -123,7 +123,7 @@ def time_products(params):
 def lookup(params):
     """One row with guesses and without: a text that repeats itself, and one that never does."""
     n, ids = 200, np.random.default_rng(0).integers(0, N_VOCAB, N_PROMPT).tolist()
-    print(f"\n{n} tokens after {N_PROMPT}, one row: ms a token, plain and with --lookup 4")
+    print(f"\n{n} tokens after {N_PROMPT}, one row: ms per token, plain and with --lookup 4")
     for name, temperature in {"repeats": 0.0, "does not": 1.0}.items():
 
         def write(guesses, temperature=temperature):

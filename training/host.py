@@ -110,7 +110,7 @@ def run_training(
         losses = [train_step(params, moments, n_done + i, batches[i], flags) for i in range(n)]
         return (params, moments, n_done + n), math.fsum(losses) / n
 
-    def validate(params):  # -> nats a token
+    def validate(params):  # -> nats per token
         n = flags["batch_size"]
         batches = (windows[i : i + n] for i in range(0, len(windows), n))
         return sum(nats(params, batch, n_head, cross_entropy) for batch in batches) / n_val

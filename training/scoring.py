@@ -72,7 +72,7 @@ def make_scorer(mesh, n_head, n_ctx, n_vocab, narrow=None, attend=None):
 def check_numbers(log_probs):
     """ValueError for NaN, which would be wrong at everything without a word."""
     if not np.isfinite(log_probs).all():
-        raise ValueError("the model's probabilities are no numbers: its weights must be damaged")
+        raise ValueError("the model's probabilities are not finite: its weights must be damaged")
 
 
 def score_tokens(params, tokens, n_head, n_vocab, n_chunks=1, attend=None):
