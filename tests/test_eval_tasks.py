@@ -77,6 +77,7 @@ def test_the_log_has_the_figures_of_evaluate(out, data):
     assert any(0 < share < 1 for share in found[40].values())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_measuring_from_anywhere(out, data, tmp_path):
     """A relative path is one from where the run began."""
     path = os.path.relpath(data / "lambada.jsonl", conftest.REPO)

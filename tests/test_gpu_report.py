@@ -27,6 +27,7 @@ def gpu():
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="it would measure, for minutes")
+@pytest.mark.slow
 def test_all_parts_run_at_toy_size_and_every_row_has_its_anchor(tmp_path):
     command = [sys.executable, str(REPO / "benchmarks" / "gpu.py"), str(tmp_path / "report")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)

@@ -105,7 +105,10 @@ def test_few_shapes_are_compiled_and_their_size_is_bounded(rng, params, monkeypa
     items = random_items(rng, 125)
     scorer = scoring.make_scorer(mesh, N_HEAD, N_CTX, N_VOCAB)
     assert len(list(scoring.score_items(items, functools.partial(scorer, params)))) == 125
-    assert seen <= {(2 * 16, 17), (2 * 8, 33), (2 * 5, 49)} and len(seen) >= 2
+    most = {17: 2 * 16, 33: 2 * 8, 49: 2 * 5}  # fewer, where there are few of such a length
+    assert 2 <= len(seen) <= 3 and {n for _, n in seen} <= most.keys()
+    for n_rows, n in seen:
+        assert n_rows == most[n] or n_rows < most[n] and n_rows.bit_count() == 1
     assert dict(chunks) == {n: {16: 4, 32: 4, 48: 4}[n] for n in dict(chunks)}
 
 
