@@ -3,8 +3,9 @@
     python evaluate.py perplexity --model_size 124M --data wiki.txt
     python evaluate.py hellaswag --model_size 124M    # which of four endings does a story have?
     python evaluate.py lambada --model_size 124M      # what is the last word of a passage?
+    python evaluate.py choose --data quiz.jsonl       # which of your own choices follows a prompt?
 
-All three ask the model one question: how likely is this token after those before it? `score`
+All of them ask the model one question: how likely is this token after those before it? `score`
 answers it. The rest decides which tokens to ask about, what the model sees before each, and how the
 answers become one number. Everybody decides these a little differently, and then the numbers differ
 too; so the docstrings below say whose way each task follows.
@@ -24,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from corpus.shards import check_ids, count_ids, open_shards
+from encoder import mend_surrogates
 from engine import threads
 from kv_cache import copy_cache, extend, extend_all, new_cache, next_logits
 from model_files.download import download_file
@@ -241,7 +243,38 @@ def mark_lambada(scores, label):  # (log_probs, hits) of the one ending -> {meas
     return {"acc_last_word": bool(hits.all()), "acc_last_token": bool(hits[-1])}
 
 
-TASKS = {"hellaswag": (read_hellaswag, mark_hellaswag), "lambada": (read_lambada, mark_lambada)}
+def read_choices(item, where):
+    """{"prompt", "choices", "answer"} -> prompt, choices, (answer, bytes of each choice).
+
+    A choice follows its prompt as it is: it begins with the space that it needs.
+    """
+    prompt, choices, answer = (item.get(key) for key in ("prompt", "choices", "answer"))
+    if not isinstance(prompt, str):
+        raise ValueError(f"{where}: prompt is missing or not text")
+    texts = choices if isinstance(choices, list) else []
+    if len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"{where}: choices is missing, or not a list of two texts or more")
+    if type(answer) is not int or not 0 <= answer < len(texts):
+        raise ValueError(f"{where}: answer is {answer!r}, not a number from 0 to {len(texts) - 1}")
+    return prompt, texts, (answer, [len(mend_surrogates(text).encode()) for text in texts])
+
+
+def mark_choices(scores, label):  # (log_probs, hits) for each choice -> {measure: bool}
+    """Is the right choice the likeliest, by its tokens' sum and per byte? First of equals.
+
+    As EleutherAI's harness has acc and acc_norm.
+    """
+    answer, n_bytes = label
+    sums = [log_probs.sum(dtype=np.float64) for log_probs, _ in scores]
+    means = [nats / n for nats, n in zip(sums, n_bytes, strict=True)]
+    return {"acc": sums.index(max(sums)) == answer, "acc_norm": means.index(max(means)) == answer}
+
+
+TASKS = {
+    "hellaswag": (read_hellaswag, mark_hellaswag),
+    "lambada": (read_lambada, mark_lambada),
+    "choose": (read_choices, mark_choices),
+}
 
 
 def load_items(task, path=None, flag="--data "):  # -> [(where, context, endings, label)]
@@ -340,13 +373,15 @@ def accuracy(items, mark, params, n_head, scored=None, **shown):  # of encode_it
 def check_flags(task, data, stride):
     """Raises ValueError or FileNotFoundError, one clear line, before a model is looked for."""
     if task not in ("perplexity", *TASKS):
-        raise ValueError(f"no task {task!r}: choose perplexity, {' or '.join(TASKS)}")
+        raise ValueError(f"no task {task!r}: there are perplexity, {', '.join(TASKS)}")
     if stride is not None and task != "perplexity":
         raise ValueError(f"stride is for perplexity; {task} has none")
     if stride is not None and stride < 1:
         raise ValueError(f"stride must be 1 or more, not {stride}")
     if data is None and task == "perplexity":
         raise ValueError("perplexity needs --data: a text file, or a folder of token shards")
+    if data is None and task not in URLS:
+        raise ValueError(f"{task} needs --data: a file of JSON lines")
     if data is None or os.path.isfile(data) or task == "perplexity" and os.path.isdir(data):
         return
     kind = "text file or a folder of token shards" if task == "perplexity" else "file of JSON lines"
@@ -380,9 +415,10 @@ def main(
     """Measure how good a model is. The result is one line of JSON on standard output.
 
     Args:
-        task: perplexity, hellaswag or lambada.
+        task: perplexity, hellaswag, lambada, or choose.
         data: for perplexity, a text file or a folder of token shards, whose validation split is
-            read; for the others, a JSON-lines file instead of the one downloaded once.
+            read; for hellaswag and lambada, a JSON-lines file instead of the one downloaded once;
+            for choose, lines of {"prompt": text, "choices": [texts], "answer": a number from 0}.
         model_size: 124M, 355M, 774M or 1558M (downloaded once), a folder in models_dir, or a path.
         models_dir: the folder that holds the models.
         stride: tokens between two windows of perplexity, at most the model's n_ctx, the default.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY, hugging_face, random_params
 
+import encoder as encoder_module
 import evaluate
 import gpt2
 import utils
@@ -318,6 +319,35 @@ def test_hellaswags_accuracies_are_those_of_hugging_faces_model(rng, params, mon
         assert evaluate.accuracy(items, evaluate.mark_hellaswag, params, N_HEAD) == expected
 
 
+def test_choices_are_those_of_hugging_faces_model_by_sum_and_by_byte(rng):
+    """With a tokenizer whose tokens have several bytes: a mean by token would choose otherwise."""
+    tokenizer = encoder_module.train("the cat sat on the mat and läuft after the rat " * 9, 300)
+    hparams = TINY | {"n_vocab": 300}
+    params = random_params(rng, hparams)
+    model, words, labels = hugging_face(params, hparams), ["the", "läuft", "xyz", "rat", "q q"], []
+    items, shares = [], {"acc": 0, "acc_norm": 0}
+    for i in range(60):
+        texts = [" " + " ".join(rng.choice(words, n)) for n in (1, 2, 4)]
+        raw = {"prompt": " ".join(rng.choice(words, 3)), "choices": texts, "answer": 0}
+        item = evaluate.encode_item("", *evaluate.read_choices(raw, ""), tokenizer, N_CTX)
+        sums = [log_probs.sum() for log_probs, _ in reference(model, item)]
+        means = [nats / len(text.encode()) for nats, text in zip(sums, texts, strict=True)]
+        if min(np.diff(np.sort(values))[-1] for values in (sums, means)) < 1e-3:
+            continue
+        chosen = int(np.argmax(sums)), int(np.argmax(means))
+        raw["answer"] = [*chosen, (chosen[0] + 1) % 3][i % 3]
+        labels.append(chosen[0] == chosen[1])
+        shares["acc"] += chosen[0] == raw["answer"]
+        shares["acc_norm"] += chosen[1] == raw["answer"]
+        items.append(evaluate.encode_item("", *evaluate.read_choices(raw, ""), tokenizer, N_CTX))
+    found = evaluate.accuracy(items, evaluate.mark_choices, params, N_HEAD)
+    assert not all(labels)
+    assert found == {k: n / len(items) for k, n in shares.items()} | {
+        "n_items": len(items),
+        "n_cut": sum(item["cut"] for item in items),
+    }
+
+
 def test_lambadas_accuracies_are_those_of_hugging_faces_model(rng, params):
     """Last words that the model would write, and such with another first or another last token."""
     model, items = hugging_face(params, TINY), []
@@ -475,6 +505,8 @@ def test_no_context_needs_an_end_of_text():
 
 HELLASWAG = {"ctx": "A man", "endings": ["runs.", "is a very long ending, é.", "x"], "label": 1}
 LAMBADA = {"text": "A man runs"}
+CHOICES = {"prompt": "The sky is", "choices": [" blue", " seven"], "answer": 0}
+GOOD = {"hellaswag": HELLASWAG, "lambada": LAMBADA, "choose": CHOICES}
 BAD_ITEMS = {
     "no JSON": ("hellaswag", b"{'ctx'", "not JSON"),
     "no UTF-8": ("hellaswag", b'{"ctx": "\xff"}', "not JSON"),
@@ -497,6 +529,12 @@ BAD_ITEMS = {
     "no text": ("lambada", {"txt": "a b"}, "text is missing or not text"),
     "text a list": ("lambada", {"text": ["a b"]}, "text is missing or not text"),
     "no space": ("lambada", {"text": "word"}, "should end with a space and a last word"),
+    "no prompt": ("choose", CHOICES | {"prompt": None}, "prompt is missing or not text"),
+    "one choice": ("choose", CHOICES | {"choices": [" a"]}, "choices is missing, or not a list"),
+    "an empty choice": ("choose", CHOICES | {"choices": [" a", ""]}, "choices is missing, or not"),
+    "no answer": ("choose", {"prompt": "", "choices": ["a", "b"]}, "answer is None, not a number"),
+    "answer 2": ("choose", CHOICES | {"answer": 2}, "answer is 2, not a number from 0 to 1"),
+    "answer true": ("choose", CHOICES | {"answer": True}, "answer is True, not a number from 0"),
     "no word": ("lambada", {"text": "word "}, "should end with a space and a last word"),
     "no word but a line end": ("lambada", {"text": "a word \n"}, "with a space and a last word"),
 }
@@ -505,7 +543,7 @@ BAD_ITEMS = {
 @pytest.mark.parametrize("case", BAD_ITEMS)
 def test_a_bad_item_is_one_line_that_says_where(tmp_path, case):
     task, item, words = BAD_ITEMS[case]
-    good = json.dumps(HELLASWAG if task == "hellaswag" else LAMBADA).encode()
+    good = json.dumps(GOOD[task]).encode()
     line = item if isinstance(item, bytes) else json.dumps(item).encode()
     path = write(tmp_path / "f.jsonl", b"\n".join([good, b"", line, good]))
     with pytest.raises(ValueError) as raised:
@@ -674,8 +712,12 @@ def test_nothing_right_is_zero_and_not_missing(models, tmp_path):
 
 
 FLAGS = {
-    "an unknown task": (["piqa"], "no task 'piqa': choose perplexity, hellaswag or lambada"),
+    "an unknown task": (
+        ["piqa"],
+        "no task 'piqa': there are perplexity, hellaswag, lambada, choose",
+    ),
     "no task": ([], "task"),
+    "choices without a file": (["choose"], "choose needs --data: a file of JSON lines"),
     "a stride for hellaswag": (["hellaswag", "--stride", "4"], "stride is for perplexity"),
     "a stride for lambada": (["lambada", "--stride", "4"], "stride is for perplexity"),
     "stride 0": (["perplexity", "--data", __file__, "--stride", "0"], "stride must be 1 or more"),
