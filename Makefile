@@ -28,7 +28,8 @@ explain: .venv/generate
 
 # XLA's optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
 test: .venv/test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/python -m pytest -m "not slow"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 MALLOC_TRIM_THRESHOLD_=131072 \
+		.venv/bin/python -m pytest -m "not slow"
 
 test-slow: .venv/test
 	.venv/bin/python -m pytest -m slow

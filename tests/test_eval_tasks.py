@@ -69,6 +69,7 @@ def out(data, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_log_has_the_figures_of_evaluate(out, data):
     """Every 15 steps and at the end, there those of the checkpoint in NumPy."""
     found = figures(out)

@@ -1096,6 +1096,7 @@ def test_sampling_is_checked_before_a_model_is_looked_for():
 
 
 @pytest.mark.parametrize("jsonl", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
 def test_ctrl_c_prints_what_there_is(models, jsonl):
     """The model is big enough to be slow."""
     hparams = TINY | {"n_ctx": 4096, "n_embd": 256, "n_layer": 8}

@@ -106,7 +106,7 @@ def test_few_shapes_are_compiled_and_their_size_is_bounded(rng, params, monkeypa
     scorer = scoring.make_scorer(mesh, N_HEAD, N_CTX, N_VOCAB)
     assert len(list(scoring.score_items(items, functools.partial(scorer, params)))) == 125
     most = {17: 2 * 16, 33: 2 * 8, 49: 2 * 5}  # fewer, where there are few of such a length
-    assert 2 <= len(seen) <= 3 and {n for _, n in seen} <= most.keys()
+    assert 2 <= len(seen) <= 6 and {n for _, n in seen} <= most.keys()
     for n_rows, n in seen:
         assert n_rows == most[n] or n_rows < most[n] and n_rows.bit_count() == 1
     assert dict(chunks) == {n: {16: 4, 32: 4, 48: 4}[n] for n in dict(chunks)}
@@ -146,7 +146,7 @@ def test_of_equal_logits_the_first_is_the_likeliest(params):
 
 def test_a_damaged_model_gets_no_result(params, score_rows):
     damaged = jax.tree.map(lambda x: x * np.float32(np.nan), score_rows.args[0])
-    with pytest.raises(ValueError, match="no numbers: its weights must be damaged"):
+    with pytest.raises(ValueError, match="not finite: its weights must be damaged"):
         list(score_rows.func(damaged, [(np.arange(17), 3)] * 9))
 
 

@@ -507,6 +507,7 @@ def test_too_little_text_is_refused(tmp_path, text):
     assert (code, out) == (2, "") and err.count("\n") == 1 and "too few" in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_model(tmp_path):
     args = ["--data", "python-docs", "--out", tmp_path / "out", "--n_layer", 1, "--n_embd", 8]
     command = [sys.executable, str(REPO / "train_jax.py"), *map(str, [*args, "--eval_every", 20])]
@@ -667,6 +668,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(never_stopped, sign):
 
 
 @pytest.mark.parametrize("steps", [[240], slow([40, 240, 480])])
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bits(never_stopped, steps):
     out, rng = never_stopped.parent / f"killed{len(steps)}", np.random.default_rng()
     process = begin(*TINY_RUN, "--out", out)
@@ -770,6 +772,7 @@ def test_training_replaces_nothing_without_being_told_so(never_stopped, tmp_path
         assert checkpoints.check_out(str(folder)) is None
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_another_ones_checkpoints(never_stopped, tmp_path):
     """A new run over a finished one, killed before its first checkpoint; then a whole one."""
     out = tmp_path / "out"
