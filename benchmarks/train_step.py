@@ -99,6 +99,11 @@ def main():
     recipe = sys.argv[1] if len(sys.argv) > 1 else "shakespeare-cpu"
     devices.start_jax(None, None, None)
     flags = choose({"recipe": recipe, "data": ""}, jax.default_backend())
+    n_steps, small = N_STEPS, sys.argv[2:]
+    if small:
+        batch_size, n_ctx = map(int, small[0].split("x"))
+        flags |= {"n_accumulate": 1, "batch_size": batch_size, "n_ctx": n_ctx}
+        n_steps = 1
     n_vocab = 257 if "shakespeare" in recipe else 50257
     sizes = {name: flags[name] for name in ("n_ctx", "n_embd", "n_layer", "n_head")}
     rng = np.random.default_rng(0)
@@ -108,11 +113,6 @@ def main():
         if len(shape) == 2:
             arrays[name] = rng.normal(0, 0.02, shape).astype(np.float32)
     params = weights.nest(arrays)
-    n_steps, small = N_STEPS, sys.argv[2:]
-    if small:
-        batch_size, n_ctx = map(int, small[0].split("x"))
-        flags |= {"n_accumulate": 1, "batch_size": batch_size, "n_ctx": n_ctx}
-        n_steps = 1
     shape = n_steps, flags["n_accumulate"], flags["batch_size"], flags["n_ctx"] + 1
     tokens = rng.integers(0, n_vocab, shape, dtype=np.int32)
 
