@@ -556,7 +556,7 @@ def never_stopped(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("sign", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sign", ["SIGINT", "SIGTERM"])
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits(never_stopped, sign):
     out = never_stopped.parent / sign

@@ -158,9 +158,7 @@ def one_process(tmp_path_factory):
     return trained
 
 
-@pytest.mark.parametrize(
-    "fsdp, optimizer", [slow(False, "muon"), slow(True, "muon"), (True, "adamw")]
-)
+@pytest.mark.parametrize("fsdp, optimizer", [(False, "muon"), (True, "muon"), (True, "adamw")])
 @pytest.mark.slow
 def test_two_processes_train_the_model_of_one(one_process, tmp_path, fsdp, optimizer):
     out, one = tmp_path / "out", one_process(optimizer)

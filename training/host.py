@@ -166,7 +166,7 @@ def draw(shards, seed, step, shape):  # -> [*shape], ids
 
 
 def measure_peak():  # -> the FLOP/s of one large product
-    n, seconds = 2048, []  # having freed arrays of this size, malloc keeps what a step frees
+    n, seconds = 2048, []
     x = np.ones((n, n), np.float32)
     for _ in range(5):
         began = time.perf_counter()
