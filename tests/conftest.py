@@ -10,7 +10,6 @@ import secrets
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -45,6 +44,7 @@ GPT2_FILES = first_there(DATA / "gpt2-tokenizer", REPO / "models" / "124M")
 SHAKESPEARE = first_there(DATA / "shakespeare" / "input.txt", REPO / "data" / "shakespeare.txt")
 
 
+MOST_MEMORY = 900 << 20  # bytes between two tests
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux, by /proc or prlimit")
 
 
@@ -62,26 +62,18 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def memory_given_back():
-    """XLA's compiler frees hundreds of megabytes, which the C library would keep for itself."""
-    start = time.monotonic()
+    """XLA keeps what it compiled, and the C library what was freed: a gigabyte, in the end."""
     yield
-    if time.monotonic() - start > 1:
-        trim_memory()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_compiled_functions_left():
-    yield
-    if "jax" in sys.modules:
-        jax.clear_caches()
-    gc.collect()
-    trim_memory()
-
-
-def trim_memory():
-    if sys.platform == "linux":
+    if sys.platform == "linux" and resident() > MOST_MEMORY:
+        if "jax" in sys.modules:
+            jax.clear_caches()
+        gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident():  # bytes of memory that this process has
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture
