@@ -3,6 +3,7 @@
     python train_jax.py                                        # tiny Shakespeare, 2-3 minutes
     python train_jax.py --data my_novel.txt --out models/novel # any text, byte by byte
     python train_jax.py --init_from 124M --data my_novel.txt   # or go on with a released GPT-2
+    python train_jax.py --init_from 124M --data my_novel.txt --lora_rank 8   # adapters of it alone
     python train_jax.py --recipe gpt2-124M --data shards/web   # what prepare.py made, of any size
     python train_jax.py --resume models/novel                  # go on exactly where it stopped
     python gpt2.py "It was" --model_size novel                 # then write with it, in NumPy
@@ -22,7 +23,6 @@ import contextlib
 import functools
 import math
 import operator
-import os
 import secrets
 import signal
 import sys
@@ -44,6 +44,7 @@ from gpt2 import hidden_state
 from kv_cache_jax import generate
 from plumbing.cli import run_cli
 from training import progress
+from training.adapters import base_name
 from training.attention import fused_attention
 from training.batches import batches_shape, fill_batches, read_batches, step_keys
 from training.checkpoints import (
@@ -51,7 +52,9 @@ from training.checkpoints import (
     clear_away,
     find_checkpoint,
     find_out,
+    from_anywhere,
     save_checkpoint,
+    save_params,
 )
 from training.devices import (
     any_process,
@@ -69,14 +72,15 @@ from training.loop import load_start, sample, train
 from training.scoring import make_scorer, score_items
 from training.state import (
     count_rows,
+    join,
     moment_shapes,
     name_leaves,
     new_model,
     resize_vocab,
+    split,
     start_state,
 )
-from training.text import NAMED_TEXTS
-from utils import load_encoder_hparams_and_params, save_model
+from utils import load_encoder_hparams_and_params
 
 LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
 
@@ -119,15 +123,16 @@ def narrow(params, dtype):
     So does the stream x that the blocks add to, and with it layer_norm's means and variances.
     """
 
-    def is_weight(path):
-        return path[0].key == "blocks" and path[2].key in ("attn", "mlp")
+    def convert(path, x):
+        is_weight = path[0].key == "blocks" and path[2].key in ("attn", "mlp")
+        return x.astype(dtype, copy=False) if is_weight else x
 
-    return jax.tree.map_with_path(lambda p, x: x.astype(dtype) if is_weight(p) else x, params)
+    return jax.tree.map_with_path(convert, params)
 
 
 def is_matrix(params):
     """A tree like params, True at the matrices: not at biases and gains."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("w", "wte", "wpe"), params)
+    return jax.tree.map(lambda x: x.ndim == 2, params)
 
 
 def is_hidden_matrix(params):
@@ -218,21 +223,24 @@ def make_train_steps(optimizer, drop_rate=0.0, seed=0, dtype="float32", sharding
     batches: [n or more, n_accumulate, batch_size, n_ctx + 1]. The state that goes in is used up:
     its memory becomes that of the state that comes out. shardings: a tree of them like the state,
     None where there is one device. how: the options of `losses`.
+
+    Where the parameters hold adapters, nothing else has gradients or moments, or changes.
     """
 
-    def batch_loss(weights, batch, key):
+    def batch_loss(trained, frozen, batch, key):
+        weights = join(trained, frozen)
         if drop_rate:
             weights = drop_weights(key, weights, drop_rate)
         return losses(weights, batch, **how).mean()
 
     def value_and_gradients(params, batch, key):  # [n_accumulate, batch_size, n_ctx + 1]
-        weights = narrow(params, dtype)  # once a step; what is summed below is float32 again
+        weights = split(narrow(params, dtype))  # once a step; what is summed below is float32 again
 
         def one(i, total):
-            result = jax.value_and_grad(batch_loss)(weights, batch[i], jax.random.fold_in(key, i))
+            result = jax.value_and_grad(batch_loss)(*weights, batch[i], jax.random.fold_in(key, i))
             return jax.tree.map(jnp.add, total, result)
 
-        total = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+        total = jnp.float32(0), jax.tree.map(jnp.zeros_like, split(params)[0])
         if len(batch) == 1:
             return one(0, total)
         total = jax.lax.fori_loop(0, len(batch), one, total)
@@ -242,8 +250,10 @@ def make_train_steps(optimizer, drop_rate=0.0, seed=0, dtype="float32", sharding
         params, moments, n_done = state
         _, key = step_keys(seed, n_done)
         value, gradients = value_and_gradients(params, batch, key)
-        updates, moments = optimizer.update(gradients, moments, params)
-        return (optax.apply_updates(params, updates), moments, n_done + 1), value
+        trained, frozen = split(params)
+        updates, moments = optimizer.update(gradients, moments, trained)
+        params = join(optax.apply_updates(trained, updates), frozen)
+        return (params, moments, n_done + 1), value
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def train_steps(state, batches, n):
@@ -278,9 +288,12 @@ def main(*args, **kwargs):
         progress.import_writer()
     place = saved = model = None
     if resume is None:
-        check_out(typed["out"], how["overwrite"])  # better now than after the first steps
+        is_adapter = "lora_rank" in typed
+        check_out(typed["out"], how["overwrite"], is_adapter)  # better now than after some steps
         if "init_from" in typed:
             model = load_encoder_hparams_and_params(typed["init_from"], models_dir)
+            if is_adapter:
+                typed["init_from"] = base_name(typed["init_from"], models_dir)
     else:
         out = find_out(resume, models_dir)
         place, saved = find_checkpoint(out)
@@ -324,10 +337,12 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
     check_agreement([flags, text])
     measure = make_measure(flags, mesh, encoder, hparams, not is_main)
     if is_main:
-        n_params = sum(x.size for x in jax.tree.leaves(params))
-        n_val = windows[:, 1:].size
-        print(f"{n_params} parameters, {text['n_train']} training and {n_val} validation tokens")
-    flops, n_done = progress.flops_per_token(hparams, flags["n_ctx"]), saved["step"] if saved else 0
+        n_params, n_frozen = (sum(x.size for x in jax.tree.leaves(p)) for p in split(params))
+        n_val, beside = windows[:, 1:].size, f" beside {n_frozen} frozen ones" if n_frozen else ""
+        print(f"{n_params} parameters{beside}, ", end="")
+        print(f"{text['n_train']} training and {n_val} validation tokens")
+    each, n_done = 4 if "lora_rank" in flags else 6, saved["step"] if saved else 0
+    flops = progress.flops_per_token(hparams, flags["n_ctx"], each)
     state, train_steps, validate = set_up(flags, mesh, optimizer, params, moments, n_done, windows)
     model = params = moments = None  # their memory is free again
     peak, source = peak_flops(mesh.devices.ravel(), flags["dtype"])
@@ -336,7 +351,7 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
     log = progress.no_log
     if is_main:
         speed = f"{jax.device_count()} x {jax.devices()[0].device_kind}", flops, peak, source
-        log = progress.make_log(flags["out"], run, n_done, *speed, schedule, tensorboard)
+        log = progress.make_log(flags["out"], run, n_done, *speed, schedule, tensorboard, each)
         if saved and n_done < flags["n_steps"]:
             now, last = float(schedule(n_done)), flags["min_learning_rate"]
             print(f"going on after step {n_done} of {flags['n_steps']}: ", end="")
@@ -369,6 +384,8 @@ def set_up(flags, mesh, optimizer, params, moments, n_done, windows):
     """-> the state on the devices, train_steps and validate(params), both compiled when called."""
     n_vocab, batch_size = len(params["wte"]), flags["batch_size"]
     n_rows = count_rows(n_vocab)
+    trained, frozen = split(params)
+    params = join(trained, narrow(frozen, flags["dtype"]))  # what never changes needs no more
     state, shardings = start_state(params, moments, n_done, optimizer, n_rows, mesh, flags["fsdp"])
     how = loss_options(flags, n_vocab, batch_size // mesh.size)
     dropping = {"drop_rate": flags["drop_rate"], "seed": flags["seed"]}
@@ -421,24 +438,19 @@ def make_savers(flags, encoder, hparams, text, run, place):
     """
     out, n_vocab, is_main = flags["out"], hparams["n_vocab"], jax.process_index() == 0
     places = [place] if place else []
-    if flags["data"] not in NAMED_TEXTS:
-        flags = flags | {"data": os.path.abspath(flags["data"])}  # to be resumed from anywhere
-    if tasks := read_tasks(flags.get("eval_tasks")):
-        words = (f"{t}={os.path.abspath(path)}" if path else t for t, path in tasks.items())
-        flags = flags | {"eval_tasks": ",".join(words)}
-
+    flags = from_anywhere(flags)
     write = functools.partial(generate, n_vocab=n_vocab)
 
     def keep(params, is_best):
-        whole = resize_vocab(to_host(params), n_vocab)
+        whole = resize_vocab(to_host(split(params)[0]), n_vocab)
         if is_main and is_best:
-            save_model(out, encoder, hparams, whole, flags["saved_dtype"])
+            save_params(out, encoder, hparams, whole, flags, flags["saved_dtype"])
         written = sample(write, params, encoder, hparams, flags["seed"])  # where they are
         if is_main:
             tqdm.write(written)
 
     def checkpoint(state, best):
-        params, moments = resize_vocab(to_host(state[:2]), n_vocab)
+        params, moments = resize_vocab(to_host((split(state[0])[0], state[1])), n_vocab)
         if not is_main:
             return out
         about = {"run": run, "flags": flags, "text": text}

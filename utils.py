@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from encoder import get_encoder
+from model_files.adapters import CONFIG, is_adapter, merge, read_adapter, read_config
 from model_files.config import hugging_face_config, read_hparams, sizes_file
 from model_files.convert import convert_checkpoint
 from model_files.download import SIZES, download
@@ -42,9 +43,13 @@ def load_encoder_hparams_and_params(model_size, models_dir="models"):
     """The tokenizer, the sizes and the weights (read-only float32 arrays) of one model.
 
     `model_size` is a released size (downloaded when missing), a folder under `models_dir`, or a
-    path. ValueError, OSError or ImportError say in one line what is wrong with it and where.
+    path. An adapter is merged into the model that it names. ValueError, OSError or ImportError say
+    in one line what is wrong with it and where.
     """
     model_dir = find_model(model_size, models_dir)
+    if is_adapter(model_dir):
+        encoder, hparams, params, adapters = load_base_and_adapter(model_dir, models_dir)
+        return encoder, hparams, merge(params, adapters)
     hparams = read_hparams(model_dir)
     encoder = get_encoder("", model_dir)
     check_vocabulary(encoder, hparams, model_dir)
@@ -52,6 +57,22 @@ def load_encoder_hparams_and_params(model_size, models_dir="models"):
     # Rows beyond the tokenizer's ids only pad the matrix to a rounder size: they must not be drawn.
     params["wte"] = params["wte"][: encoder.n_vocab]
     return encoder, hparams | {"n_vocab": encoder.n_vocab}, params
+
+
+def load_base_and_adapter(model_dir, models_dir="models"):
+    """Of an adapter's folder: its base's tokenizer, sizes and weights, and read_adapter's dict."""
+    config, path = read_config(model_dir), os.path.join(model_dir, CONFIG)
+    base, revision = config["base_model_name_or_path"], config.get("revision")
+    try:
+        base_dir = find_model(f"{base}@{revision}" if revision else base, models_dir)
+    except ValueError as error:
+        raise ValueError(f"{path}: its base is missing: {error}") from None
+    if is_adapter(base_dir):
+        raise ValueError(
+            f"{path}: its base {base} is an adapter, too: utils.py merge makes a model"
+        )
+    encoder, hparams, params = load_encoder_hparams_and_params(base_dir, models_dir)
+    return encoder, hparams, params, read_adapter(model_dir, config, hparams)
 
 
 def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an absolute path
@@ -74,7 +95,8 @@ def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an 
     if os.path.basename(model_size) != model_size:
         raise ValueError(f"no folder at {model_size}: expected a model's folder, or its name")
     names = os.listdir(models_dir) if os.path.isdir(models_dir) else []
-    here = sorted(n for n in names if sizes_file(os.path.join(models_dir, n)) and n not in SIZES)
+    paths = {name: os.path.join(models_dir, name) for name in names if name not in SIZES}
+    here = sorted(name for name, path in paths.items() if sizes_file(path) or is_adapter(path))
     names = [*here, *SIZES]
     hint = did_you_mean(model_size, [*names, *HUGGING_FACE_NAMES]) or ":"
     choice = f"choose one of {', '.join(names)}, or a folder's path"
@@ -169,9 +191,10 @@ def save_model(model_dir, encoder, hparams, params, dtype="float32"):
             os.rmdir(model_dir)  # works only if it is empty: if nothing came of it
 
 
-def check_target(model_dir):
+def check_target(model_dir, for_adapter=False):
     """ValueError or OSError where save_model cannot write, or other files would contradict it."""
-    for name in ("hparams.json", "encoder.json", "tokenizer.json"):
+    others = "config.json" if for_adapter else CONFIG
+    for name in ("hparams.json", "encoder.json", "tokenizer.json", others):
         if os.path.exists(os.path.join(model_dir, name)):
             raise ValueError(f"{model_dir}: has {name}, of another model; save to another folder")
     there = next(p for p in (Path(model_dir), *Path(model_dir).absolute().parents) if p.exists())

@@ -2,7 +2,8 @@
 
     models/mine/metrics.jsonl                                   begins with the run's number
     models/mine/checkpoints/00000400/
-        model.safetensors, config.json, vocab.json, merges.txt  a model folder like any other
+        model.safetensors, config.json, vocab.json, merges.txt  a model folder like any other,
+        adapter_model.safetensors, adapter_config.json          or an adapter's
         optimizer.safetensors                                   the optimizer's moments
         run.json                                  the run's number, step, flags, best loss, versions
 
@@ -20,10 +21,19 @@ from pathlib import Path
 
 import numpy as np
 
+from model_files.adapters import is_adapter, peft_config, write_adapter
 from model_files.weights import read_safetensors, write_safetensors
 from plumbing.files import read_json, write_whole
 from training import progress
-from utils import check_target, load_encoder_hparams_and_params, save_model
+from training.adapters import adapt, find_adapters
+from training.flags import read_tasks
+from training.text import NAMED_TEXTS
+from utils import (
+    check_target,
+    load_base_and_adapter,
+    load_encoder_hparams_and_params,
+    save_model,
+)
 
 CHECKPOINT = re.compile(r"[0-9]{8,}")  # their names; a folder "2024" is somebody else's
 HALF_WRITTEN = re.compile(r"\.saving-.*|(metrics\.jsonl|loss\.png)\.\d+\.tmp")
@@ -45,7 +55,7 @@ def save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
             if name.startswith(".saving-"):
                 shutil.rmtree(os.path.join(folder, name))  # half written
         stage = tempfile.mkdtemp(prefix=".saving-", dir=folder)
-        save_model(stage, encoder, hparams, params)
+        save_params(stage, encoder, hparams, params, about.get("flags", {}))
         write_safetensors(os.path.join(stage, "optimizer.safetensors"), moments)
         write_whole(Path(stage, "run.json"), json.dumps({"step": step} | about, indent=1))
         if place in older:
@@ -64,6 +74,25 @@ def save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
     return place
 
 
+def from_anywhere(flags):
+    """With whole paths, so that the run can be resumed wherever one is."""
+    if flags["data"] not in NAMED_TEXTS:
+        flags = flags | {"data": os.path.abspath(flags["data"])}
+    if tasks := read_tasks(flags.get("eval_tasks")):
+        words = (f"{t}={os.path.abspath(path)}" if path else t for t, path in tasks.items())
+        flags = flags | {"eval_tasks": ",".join(words)}
+    return flags
+
+
+def save_params(folder, encoder, hparams, params, flags, dtype="float32"):
+    """A model's folder or, where adapters are trained, an adapter's, which has nothing else."""
+    if "lora_rank" not in flags:
+        return save_model(folder, encoder, hparams, params, dtype)
+    targets = flags["lora_targets"].split(",")
+    config = peft_config(flags["init_from"], flags["lora_rank"], flags["lora_alpha"], targets)
+    write_adapter(folder, config, find_adapters(params), dtype)
+
+
 def put_away(place):
     """Delete a checkpoint, first what makes it one: none that is half gone is ever resumed."""
     with contextlib.suppress(FileNotFoundError):
@@ -80,7 +109,7 @@ def clear_away(out):
             path.unlink()
 
 
-def check_out(out, overwrite=False):
+def check_out(out, overwrite=False, is_adapter=False):
     """ValueError or OSError where a new run could not write, or would replace what is there.
 
     With overwrite it may: the files of a run and its model, and no others, are replaced one by one.
@@ -89,7 +118,7 @@ def check_out(out, overwrite=False):
     folder = os.path.join(out, "checkpoints")
     if not out:
         raise ValueError("--out is empty: name the folder to write")
-    check_target(out)
+    check_target(out, is_adapter)
     if os.path.lexists(folder) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         raise ValueError(f"{folder}: is not a folder we may write to")
     there = set(os.listdir(out)) if os.path.isdir(out) else set()
@@ -98,7 +127,8 @@ def check_out(out, overwrite=False):
     there = {name for name in there - {"metrics.jsonl"} if not HALF_WRITTEN.fullmatch(name)}
     if there and not overwrite:
         goes_on = f"--resume {out} goes on with its run, " if "checkpoints" in there else ""
-        what = "a model" if "model.safetensors" in there else min(there)
+        kinds = {"model.safetensors": "a model", "adapter_model.safetensors": "an adapter"}
+        what = next((kinds[name] for name in kinds if name in there), min(there))
         raise ValueError(
             f"{out} holds {what}, which training would replace: {goes_on}"
             "--out names another folder, --overwrite replaces it"
@@ -136,13 +166,17 @@ def find_checkpoint(out):  # -> its path, what run.json says
     )
 
 
-def load_checkpoint(place, shapes):  # -> encoder, hparams, params, {name: array}
+def load_checkpoint(place, shapes, models_dir="."):  # -> encoder, hparams, params, {name: array}
     """What save_checkpoint wrote; the moments in the order of shapes(params).
 
     shapes: a function of the parameters, -> {name: (shape, dtype)} of the moments that the
     optimizer wants. ValueError if there are others.
     """
-    encoder, hparams, params = load_encoder_hparams_and_params(place, ".")
+    if is_adapter(place):
+        encoder, hparams, params, adapters = load_base_and_adapter(place, models_dir)
+        params = adapt(params, adapters)
+    else:
+        encoder, hparams, params = load_encoder_hparams_and_params(place, ".")
     path = os.path.join(place, "optimizer.safetensors")
     tensors, wanted = read_safetensors(path), shapes(params)
     if {name: (shape, DTYPES.get(d)) for name, (d, shape, _) in tensors.items()} != wanted:

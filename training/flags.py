@@ -6,7 +6,8 @@ Nothing here needs JAX.
 import inspect
 import math
 
-from training.recipes import RECIPES
+from model_files.adapters import LAYERS
+from training.recipes import LORA, RECIPES
 
 HOW = ("resume", "overwrite", "models_dir", "tensorboard")
 HOW += ("coordinator", "num_processes", "process_id")
@@ -17,6 +18,9 @@ def read_flags(
     out: str = "models/mine",
     recipe: str | None = None,
     init_from: str | None = None,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_targets: str | None = None,
     resume: str | None = None,
     overwrite: bool = False,
     tokenizer: str | None = None,
@@ -68,6 +72,11 @@ def read_flags(
         recipe: shakespeare-cpu, shakespeare (the default on a GPU or TPU), tinystories, finetune
             (the default with init_from), gpt2-124M, -355M, -774M, -1558M, or gpt3-125M to -175B.
         init_from: start with this model, a name or a folder as in gpt2.py, and with its tokenizer.
+        lora_rank: train no more than adapters of this rank for that model (LoRA), at 3e-4 at most;
+            `out` gets them alone, in peft's layout, and reads like a model's folder.
+        lora_alpha: their update is multiplied by lora_alpha / lora_rank (16).
+        lora_targets: the matrices that get one: some of c_attn, c_proj (both of a block's), c_fc,
+            attn.c_proj and mlp.c_proj, with commas between them (c_attn,c_proj,c_fc).
         resume: the `out` of a run: go on where it stopped, with its flags. The only one that may
             be added is n_steps: with more of them, the learning rate goes on along their cosine.
         overwrite: put the model in place of another one in `out`, with its checkpoints.
@@ -120,11 +129,18 @@ def read_flags(
     return given, how
 
 
+def is_targets(text):
+    return set(text.split(",")) <= {word for name in LAYERS for word in (name, name.split(".")[1])}
+
+
 SIZE = "from 1 to 1048576", lambda n: 1 <= n <= 2**20
 COUNT = "from 1 to 2147483647", lambda n: 1 <= n < 2**31
 POSITIVE = "more than 0", lambda x: 0 < x < math.inf
 NOT_NEGATIVE = "0 or more", lambda x: 0 <= x < math.inf
 LIMITS = {  # what a flag must be, in words and as a test
+    "lora_rank": SIZE,
+    "lora_alpha": POSITIVE,
+    "lora_targets": ("some of c_attn, c_proj, c_fc, with commas between them", is_targets),
     "n_layer": SIZE,
     "n_head": COUNT,  # and n_embd's divisor
     "n_embd": SIZE,
@@ -172,6 +188,18 @@ def check_flags(flags):
     if "eval_tasks_every" in flags and "eval_tasks" not in flags:
         raise ValueError("eval_tasks_every needs --eval_tasks: what to measure")
     read_tasks(flags.get("eval_tasks"))
+    check_lora(flags)
+
+
+def check_lora(flags):
+    for name in ("lora_alpha", "lora_targets"):
+        if name in flags and "lora_rank" not in flags:
+            raise ValueError(f"{name} needs --lora_rank: the width of the adapters")
+    for name, only in (("optimizer", "adamw"), ("drop_rate", 0.0)) if "lora_rank" in flags else ():
+        if flags[name] != only:
+            raise ValueError(f"{name} must be {only} with --lora_rank, not {flags[name]}")
+    if flags.get("lora_rank", 0) > flags["n_embd"]:
+        raise ValueError(f"lora_rank is at most n_embd, {flags['n_embd']} in that model")
 
 
 def choose(typed, backend, hparams=None):  # -> the flags of a run
@@ -183,9 +211,10 @@ def choose(typed, backend, hparams=None):  # -> the flags of a run
     if recipe is None:
         recipe = "shakespeare-cpu" if backend == "cpu" else "shakespeare"
         recipe = "finetune" if hparams else recipe
-    flags = RECIPES[recipe] | typed | {"recipe": recipe}
+    values = RECIPES[recipe] | (LORA if "lora_rank" in typed else {})
+    flags = values | typed | {"recipe": recipe}
     if "learning_rate" in typed and "min_learning_rate" not in typed:
-        flags["min_learning_rate"] *= typed["learning_rate"] / RECIPES[recipe]["learning_rate"]
+        flags["min_learning_rate"] *= typed["learning_rate"] / values["learning_rate"]
     if hparams:
         for name in ("n_layer", "n_head", "n_embd"):
             if typed.get(name, hparams[name]) != hparams[name]:
@@ -195,6 +224,8 @@ def choose(typed, backend, hparams=None):  # -> the flags of a run
             flags["n_ctx"] = min(flags["n_ctx"], hparams["n_ctx"])
         if flags["n_ctx"] > hparams["n_ctx"]:
             raise ValueError(f"n_ctx is at most {hparams['n_ctx']} in that model")
+    elif "lora_rank" in typed:
+        raise ValueError("--lora_rank needs --init_from: a model to adapt")
     elif not {"n_layer", "n_head", "n_embd"} <= flags.keys():
         raise ValueError(f"recipe {recipe} needs --init_from: a model to start with")
     if flags["data"] is None:
@@ -211,10 +242,11 @@ def check_saved(saved, place):  # -> the flags of a run that is resumed
         flags = saved["flags"]
         wanted = RECIPES[flags["recipe"]] | {"n_layer": 1, "n_head": 1, "n_embd": 1}
         wanted |= {"dtype": "", "saved_dtype": "", "data": ""}
+        wanted |= LORA | {"init_from": ""} if "lora_rank" in flags else {}
         right = all(type(flags[name]) is type(value) for name, value in wanted.items())
-        tasks = {"eval_tasks": str, "eval_tasks_every": int}
-        right &= all(type(flags[name]) is kind for name, kind in tasks.items() if name in flags)
-        more = {*tasks, "recipe", "out", "init_from", "tokenizer"}
+        maybe = {"eval_tasks": str, "eval_tasks_every": int, "init_from": str, "lora_rank": int}
+        right &= all(type(flags[name]) is kind for name, kind in maybe.items() if name in flags)
+        more = {*maybe, "recipe", "out", "tokenizer"}
         right &= flags.keys() <= wanted.keys() | more
         right &= type(saved["step"]) is int and 0 <= saved["step"] <= flags["n_steps"]
         right &= isinstance(saved.get("run"), int | None)

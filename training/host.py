@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import os
 import secrets
 import signal
 import sys
@@ -22,11 +21,11 @@ from training.checkpoints import (
     clear_away,
     find_checkpoint,
     find_out,
+    from_anywhere,
     save_checkpoint,
 )
 from training.flags import check_saved, choose, extend
 from training.loop import load_start, sample, train
-from training.text import NAMED_TEXTS
 from utils import load_encoder_hparams_and_params, save_model
 
 ONLY = {"optimizer": "adamw", "dtype": "float32", "drop_rate": 0.0, "fsdp": False}
@@ -68,7 +67,11 @@ def check_asked(typed, how):
     """ValueError for what only train_jax.py can do."""
     asked = {name: typed[name] for name in ONLY if typed.get(name, ONLY[name]) != ONLY[name]}
     asked |= {name: how[name] for name in ALONE if how[name] is not None}
-    asked |= {name: typed[name] for name in ("eval_tasks", "eval_tasks_every") if name in typed}
+    asked |= {
+        name: typed[name]
+        for name in ("eval_tasks", "eval_tasks_every", "lora_rank")
+        if name in typed
+    }
     for name, value in asked.items():
         only = f": here it is {ONLY[name]}" if name in ONLY else ""
         raise ValueError(f"--{name} {value} is train_jax.py's{only}")
@@ -182,8 +185,7 @@ def make_savers(flags, encoder, hparams, text, run, place, generate):
     from, or None.
     """
     out, places = flags["out"], [place] if place else []
-    if flags["data"] not in NAMED_TEXTS:
-        flags = flags | {"data": os.path.abspath(flags["data"])}  # to be resumed from anywhere
+    flags = from_anywhere(flags)
 
     def keep(params, is_best):
         if is_best:

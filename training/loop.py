@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from encoder import get_encoder
 from plumbing.cli import note_signals
+from training.adapters import adapt, base_fingerprint, new_adapters
 from training.checkpoints import load_checkpoint
 from training.text import open_text
 from utils import find_model
@@ -17,11 +18,12 @@ def load_start(flags, moment_shapes, new_model, model, place, saved, models_dir)
 
     model: (tokenizer, hparams, parameters), those given, else the checkpoint's, else those of
     new_model(flags, n_vocab). The moments are the checkpoint's, as moment_shapes(params) wants
-    them, or None. ValueError if the flags or the text are not those that it was made with.
+    them, or None. With --lora_rank the parameters hold adapters. ValueError if the flags, the text
+    or the frozen model are not those that it was made with.
     """
     moments = encoder = None
     if place:
-        *model, moments = load_checkpoint(place, moment_shapes)
+        *model, moments = load_checkpoint(place, moment_shapes, models_dir)
         same = all(flags[name] == model[1][name] for name in ("n_layer", "n_head", "n_embd"))
         if not same or flags["n_ctx"] > model[1]["n_ctx"]:
             raise ValueError(f"{place}: run.json has other sizes than the model")
@@ -31,9 +33,16 @@ def load_start(flags, moment_shapes, new_model, model, place, saved, models_dir)
         folder = find_model(flags["tokenizer"], models_dir, only_tokenizer=True)
         encoder = get_encoder("", folder)
     shards, windows, text, encoder = open_text(flags["data"], encoder, flags["n_ctx"])
-    if saved and not saved["text"].items() <= text.items():  # older ones say less
-        raise ValueError(f"{flags['data']}: is not the text that {place} was trained on")
-    return shards, windows, text, model or (encoder, *new_model(flags, encoder.n_vocab)), moments
+    model = model or (encoder, *new_model(flags, encoder.n_vocab))
+    if "lora_rank" in flags:
+        text["base"] = base_fingerprint(model[2])
+    for key, value in saved["text"].items() if saved else ():  # older ones say less
+        if text.get(key) != value:
+            name, what = ("init_from", "model") if key == "base" else ("data", "text")
+            raise ValueError(f"{flags[name]}: is not the {what} that {place} was trained on")
+    if "lora_rank" in flags and not place:
+        model = *model[:2], adapt(model[2], new_adapters(model[2], flags))
+    return shards, windows, text, model, moments
 
 
 def any_signal(caught):  # [signals] -> one of them, or 0

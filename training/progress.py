@@ -19,16 +19,16 @@ from model_files.weights import tensor_shapes
 from plumbing.files import open_locked, parse_json, replacing, write_whole
 
 
-def flops_per_token(hparams, n_ctx):
+def flops_per_token(hparams, n_ctx, each=6):
     """6 N + 12 L E T for a forward and a backward pass: FLOP per token in stretches of T = n_ctx.
 
     Six for each of the N parameters a token is multiplied with, so all but wpe (Kaplan et al. 2020,
     arXiv:2001.08361), and twelve for each of attention's E numbers a layer and position, the masked
     ones too (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). nanoGPT counts like this: 855
-    million for GPT-2 124M.
+    million for GPT-2 124M. each: 4 for a frozen model, whose parameters have no gradients.
     """
     n_params = sum(math.prod(shape) for name, shape in tensor_shapes(hparams) if name != "wpe")
-    return 6 * n_params + 12 * hparams["n_layer"] * hparams["n_embd"] * n_ctx
+    return each * n_params + 12 * hparams["n_layer"] * hparams["n_embd"] * n_ctx
 
 
 def no_log(values):
@@ -36,15 +36,15 @@ def no_log(values):
     return {}
 
 
-def make_log(out, run, n_done, machine, flops, peak, source, schedule, tensorboard=False):
+def make_log(out, run, n_done, machine, flops, peak, source, schedule, tensorboard=False, each=6):
     """-> log(values), which adds a line to out/metrics.jsonl and returns what the bar shows.
 
     run: the run's number; machine: the machine's name; flops: those of a token; peak: the machine's
-    FLOP/s, and source where that is from.
+    FLOP/s, and source where that is from; each: flops_per_token's.
     """
     print(
         f"{machine}, {peak / 1e12:.3g} TFLOP/s ({source}); "
-        f"a token takes {flops / 1e6:.4g} MFLOP (6 N + 12 L E T)"
+        f"a token takes {flops / 1e6:.4g} MFLOP ({each} N + 12 L E T)"
     )
     file, began = open_log(out, run, n_done), time.perf_counter()
     writer = open_tensorboard(os.path.join(out, "tensorboard")) if tensorboard else None

@@ -45,6 +45,12 @@ RECIPES = {
     | {"optimizer": "adamw", "learning_rate": 3e-5, "min_learning_rate": 3e-6, "n_warmup": 10}
     | {"weight_decay": 0.0, "eval_every": 50, "checkpoint_every": 50},
 }
+LORA = {  # what --lora_rank changes in a recipe: a small update learns at ten times the rate
+    "learning_rate": 3e-4,
+    "min_learning_rate": 3e-5,
+    "lora_alpha": 16.0,
+    "lora_targets": "c_attn,c_proj,c_fc",
+}
 # Layers, heads, width and learning rate: GPT-2's sizes (Radford et al. 2019) with the rates of
 # GPT-3 at these, and GPT-3's own (Brown et al. 2020, arXiv:2005.14165, table 2.1; but 1.3B has 24
 # heads there, which do not divide its width).

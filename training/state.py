@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from training.adapters import Adapted
 from training.devices import make_sharding, put, spread
+
+FACTORS = ("lora_A", "lora_B")  # which alone are trained where there are adapters
+jax.tree_util.register_dataclass(Adapted, ("w", *FACTORS), ("scale",))
 
 
 def init_params(key, n_vocab, n_ctx, n_embd, n_layer):
@@ -63,15 +67,34 @@ def start_state(params, moments, n_done, optimizer, n_rows, mesh, fsdp):
     params is a tree of NumPy's or JAX's; moments {name: array} of a checkpoint, or None: all new.
     """
     params = resize_vocab(jax.tree.map(np.asarray, params), n_rows)
-    shapes = jax.eval_shape(optimizer.init, params)
+    shapes = jax.eval_shape(optimizer.init, split(params)[0])
     shardings = spread(params, mesh, fsdp), spread(shapes, mesh, fsdp), make_sharding(mesh)
     params = put(params, shardings[0])
     if moments is None:
-        moments = jax.jit(optimizer.init, out_shardings=shardings[1])(params)
+        moments = jax.jit(optimizer.init, out_shardings=shardings[1])(split(params)[0])
     else:
         moments = jax.tree.unflatten(jax.tree.structure(shapes), moments.values())
         moments = put(resize_vocab(moments, n_rows), shardings[1])
     return (params, moments, put(np.int32(n_done), shardings[2])), shardings
+
+
+def split(params):
+    """-> what is trained and what is frozen: trees like params, None where the other has an array.
+
+    Of a model with adapters their factors are trained, of any other all.
+    """
+    marks = jax.tree.map_with_path(lambda path, _: str(path[-1])[1:] in FACTORS, params)
+    if not any(jax.tree.leaves(marks)):
+        marks = jax.tree.map(lambda _: True, marks)
+    trained = jax.tree.map(lambda x, mark: x if mark else None, params, marks)
+    return trained, jax.tree.map(lambda x, mark: None if mark else x, params, marks)
+
+
+def join(trained, frozen):  # the reverse of split
+    def choose(a, b):
+        return b if a is None else a
+
+    return jax.tree.map(choose, trained, frozen, is_leaf=lambda x: x is None)
 
 
 def resize_vocab(tree, n_rows):  # NumPy's wte, [n_vocab, n_embd], -> [n_rows, n_embd]
@@ -95,5 +118,5 @@ def name_leaves(tree):  # -> {where it is in the tree: array}
 
 
 def moment_shapes(optimizer, params):  # -> {name: (shape, dtype)}, in the tree's order
-    moments = name_leaves(jax.eval_shape(optimizer.init, params))
+    moments = name_leaves(jax.eval_shape(optimizer.init, split(params)[0]))
     return {name: (x.shape, x.dtype) for name, x in moments.items()}

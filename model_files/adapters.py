@@ -1,0 +1,183 @@
+"""LoRA adapters on the disk, in peft's layout: a small update of some of a model's matrices.
+
+    adapter_config.json         the model that it belongs to, and how its factors are scaled
+    adapter_model.safetensors   for each adapted matrix [n_in, n_out] its two factors:
+        base_model.model.transformer.h.0.attn.c_attn.lora_A.weight    [r, n_in]
+        base_model.model.transformer.h.0.attn.c_attn.lora_B.weight    [n_out, r]
+
+An adapted matrix is w + scale * (lora_B @ lora_A).T: the update has as many numbers as w, but only
+its two thin factors are learned and stored (Hu et al. 2021, arXiv:2106.09685). Here an adapter is
+a dict of them, {"blocks.0.attn.c_attn.w": (lora_A, lora_B, scale), ...}.
+"""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from model_files.weights import (
+    hugging_face_name,
+    leaves,
+    nest,
+    read_safetensors,
+    tensor_shapes,
+    to_float32,
+    write_safetensors,
+)
+from plumbing.files import read_json, remove, write_whole
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # whose w can have an adapter
+OUR_SETTINGS = {  # the values of peft's settings that mean what `merge` computes
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base
+}
+# These are read below, or make no difference once an adapter is trained. Any other that is set
+# (use_dora, modules_to_save, lora_bias, ...) means something that we would compute wrongly.
+KNOWN = {"alpha_pattern", "base_model_name_or_path", "lora_alpha", "r", "rank_pattern", "revision"}
+KNOWN |= {"auto_mapping", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"}
+KNOWN |= {"layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version"}
+KNOWN |= {"qalora_group_size", "target_modules", "task_type", "use_rslora"}
+KEY = re.compile(
+    r"base_model\.model\.((?:transformer\.)?h\.([0-9]{1,9})\.([a-z]+\.c_[a-z]+))\.lora_[AB]\.weight"
+)
+
+
+def is_adapter(folder):
+    return os.path.isfile(os.path.join(folder, CONFIG))
+
+
+# --- Reading ------------------------------------------------------------------------------------
+
+
+def read_config(folder):  # -> what adapter_config.json says
+    """ValueError, which names the setting, where peft would compute something else than we do."""
+    path = os.path.join(folder, CONFIG)
+    config = {"rank_pattern": {}, "alpha_pattern": {}} | read_json(path)
+    for key, same in OUR_SETTINGS.items():
+        if config.get(key, same[0]) not in same:
+            raise ValueError(f"{path}: {key} {config[key]!r} is not supported: only {same[0]!r} is")
+    for key in sorted(config.keys() - OUR_SETTINGS.keys() - KNOWN):
+        if config[key]:
+            raise ValueError(f"{path}: {key} {config[key]!r} is not supported")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{path}: base_model_name_or_path is {base!r}: whose adapter is it?")
+    for one, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        config[pattern] = config[pattern] or {}
+        if not isinstance(config[pattern], dict):
+            raise ValueError(f"{path}: {pattern} is not an object")
+        for number in (config.get(one), *config[pattern].values()):
+            if type(number) not in (int, float) or not 0 < number < 2**24:
+                raise ValueError(f"{path}: {one} is {number!r}, not a sensible number")
+    return config
+
+
+def read_adapter(folder, config, hparams):  # -> {"blocks.0.attn.c_attn.w": (A, B, scale), ...}
+    """The adapters of a model of these sizes, read-only float32. config: read_config's.
+
+    What has factors in the file is adapted: with peft, too, what target_modules names but the file
+    does not hold has no effect. ValueError for what is incomplete, or of another model.
+    """
+    path = os.path.join(folder, WEIGHTS)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{folder}: no {WEIGHTS} (a pickle, adapter_model.bin, is not read)"
+        )
+    tensors, adapters = read_safetensors(path), {}
+    shapes = dict(tensor_shapes(hparams))
+    for key in tensors:
+        found = KEY.fullmatch(key)
+        if not found or found[3] not in LAYERS:
+            raise ValueError(f"{path}: {key} is not a part of {', '.join(LAYERS)}")
+        name = f"blocks.{int(found[2])}.{found[3]}.w"
+        if name not in shapes:
+            raise ValueError(f"{path}: {key}: its base has only {hparams['n_layer']} blocks")
+        adapters[name] = read_factors(tensors, found[1], shapes[name], config, path)
+    if not adapters:
+        raise ValueError(f"{path}: no adapters in it")
+    return adapters
+
+
+def read_factors(tensors, module, shape, config, path):  # -> lora_A, lora_B, scale
+    """Of one matrix of that shape; module: peft's name for its layer."""
+    rank = int(find_pattern(config["rank_pattern"], module, config["r"], path))
+    alpha = find_pattern(config["alpha_pattern"], module, config["lora_alpha"], path)
+    n_in, n_out = shape
+    factors = []
+    for which, wanted in ("A", (rank, n_in)), ("B", (n_out, rank)):
+        key = f"base_model.model.{module}.lora_{which}.weight"
+        if key not in tensors:
+            raise ValueError(f"{path}: {key} is missing")
+        dtype, found, data = tensors[key]
+        if found != wanted:
+            raise ValueError(f"{path}: {key} is {found}, but rank and base ask for {wanted}")
+        factors.append(to_float32(dtype, data, f"{path}: {key}").reshape(wanted))
+    return *factors, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def find_pattern(patterns, module, default, path):
+    """The value whose key, a regular expression, is the end of the module's name, as in peft."""
+    try:
+        matching = (p for p in patterns if re.match(rf"(.*\.)?({p})$", module))
+        return patterns.get(next(matching, None), default)
+    except re.error as error:
+        raise ValueError(f"{path}: a pattern in {CONFIG}: {error}") from None
+
+
+def merge(params, adapters):  # NumPy's -> a tree that shares what is not adapted
+    """The model whose matrices are w + scale * (lora_B @ lora_A).T."""
+    arrays = leaves(params)
+    for name, (lora_A, lora_B, scale) in adapters.items():
+        update = (np.float32(scale) * lora_A.T) @ lora_B.T
+        arrays[name] = update + arrays[name]
+        arrays[name].flags.writeable = False
+    return nest(arrays)
+
+
+# --- Writing ------------------------------------------------------------------------------------
+
+
+def peft_config(base, rank, alpha, targets):
+    """What peft must know to compute what we compute, of an adapter that we have trained."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "target_modules": sorted(targets),
+        "fan_in_fan_out": True,  # GPT-2's matrices are [n_in, n_out]
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def write_adapter(folder, config, adapters, dtype="float32"):
+    """Write a folder that peft opens, too. Each file is whole, the weights come last.
+
+    dtype: float32 or float16.
+    """
+    tensors = {}
+    for name, (lora_A, lora_B, _) in adapters.items():
+        module = "transformer." + hugging_face_name(name).removesuffix(".weight")
+        for which, factor in ("A", lora_A), ("B", lora_B):
+            key = f"base_model.model.{module}.lora_{which}.weight"
+            tensors[key] = np.asarray(factor).astype(dtype, order="C", copy=False)
+    about, path = Path(folder, CONFIG), Path(folder, WEIGHTS)
+    text = json.dumps(config, indent=2) + "\n"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if not about.is_file() or about.read_text("utf-8") != text:
+            remove(path)  # they go with another rank, another base
+        write_whole(about, text)
+        write_safetensors(path, tensors)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {folder}: {error.strerror}") from error
