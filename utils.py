@@ -2,9 +2,11 @@
 
     encoder, hparams, params = load_encoder_hparams_and_params("shakespeare")
     save_model("models/mine", encoder, hparams, params)
+    python utils.py merge models/adapter models/whole     # a LoRA adapter and its base: one model
 
 Two layouts load: OpenAI's (hparams.json and a TensorFlow checkpoint, which is converted once) and
-Hugging Face's (config.json and model.safetensors). Only the second is written. Nothing unpickles.
+Hugging Face's (config.json and model.safetensors). Only the second is written. A LoRA adapter in
+peft's layout is merged into the model that it names. Nothing unpickles.
 What reads and writes the files themselves is in model_files/.
 """
 
@@ -202,3 +204,34 @@ def check_target(model_dir, for_adapter=False):
         raise PermissionError(
             errno.EACCES, f"cannot write {model_dir}: {there} is not a folder we may write to"
         )
+
+
+# --- The command line ---------------------------------------------------------------------------
+
+
+def main(command: str, adapter: str, out: str, models_dir: str = "models", dtype: str = "float32"):
+    """Merge an adapter into its model: `python utils.py merge models/mine models/whole`.
+
+    Args:
+        command: merge.
+        adapter: a folder in models_dir, or a path, with a LoRA adapter in peft's layout.
+        out: the folder to write, a new one: a model like any other, with no need of its base.
+        models_dir: the folder that holds the models.
+        dtype: float32 or float16, of the weights on the disk.
+    """
+    if command != "merge":
+        raise ValueError(f"no command {command!r}: merge is the only one")
+    if os.path.isdir(out) and os.listdir(out):
+        raise ValueError(f"{out} is not empty: name a new folder")
+    model_dir = find_model(adapter, models_dir)
+    if not is_adapter(model_dir):
+        raise ValueError(f"{model_dir}: no {CONFIG}, so there is nothing to merge")
+    encoder, hparams, params = load_encoder_hparams_and_params(model_dir, models_dir)
+    save_model(out, encoder, hparams, params, dtype)
+    print(f"the merged model is in {out}")
+
+
+if __name__ == "__main__":
+    from plumbing.cli import run_cli
+
+    run_cli(main)
