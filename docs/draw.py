@@ -10,7 +10,9 @@ says how much; red is for what a picture compares it with, or points at.
 import math
 import os
 import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -395,6 +397,30 @@ def checkpoint():
     return figure
 
 
+def lora():
+    """The singular values of a matrix, and of what 12_lora.md adds to it."""
+    name, n = "blocks.0.attn.c_attn.w", 12
+    with tempfile.TemporaryDirectory() as out:
+        flags = "--lora_rank 4 --n_ctx 64 --batch_size 8 --n_accumulate 1 --n_steps 60"
+        flags += " --learning_rate 3e-3 --eval_every 60 --data python-docs --init_from"
+        command = [sys.executable, str(ROOT / "train_jax.py"), *flags.split()]
+        base = str(ROOT / "models" / "shakespeare")
+        subprocess.run([*command, base, "--out", out], check=True, stdout=subprocess.DEVNULL)
+        tuned = weights.leaf(utils.load_encoder_hparams_and_params(out)[2], name)
+    w = weights.leaf(load()[2], name)
+    figure, axes = canvas()
+    for matrix, color, label, shift in ((w, BLUE, "w", -0.2), (tuned - w, RED, "its update", 0.2)):
+        values = np.linalg.svd(matrix, compute_uv=False)[:n]
+        axes.bar(np.arange(1, n + 1) + shift, values, width=0.4, color=color, label=label)
+    axes.set_xticks(range(1, n + 1))
+    axes.set(xlabel="direction, the strongest first", ylabel="singular value")
+    axes.set_title(f"Of w's {len(w)} directions, the first {n}; its update has 4", loc="left")
+    axes.set_ylim(0, 5.6)
+    axes.legend(frameon=False, ncols=2)
+    axes.grid(axis="y")
+    return figure
+
+
 PICTURES = {
     "01_tokens": tokens,
     "02_embeddings": embeddings,
@@ -406,6 +432,7 @@ PICTURES = {
     "09_slope": slope,
     "10_training": training,
     "11_checkpoint": checkpoint,
+    "12_lora": lora,
 }
 
 

@@ -140,7 +140,11 @@ def jax_on_cpu():
         yield
 
 
-@pytest.mark.parametrize("name", PAGES)
+def page(name):  # one of them trains for some time
+    return pytest.param(name, marks=[pytest.mark.slow] if name == "12_lora.md" else [])
+
+
+@pytest.mark.parametrize("name", map(page, PAGES))
 def test_the_blocks_of_a_page_do_what_it_says(name, project):
     text = (DOCS / name).read_text("utf-8")
     imports_jax = ">>> import jax\n" in text
@@ -237,8 +241,8 @@ def anchors(path):
 def test_every_page_is_in_the_index_in_order():
     index = (DOCS / "README.md").read_text("utf-8")
     assert re.findall(r"\]\((\w+\.md)\)", index) == [*NUMBERED, "exercises.md", "guide.md"]
-    assert len(NUMBERED) == 11 and [name[:2] for name in NUMBERED] == sorted(
-        f"{i:02}" for i in range(1, 12)
+    assert len(NUMBERED) == 12 and [name[:2] for name in NUMBERED] == sorted(
+        f"{i:02}" for i in range(1, 13)
     )
 
 
