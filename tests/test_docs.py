@@ -144,7 +144,7 @@ def page(name):  # one of them trains for some time
     return pytest.param(name, marks=[pytest.mark.slow] if name == "12_lora.md" else [])
 
 
-@pytest.mark.parametrize("name", map(page, PAGES))
+@pytest.mark.parametrize("name", [page(name) for name in PAGES])
 def test_the_blocks_of_a_page_do_what_it_says(name, project):
     text = (DOCS / name).read_text("utf-8")
     imports_jax = ">>> import jax\n" in text
