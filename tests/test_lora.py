@@ -170,7 +170,7 @@ def test_a_rank_of_the_width_recovers_the_direction_of_full_finetuning(rng):
     )  # scale ** 2
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_eight_devices_compute_what_one_does(rng, fsdp):
     params = random_params(rng, TINY)
     adapters = trained(rng, params)
@@ -200,6 +200,7 @@ def test_eight_devices_compute_what_one_does(rng, fsdp):
         assert np.array_equal(after.w if isinstance(after, Adapted) else after, w), name
 
 
+@pytest.mark.slow
 def test_narrow_products_are_near(rng):
     """bfloat16 rounds the base; the factors stay float32 between the steps."""
     params = random_params(rng, TINY)
@@ -350,7 +351,7 @@ def written(out):
     return {name: data for name, data in files.items() if name.name not in names}
 
 
-@pytest.mark.parametrize("how", ["stopped", "killed"])
+@pytest.mark.parametrize("how", ["stopped", pytest.param("killed", marks=pytest.mark.slow)])
 def test_a_run_that_goes_on_ends_with_the_same_bits(run, models, tmp_path, monkeypatch, how):
     """It needs no models_dir: the checkpoint says where its base is."""
     out, args, _ = run
