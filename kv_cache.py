@@ -20,18 +20,17 @@ meet, is handed in here: it cuts the sequence into the rows and gives each its o
 function thus reads prompts ("prefill", many new tokens a row) and writes (one new token a row).
 """
 
-import contextlib
 import json
 import math
-import re
 import sys
-from collections import deque
 from functools import partial
+from itertools import islice
 
 import numpy as np
 
-from engine import lookup as guessing
 from engine import products, slices, threads
+from engine.rows import admit, choose, drawing, n_read, n_to_copy, new_row, write
+from engine.stops import up_to
 from gpt2 import (
     attention,
     attention_in_blocks,
@@ -39,11 +38,9 @@ from gpt2 import (
     check_sampling,
     hidden_state,
     latest,
-    sample,
 )
 
 CHUNK = 512  # tokens that a pass runs at most, which bounds its scratch memory
-MIN_SHARED = 8  # tokens at the beginning of two rows; for fewer, one need not wait for the other
 
 # --------------------------------------------------------------------------------------------------
 # The idea: keep the keys and values, attend to all of them, and shift the positions
@@ -184,55 +181,16 @@ def prefill(cache, ids, params, n_head, chunk=CHUNK):  # one row's prompt -> [n_
 
 
 # --------------------------------------------------------------------------------------------------
-# A batch: the list of rows that take their steps together. They join and leave between two passes
+# A batch: rows that take their steps together. engine/rows.py says what a row is, and who runs when
 # --------------------------------------------------------------------------------------------------
-
-
-def new_row(prompt, n_tokens, rng, sampling=(), endoftext=None, stop=None, lookup=0):
-    """A text to write, as a dict: "ids" are its new tokens so far, "end" becomes why it ended.
-
-    sampling is what gpt2.sample takes after rng. With lookup, each pass checks as many guesses.
-    check_batch says what else is legal.
-    """
-    row = {"prompt": prompt, "n_tokens": n_tokens, "rng": rng, "sampling": sampling}
-    row |= {"endoftext": endoftext, "stop": stop, "lookup": lookup, "trust": 1.0}
-    row |= {"ids": [], "end": None, "cache": None, "to_run": prompt, "guesses": []}
-    return row | {"has_slid": False}
-
-
-def admit(rows, row, ended=()):
-    """The row joins. What its beginning shares with a row there, or one just ended, is copied."""
-    others = sorted([*rows, *ended], key=lambda other: (n_shared(row, other), n_read(other)))
-    n = n_shared(row, others[-1]) if others else 0
-    row |= {"source": others[-1] if n else None, "n_shared": n}
-    rows.append(row)
-
-
-def n_shared(row, other):
-    """How many tokens begin both the row's prompt and the other row; at most all but its last."""
-    if other["has_slid"]:  # its beginning is forgotten
-        return 0
-    ours, theirs = row["prompt"][:-1], other["prompt"] + other["ids"]
-    pairs = enumerate(zip(ours, theirs, strict=False))
-    n = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
-    return n if n >= MIN_SHARED else 0
-
-
-def n_read(row):
-    return row["cache"]["n_seq"] if row["cache"] else 0
 
 
 def begin(row, params, n_head):
     """Gives the row its cache, unless it still waits for another to read what they share."""
-    source, n = row["source"], row["n_shared"]
-    if source and source["has_slid"]:
-        n = 0
-    elif source and n_read(source) < n:
-        if not source["end"]:
-            return
-        n = n_read(source)
-    row["cache"] = copy_cache(source["cache"], n) if n else new_cache(params, n_head)
-    row |= {"to_run": row["prompt"][n:], "source": None}
+    n = n_to_copy(row)
+    if n is not None:
+        row["cache"] = copy_cache(row["source"]["cache"], n) if n else new_cache(params, n_head)
+        row |= {"to_run": row["prompt"][n:], "source": None}
 
 
 def advance(rows, params, n_head, chunk=CHUNK):  # -> [(row, its ids so far, None or why it ends)]
@@ -243,6 +201,9 @@ def advance(rows, params, n_head, chunk=CHUNK):  # -> [(row, its ids so far, Non
     batch = choose(rows, max(chunk, len(rows)))
     x = extend_all([row["cache"] for row, _ in batch], [ids for _, ids in batch], params, n_head)
     ends = np.cumsum([len(ids) for _, ids in batch])
+    for (row, ids), end in zip(batch, ends, strict=True):
+        if row["read"] and not row["ids"]:
+            row["read"](x[end - len(ids) : end])
     writers = [(row, end) for (row, _), end in zip(batch, ends, strict=True) if not row["to_run"]]
     last = [np.arange(end - 1 - len(row["guesses"]), end) for row, end in writers]
     logits = next_logits(x[np.concatenate([*last, ends[:0]])], params)
@@ -256,33 +217,15 @@ def advance(rows, params, n_head, chunk=CHUNK):  # -> [(row, its ids so far, Non
     return written
 
 
-def choose(rows, n_tokens):  # -> [(row, the ids it runs now)], n_tokens together at most
-    """First those that write, with a token each and its guesses; then the shortest prompts."""
-    batch = []
-    for row in sorted(rows, key=lambda row: (not row["ids"], len(row["to_run"]))):
-        ids = row["to_run"][:n_tokens] if row["cache"] else []
-        if ids:
-            batch.append((row, ids))
-            n_tokens -= len(ids)
-            row["to_run"] = [] if row["guesses"] else row["to_run"][len(ids) :]
-            row["guesses"] = row["guesses"][: len(ids) - 1]
-    return batch
+def turn(rows, waiting, batch_size, params, n_head, chunk=CHUNK, kept=()):  # -> as advance
+    """A pass, after which rows of the iterator `waiting` join, as many as there is room for.
 
-
-def write(row, logits):  # [1 + n_guesses, n_vocab] -> as advance
-    """Draws the row's next token, and one more after each guess that it proves right."""
-    written, guesses = [], row["guesses"]
-    for guess, scores in zip([*guesses, None], logits, strict=True):
-        token = sample(scores, row["rng"], *row["sampling"])
-        row["end"] = put(row, token)
-        written.append((row, list(row["ids"]), row["end"]))
-        if row["end"] or token != guess:
-            break
-    row["cache"]["n_seq"] -= len(guesses) + 1 - len(written)  # forgets the wrong ones
-    row["trust"] = guessing.new_trust(row["trust"], len(guesses), len(written) - 1)
-    n = min(row["lookup"], row["n_tokens"] - len(row["ids"]) - 1) if row["trust"] >= 1 else 0
-    row["guesses"] = guessing.guess(row["prompt"] + row["ids"], n) if n > 0 else []
-    row["to_run"] = [token, *row["guesses"]]
+    The one loop of generate_stream and of serve.py. kept: ended rows, whose caches may be copied.
+    """
+    written = advance(rows, params, n_head, chunk) if rows else []
+    ended = [row for row, _, why in written if why]
+    for row in islice(waiting, max(0, batch_size - len(rows))):
+        admit(rows, row, [*kept, *ended])
     return written
 
 
@@ -295,21 +238,6 @@ def fit(row, params, n_head):
         row["to_run"] = latest(row["prompt"] + row["ids"], n_ctx)
     else:  # guesses must not outgrow it
         row["to_run"], row["guesses"] = row["to_run"][:room], row["guesses"][: room - 1]
-
-
-def put(row, token):
-    """The row's next token. Returns why the row ends with it, or None."""
-    if token == row["endoftext"]:
-        return "endoftext"
-    row["ids"].append(token)
-    if row["stop"] and row["stop"](row["ids"]):
-        return "stop"
-    return "length" if len(row["ids"]) == row["n_tokens"] else None
-
-
-def row_rng(seed, row):
-    """A generator for each row, so that what one draws does not depend on its neighbours."""
-    return np.random.default_rng([seed, row] if seed is not None and row > 0 else seed)
 
 
 def generate_stream(
@@ -340,22 +268,23 @@ def generate_stream(
     check_batch(prompts, n_tokens_to_generate, params, counts, lookup, math.inf if slide else n_ctx)
     prompts = [latest(ids, n_ctx) for ids in prompts]
     params, sampling = products.wrap(params), (temperature, top_k, top_p)
-    waiting, rows = deque(range(len(prompts) * n_samples)), []
-    while waiting and n_tokens_to_generate == 0:
-        yield waiting.popleft(), [], "length"
-
-    def turn():
-        written = advance(rows, params, n_head, chunk) if rows else []
-        ended = [row for row, _, why in written if why]
-        while waiting and len(rows) < batch_size:
-            index = waiting.popleft()
-            how = row_rng(seed, index), sampling, endoftext, stop, lookup
-            row = new_row(prompts[index // n_samples], n_tokens_to_generate, *how)
-            admit(rows, row | {"index": index}, ended)
-        return [(row["index"], ids, why) for row, ids, why in written]
-
-    while waiting or rows:
-        yield from turn()
+    numbers = range(len(prompts) * n_samples)
+    if n_tokens_to_generate == 0:
+        yield from ((number, [], "length") for number in numbers)
+        return
+    row_of = partial(new_row, endoftext=endoftext, stop=stop, lookup=lookup)
+    waiting = (
+        row_of(prompts[number // n_samples], n_tokens_to_generate, drawing(seed, number, sampling))
+        | {"number": number}
+        for number in numbers
+    )
+    rows = []
+    while True:
+        written = turn(rows, waiting, batch_size, params, n_head, chunk)
+        written = [(row["number"], ids, why) for row, ids, why in written]  # lets go of the rows
+        yield from written
+        if not rows:
+            return
 
 
 def check_batch(prompts, n_tokens_to_generate, params, counts, lookup, n_ctx):
@@ -437,6 +366,7 @@ def main(
         backend: numpy, or jax, which compiles the engine first: for a GPU or a TPU.
     """
     from plumbing.cli import notice
+    from plumbing.prompts import find_prompts, interact, unescape
     from utils import load_encoder_hparams_and_params
 
     check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)  # before any download
@@ -486,38 +416,6 @@ def choose_stream(backend, **options):  # -> generate_stream, NumPy's or JAX's, 
     return kv_cache_jax.generate_stream
 
 
-def find_prompts(prompts, prompts_file, interactive):  # -> list of str, or None if they are typed
-    """ValueError, one clear line, where there are none, or those that are typed are not alone."""
-    given = prompts or prompts_file is not None
-    if interactive and given:
-        raise ValueError("--interactive reads its prompts as you type them: give no others")
-    if interactive or not given and sys.stdin is not None and sys.stdin.isatty():
-        return None
-    prompts = [*prompts, *([] if prompts_file is None else read_lines(prompts_file))]
-    if not prompts:
-        raise ValueError("no prompts: give one or more, --prompts_file or --interactive")
-    return prompts
-
-
-def unescape(text):
-    r"""What a shell hardly lets one type: \n, \t and \\ as the characters they stand for.
-
-    >>> unescape(r"a\n\\n")
-    'a\n\\n'
-    """
-    signs = {"n": "\n", "t": "\t", "\\": "\\"}
-    return re.sub(r"\\([nt\\])", lambda found: signs[found[1]], text)
-
-
-def read_lines(path):
-    """The lines of a file, or of standard input for "-", without their ends or a first BOM."""
-    if path == "-" and sys.stdin is None:
-        raise ValueError("standard input is closed")
-    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
-        text = f.read().decode("utf-8-sig", errors="replace")
-    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
-
-
 def encode_prompts(prompts, encoder, n_ctx):  # list of str -> list of id lists
     """ValueError says which prompt is too long."""
     batch = []
@@ -529,35 +427,6 @@ def encode_prompts(prompts, encoder, n_ctx):  # list of str -> list of id lists
     return batch
 
 
-def interact(write):
-    """Calls write([line]) for each line typed, until there are no more. Ctrl-C ends one text.
-
-    At the prompt, it ends all. A line that cannot be continued is an error in one line, and the
-    next one may do better.
-    """
-    from plumbing.cli import one_line
-
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (arrow keys edit the line, and find earlier ones)
-    if sys.stdin is None:
-        raise ValueError("standard input is closed")
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    ask = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
-    while True:
-        try:
-            line = input(ask)
-        except EOFError:
-            if ask:
-                print()
-            return
-        try:
-            write([line])
-        except KeyboardInterrupt:
-            print()
-        except ValueError as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
-
-
 def print_stream(rows, before, encoder, stops):
     """Prints the one row's text as it is made, after the text `before`."""
     new_ids = (ids[-1] for _, ids, why in rows if why != "endoftext" and ids)
@@ -565,22 +434,6 @@ def print_stream(rows, before, encoder, stops):
         print(before + text, end="", flush=True)
         before = ""
     print()
-
-
-def up_to(texts, stops):  # iterable of str -> iterable of str
-    """The stream up to the first of `stops`. What may be one's beginning is held back till then."""
-    held = ""
-    for text in texts:
-        held += text
-        found = [held.index(stop) for stop in stops if stop in held]
-        if found:
-            held = held[: min(found)]
-            break
-        beginnings = (stop[:n] for stop in stops for n in range(1, len(stop)))
-        doubtful = max((len(part) for part in beginnings if held.endswith(part)), default=0)
-        yield held[: len(held) - doubtful]
-        held = held[len(held) - doubtful :]
-    yield held
 
 
 def print_rows(

@@ -25,6 +25,7 @@ import utils
 from encoder import Encoder
 from engine import lookup, slices, threads
 from model_files import weights
+from plumbing import prompts as typed
 
 with contextlib.suppress(ImportError):  # Windows has none of them
     import fcntl
@@ -405,7 +406,7 @@ def test_any_mixture_is_like_one_by_one(data):
 
 def one_row(prompt, params, n_tokens, temperature, row):
     """What the row draws by its own generator, without a cache."""
-    rng, ids = kv_cache.row_rng(7, row), list(prompt)
+    rng, ids = np.random.default_rng([7, row] if row else 7), list(prompt)
     for _ in range(n_tokens):
         logits = gpt2.gpt2(ids, **params, n_head=N_HEAD)[-1]
         ids.append(gpt2.sample(logits, rng, temperature))
@@ -648,7 +649,7 @@ def test_what_another_row_has_written_is_not_read_again(rng, params, monkeypatch
     second = first + answer + [1, 2]
     expected = alone([second], params, 5)
     rows = []
-    kv_cache.admit(rows, kv_cache.new_row(first, 10, np.random.default_rng(0)))
+    kv_cache.admit(rows, kv_cache.new_row(first, 10, np.argmax))
     for _ in range(8):
         kv_cache.advance(rows, params, N_HEAD)
     monkeypatch.setattr(
@@ -656,7 +657,7 @@ def test_what_another_row_has_written_is_not_read_again(rng, params, monkeypatch
         "extend_all",
         lambda c, new, *a: n_run.append(list(map(len, new))) or plain(c, new, *a),
     )
-    row = kv_cache.new_row(second, 5, np.random.default_rng(0))
+    row = kv_cache.new_row(second, 5, np.argmax)
     kv_cache.admit(rows, row)
     kv_cache.advance(rows, params, N_HEAD)
     assert n_run == [[1, 2]] and row["ids"] == expected[0][:1]
@@ -667,7 +668,7 @@ def test_rows_join_and_leave_between_passes(rng, params):
     prompts = random_prompts(rng, [20, 4, 20])
     prompts[2] = prompts[0][:15] + prompts[2][15:]
     expected, rows = alone(prompts, params, 8), []
-    made = [kv_cache.new_row(p, 8, np.random.default_rng(0)) for p in prompts]
+    made = [kv_cache.new_row(p, 8, np.argmax) for p in prompts]
     kv_cache.admit(rows, made[0])
     kv_cache.admit(rows, made[2])  # waits for what made[0] is to read ...
     kv_cache.advance(rows, params, N_HEAD, chunk=5)
@@ -844,7 +845,7 @@ def test_stops_may_be_several_and_have_escapes(models, monkeypatch, capsys):
         args = [f"--stop={stop}" for stop in stops]
         done = conftest.run("kv_cache.py", "Once", *where, *args, models_dir=models[0])
         assert done == (0, text + "\n", "")
-    assert kv_cache.unescape(r"\n\t\\n\x \\\n") == "\n\t\\n\\x \\\n"
+    assert typed.unescape(r"\n\t\\n\x \\\n") == "\n\t\\n\\x \\\n"
     seen = []
     monkeypatch.setattr(kv_cache, "print_stream", lambda *args: seen.append(args[-1]))
     how = {"model_size": "loud", "models_dir": str(models[0])}
@@ -954,7 +955,7 @@ def test_prompts_from_a_file_a_line_each(models, tmp_path, where):
 
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(models, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfOne\r\nTw\xef\xbb\xbfo\r\n")
-    assert kv_cache.read_lines(tmp_path / "prompts.txt") == ["One", "Tw\ufeffo"]
+    assert typed.read_lines(tmp_path / "prompts.txt") == ["One", "Tw\ufeffo"]
 
 
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(models, tmp_path, monkeypatch):
