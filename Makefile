@@ -1,5 +1,6 @@
 # make demo     sets up .venv with what generating needs, then writes with the shipped model
 # make explain  makes a page that shows what the shipped model does with a text
+# make serve    starts a server of the shipped model, http://127.0.0.1:8000
 # make test     sets up the rest, then runs every kind of test, in minutes
 # make test-all runs the slow ones, too: repetitions, long runs, clusters (alone: make test-slow)
 # make lint     checks the style
@@ -15,7 +16,7 @@ define pip
 	{ tail -n 20 .venv/pip.log >&2; exit 1; }
 endef
 
-.PHONY: demo explain test test-slow test-all lint clean
+.PHONY: demo explain serve test test-slow test-all lint clean
 .NOTPARALLEL:
 
 demo: .venv/generate
@@ -25,6 +26,9 @@ demo: .venv/generate
 explain: .venv/generate
 	@.venv/bin/python explain.py "ROMEO: But soft, what light through yonder window breaks?" \
 		--model_size shakespeare --out explain.html
+
+serve: .venv/serve
+	@.venv/bin/python serve.py --model_size shakespeare
 
 # XLA's optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
 test: .venv/test
@@ -53,10 +57,15 @@ clean:
 	@$(call pip,-r requirements/generate.txt)
 	@touch $@
 
+.venv/serve: requirements/serve.txt | .venv/generate
+	@echo "installing what serving needs: seconds, the first time ..." >&2
+	@$(call pip,-r requirements/serve.txt)
+	@touch $@
+
 # PyTorch without CUDA's gigabytes, where its own index can be reached; else whatever pip finds.
 .venv/test: requirements.txt $(wildcard requirements/*.txt) | .venv/bin/python
 	@echo "installing what the tests need: minutes, the first time ..." >&2
 	@($(call pip,--no-deps --retries 0 --index-url $(TORCH_CPU) "$$(grep ^torch requirements/test.txt)")) \
 		2>/dev/null || true
 	@$(call pip,-r requirements/test.txt)
-	@touch $@ .venv/generate
+	@touch $@ .venv/generate .venv/serve

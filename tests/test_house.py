@@ -7,6 +7,7 @@ import pytest
 from conftest import REPO
 
 WINGS = (
+    "serving",
     "training",
     "corpus",
     "model_files",
@@ -110,3 +111,10 @@ def test_nothing_heavy_is_imported_where_it_is_not_needed():
             asked = ours(path, top_only=True) & need
             assert not asked, f"{name} imports {asked} before anybody has asked for JAX"
         assert "tensorflow" not in {o.split(".")[0] for o in imports(path, top_only=True)}, name
+
+
+def test_the_servers_framework_is_the_servers_alone():
+    theirs = {"uvicorn", "starlette", "anyio"}
+    for name, path in MODULES.items():
+        if name != "serve" and wing_of(name) != "serving":
+            assert not theirs & {other.split(".")[0] for other in imports(path)}, name

@@ -1,0 +1,400 @@
+"""A server that speaks OpenAI's completions protocol: many clients, one batch.
+
+    python serve.py --model_size shakespeare
+    curl localhost:8000/v1/completions -d '{"prompt": "ROMEO:", "max_tokens": 40}'
+
+Two threads. The first is asyncio's: it reads requests, checks them and sends answers (the routes,
+below). The second is the engine's, which does all the arithmetic. Each text that is asked for is a
+row, as in kv_cache.py, whose loop this is: between two passes, rows that wait join the batch, rows
+that have ended leave it, and rows whose client has gone are taken out; a pass then writes a token
+of each. So nobody waits for another's text to end, and all share each reading of the weights.
+
+What passes between the threads: rows into a deque, events out by call_soon_threadsafe.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections import deque
+from functools import partial
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+import kv_cache
+from engine import products
+from engine.rows import drawing, new_row
+from serving import about
+from serving import metrics as figures
+from serving.choices import Choice, logprobs_of
+from serving.guard import Guard
+from serving.protocol import (
+    Refusal,
+    new_answer,
+    read_completion,
+    server_sent,
+    usage,
+)
+
+KEPT_BYTES = 256 << 20  # of caches of texts that have ended, for the next that begins like them
+DRAIN_SECONDS = 10  # after SIGTERM
+REASONS = {"endoftext": "stop", "stop": "stop", "length": "length"}
+
+# --------------------------------------------------------------------------------------------------
+# The engine
+# --------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """The thread that owns the arithmetic. Other threads call submit, ask, drop and stop only."""
+
+    def __init__(self, params, n_head, batch_size=64, max_waiting=256):
+        self.params, self.n_head = products.wrap(params), n_head
+        self.batch_size, self.max_waiting = batch_size, max_waiting
+        self.rows, self.waiting, self.jobs, self.kept = [], deque(), deque(), []
+        self.wake, self.is_stopped, self.loop = threading.Event(), False, None
+        self.metrics = figures.new_metrics()
+
+    def start(self, loop):
+        self.loop = loop
+        threading.Thread(target=self.run, name="engine", daemon=True).start()
+
+    def stop(self):
+        self.is_stopped = True
+        self.wake.set()
+
+    def submit(self, rows):
+        """New rows; Refusal where too many wait already. row["deliver"] gets what they write."""
+        if len(self.waiting) >= self.max_waiting:
+            words = f"{len(self.waiting)} texts wait already: try again later"
+            raise Refusal(words, 429, code="queue_full", headers={"retry-after": "1"})
+        self.waiting.extend(rows)
+        self.wake.set()
+
+    def drop(self, rows):
+        """Their client has gone: they leave before the next pass."""
+        for row in rows:
+            row["is_dropped"] = True
+
+    async def ask(self, function, *args):
+        """function(*args), run by the engine's thread between two passes."""
+        answer = self.loop.create_future()
+        self.jobs.append((partial(function, *args), answer))
+        self.wake.set()
+        return await answer
+
+    def run(self):
+        """The thread's life. Whatever goes wrong ends the rows concerned, and nothing else."""
+        self.warm_up()
+        while not self.is_stopped:
+            self.wake.clear()
+            if not (self.rows or self.waiting or self.jobs):
+                self.wake.wait()
+            try:
+                self.turn()
+            except Exception as error:
+                self.fail(error)
+
+    def warm_up(self):
+        """A pass of two rows, so that libraries and threads are there when the first client is."""
+        caches = [kv_cache.new_cache(self.params, self.n_head) for _ in "ab"]
+        kv_cache.step(caches, [0, 0], self.params, self.n_head)
+
+    def turn(self):
+        """Jobs; then a pass of all rows; then what they wrote goes to those who wait for it."""
+        while self.jobs:
+            self.do(*self.jobs.popleft())
+        for row in self.rows:
+            if row["is_dropped"]:
+                row["end"] = "dropped"
+        self.rows[:] = [row for row in self.rows if not row["end"]]
+        n_rows, start = len(self.rows), time.perf_counter()
+        written = kv_cache.turn(
+            self.rows, self.arrivals(), self.batch_size, self.params, self.n_head, kept=self.kept
+        )
+        if n_rows:
+            self.measure(len(written), time.perf_counter() - start)
+        events = [(row["deliver"], event_of(row, why)) for row, _, why in written
+                  if why or row["is_streamed"]]  # fmt: skip
+        for row, _, why in written:
+            if why:
+                self.keep(row)
+        self.send(events)
+
+    def arrivals(self):
+        """The rows that wait, as long as there are any; not those whose client has gone."""
+        while self.waiting:
+            row = self.waiting.popleft()
+            if not row["is_dropped"]:
+                yield row
+
+    def keep(self, row):
+        """The latest texts' caches stay, within KEPT_BYTES, for others that begin like them."""
+        names = ("prompt", "ids", "cache", "has_slid", "end")
+        text = row["prompt"] + row["ids"]
+        longer = [old for old in self.kept if old["prompt"] + old["ids"] != text[: len(
+            old["prompt"] + old["ids"])]]  # fmt: skip
+        self.kept[:] = [*longer, {name: row[name] for name in names}]
+        while self.kept and sum(old["cache"]["kv"].nbytes for old in self.kept) > KEPT_BYTES:
+            self.kept.pop(0)
+
+    def fail(self, error):
+        """Ends all rows of the pass that failed, with the error."""
+        rows, self.rows[:] = list(self.rows), []
+        for row in rows:
+            row["end"] = "failed"
+        self.kept.clear()  # memory may be what is missing
+        self.send([(row["deliver"], error) for row in rows])
+
+    def do(self, job, answer):
+        try:
+            result, error = job(), None
+        except Exception as raised:
+            result, error = None, raised
+        self.send([(partial(resolve, answer, result), error)])
+
+    def send(self, events):
+        """All events of a pass, handed to asyncio's thread at once."""
+        if events:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear
+                self.loop.call_soon_threadsafe(deliver, events)
+
+    def measure(self, n_written, seconds):
+        figures.count(self.metrics, "passes_total")
+        figures.count(self.metrics, "pass_seconds_total", seconds)
+        figures.count(self.metrics, "completion_tokens_total", n_written)
+        if n_written:
+            figures.observe(self.metrics, "seconds_per_token", seconds, n_written)
+
+
+def event_of(row, why):  # -> (index, new text, new entries, why it ended, tokens drawn)
+    return row["index"], *row["choice"].take(why), why, row["choice"].n_drawn
+
+
+def deliver(events):
+    for receive, event in events:
+        receive(event)
+
+
+def resolve(answer, result, error):
+    if not answer.done():  # cancelled, where the client has gone
+        if error is None:
+            answer.set_result(result)
+        else:
+            answer.set_exception(error)
+
+
+# --------------------------------------------------------------------------------------------------
+# The routes
+# --------------------------------------------------------------------------------------------------
+
+
+async def completions(request):
+    """POST /v1/completions"""
+    state, body = request.app.state, await request.body()
+    asked = await asyncio.to_thread(
+        read_completion, body, state.name, state.encoder, state.n_ctx
+    )  # of a large body, the loop could do nothing else meanwhile
+    events = asyncio.Queue()
+    rows = rows_of(asked, state, events.put_nowait)
+    n_prompt = sum(map(len, asked["prompts"]))
+    state.engine.submit(rows)
+    figures.count(state.engine.metrics, "prompt_tokens_total", n_prompt)
+    answer = new_answer(state.name)
+    if asked["stream"]:
+        chunks = stream(state, asked, rows, events, answer, n_prompt)
+        return StreamingResponse(chunks, media_type="text/event-stream")
+    choices, n_drawn = await until_gone(request, whole(state, asked, rows, events), rows)
+    return JSONResponse(answer | {"choices": choices, "usage": usage(n_prompt, n_drawn)})
+
+
+def rows_of(asked, state, deliver):  # -> a row for each of n texts of each prompt, in this order
+    rows, engine = [], state.engine
+    logits_of = partial(kv_cache.next_logits, params=engine.params)
+    sampling = asked["temperature"], asked["top_k"], asked["top_p"]
+    seed = None if asked["seed"] is None else asked["seed"] % 2**64
+    for index in range(len(asked["prompts"]) * asked["n"]):
+        prompt = asked["prompts"][index // asked["n"]]
+        draw = drawing(seed, index, sampling)
+        choice = Choice(prompt, asked, state.encoder, draw, logits_of)
+        row = new_row(prompt, asked["max_tokens"], choice.draw, choice.end, choice.stop)
+        row |= {"choice": choice, "index": index, "deliver": deliver, "is_dropped": False}
+        row |= {"is_streamed": asked["stream"], "read": choice.read if choice.is_scored else None}
+        rows.append(row)
+    return rows
+
+
+async def whole(state, asked, rows, events):  # -> the choices, and how many tokens were drawn
+    choices, n_drawn = [None] * len(rows), 0
+    async for index, text, entries, why, n in until_all_end(state, rows, events):
+        logprobs = None if asked["logprobs"] is None else logprobs_of(entries, state.encoder)
+        choices[index] = choice_of(index, text, logprobs, why)
+        n_drawn += n
+    return choices, n_drawn
+
+
+async def stream(state, asked, rows, events, answer, n_prompt):
+    """The events of an answer, as they happen; an error, too, is an event."""
+    n_drawn = 0
+    more = {"usage": None} if asked["include_usage"] else {}
+    try:
+        async for index, text, entries, why, n in until_all_end(state, rows, events):
+            logprobs = None if asked["logprobs"] is None else logprobs_of(entries, state.encoder)
+            n_drawn += n if why else 0
+            if text or entries or why:
+                choice = choice_of(index, text, logprobs, why)
+                yield server_sent(answer | {"choices": [choice]} | more)
+        if asked["include_usage"]:
+            yield server_sent(answer | {"choices": [], "usage": usage(n_prompt, n_drawn)})
+    except Refusal as refusal:
+        yield server_sent(refusal.body)
+    finally:
+        state.engine.drop(rows)
+    yield server_sent("[DONE]")
+
+
+async def until_all_end(state, rows, events):
+    """The events of these rows. Refusal where the engine failed, or it took too long."""
+    n_left = len(rows)
+    try:
+        async with asyncio.timeout(state.timeout):
+            while n_left:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise Refusal(f"the model failed: {event}", 500, code="engine_failed")
+                n_left -= event[3] is not None
+                yield event
+    except TimeoutError:
+        words = f"the request took longer than --timeout, {state.timeout:g} seconds"
+        raise Refusal(words, 408, code="timeout") from None
+
+
+async def until_gone(request, answer, rows):
+    """What `answer` returns, unless the client goes away first: then its rows are dropped."""
+    work = asyncio.ensure_future(answer)
+    gone = asyncio.ensure_future(request.receive())  # the body is read: only a goodbye can come
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        raise Refusal("the client has gone", 499)
+    finally:
+        request.app.state.engine.drop(rows)
+        for task in (work, gone):
+            task.cancel()
+
+
+def choice_of(index, text, logprobs, why):
+    reason = why and REASONS[why]
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+ROUTES = [Route("/v1/completions", completions, methods=["POST"]), *about.ROUTES]
+
+# --------------------------------------------------------------------------------------------------
+# The application, and the command line
+# --------------------------------------------------------------------------------------------------
+
+
+async def refused(request, refusal):
+    return JSONResponse(refusal.body, refusal.status, refusal.headers)
+
+
+async def not_found(request, error):
+    refusal = Refusal(f"{request.method} {request.url.path}: {error.detail}", error.status_code)
+    return JSONResponse(refusal.body, refusal.status, error.headers)
+
+
+async def failed(request, error):
+    refusal = Refusal("something went wrong in the server", 500)
+    return JSONResponse(refusal.body, refusal.status)
+
+
+def make_app(name, encoder, hparams, params, host="127.0.0.1", allow=(), api_key=None,
+             batch_size=64, max_waiting=256, timeout=600.0):  # fmt: skip
+    """The ASGI application. Its engine starts and ends with its lifespan."""
+    engine = Engine(params, hparams["n_head"], batch_size, max_waiting)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        engine.start(asyncio.get_running_loop())
+        yield
+        engine.stop()
+
+    origins = [origin for origin in allow if "://" in origin]
+    app = Starlette(
+        routes=ROUTES,
+        lifespan=lifespan,
+        middleware=[
+            Middleware(Guard, host=host, allow=allow, api_key=api_key),
+            Middleware(
+                CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
+            ),
+        ],
+        exception_handlers={Refusal: refused, HTTPException: not_found, Exception: failed},
+    )
+    app.state.engine, app.state.encoder, app.state.name = engine, encoder, name
+    app.state.n_ctx, app.state.timeout, app.state.created = (
+        hparams["n_ctx"],
+        timeout,
+        int(time.time()),
+    )
+    app.state.hparams = hparams
+    return app
+
+
+def main(
+    model_size: str = "124M",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    models_dir: str = "models",
+    batch_size: int = 64,
+    max_waiting: int = 256,
+    timeout: float = 600.0,
+    allow: tuple[str, ...] | None = None,
+    api_key: str | None = None,
+):
+    """Serve a model over HTTP, as OpenAI's completions.
+
+    Args:
+        model_size: 124M, 355M, 774M or 1558M (downloaded once), a folder in models_dir, or a path.
+        host: the address to listen on; 0.0.0.0 for all of this machine's.
+        port: 0 takes any that is free.
+        models_dir: the folder that holds the models.
+        batch_size: how many texts to write at the same time; each needs memory for its cache.
+        max_waiting: with this many texts waiting, a request is refused (429).
+        timeout: seconds that a request may take (408).
+        allow: a further Host, or an Origin such as https://example.org, to take requests from; may
+            be repeated.
+        api_key: ask every client for this key.
+    """
+    import uvicorn
+
+    from utils import load_encoder_hparams_and_params
+
+    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+    name = os.path.basename(os.path.normpath(model_size))
+    app = make_app(name, encoder, hparams, params, host, allow or (), api_key,
+                   batch_size, max_waiting, timeout)  # fmt: skip
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family, backlog=2048) as listening:
+        shown = f"[{host}]" if ":" in host else host
+        print(f"{name} at http://{shown}:{listening.getsockname()[1]}", flush=True)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="on", server_header=False,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+        )  # fmt: skip
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    from plumbing.cli import run_cli
+
+    run_cli(main)
