@@ -25,27 +25,21 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 import kv_cache
 from engine import products
+from engine.kept import keep, touch
 from engine.rows import drawing, new_row
 from serving import about
 from serving import metrics as figures
-from serving.choices import Choice, logprobs_of
+from serving.answers import answer_stream, answer_whole
+from serving.choices import Choice
 from serving.guard import Guard
-from serving.protocol import (
-    Refusal,
-    new_answer,
-    read_completion,
-    server_sent,
-    usage,
-)
+from serving.protocol import Refusal, new_answer, read_completion
 
-KEPT_BYTES = 256 << 20  # of caches of texts that have ended, for the next that begins like them
-DRAIN_SECONDS = 10  # after SIGTERM
-REASONS = {"endoftext": "stop", "stop": "stop", "length": "length"}
+DRAIN_SECONDS = 10  # after SIGTERM, for what runs and waits
 
 # --------------------------------------------------------------------------------------------------
 # The engine
@@ -58,8 +52,9 @@ class Engine:
     def __init__(self, params, n_head, batch_size=64, max_waiting=256):
         self.params, self.n_head = products.wrap(params), n_head
         self.batch_size, self.max_waiting = batch_size, max_waiting
-        self.rows, self.waiting, self.jobs, self.kept = [], deque(), deque(), []
-        self.wake, self.is_stopped, self.loop = threading.Event(), False, None
+        self.inbox, self.jobs, self.wake = deque(), deque(), threading.Event()  # what others touch
+        self.waiting, self.rows, self.begun, self.kept = deque(), [], [], []
+        self.is_stopped, self.loop = False, None
         self.metrics = figures.new_metrics()
 
     def start(self, loop):
@@ -72,11 +67,14 @@ class Engine:
 
     def submit(self, rows):
         """New rows; Refusal where too many wait already. row["deliver"] gets what they write."""
-        if len(self.waiting) >= self.max_waiting:
-            words = f"{len(self.waiting)} texts wait already: try again later"
+        if self.n_waiting() >= self.max_waiting:
+            words = f"{self.n_waiting()} texts wait already (--max_waiting): try again later"
             raise Refusal(words, 429, code="queue_full", headers={"retry-after": "1"})
-        self.waiting.extend(rows)
+        self.inbox.extend(rows)
         self.wake.set()
+
+    def n_waiting(self):
+        return len(self.inbox) + len(self.waiting)
 
     def drop(self, rows):
         """Their client has gone: they leave before the next pass."""
@@ -95,7 +93,7 @@ class Engine:
         self.warm_up()
         while not self.is_stopped:
             self.wake.clear()
-            if not (self.rows or self.waiting or self.jobs):
+            if not (self.rows or self.n_waiting() or self.jobs):
                 self.wake.wait()
             try:
                 self.turn()
@@ -111,45 +109,45 @@ class Engine:
         """Jobs; then a pass of all rows; then what they wrote goes to those who wait for it."""
         while self.jobs:
             self.do(*self.jobs.popleft())
-        for row in self.rows:
-            if row["is_dropped"]:
-                row["end"] = "dropped"
-        self.rows[:] = [row for row in self.rows if not row["end"]]
-        n_rows, start = len(self.rows), time.perf_counter()
+        self.let_go()
+        n_rows, n_begun, start = len(self.rows), len(self.begun), time.perf_counter()
         written = kv_cache.turn(
             self.rows, self.arrivals(), self.batch_size, self.params, self.n_head, kept=self.kept
         )
         if n_rows:
             self.measure(len(written), time.perf_counter() - start)
-        events = [(row["deliver"], event_of(row, why)) for row, _, why in written
-                  if why or row["is_streamed"]]  # fmt: skip
-        for row, _, why in written:
+        for row in self.begun[n_begun:]:
+            touch(self.kept, row)
+        heard = [(row, why) for row, _, why in written if why or row["is_streamed"]]
+        events = [(row["deliver"], event_of(row, why)) for row, why in heard]
+        for row, why in heard:
             if why:
-                self.keep(row)
+                keep(self.kept, row)
         self.send(events)
+        self.begun = [row for row in self.begun if not row["end"]]
 
-    def arrivals(self):
-        """The rows that wait, as long as there are any; not those whose client has gone."""
+    def let_go(self):
+        """Takes in what has arrived, and leaves out those whose client has gone."""
+        while self.inbox:
+            self.waiting.append(self.inbox.popleft())
+        if any(row["is_dropped"] for row in (*self.rows, *self.waiting)):
+            for row in self.rows:
+                row["end"] = "dropped" if row["is_dropped"] else None
+            self.rows[:] = [row for row in self.rows if not row["is_dropped"]]
+            self.begun = [row for row in self.begun if not row["is_dropped"]]
+            self.waiting = deque(row for row in self.waiting if not row["is_dropped"])
+
+    def arrivals(self):  # the rows that wait, as long as there are any
         while self.waiting:
-            row = self.waiting.popleft()
-            if not row["is_dropped"]:
-                yield row
-
-    def keep(self, row):
-        """The latest texts' caches stay, within KEPT_BYTES, for others that begin like them."""
-        names = ("prompt", "ids", "cache", "has_slid", "end")
-        text = row["prompt"] + row["ids"]
-        longer = [old for old in self.kept if old["prompt"] + old["ids"] != text[: len(
-            old["prompt"] + old["ids"])]]  # fmt: skip
-        self.kept[:] = [*longer, {name: row[name] for name in names}]
-        while self.kept and sum(old["cache"]["kv"].nbytes for old in self.kept) > KEPT_BYTES:
-            self.kept.pop(0)
+            self.begun.append(self.waiting.popleft())
+            yield self.begun[-1]
 
     def fail(self, error):
-        """Ends all rows of the pass that failed, with the error."""
-        rows, self.rows[:] = list(self.rows), []
+        """Ends all rows whose end nobody has heard of, with the error."""
+        rows, self.begun = self.begun, []
         for row in rows:
             row["end"] = "failed"
+        self.rows.clear()
         self.kept.clear()  # memory may be what is missing
         self.send([(row["deliver"], error) for row in rows])
 
@@ -199,20 +197,21 @@ def resolve(answer, result, error):
 async def completions(request):
     """POST /v1/completions"""
     state, body = request.app.state, await request.body()
-    asked = await asyncio.to_thread(
-        read_completion, body, state.name, state.encoder, state.n_ctx
-    )  # of a large body, the loop could do nothing else meanwhile
-    events = asyncio.Queue()
-    rows = rows_of(asked, state, events.put_nowait)
+    # In a thread, for a large body takes a while, in which the loop could do nothing else.
+    asked = await asyncio.to_thread(read_completion, body, state.name, state.encoder, state.n_ctx)
+    return await begin(request, asked, new_answer(state.name))
+
+
+async def begin(request, asked, answer):  # -> the response
+    """Submits the rows that a checked request asks for. The answer is what each part repeats."""
+    engine, events = request.app.state.engine, asyncio.Queue()
+    rows = rows_of(asked, request.app.state, events.put_nowait)
+    engine.submit(rows)
     n_prompt = sum(map(len, asked["prompts"]))
-    state.engine.submit(rows)
-    figures.count(state.engine.metrics, "prompt_tokens_total", n_prompt)
-    answer = new_answer(state.name)
+    figures.count(engine.metrics, "prompt_tokens_total", n_prompt)
     if asked["stream"]:
-        chunks = stream(state, asked, rows, events, answer, n_prompt)
-        return StreamingResponse(chunks, media_type="text/event-stream")
-    choices, n_drawn = await until_gone(request, whole(state, asked, rows, events), rows)
-    return JSONResponse(answer | {"choices": choices, "usage": usage(n_prompt, n_drawn)})
+        return answer_stream(request, asked, rows, events, answer)
+    return await answer_whole(request, asked, rows, events, answer)
 
 
 def rows_of(asked, state, deliver):  # -> a row for each of n texts of each prompt, in this order
@@ -229,71 +228,6 @@ def rows_of(asked, state, deliver):  # -> a row for each of n texts of each prom
         row |= {"is_streamed": asked["stream"], "read": choice.read if choice.is_scored else None}
         rows.append(row)
     return rows
-
-
-async def whole(state, asked, rows, events):  # -> the choices, and how many tokens were drawn
-    choices, n_drawn = [None] * len(rows), 0
-    async for index, text, entries, why, n in until_all_end(state, rows, events):
-        logprobs = None if asked["logprobs"] is None else logprobs_of(entries, state.encoder)
-        choices[index] = choice_of(index, text, logprobs, why)
-        n_drawn += n
-    return choices, n_drawn
-
-
-async def stream(state, asked, rows, events, answer, n_prompt):
-    """The events of an answer, as they happen; an error, too, is an event."""
-    n_drawn = 0
-    more = {"usage": None} if asked["include_usage"] else {}
-    try:
-        async for index, text, entries, why, n in until_all_end(state, rows, events):
-            logprobs = None if asked["logprobs"] is None else logprobs_of(entries, state.encoder)
-            n_drawn += n if why else 0
-            if text or entries or why:
-                choice = choice_of(index, text, logprobs, why)
-                yield server_sent(answer | {"choices": [choice]} | more)
-        if asked["include_usage"]:
-            yield server_sent(answer | {"choices": [], "usage": usage(n_prompt, n_drawn)})
-    except Refusal as refusal:
-        yield server_sent(refusal.body)
-    finally:
-        state.engine.drop(rows)
-    yield server_sent("[DONE]")
-
-
-async def until_all_end(state, rows, events):
-    """The events of these rows. Refusal where the engine failed, or it took too long."""
-    n_left = len(rows)
-    try:
-        async with asyncio.timeout(state.timeout):
-            while n_left:
-                event = await events.get()
-                if isinstance(event, Exception):
-                    raise Refusal(f"the model failed: {event}", 500, code="engine_failed")
-                n_left -= event[3] is not None
-                yield event
-    except TimeoutError:
-        words = f"the request took longer than --timeout, {state.timeout:g} seconds"
-        raise Refusal(words, 408, code="timeout") from None
-
-
-async def until_gone(request, answer, rows):
-    """What `answer` returns, unless the client goes away first: then its rows are dropped."""
-    work = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(request.receive())  # the body is read: only a goodbye can come
-    try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            return work.result()
-        raise Refusal("the client has gone", 499)
-    finally:
-        request.app.state.engine.drop(rows)
-        for task in (work, gone):
-            task.cancel()
-
-
-def choice_of(index, text, logprobs, why):
-    reason = why and REASONS[why]
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
 ROUTES = [Route("/v1/completions", completions, methods=["POST"]), *about.ROUTES]
@@ -333,7 +267,8 @@ def make_app(name, encoder, hparams, params, host="127.0.0.1", allow=(), api_key
         routes=ROUTES,
         lifespan=lifespan,
         middleware=[
-            Middleware(Guard, host=host, allow=allow, api_key=api_key),
+            Middleware(figures.Counted, metrics=engine.metrics),
+            Middleware(Guard, host=host, allow=allow, api_key=api_key, most_seconds=timeout + 10),
             Middleware(
                 CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
             ),

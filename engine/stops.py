@@ -1,27 +1,43 @@
 """Stop strings: a text that comes in parts, shown up to the first of them and no further."""
 
+from bisect import bisect_left
 
-def until_stop(held, stops):  # -> (what may be shown, what is held back, is a stop complete?)
-    """Cuts off the first stop in `held`. What may be the beginning of one is held back.
 
-    >>> until_stop("Yes. EN", ["END"]), until_stop("Yes. END of", ["END"])
+def until_stop(held, n_new, stops):  # -> (what may be shown, what is held back, is one complete?)
+    """Cuts `held` off before the first stop in it. What may be the beginning of one is held back.
+
+    The last n_new characters are new: a stop ends among them, or there is none. stops: sort_stops'
+    answer. The work does not grow with their number, which a stranger may choose.
+
+    >>> stops = sort_stops(["END"])
+    >>> until_stop("Yes. EN", 7, stops), until_stop("Yes. END of", 4, stops)
     (('Yes. ', 'EN', False), ('Yes. ', '', True))
     """
-    found = [held.index(stop) for stop in stops if stop in held]
-    if found:
-        return held[: min(found)], "", True
-    beginnings = (stop[:n] for stop in stops for n in range(1, len(stop)))
-    n_held = max((len(part) for part in beginnings if held.endswith(part)), default=0)
-    return held[: len(held) - n_held], held[len(held) - n_held :], False
+    ordered, known, lengths = stops
+    ends = range(len(held) - n_new + 1, len(held) + 1)
+    starts = [end - n for end in ends for n in lengths if n <= end and held[end - n : end] in known]
+    if starts:
+        return held[: min(starts)], "", True
+    longest = lengths[-1] if lengths else 0
+    for start in range(max(0, len(held) - longest + 1), len(held)):
+        after = bisect_left(ordered, held[start:])  # stops that begin with it stand here
+        if after < len(ordered) and ordered[after].startswith(held[start:]):
+            return held[:start], held[start:], False
+    return held, "", False
+
+
+def sort_stops(
+    stops,
+):  # -> the stops in order, as a set, and their lengths, as until_stop wants them
+    return sorted(stops), set(stops), sorted({len(stop) for stop in stops})
 
 
 def up_to(texts, stops):  # iterable of str -> iterable of str
     """The stream up to the first of `stops`. What may be one's beginning is held back till then."""
-    held = ""
+    held, stops = "", sort_stops(stops)
     for text in texts:
-        shown, held, is_complete = until_stop(held + text, stops)
-        if is_complete:
-            held = shown
-            break
+        shown, held, is_complete = until_stop(held + text, len(text), stops)
         yield shown
+        if is_complete:
+            return
     yield held

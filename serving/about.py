@@ -22,7 +22,7 @@ async def health(request):
 
 async def metrics(request):
     engine = request.app.state.engine
-    now = {("rows_waiting", ""): len(engine.waiting), ("rows_running", ""): len(engine.rows)}
+    now = {("rows_waiting", ""): engine.n_waiting(), ("rows_running", ""): len(engine.rows)}
     kind = "text/plain; version=0.0.4"  # Prometheus's, of this way to write them
     return PlainTextResponse(render(engine.metrics | now), media_type=kind)
 

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from encoder import BYTE_OF_CHAR
-from engine.stops import until_stop
+from engine.stops import sort_stops, until_stop
 
 SCORED = 64  # positions whose logits are held at once, while a prompt is scored
 
@@ -23,7 +23,7 @@ class Choice:
     def __init__(self, prompt, asked, encoder, draw_from, logits_of):
         self.prompt, self.encoder = prompt, encoder
         self.draw_from, self.logits_of = draw_from, logits_of
-        self.stops, self.n_logprobs = asked["stop"], asked["logprobs"]
+        self.stops, self.n_logprobs = sort_stops(asked["stop"]), asked["logprobs"]
         self.end = None if asked["ignore_eos"] else encoder.endoftext
         self.bias = bias_of(asked["logit_bias"], encoder.n_vocab)
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -44,9 +44,8 @@ class Choice:
         for start in range(0, len(targets), SCORED):
             ids = targets[start : start + SCORED]
             logits = self.logits_of(x[start : start + len(ids)])
-            for id, entry in zip(ids, zip(*likeliest(logits, ids, self.n_logprobs), strict=True),
-                                 strict=True):  # fmt: skip
-                self.note(id, *entry)
+            for entry in zip(ids, *likeliest(logits, ids, self.n_logprobs), strict=True):
+                self.note(*entry)
 
     def draw(self, logits):  # [n_vocab] -> one token id
         id = self.draw_from(logits if self.bias is None else logits + self.bias)
@@ -69,10 +68,9 @@ class Choice:
             return
         text = self.utf8.decode(bytes_of(self.encoder, [id]))
         if self.n_drawn:
-            shown, self.held, self.has_stopped = until_stop(self.held + text, self.stops)
-            self.text += shown
-        else:
-            self.text += text
+            shown, self.held, stopped = until_stop(self.held + text, len(text), self.stops)
+            text, self.has_stopped = shown, stopped
+        self.text += text
 
     def take(self, why):  # -> the text and the entries that are new since the last call
         """why: None while the text goes on. At its end, what was held back comes, too."""

@@ -6,6 +6,7 @@ such a request comes from (Origin) and, where a name was bent to lead here, whic
 """
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
@@ -36,20 +37,27 @@ class Guard:
             body = await read_body(headers, receive)
         except Refusal as refusal:
             return await send_refusal(refusal, send)
-        await self.app(scope, replay(body, receive), send)
+        if body is not None:  # else the client has gone
+            with contextlib.suppress(TimeoutError):  # one who does not read what it asked for
+                async with asyncio.timeout(self.most_seconds):
+                    await self.app(scope, replay(body, receive), send)
 
     def check_sender(self, headers):
         host, origin = headers.get("host", ""), headers.get("origin")
-        name = urlsplit(f"//{host}").hostname or ""
+        name = host_name(host)
         if not (name in self.allowed or self.any_address and is_address(name)):
             raise Refusal(f"the host {host!r} is not this server's: see --allow", 403)
-        if origin is not None and origin not in self.allowed and urlsplit(origin).netloc != host:
+        if (
+            origin is not None
+            and origin not in self.allowed
+            and origin not in (f"http://{host}", f"https://{host}")
+        ):
             raise Refusal(f"the origin {origin!r} is not allowed: see --allow", 403)
 
     def check_key(self, headers, path):
         if self.api_key is None or path in OPEN_TO_ALL:
             return
-        given = headers.get("authorization", "").removeprefix("Bearer ")
+        _, _, given = headers.get("authorization", "").partition(" ")
         if not hmac.compare_digest(given.encode(), self.api_key.encode()):
             headers = {"www-authenticate": "Bearer"}
             raise Refusal("a wrong API key, or none", 401, code="invalid_api_key", headers=headers)
@@ -60,6 +68,13 @@ def read_headers(scope):  # -> {name: value}; Refusal for two hosts, which could
     if [name for name, _ in pairs].count("host") > 1:
         raise Refusal("more than one Host")
     return dict(pairs)
+
+
+def host_name(host):  # "[::1]:8000" -> "::1"
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def is_address(name):
@@ -92,8 +107,7 @@ async def read_body(headers, receive):  # -> bytes, or None where the client has
 
 def replay(body, receive):
     """receive() for the app: the body in one message, then what the client does next."""
-    first = {"type": "http.request", "body": body, "more_body": False}
-    messages = [{"type": "http.disconnect"} if body is None else first]
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_next():
         return messages.pop() if messages else await receive()

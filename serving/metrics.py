@@ -39,3 +39,18 @@ def render(metrics):  # -> the page's text
             lines += [f"# HELP sixtygpt_{name} {words}", f"# TYPE sixtygpt_{name} {kind}"]
             lines += [f"sixtygpt_{sample}{labels} {value}" for (sample, labels), value in found]
     return "\n".join(lines) + "\n"
+
+
+class Counted:
+    """ASGI middleware: counts the answers by their status."""
+
+    def __init__(self, app, metrics):
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope, receive, send):
+        async def send_counted(message):
+            if message["type"] == "http.response.start":
+                count(self.metrics, "requests_total", 1, f'{{status="{message["status"]}"}}')
+            await send(message)
+
+        await self.app(scope, receive, send_counted)

@@ -64,7 +64,7 @@ def check_model(data, name):
         raise Refusal("model must be a string", param="model")
     if asked not in (None, name):
         raise Refusal(
-            f"the model {asked!r} is not here, only {name!r}", 404, "model", "model_not_found"
+            f"the model {asked[:100]!r} is not here, only {name!r}", 404, "model", "model_not_found"
         )
 
 
