@@ -21,6 +21,7 @@ import time
 from collections import deque
 from functools import partial
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -36,7 +37,7 @@ from serving import about
 from serving import metrics as figures
 from serving.answers import answer_stream, answer_whole
 from serving.choices import Choice
-from serving.guard import Guard
+from serving.guard import Connection, Guard
 from serving.protocol import Refusal, new_answer, read_completion
 
 DRAIN_SECONDS = 10  # after SIGTERM, for what runs and waits
@@ -59,11 +60,13 @@ class Engine:
 
     def start(self, loop):
         self.loop = loop
-        threading.Thread(target=self.run, name="engine", daemon=True).start()
+        self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
+        self.thread.start()
 
     def stop(self):
         self.is_stopped = True
         self.wake.set()
+        self.thread.join(timeout=5)
 
     def submit(self, rows):
         """New rows; Refusal where too many wait already. row["deliver"] gets what they write."""
@@ -276,12 +279,8 @@ def make_app(name, encoder, hparams, params, host="127.0.0.1", allow=(), api_key
         exception_handlers={Refusal: refused, HTTPException: not_found, Exception: failed},
     )
     app.state.engine, app.state.encoder, app.state.name = engine, encoder, name
-    app.state.n_ctx, app.state.timeout, app.state.created = (
-        hparams["n_ctx"],
-        timeout,
-        int(time.time()),
-    )
-    app.state.hparams = hparams
+    app.state.hparams, app.state.n_ctx = hparams, hparams["n_ctx"]
+    app.state.timeout, app.state.created = timeout, int(time.time())
     return app
 
 
@@ -310,23 +309,32 @@ def main(
             be repeated.
         api_key: ask every client for this key.
     """
-    import uvicorn
-
     from utils import load_encoder_hparams_and_params
 
+    if min(batch_size, max_waiting) < 1 or not timeout > 0:
+        raise ValueError("batch_size and max_waiting must be 1 or more, timeout above 0")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     name = os.path.basename(os.path.normpath(model_size))
     app = make_app(name, encoder, hparams, params, host, allow or (), api_key,
                    batch_size, max_waiting, timeout)  # fmt: skip
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family, backlog=2048) as listening:
+    with listen(host, port) as listening:
         shown = f"[{host}]" if ":" in host else host
         print(f"{name} at http://{shown}:{listening.getsockname()[1]}", flush=True)
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="on", server_header=False,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-        )  # fmt: skip
-        uvicorn.Server(config).run(sockets=[listening])
+        server_of(app).run(sockets=[listening])
+
+
+def listen(host, port):  # -> a socket
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+def server_of(app):
+    return uvicorn.Server(
+        uvicorn.Config(
+            app, http=Connection, log_level="warning", access_log=False, server_header=False,
+            lifespan="on", timeout_graceful_shutdown=DRAIN_SECONDS,
+        )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

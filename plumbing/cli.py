@@ -192,6 +192,7 @@ def either(names, prefix=""):  # ["a", "b"] -> "a or b"
 
 def name_short_flags(text):  # fire's help -> the help
     """Fire names a letter where one flag alone begins with it, whatever it means elsewhere."""
+    text = re.sub(r"^( +)-h, --", r"\1--", text, flags=re.MULTILINE)  # -h is for help
     for letter, name in SHORT.items():
         text = re.sub(rf"^( +)-{letter}, --", r"\1--", text, flags=re.MULTILINE)
         text = re.sub(rf"^( +)--{name}=", rf"\1-{letter}, --{name}=", text, flags=re.MULTILINE)

@@ -12,10 +12,13 @@ import ipaddress
 import json
 from urllib.parse import urlsplit
 
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
 from serving.protocol import Refusal
 
 MOST_BYTES = 1 << 20  # of a body
-BODY_SECONDS = 20  # a client has for sending it
+HEAD_SECONDS, BODY_SECONDS = 10, 20  # that a client has for sending a request's
 OPEN_TO_ALL = {"/", "/health"}  # need no key: a browser cannot send one with a page's address
 
 
@@ -122,3 +125,25 @@ async def send_refusal(refusal, send):
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
+
+
+class Connection(H11Protocol):
+    """uvicorn's, but closed where the head of a request does not come in time."""
+
+    closing = None  # the timer
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.watch()
+
+    def data_received(self, data):
+        super().data_received(data)
+        self.watch()
+
+    def watch(self):
+        is_waiting = self.conn.their_state is h11.IDLE
+        if is_waiting and self.closing is None:
+            self.closing = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        elif not is_waiting and self.closing is not None:
+            self.closing.cancel()
+            self.closing = None

@@ -114,7 +114,7 @@ def test_nothing_heavy_is_imported_where_it_is_not_needed():
 
 
 def test_the_servers_framework_is_the_servers_alone():
-    theirs = {"uvicorn", "starlette", "anyio"}
+    theirs = {"uvicorn", "starlette", "h11"}
     for name, path in MODULES.items():
         if name != "serve" and wing_of(name) != "serving":
             assert not theirs & {other.split(".")[0] for other in imports(path)}, name
