@@ -61,7 +61,7 @@ class Guard:
         if self.api_key is None or path in OPEN_TO_ALL:
             return
         _, _, given = headers.get("authorization", "").partition(" ")
-        if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+        if not hmac.compare_digest(given.encode("latin-1"), self.api_key.encode()):
             headers = {"www-authenticate": "Bearer"}
             raise Refusal("a wrong API key, or none", 401, code="invalid_api_key", headers=headers)
 

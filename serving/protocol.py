@@ -146,8 +146,8 @@ def read_bias(data, n_vocab):  # {"id": number} -> {id: float}
 
 def read_prompts(prompt, encoder, n_ctx):  # a string, strings, ids or lists of ids -> lists of ids
     prompts = prompt if isinstance(prompt, list) else [prompt]
-    if prompts and all(type(id) is int for id in prompts):
-        prompts = [prompts]
+    if isinstance(prompt, list) and prompt and all(type(id) is int for id in prompt):
+        prompts = [prompt]
     if not prompts:
         raise Refusal("prompt is an empty list", param="prompt")
     return [read_prompt(prompt, encoder, n_ctx) for prompt in prompts]
