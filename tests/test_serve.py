@@ -1008,7 +1008,8 @@ STORM = """
 import json, socket, sys
 address, n = (sys.argv[1], int(sys.argv[2])), int(sys.argv[3])
 body = json.dumps({"prompt": "One", "max_tokens": 4000, "stream": n % 2 == 0, "n": 2}).encode()
-head = f"POST /v1/completions HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n"
+head = "POST /v1/completions HTTP/1.1\\r\\nHost: localhost\\r\\n"
+head += f"Content-Length: {len(body)}\\r\\n\\r\\n"
 connections = [socket.create_connection(address) for _ in range(10)]
 for connection in connections:
     connection.sendall(head.encode() + body[: None if n % 3 else 20])
@@ -1041,7 +1042,8 @@ def figure(address, name):
     with contextlib.closing(connection):
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
-    return next(float(line.split()[1]) for line in text.splitlines() if f"_{name} " in line[:40])
+    lines = [line.split() for line in text.splitlines()]
+    return next(float(line[1]) for line in lines if line[0] == f"sixtygpt_{name}")
 
 
 @pytest.mark.slow
