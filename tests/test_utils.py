@@ -16,6 +16,7 @@ from conftest import REPO, on_linux, random_params
 
 import utils
 from encoder import Encoder
+from gpt2 import gpt2
 from model_files import config, convert, download, weights
 from plumbing import cli, files
 
@@ -193,6 +194,21 @@ def test_transformers_opens_what_we_save(saved, rng):
     tokenizer = transformers.GPT2TokenizerFast.from_pretrained(folder)
     text = "Zwölf Boxkämpfer — 1984!\n"
     assert tokenizer.encode(text) == Encoder([]).encode(text)
+
+
+def test_the_guides_lines_for_transformers_give_our_logits(rng, monkeypatch):
+    """The shipped model, which is stored as float16."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    monkeypatch.chdir(REPO)
+    code = (REPO / "docs" / "guide.md").read_text("utf-8").split("```python\nimport torch\n")[1]
+    names = {"torch": torch}
+    exec(code.split("```")[0], names)
+    _, hparams, params = utils.load_encoder_hparams_and_params("shakespeare")
+    ids = rng.integers(0, hparams["n_vocab"], 40)
+    with torch.no_grad():
+        logits = names["model"](torch.tensor(ids)[None]).logits[0].numpy()
+    np.testing.assert_allclose(logits, gpt2(ids, **params, n_head=hparams["n_head"]), atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
