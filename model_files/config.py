@@ -39,6 +39,12 @@ def read_hparams(model_dir):
         raise FileNotFoundError(f"{model_dir}: no model, neither config.json nor hparams.json")
     config = read_json(path)
     hugging_face = path.endswith("config.json")
+    if hugging_face:
+        for key, same in OUR_ARITHMETIC.items():
+            if config.get(key, same[0]) not in same:
+                raise ValueError(
+                    f"{path}: {key} {config[key]!r} is not supported: only {same[0]!r} is"
+                )
     hparams = {}
     for ours, theirs in HUGGING_FACE_SIZES.items():
         key = theirs if hugging_face else ours
@@ -53,11 +59,6 @@ def read_hparams(model_dir):
             raise ValueError(f"{path}: n_inner is {n_inner!r}, not a sensible number")
         if n_inner not in (None, 4 * hparams["n_embd"]):
             hparams["n_inner"] = n_inner
-        for key, same in OUR_ARITHMETIC.items():
-            if config.get(key, same[0]) not in same:
-                raise ValueError(
-                    f"{path}: {key} {config[key]!r} is not supported: only {same[0]!r} is"
-                )
     return hparams
 
 

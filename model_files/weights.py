@@ -13,7 +13,10 @@ import re
 
 import numpy as np
 
-from plumbing.files import MOST_BYTES, check_file, replacing
+from plumbing.files import MOST_BYTES, check_file, read_json, replacing
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"  # beside several files, the shards
 
 # --- Names and shapes ---------------------------------------------------------------------------
 
@@ -130,6 +133,15 @@ def read_safetensors(path):
         start, stop = (8 + n_header + offset for offset in entry["data_offsets"])
         tensors[key] = entry["dtype"], tuple(entry["shape"]), data[start:stop]
     return tensors
+
+
+def read_index(path):  # -> the names of the shards, each once
+    """ValueError where they are not names of files in the index's own folder."""
+    shards = read_json(path).get("weight_map")
+    shards = [*shards.values()] if isinstance(shards, dict) else [""]
+    if any(not isinstance(s, str) or s != os.path.basename(s) or not s for s in shards):
+        raise ValueError(f"{path}: weight_map should name files of this folder")
+    return sorted(set(shards))
 
 
 def to_float32(dtype, data, source):
