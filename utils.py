@@ -21,7 +21,7 @@ from pathlib import Path
 
 from encoder import get_encoder
 from model_files.adapters import CONFIG, is_adapter, merge, read_adapter, read_config
-from model_files.config import hugging_face_config, read_hparams, sizes_file
+from model_files.config import hugging_face_config, query_scales, read_hparams, sizes_file
 from model_files.convert import convert_checkpoint
 from model_files.download import SIZES, download
 from model_files.hub import fetch_repository, is_repository
@@ -33,6 +33,7 @@ from model_files.weights import (
     nest,
     read_index,
     read_safetensors,
+    scale_queries,
     tensor_shapes,
     to_float32,
     write_safetensors,
@@ -139,6 +140,10 @@ def load_params(model_dir, hparams):
         head = key == "lm_head.weight" and shape != arrays["wte"].shape
         if head or (key.startswith("h.") and not key.endswith((".attn.bias", ".attn.masked_bias"))):
             raise ValueError(f"{source}: {key} {shape} does not belong in a model of its sizes")
+    for i, scale in enumerate(query_scales(model_dir, hparams)):
+        for name in (f"blocks.{i}.attn.c_attn.w", f"blocks.{i}.attn.c_attn.b"):
+            if scale != 1:
+                arrays[name] = scale_queries(arrays[name], scale)
     return nest(arrays)
 
 

@@ -158,6 +158,14 @@ def to_float32(dtype, data, source):
     return array
 
 
+def scale_queries(c_attn, scale):  # [..., 3 * n_embd] -> the same, read-only
+    """A copy of c_attn's weight or bias with the first third, that of the queries, multiplied."""
+    scaled = c_attn.copy()
+    scaled[..., : scaled.shape[-1] // 3] *= scale
+    scaled.flags.writeable = False
+    return scaled
+
+
 def write_safetensors(path, tensors):
     """Write {key: C-contiguous float32 or float16 array}: a complete file, or none."""
     from safetensors import SafetensorError
