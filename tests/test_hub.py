@@ -9,7 +9,7 @@ import shutil
 import threading
 
 import pytest
-from conftest import TINY, call, run
+from conftest import TINY, call, call_trainer, run
 
 import utils
 from encoder import Encoder
@@ -190,6 +190,15 @@ def test_every_script_takes_a_name(server, tiny, tmp_path):
     tokenizer = ["--tokenizer", "some/tiny", "--out", "shards"]
     assert call("prepare.py", "text.txt", *tokenizer)[0] == 0
     assert fetched(server).count("model.safetensors") == 1
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_a_model_of_the_hub(server, tiny, tmp_path):
+    server.repositories["some/tiny"] = tiny[0]
+    (tmp_path / "text.txt").write_text("It was the best of times. " * 60)
+    flags = ["--init_from", "some/tiny", "--n_steps", "1", "--out", "mine", "--n_ctx", "16"]
+    assert call_trainer("--data", "text.txt", *flags)[0] == 0
+    assert gpt2("mine", "--models_dir", ".")[0] == 0
 
 
 def test_a_tokenizer_alone(server, tiny):
