@@ -67,3 +67,27 @@ def encode_conversation(messages, encoder, n_most):  # -> at most n_most ids
         if len(rest) <= 1:
             raise ValueError(f"a message of {len(ids)} tokens, but there is room for {n_most}")
         rest = rest[2:] if len(rest) > 2 and rest[1]["role"] == "assistant" else rest[1:]
+
+
+def converse(answer, encoder, n_most):  # -> a function of [line], as kv_cache.py calls it
+    """Each line is a user's message. Its answer is printed, and both are kept.
+
+    answer(ids): the text of an answer in parts. What of it was written before Ctrl-C is kept as if
+    it were all. ValueError, after which the line is forgotten, for one of more than n_most ids.
+    """
+    messages = []
+
+    def say(lines):
+        asked = [*messages, {"role": "user", "content": lines[0]}]
+        ids, said = encode_conversation(asked, encoder, n_most), ""
+        messages[:] = asked
+        try:
+            for text in answer(ids):
+                text = text if said else text.lstrip()  # of the space after "Assistant:"
+                print(text, end="", flush=True)
+                said += text
+            print()
+        finally:
+            messages.append({"role": "assistant", "content": said})
+
+    return say

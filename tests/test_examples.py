@@ -5,11 +5,18 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import call, call_trainer, hugging_face, random_params
+from conftest import TINY, call, call_trainer, hugging_face, random_params
 
-from corpus.chat import check_messages, encode_conversation, encode_messages
+from corpus.chat import (
+    NEXT_TURN,
+    check_messages,
+    converse,
+    encode_conversation,
+    encode_messages,
+)
 from corpus.examples import BEGINS, READ, hold_out, is_learned, load_examples, mark, pack
 from encoder import ENDOFTEXT, Encoder, train
+from gpt2 import generate
 
 jax = pytest.importorskip("jax", reason="jax is not installed")
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -345,3 +352,51 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(tmp_path):
     write(tmp_path / "sums.jsonl", *2 * [{"prompt": "another", "completion": "example"}])
     code, _, complaint = call_trainer("--resume", out)
     assert code == 2 and "is not the text that" in complaint
+
+
+# --- kv_cache.py --chat --------------------------------------------------------------------------
+
+
+def test_a_chat_says_what_the_plain_pass_says_after_the_whole_conversation(models):
+    """gpt2.generate's answer, of ids that are put together anew for every line."""
+    folder, params = models
+    lines, encoder, n = ["Hi", "You?", "Hm", "a line that is much too long to fit"], Encoder([]), 8
+    flags = ["--chat", "-n", n, "--model_size", "tiny"]
+    code, said, complaint = call(
+        "kv_cache.py", *flags, models_dir=folder, input="\n".join(lines).encode()
+    )
+    messages, wanted = [], ""
+    for line in lines[:3]:
+        messages.append({"role": "user", "content": line})
+        ids = encode_conversation(messages, encoder, TINY["n_ctx"] - n)
+        answer = generate(ids, params, TINY["n_head"], n, endoftext=encoder.endoftext)
+        answer = encoder.decode(answer).partition(NEXT_TURN)[0].lstrip()
+        messages.append({"role": "assistant", "content": answer})
+        wanted += answer + "\n"
+    assert (code, said) == (0, wanted)
+    assert complaint == "error: a message of 52 tokens, but there is room for 40\n"
+
+
+def test_what_was_said_before_ctrl_c_is_kept(capsys):
+    heard = []
+
+    def answer(ids):
+        heard.append(Encoder([]).decode(ids))
+        yield " Well"
+        raise KeyboardInterrupt
+
+    say = converse(answer, Encoder([]), 999)
+    for line in ("Hi", "And?"):
+        with pytest.raises(KeyboardInterrupt):
+            say([line])
+    assert capsys.readouterr().out == "WellWell"
+    assert heard[1] == f"User: Hi\nAssistant: Well{ENDOFTEXT}\nUser: And?\nAssistant:"
+
+
+def test_what_does_not_go_with_a_chat(models):
+    for flag in (["--n_samples", 2], ["--echo"], ["--jsonl"], ["--slide"]):
+        code, _, complaint = call("kv_cache.py", "--chat", *flag, models_dir=models[0])
+        name = flag[0].removeprefix("--")
+        wanted = f"error: --chat gives one answer to each line: leave out --{name}\n"
+        assert (code, complaint) == (2, wanted)
+    assert call("kv_cache.py", "Hi", "--chat", models_dir=models[0])[0] == 2
