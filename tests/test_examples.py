@@ -256,7 +256,7 @@ def theirs(model, examples):  # -> PyTorch's loss of examples, each by itself, a
     return nats.item() / n, grads
 
 
-@pytest.mark.parametrize("n_chunks", [1, 4])
+@pytest.mark.parametrize("n_chunks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_loss_and_gradients_are_those_of_each_example_by_itself(rng, n_chunks):
     params = random_params(rng, HPARAMS)
     examples = random_examples(rng, 12, 33)
@@ -337,6 +337,7 @@ def sums(path):
     return write(path, *({"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in pairs))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_ends_with_the_same_bits(tmp_path):
     path, out = sums(tmp_path / "sums.jsonl"), tmp_path / "out"
     code, said, _ = call_trainer("--data", path, "--out", out, "--n_steps", 40, *SMALL)
