@@ -419,7 +419,8 @@ def main(
         data: for perplexity, a text file or a folder of token shards, whose validation split is
             read; for hellaswag and lambada, a JSON-lines file instead of the one downloaded once;
             for choose, lines of {"prompt": text, "choices": [texts], "answer": a number from 0}.
-        model_size: 124M, 355M, 774M or 1558M (downloaded once), a folder in models_dir, or a path.
+        model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
+            the Hugging Face Hub. What is not here yet is downloaded once.
         models_dir: the folder that holds the models.
         stride: tokens between two windows of perplexity, at most the model's n_ctx, the default.
         backend: numpy, or jax: on all devices, and the default where JAX finds a GPU or a TPU.

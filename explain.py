@@ -264,7 +264,8 @@ def main(
 
     Args:
         text: what the model reads, at most 256 tokens.
-        model_size: 124M, 355M, 774M or 1558M (downloaded once), a folder in models_dir, or a path.
+        model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
+            the Hugging Face Hub. What is not here yet is downloaded once.
         models_dir: the folder that holds the models.
         out: the page's file.
     """

@@ -328,7 +328,8 @@ def main(
     Args:
         prompt: the text to continue; empty to start from nothing.
         n_tokens_to_generate: add at most this many tokens.
-        model_size: 124M, 355M, 774M or 1558M (downloaded once), a folder in models_dir, or a path.
+        model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
+            the Hugging Face Hub. What is not here yet is downloaded once.
         models_dir: the folder that holds the models.
         temperature: 0 always takes the likeliest token; around 0.8 writes livelier text.
         top_k: draw from the k likeliest tokens only; 0 for all.

@@ -28,6 +28,7 @@ from itertools import islice
 
 import numpy as np
 
+from corpus.chat import NEXT_TURN, converse
 from engine import products, slices, threads
 from engine.rows import admit, choose, drawing, n_read, n_to_copy, new_row, write
 from engine.stops import up_to
@@ -330,6 +331,7 @@ def main(
     stop: tuple[str, ...] | None = None,
     echo: bool = False,
     jsonl: bool = False,
+    chat: bool = False,
     model_size: str = "124M",
     models_dir: str = "models",
     temperature: float = 0.0,
@@ -355,7 +357,10 @@ def main(
             backslash; may be repeated, for several (the ids of --jsonl keep its tokens).
         echo: print each prompt before its continuation.
         jsonl: print one JSON object per line (prompt, text, ids, stop, index, sample) instead.
-        model_size: 124M, 355M, 774M or 1558M (downloaded once), a folder in models_dir, or a path.
+        chat: a conversation: answer each line that is typed, with those before it in mind, until
+            Ctrl-D; Ctrl-C stops an answer. For models that have been finetuned on conversations.
+        model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
+            the Hugging Face Hub. What is not here yet is downloaded once.
         models_dir: the folder that holds the models.
         temperature: 0 always takes the likeliest token; around 0.8 writes livelier text.
         top_k: draw from the k likeliest tokens only; 0 for all.
@@ -375,18 +380,24 @@ def main(
     stops = [unescape(text) for text in stop or ()]
     if "" in stops:
         raise ValueError("stop must not be empty")
+    if chat:
+        check_chat(n_samples=n_samples > 1, echo=echo, jsonl=jsonl, slide=slide)
+        stops.append(NEXT_TURN)
     stream = choose_stream(backend, lookup=lookup, slide=slide)
-    prompts = find_prompts(prompts, prompts_file, interactive)
+    prompts = find_prompts(prompts, prompts_file, interactive or chat)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
 
-    def write(prompts):
-        rows = stream(
-            encode_prompts(prompts, encoder, None if slide else hparams["n_ctx"]),
+    def rows_of(batch):
+        return stream(
+            batch,
             params, hparams["n_head"], n_tokens_to_generate,
             temperature, top_k, top_p, seed, encoder.endoftext,
             stops and (lambda ids: any(text in encoder.decode(ids) for text in stops)),
             n_samples, batch_size,
         )  # fmt: skip
+
+    def write(prompts):
+        rows = rows_of(encode_prompts(prompts, encoder, None if slide else hparams["n_ctx"]))
         if len(prompts) * n_samples == 1 and not jsonl:
             print_stream(rows, prompts[0] if echo else "", encoder, stops)
         else:
@@ -395,10 +406,18 @@ def main(
                 bar=prompts_file is not None, echo=echo,
             )  # fmt: skip
 
-    if prompts is None:
+    if chat:
+        room = hparams["n_ctx"] - n_tokens_to_generate
+        interact(converse(lambda ids: texts_of(rows_of([ids]), encoder, stops), encoder, room))
+    elif prompts is None:
         interact(write)
     else:
         write(prompts)
+
+
+def check_chat(**asked):  # what does not go together with --chat, and whether it was asked for
+    for name in (name for name, is_asked in asked.items() if is_asked):
+        raise ValueError(f"--chat gives one answer to each line: leave out --{name}")
 
 
 def choose_stream(backend, **options):  # -> generate_stream, NumPy's or JAX's, with the options
@@ -427,10 +446,14 @@ def encode_prompts(prompts, encoder, n_ctx):  # list of str -> list of id lists
     return batch
 
 
+def texts_of(rows, encoder, stops):  # of one row -> its text in parts, as it is made
+    new_ids = (ids[-1] for _, ids, why in rows if why != "endoftext" and ids)
+    return up_to(encoder.decode_stream(new_ids), stops)
+
+
 def print_stream(rows, before, encoder, stops):
     """Prints the one row's text as it is made, after the text `before`."""
-    new_ids = (ids[-1] for _, ids, why in rows if why != "endoftext" and ids)
-    for text in up_to(encoder.decode_stream(new_ids), stops):
+    for text in texts_of(rows, encoder, stops):
         print(before + text, end="", flush=True)
         before = ""
     print()

@@ -39,6 +39,7 @@ except ModuleNotFoundError as missing:  # generating does not need them, so they
     print(f"error: {missing}: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
 
+from corpus.examples import is_examples
 from evaluate import TASKS, accuracy, encode_item, load_items
 from gpt2 import hidden_state
 from kv_cache_jax import generate
@@ -69,6 +70,7 @@ from training.devices import (
 )
 from training.flags import check_saved, choose, extend, read_flags, read_tasks
 from training.loop import load_start, sample, train
+from training.packed import learned_share, unpack
 from training.scoring import make_scorer, score_items
 from training.state import (
     count_rows,
@@ -80,6 +82,7 @@ from training.state import (
     split,
     start_state,
 )
+from training.text import describe
 from utils import load_encoder_hparams_and_params
 
 LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
@@ -88,29 +91,34 @@ LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
 # --- The model ----------------------------------------------------------------------------------
 
 
-def losses(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None):
+def losses(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None, packed=False):
     """[n_batch, n_seq + 1] -> [n_batch], nats per token: each predicted from the tokens before it.
 
-    The mean of -log p(next token). All of the options leave the result as it is, up to rounding:
+    The mean of -log p(next token). Most of the options leave the result as it is, up to rounding:
     n_vocab says how many rows of wte are tokens, if others pad it; in n_chunks > 1, no more than
     this part of the logits is held at once, and made again for the gradient; `attend` replaces
     gpt2.attention. Logits and everything after are float32, whatever the parameters are.
+
+    If the rows are packed examples (corpus/examples.py), what is not to be learned counts as 0.
     """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    if packed:
+        params, inputs, targets, attend = unpack(params, tokens)
     if attend:
         params = params | {"blocks": [block | {"attend": attend} for block in params["blocks"]]}
-    x = hidden_state(tokens[:, :-1], **params, n_head=n_head)
+    x = hidden_state(inputs, **params, n_head=n_head)
     wte = params["wte"].astype(params["blocks"][0]["attn"]["c_attn"]["w"].dtype)
 
     def nats(x, targets):  # [n_batch, n, n_embd], [n_batch, n] -> [n_batch]
         logits = jnp.matmul(x.astype(wte.dtype), wte.T, preferred_element_type=jnp.float32)
         if n_vocab is not None and n_vocab < len(wte):
             logits = jnp.where(jnp.arange(len(wte)) < n_vocab, logits, -jnp.inf)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).sum(-1)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return jnp.where(targets < 0, 0, nats).sum(-1)
 
     def chunks(x):  # [n_batch, n_seq, ...] -> [n_chunks, n_batch, n_seq / n_chunks, ...]
         return x.reshape(len(x), n_chunks, -1, *x.shape[2:]).swapaxes(0, 1)
 
-    targets = tokens[:, 1:]
     if n_chunks == 1:
         return nats(x, targets) / targets.shape[1]
     sums = jax.lax.map(lambda a: jax.checkpoint(nats)(*a), (chunks(x), chunks(targets)))
@@ -227,17 +235,19 @@ def make_train_steps(optimizer, drop_rate=0.0, seed=0, dtype="float32", sharding
     Where the parameters hold adapters, nothing else has gradients or moments, or changes.
     """
 
-    def batch_loss(trained, frozen, batch, key):
+    def batch_loss(trained, frozen, batch, key, share):
         weights = join(trained, frozen)
         if drop_rate:
             weights = drop_weights(key, weights, drop_rate)
-        return losses(weights, batch, **how).mean()
+        return losses(weights, batch, **how).mean() / share
 
     def value_and_gradients(params, batch, key):  # [n_accumulate, batch_size, n_ctx + 1]
         weights = split(narrow(params, dtype))  # once a step; what is summed below is float32 again
+        share = learned_share(batch, **how).mean()  # every token that is learned counts alike
 
         def one(i, total):
-            result = jax.value_and_grad(batch_loss)(*weights, batch[i], jax.random.fold_in(key, i))
+            key_i = jax.random.fold_in(key, i)
+            result = jax.value_and_grad(batch_loss)(*weights, batch[i], key_i, share)
             return jax.tree.map(jnp.add, total, result)
 
         total = jnp.float32(0), jax.tree.map(jnp.zeros_like, split(params)[0])
@@ -267,14 +277,17 @@ def make_train_steps(optimizer, drop_rate=0.0, seed=0, dtype="float32", sharding
     return train_steps
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "n_head", "n_vocab", "n_chunks", "attend"))
+@functools.partial(
+    jax.jit, static_argnames=("dtype", "n_head", "n_vocab", "n_chunks", "attend", "packed")
+)
 def validation_loss(params, windows, counts, dtype="float32", **how):  # -> [], nats per token
     """The loss on all of the validation text, [n, batch_size, n_ctx + 1], a batch at a time.
 
     counts: [n, batch_size], 1 for a window, 0 for what fills the last batch up.
     """
     weights = narrow(params, dtype)
-    return (jax.lax.map(lambda w: losses(weights, w, **how), windows) * counts).sum() / counts.sum()
+    nats = jax.lax.map(lambda w: losses(weights, w, **how), windows)
+    return (nats * counts).sum() / (learned_share(windows, **how) * counts).sum()
 
 
 # --- The command line ---------------------------------------------------------------------------
@@ -338,9 +351,8 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
     measure = make_measure(flags, mesh, encoder, hparams, not is_main)
     if is_main:
         n_params, n_frozen = (sum(x.size for x in jax.tree.leaves(p)) for p in split(params))
-        n_val, beside = windows[:, 1:].size, f" beside {n_frozen} frozen ones" if n_frozen else ""
-        print(f"{n_params} parameters{beside}, ", end="")
-        print(f"{text['n_train']} training and {n_val} validation tokens")
+        beside = f" beside {n_frozen} frozen ones" if n_frozen else ""
+        print(f"{n_params} parameters{beside}, {describe(text, windows)}")
     each, n_done = 4 if "lora_rank" in flags else 6, saved["step"] if saved else 0
     flops = progress.flops_per_token(hparams, flags["n_ctx"], each)
     state, train_steps, validate = set_up(flags, mesh, optimizer, params, moments, n_done, windows)
@@ -472,7 +484,7 @@ def loss_options(flags, n_vocab, n_batch):
         n_chunks *= 2
     attend = fused_attention if flags["dtype"] == "bfloat16" else None
     how = {"n_head": flags["n_head"], "n_vocab": n_vocab, "n_chunks": n_chunks, "attend": attend}
-    return how | {"dtype": flags["dtype"]}
+    return how | {"dtype": flags["dtype"], "packed": is_examples(flags["data"])}
 
 
 if __name__ == "__main__":

@@ -21,20 +21,25 @@ from pathlib import Path
 
 from encoder import get_encoder
 from model_files.adapters import CONFIG, is_adapter, merge, read_adapter, read_config
-from model_files.config import hugging_face_config, read_hparams, sizes_file
+from model_files.config import hugging_face_config, query_scales, read_hparams, sizes_file
 from model_files.convert import convert_checkpoint
 from model_files.download import SIZES, download
+from model_files.hub import fetch_repository, is_repository
 from model_files.weights import (
+    WEIGHTS,
+    WEIGHTS_INDEX,
     hugging_face_name,
     named_tensors,
     nest,
+    read_index,
     read_safetensors,
+    scale_queries,
     tensor_shapes,
     to_float32,
     write_safetensors,
 )
 from plumbing.cli import did_you_mean
-from plumbing.files import read_json, remove, write_whole
+from plumbing.files import remove, write_whole
 
 HUGGING_FACE_NAMES = dict(zip(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), SIZES, strict=True))
 
@@ -44,9 +49,9 @@ HUGGING_FACE_NAMES = dict(zip(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), 
 def load_encoder_hparams_and_params(model_size, models_dir="models"):
     """The tokenizer, the sizes and the weights (read-only float32 arrays) of one model.
 
-    `model_size` is a released size (downloaded when missing), a folder under `models_dir`, or a
-    path. An adapter is merged into the model that it names. ValueError, OSError or ImportError say
-    in one line what is wrong with it and where.
+    `model_size` is a released size (downloaded when missing), a folder under `models_dir`, a path,
+    or owner/name[@revision] of the Hugging Face Hub. An adapter is merged into the model that it
+    names. ValueError, OSError or ImportError say in one line what is wrong with it and where.
     """
     model_dir = find_model(model_size, models_dir)
     if is_adapter(model_dir):
@@ -80,6 +85,7 @@ def load_base_and_adapter(model_dir, models_dir="models"):
 def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an absolute path
     """The folder `model_size` means; a released size is downloaded if any of its files is missing.
 
+    So is owner/name, from the Hugging Face Hub, where no folder has that path.
     The project's own `models` stands in for a default `models_dir` that is not in this directory.
     Hugging Face's names of the released sizes are understood, where no folder has such a name.
     """
@@ -94,6 +100,8 @@ def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an 
     for folder in folders:
         if model_size and os.path.isdir(folder):
             return os.path.abspath(folder)
+    if is_repository(model_size):
+        return fetch_repository(model_size, only_tokenizer)
     if os.path.basename(model_size) != model_size:
         raise ValueError(f"no folder at {model_size}: expected a model's folder, or its name")
     names = os.listdir(models_dir) if os.path.isdir(models_dir) else []
@@ -132,23 +140,22 @@ def load_params(model_dir, hparams):
         head = key == "lm_head.weight" and shape != arrays["wte"].shape
         if head or (key.startswith("h.") and not key.endswith((".attn.bias", ".attn.masked_bias"))):
             raise ValueError(f"{source}: {key} {shape} does not belong in a model of its sizes")
+    for i, scale in enumerate(query_scales(model_dir, hparams)):
+        for name in (f"blocks.{i}.attn.c_attn.w", f"blocks.{i}.attn.c_attn.b"):
+            if scale != 1:
+                arrays[name] = scale_queries(arrays[name], scale)
     return nest(arrays)
 
 
 def read_weights(model_dir):
     """({Hugging Face's key: (dtype, shape, bytes)}, the path to name in complaints)."""
-    path = os.path.join(model_dir, "model.safetensors")
-    index = path + ".index.json"
+    path, index = (os.path.join(model_dir, name) for name in (WEIGHTS, WEIGHTS_INDEX))
     checkpoint = os.path.join(model_dir, "model.ckpt")
     if os.path.isfile(path):
         tensors = read_safetensors(path)
     elif os.path.isfile(index):
-        shards = read_json(index).get("weight_map")
-        shards = [*shards.values()] if isinstance(shards, dict) else [""]
-        if any(not isinstance(s, str) or s != os.path.basename(s) or not s for s in shards):
-            raise ValueError(f"{index}: weight_map should name files of this folder")
         tensors, path = {}, index
-        for shard in sorted(set(shards)):
+        for shard in read_index(index):
             tensors |= read_safetensors(os.path.join(model_dir, shard))
     elif os.path.isfile(checkpoint + ".index"):
         tensors, path = convert_checkpoint(model_dir, path), checkpoint

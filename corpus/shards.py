@@ -6,8 +6,8 @@
 The shards of a split are one long sequence; where it is cut into files makes no difference. Three
 kinds of folders open: prepare.py's own (its docstring describes them), nanoGPT's `train.bin` and
 `val.bin` (nothing but uint16), and those of llm.c and modded-nanogpt (names with `train` or `val`
-in them, of which the last counts; uint16 after a header of 256 int32, of which the first is
-20240520, the second the version and the third the number of ids). Only the first kind knows its
+in them, of which the last counts; ids after a header of 256 int32, of which the first two say their
+kind, uint16 or Llama 3's uint32, and the third their number). Only the first kind knows its
 tokenizer.
 """
 
@@ -21,7 +21,9 @@ from encoder import find_tokenizer, get_encoder
 from plumbing.files import read_json
 
 SHARD = re.compile(r"(train|val)_\d{6,}\.bin")  # prepare.py's names
-MAGIC, VERSION, N_HEADER = 20240520, 1, 256  # the header of llm.c's files, in int32
+# The headers of llm.c's files, {first number: (version, type of the ids)}: GPT-2's and Llama 3's.
+LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
+N_HEADER = 256  # int32
 
 
 def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or None
@@ -81,19 +83,20 @@ def open_prepared(folder):  # -> {"train": [arrays], "val": [arrays]}
     return shards
 
 
-def open_foreign(path):  # -> [n_ids] uint16, mapped
+def open_foreign(path):  # -> [n_ids] uint16 or uint32, mapped
     """nanoGPT's bare uint16, or llm.c's, which begins with a header."""
     n_bytes = path.stat().st_size
     if n_bytes == 0 or n_bytes % 2:
         raise ValueError(f"{path}: {n_bytes} bytes, which cannot be uint16 ids")
     header = np.fromfile(path, "<i4", 3).tolist()
-    if len(header) < 3 or header[0] != MAGIC:
+    if len(header) < 3 or header[0] not in LLM_C:
         return np.memmap(path, "<u2", mode="r")
-    if header[1] != VERSION or n_bytes != 4 * N_HEADER + 2 * header[2]:
+    version, dtype = LLM_C[header[0]]
+    if header[1] != version or n_bytes != 4 * N_HEADER + np.dtype(dtype).itemsize * header[2]:
         raise ValueError(
             f"{path}: {n_bytes} bytes, but its header says version {header[1]}, {header[2]} ids"
         )
-    return np.memmap(path, "<u2", mode="r", offset=4 * N_HEADER)
+    return np.memmap(path, dtype, mode="r", offset=4 * N_HEADER)
 
 
 def count_ids(shards):  # [arrays] -> the length of the sequence that they are

@@ -1,5 +1,6 @@
 """A model's sizes on the disk: Hugging Face's config.json, or OpenAI's hparams.json."""
 
+import math
 import os
 
 from plumbing.files import read_json
@@ -16,8 +17,11 @@ OUR_ARITHMETIC = {  # the values of Hugging Face's settings that mean what gpt2.
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
     "layer_norm_epsilon": (1e-5,),
     "tie_word_embeddings": (True,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
+    "scale_attn_weights": (
+        True,
+        False,
+    ),  # of the other values of these two, query_scales takes care
+    "scale_attn_by_inverse_layer_idx": (False, True),
     "add_cross_attention": (False,),
 }
 
@@ -39,6 +43,12 @@ def read_hparams(model_dir):
         raise FileNotFoundError(f"{model_dir}: no model, neither config.json nor hparams.json")
     config = read_json(path)
     hugging_face = path.endswith("config.json")
+    if hugging_face:
+        for key, same in OUR_ARITHMETIC.items():
+            if config.get(key, same[0]) not in same:
+                raise ValueError(
+                    f"{path}: {key} {config[key]!r} is not supported: only {same[0]!r} is"
+                )
     hparams = {}
     for ours, theirs in HUGGING_FACE_SIZES.items():
         key = theirs if hugging_face else ours
@@ -53,12 +63,23 @@ def read_hparams(model_dir):
             raise ValueError(f"{path}: n_inner is {n_inner!r}, not a sensible number")
         if n_inner not in (None, 4 * hparams["n_embd"]):
             hparams["n_inner"] = n_inner
-        for key, same in OUR_ARITHMETIC.items():
-            if config.get(key, same[0]) not in same:
-                raise ValueError(
-                    f"{path}: {key} {config[key]!r} is not supported: only {same[0]!r} is"
-                )
     return hparams
+
+
+def query_scales(model_dir, hparams):  # -> [n_layer], what each block's queries are multiplied by
+    """1, but for two variants of GPT-2 that divide a query's scores by something else.
+
+    All divide by sqrt(d_head) unless scale_attn_weights is false, and block i by i + 1 as well if
+    scale_attn_by_inverse_layer_idx is true. Where gpt2.py divides by sqrt(d_head), the queries can
+    make up for it. (reorder_and_upcast_attn, a third, changes nothing in float32.)
+    """
+    path = sizes_file(model_dir)
+    config = read_json(path) if path.endswith("config.json") else {}
+    scale, blocks = 1.0, range(1, hparams["n_layer"] + 1)
+    if not config.get("scale_attn_weights", True):
+        scale = math.sqrt(hparams["n_embd"] // hparams["n_head"])
+    by_block = config.get("scale_attn_by_inverse_layer_idx", False)
+    return [scale / i if by_block else scale for i in blocks]
 
 
 def hugging_face_config(encoder, hparams, dtype):

@@ -13,7 +13,10 @@ import re
 
 import numpy as np
 
-from plumbing.files import MOST_BYTES, check_file, replacing
+from plumbing.files import MOST_BYTES, check_file, read_json, replacing
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"  # beside several files, the shards
 
 # --- Names and shapes ---------------------------------------------------------------------------
 
@@ -132,6 +135,15 @@ def read_safetensors(path):
     return tensors
 
 
+def read_index(path):  # -> the names of the shards, each once
+    """ValueError where they are not names of files in the index's own folder."""
+    shards = read_json(path).get("weight_map")
+    shards = [*shards.values()] if isinstance(shards, dict) else [""]
+    if any(not isinstance(s, str) or s != os.path.basename(s) or not s for s in shards):
+        raise ValueError(f"{path}: weight_map should name files of this folder")
+    return sorted(set(shards))
+
+
 def to_float32(dtype, data, source):
     """Bytes as a flat, read-only float32 array: a view of float32, a copy of the 16-bit formats."""
     if dtype == "F32":
@@ -144,6 +156,14 @@ def to_float32(dtype, data, source):
         raise ValueError(f"{source} is {dtype}, not F32, F16 or BF16")
     array.flags.writeable = False
     return array
+
+
+def scale_queries(c_attn, scale):  # [..., 3 * n_embd] -> the same, read-only
+    """A copy of c_attn's weight or bias with the first third, that of the queries, multiplied."""
+    scaled = c_attn.copy()
+    scaled[..., : scaled.shape[-1] // 3] *= scale
+    scaled.flags.writeable = False
+    return scaled
 
 
 def write_safetensors(path, tensors):

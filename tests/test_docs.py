@@ -25,7 +25,8 @@ from model_files import weights
 DOCS = REPO / "docs"
 NUMBERED = sorted(path.name for path in DOCS.glob("[0-9]*.md"))
 PAGES = ["README.md", *NUMBERED, "exercises.md"]
-ALL = [DOCS / name for name in [*PAGES, "guide.md"]]  # and what is not run, only looked at:
+LONG = ["finetuning.md"]  # a page of the guide's, which is run, too
+ALL = [DOCS / name for name in [*PAGES, *LONG, "guide.md"]]  # and what is not run, only looked at:
 ALL += [
     REPO / name for name in ("README.md", "benchmarks/README.md", "models/shakespeare/README.md")
 ]
@@ -140,11 +141,11 @@ def jax_on_cpu():
         yield
 
 
-def page(name):  # one of them trains for some time
-    return pytest.param(name, marks=[pytest.mark.slow] if name == "12_lora.md" else [])
+def page(name):  # two of them train for some time
+    return pytest.param(name, marks=[pytest.mark.slow] if name in ("12_lora.md", *LONG) else [])
 
 
-@pytest.mark.parametrize("name", [page(name) for name in PAGES])
+@pytest.mark.parametrize("name", [page(name) for name in [*PAGES, *LONG]])
 def test_the_blocks_of_a_page_do_what_it_says(name, project):
     text = (DOCS / name).read_text("utf-8")
     imports_jax = ">>> import jax\n" in text

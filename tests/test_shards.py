@@ -20,13 +20,16 @@ def write_nano(path, ids):
     np.array(ids, dtype=np.uint16).tofile(path)
 
 
-def write_llm_c(path, ids, version=1):
-    """As llm.c's dev/data/data_common.py: 256 int32, then uint16."""
+def write_llm_c(path, ids, version=1, magic=20240520, dtype=np.uint16):
+    """As llm.c's dev/data/data_common.py: 256 int32, then GPT-2's uint16 or Llama 3's uint32."""
     header = np.zeros(256, dtype=np.int32)
-    header[:3] = 20240520, version, len(ids)
+    header[:3] = magic, version, len(ids)
     with open(path, "wb") as file:
         file.write(header.tobytes())
-        file.write(np.array(ids, dtype=np.uint16).tobytes())
+        file.write(np.array(ids, dtype=dtype).tobytes())
+
+
+LLAMA_3 = {"magic": 20240801, "version": 7, "dtype": np.uint32}
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,17 @@ def test_foreign_shards(tmp_path, rng, kind):
         shards.check_ids([np.array([3, 256])], 256, "x")
     Encoder([("a", "b")]).save(tmp_path)
     assert shards.open_shards(tmp_path)[1].merges == [("a", "b")]
+
+
+def test_llama_3s_shards_hold_ids_beyond_uint16(tmp_path, rng):
+    ids = [128000, *rng.integers(0, 128256, 300).tolist()]
+    write_llm_c(tmp_path / "edu_fineweb_train_000001.bin", ids, **LLAMA_3)
+    write_llm_c(tmp_path / "edu_fineweb_val_000000.bin", ids[::-1], **LLAMA_3)
+    split, _ = shards.open_shards(tmp_path)
+    assert [split[name][0].tolist() for name in ("train", "val")] == [ids, ids[::-1]]
+    write_llm_c(tmp_path / "edu_fineweb_val_000000.bin", ids, **LLAMA_3 | {"dtype": np.uint64})
+    with pytest.raises(ValueError, match="its header says version 7, 301 ids"):
+        shards.open_shards(tmp_path)
 
 
 def damage(folder, how):

@@ -182,7 +182,7 @@ def test_with_bfloat16_norms_softmax_and_loss_are_float32(rng):
     [(12, 64, 257, 1), (32, 1024, 50257, 8), (10**6, 100, 50257, 4)],  # 100: halved twice at most
 )
 def test_the_logits_are_made_in_parts_that_fit(n_batch, n_ctx, n_vocab, n_chunks):
-    flags = {"n_ctx": n_ctx, "n_head": 2, "dtype": "float32"}
+    flags = {"n_ctx": n_ctx, "n_head": 2, "dtype": "float32", "data": "shakespeare"}
     assert train_jax.loss_options(flags, n_vocab, n_batch)["n_chunks"] == n_chunks
 
 

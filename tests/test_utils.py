@@ -16,6 +16,7 @@ from conftest import REPO, on_linux, random_params
 
 import utils
 from encoder import Encoder
+from gpt2 import gpt2
 from model_files import config, convert, download, weights
 from plumbing import cli, files
 
@@ -177,8 +178,6 @@ def test_the_safetensors_library_reads_what_we_write(saved):
 def test_transformers_opens_what_we_save(saved, rng):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    from gpt2 import gpt2
-
     folder, params = saved
     model, info = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
@@ -193,6 +192,21 @@ def test_transformers_opens_what_we_save(saved, rng):
     tokenizer = transformers.GPT2TokenizerFast.from_pretrained(folder)
     text = "Zwölf Boxkämpfer — 1984!\n"
     assert tokenizer.encode(text) == Encoder([]).encode(text)
+
+
+def test_the_guides_lines_for_transformers_give_our_logits(rng, monkeypatch):
+    """The shipped model, which is stored as float16."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    monkeypatch.chdir(REPO)
+    code = (REPO / "docs" / "guide.md").read_text("utf-8").split("```python\nimport torch\n")[1]
+    names = {"torch": torch}
+    exec(code.split("```")[0], names)
+    _, hparams, params = utils.load_encoder_hparams_and_params("shakespeare")
+    ids = rng.integers(0, hparams["n_vocab"], 40)
+    with torch.no_grad():
+        logits = names["model"](torch.tensor(ids)[None]).logits[0].numpy()
+    np.testing.assert_allclose(logits, gpt2(ids, **params, n_head=hparams["n_head"]), atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -220,8 +234,6 @@ def test_any_n_inner_loads_and_is_exported(rng, tmp_path, n_inner):
     """From transformers to us, to a folder, and back to transformers, with the same logits."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    from gpt2 import gpt2
-
     sizes = {theirs: HPARAMS[ours] for ours, theirs in config.HUGGING_FACE_SIZES.items()}
     settings = transformers.GPT2Config(**sizes, n_inner=n_inner)
     model = transformers.GPT2LMHeadModel(settings).eval()
@@ -239,6 +251,37 @@ def test_any_n_inner_loads_and_is_exported(rng, tmp_path, n_inner):
         with torch.no_grad():
             wanted = theirs(torch.tensor(ids)).logits
         np.testing.assert_allclose(logits, wanted, atol=1e-5)
+
+
+VARIANTS = [
+    {"scale_attn_by_inverse_layer_idx": True},
+    {"scale_attn_weights": False},
+    {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+    {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
+def test_variants_that_the_weights_can_make_up_for(rng, tmp_path, variant):
+    """transformers' logits; and what is saved again is the plain GPT-2 that computes the same."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    sizes = {theirs: HPARAMS[ours] for ours, theirs in config.HUGGING_FACE_SIZES.items()}
+    settings = transformers.GPT2Config(**sizes, **variant, initializer_range=0.5)
+    model = transformers.GPT2LMHeadModel(settings).eval()
+    for block in model.transformer.h:  # which begins as zeros
+        torch.nn.init.normal_(block.attn.c_attn.bias)
+    model.save_pretrained(tmp_path / "theirs")
+    Encoder([]).save(tmp_path / "theirs")
+    utils.save_model(tmp_path / "plain", *load(tmp_path / "theirs"))
+    plain = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "plain").eval()
+    assert plain.config.scale_attn_weights and not plain.config.scale_attn_by_inverse_layer_idx
+    ids = rng.integers(257, size=(2, 16))
+    logits = gpt2(ids, **load(tmp_path / "theirs")[2], n_head=2)
+    for theirs in (model, plain):
+        with torch.no_grad():
+            wanted = theirs(torch.tensor(ids)).logits
+        np.testing.assert_allclose(logits, wanted, atol=5e-5)
 
 
 def test_a_folder_that_transformers_saved_whole_loads(saved, tmp_path):
@@ -275,8 +318,8 @@ def test_masks_and_the_tied_head_of_older_files_are_ignored(saved):
         {"model_type": "llama"},
         {"activation_function": "gelu"},
         {"tie_word_embeddings": False},
-        {"scale_attn_weights": False},
-        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": None},
+        {"scale_attn_by_inverse_layer_idx": 2},
         {"layer_norm_epsilon": 1e-6},
         {"n_inner": 33},
         {"n_inner": 0},

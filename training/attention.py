@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 
 
-def fused_attention(q, k, v):  # [n_batch, n_head, n_seq, d_head] each -> the same
+def fused_attention(q, k, v, mask=None):  # [n_batch, n_head, n_seq, d_head] each -> the same
     """gpt2.attention for narrow numbers: its softmax is float32 even so.
+
+    mask: [n_batch, 1, n_seq, n_seq], True where a query may see a key that is not after it.
 
     One kernel of cuDNN's where there is one for it, else XLA's own, which holds all the scores.
     """
@@ -15,5 +17,5 @@ def fused_attention(q, k, v):  # [n_batch, n_head, n_seq, d_head] each -> the sa
     has_cudnn = has_cudnn and float(device.compute_capability) >= 8  # Ampere, Hopper and later
     fits = d_head % 8 == 0 and d_head <= 128 and q.dtype != jnp.float32
     kernel = "cudnn" if has_cudnn and fits else "xla"
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=kernel)
     return out.swapaxes(1, 2)

@@ -1,6 +1,7 @@
 """Which stretches of the text a step sees: a function of the seed and the step alone."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,11 @@ def read_batches(shards, seed, n_done, shape, n_ctx, sharding):  # -> [*shape, n
 
     shape: [n steps, n_accumulate, batch_size]. Where the places are depends on neither devices nor
     processes, but a process reads only those stretches that its own devices will work on.
+    Of packed examples, one shard with two axes, it is whole rows: every one, then every one again.
     """
+    if shards and shards[0].ndim == 2:
+        rows = shards[0][draw_rows(seed, n_done, shape, len(shards[0]))]
+        return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
     n_places = count_ids(shards) - n_ctx
     stride = -(-n_places // (2**31 - 1))  # int32 draws them: of more places, not all are used
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # a GPU is busy with the last
@@ -46,6 +51,14 @@ def read_batches(shards, seed, n_done, shape, n_ctx, sharding):  # -> [*shape, n
         return read_stretches(shards, mine.ravel(), n_ctx + 1).reshape(*mine.shape, n_ctx + 1)
 
     return jax.make_array_from_callback((*shape, n_ctx + 1), sharding, read)
+
+
+def draw_rows(seed, n_done, shape, n_rows):  # -> [*shape] numbers below n_rows
+    """Which rows the steps after n_done take, of an endless sequence of shuffled packs of all."""
+    first, n = n_done * math.prod(shape[1:]), math.prod(shape)
+    packs = range(first // n_rows, -(-(first + n) // n_rows))
+    shuffled = [np.random.default_rng([seed, pack]).permutation(n_rows) for pack in packs]
+    return np.concatenate(shuffled)[first % n_rows :][:n].reshape(shape)
 
 
 def fill_batches(windows, batch_size):  # [n_windows, n_ctx + 1] -> windows, counts

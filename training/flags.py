@@ -65,8 +65,10 @@ def read_flags(
     data: those that are typed replace them. The recipes are in training/recipes.py.
 
     Args:
-        data: a text file, shakespeare (downloaded once), python-docs (on every machine), or a
-            folder of token shards (prepare.py's, nanoGPT's or llm.c's).
+        data: a text file, shakespeare (downloaded once), python-docs (on every machine), a folder
+            of token shards (prepare.py's, nanoGPT's or llm.c's), or a file NAME.jsonl of examples,
+            {"prompt": text, "completion": text} or {"messages": [...]} a line, of which only the
+            completions and the assistant's messages are learned.
         out: the folder to write, a new one; `python gpt2.py "..." --model_size mine` then reads
             models/mine.
         recipe: shakespeare-cpu, shakespeare (the default on a GPU or TPU), tinystories, finetune

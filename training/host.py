@@ -11,6 +11,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
+from corpus.examples import is_examples
 from corpus.shards import count_ids, read_stretches
 from engine.threads import in_threads, own_threads
 from gpt2 import gpt2
@@ -72,6 +73,8 @@ def check_asked(typed, how):
         for name in ("eval_tasks", "eval_tasks_every", "lora_rank")
         if name in typed
     }
+    if is_examples(typed.get("data", "")):
+        asked["data"] = typed["data"]
     for name, value in asked.items():
         only = f": here it is {ONLY[name]}" if name in ONLY else ""
         raise ValueError(f"--{name} {value} is train_jax.py's{only}")

@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 
+from corpus.examples import hold_out, is_examples, is_learned, load_examples, pack
 from corpus.shards import check_ids, count_ids, open_shards, read_stretches
 from encoder import Encoder
 from model_files.download import download_shakespeare
@@ -56,13 +57,39 @@ def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]},
 
 
 def open_text(data, encoder, n_ctx):
-    """-> shards, the validation windows, what a checkpoint says of both, and the tokenizer."""
+    """-> shards, the validation windows, what a checkpoint says of both, and the tokenizer.
+
+    Of examples the one training shard is [n_rows, n_ctx + 1], to be taken row by row.
+    """
+    if is_examples(data):
+        return open_examples(data, encoder or Encoder([]), n_ctx)
     shards, encoder = load_tokens(data, encoder)
     check_enough(shards, n_ctx, data)
     windows = cut_windows(shards["val"], n_ctx)
     text = {"n_train": count_ids(shards["train"]), "training": fingerprint(shards["train"])}
     text["validation"] = hashlib.sha256(windows.tobytes()).hexdigest()
     return shards, windows, text, encoder
+
+
+def open_examples(data, encoder, n_ctx):
+    """open_text's answers, of a file of JSON lines that corpus/examples.py describes."""
+    examples, words = load_examples(data, encoder, n_ctx + 1)
+    if len(examples) < 2:
+        raise ValueError(f"{data}: {words}: at least 2 are needed, one of them to validate with")
+    train, windows = (pack(some, n_ctx + 1) for some in hold_out(examples))
+    windows = windows[: max(1, MOST_VALIDATION // n_ctx)]
+    text = {"n_train": int(is_learned(train).sum()), "training": fingerprint([train.ravel()])}
+    text |= {"validation": hashlib.sha256(windows.tobytes()).hexdigest(), "examples": words}
+    return {"train": [train]}, windows, text, encoder
+
+
+def describe(text, windows):  # what a checkpoint says of the text -> what a person reads of it
+    if "examples" not in text:
+        return f"{text['n_train']} training and {windows[:, 1:].size} validation tokens"
+    n_val = int(is_learned(windows).sum())
+    return (
+        f"{text['n_train']} training and {n_val} validation tokens to learn, of {text['examples']}"
+    )
 
 
 def fingerprint(shards):  # [arrays] -> SHA-256, hexadecimal

@@ -1,0 +1,93 @@
+"""Conversations as text: the one template of training, kv_cache.py --chat and serve.py.
+
+    System: Answer in one sentence.
+    User: What is the capital of France?
+    Assistant: Paris.<|endoftext|>
+    User: And of Spain?
+    Assistant:
+
+GPT-2 has no tokens for speakers, so this is text that it can read from the start: a name and a
+colon, the message without the white space around it, and a new line. Only an answer ends with the
+id of <|endoftext|>, which no message can contain, so that a model learns to say when it is done.
+A message's space belongs to its first word, as everywhere in GPT-2: nothing is merged across ":".
+"""
+
+NAMES = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
+NEXT_TURN = "\nUser:"  # where a model that has not learned to end its answers goes on by itself
+
+
+def check_messages(messages):
+    """ValueError for what is not a list of {"role": one of NAMES, "content": text}."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages is not a list of messages")
+    for number, message in enumerate(messages, 1):
+        role, content = map(message.get, ("role", "content")) if type(message) is dict else (0, 0)
+        if not isinstance(content, str):
+            raise ValueError(f"message {number} has no content that is text")
+        if not isinstance(role, str) or role not in NAMES:
+            raise ValueError(f"message {number}: role is {role!r}, not {', '.join(NAMES)}")
+
+
+def encode_messages(messages, encoder):  # -> [(ids, whether they are an answer), ...]
+    """What is read and the answers by turns, as check_messages wants them.
+
+    What stands between two answers is encoded as one text, and so is every answer: the ids do not
+    depend on how much of the conversation there is yet.
+    """
+    parts, text = [], ""
+    for message in messages:
+        content = message["content"].strip()
+        if message["role"] == "assistant":
+            parts.append((encoder.encode(text + NAMES["assistant"]), False))
+            parts.append((encode_answer(" " + content, encoder), True))
+            text = "\n"
+        else:
+            text += f"{NAMES[message['role']]} {content}\n"
+    return parts + [(encoder.encode(text), False)] if text.strip() else parts
+
+
+def encode_answer(text, encoder):  # -> ids, with <|endoftext|> at their end if there is one
+    return encoder.encode(text) + ([] if encoder.endoftext is None else [encoder.endoftext])
+
+
+def encode_conversation(messages, encoder, n_most):  # -> at most n_most ids
+    """What the next answer follows, up to its "Assistant:".
+
+    Of what is too long the oldest messages are left out, but for a system's at the beginning.
+    ValueError where the last one alone is too long.
+    """
+    first = messages[:1] if messages[0]["role"] == "system" else []
+    rest = messages[len(first) :]
+    asked = {"role": "assistant", "content": ""}
+    while True:
+        parts = encode_messages([*first, *rest, asked], encoder)
+        ids = [id for part, _ in parts[:-1] for id in part]
+        if len(ids) <= n_most:
+            return ids
+        if len(rest) <= 1:
+            raise ValueError(f"a message of {len(ids)} tokens, but there is room for {n_most}")
+        rest = rest[2:] if len(rest) > 2 and rest[1]["role"] == "assistant" else rest[1:]
+
+
+def converse(answer, encoder, n_most):  # -> a function of [line], as kv_cache.py calls it
+    """Each line is a user's message. Its answer is printed, and both are kept.
+
+    answer(ids): the text of an answer in parts. What of it was written before Ctrl-C is kept as if
+    it were all. ValueError, after which the line is forgotten, for one of more than n_most ids.
+    """
+    messages = []
+
+    def say(lines):
+        asked = [*messages, {"role": "user", "content": lines[0]}]
+        ids, said = encode_conversation(asked, encoder, n_most), ""
+        messages[:] = asked
+        try:
+            for text in answer(ids):
+                text = text if said else text.lstrip()  # of the space after "Assistant:"
+                print(text, end="", flush=True)
+                said += text
+            print()
+        finally:
+            messages.append({"role": "assistant", "content": said})
+
+    return say

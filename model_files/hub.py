@@ -1,0 +1,138 @@
+"""Models of the Hugging Face Hub, by their name: owner/name, or owner/name@revision.
+
+    fetch_repository("openai-community/gpt2")  # -> a folder in the Hub's own cache
+
+huggingface_hub does the work: the cache (HF_HOME), resuming, tokens (HF_TOKEN), HF_ENDPOINT and
+HF_HUB_OFFLINE are its own. What is in the cache is used as it is, and nobody is asked. Of what is
+not, only the files of a model that we can open are fetched: never a pickle, which can run programs.
+"""
+
+import os
+import re
+
+from encoder import TOKENIZER_FILES, get_encoder
+from model_files.config import read_hparams
+from model_files.weights import WEIGHTS, WEIGHTS_INDEX, read_index
+
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@.+)?")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+TEXTS = ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json", WEIGHTS_INDEX)
+LOG_IN = "HF_TOKEN, or `hf auth login`, says who you are"
+
+
+def is_repository(name):
+    """Whether it may be the name of one, and not that of a file in a folder that is here."""
+    return bool(REPOSITORY.fullmatch(name)) and not os.path.isdir(name.split("/")[0])
+
+
+def fetch_repository(name, only_tokenizer=False):  # -> a folder
+    """What `name` has for us, fetched if it is not in the cache as a whole.
+
+    ValueError for what we cannot open, before anything large is fetched. ConnectionError for what
+    cannot be fetched. Both in one line.
+    """
+    try:
+        from huggingface_hub import constants, errors
+        from huggingface_hub.utils import logging
+    except ImportError:
+        problem = f"no folder at {name}, and a model of the Hub needs huggingface_hub"
+        raise ImportError(f"{problem}: pip install -r requirements.txt") from None
+    logging.set_verbosity_error()  # its advice about tokens and speed is not for everybody's stderr
+    repo, _, revision = name.partition("@")
+    place = repo, revision or constants.DEFAULT_REVISION
+    try:
+        return find_cached(*place, only_tokenizer) or fetch(*place, only_tokenizer)
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of our own disk, which may be full
+            raise
+        raise ConnectionError(reason(error, name)) from None
+
+
+def find_cached(repo, revision, only_tokenizer):  # -> a folder, or None where anything is missing
+    from huggingface_hub import try_to_load_from_cache
+
+    for config in ("config.json", ADAPTER[0]):
+        path = try_to_load_from_cache(repo, config, revision=revision)
+        if isinstance(path, str):
+            folder = os.path.dirname(path)
+            return folder if is_whole(folder, config, only_tokenizer) else None
+    return None
+
+
+def is_whole(folder, config, only_tokenizer):
+    def has(*names):
+        return all(os.path.isfile(os.path.join(folder, name)) for name in names)
+
+    if config in ADAPTER:
+        return has(*ADAPTER)
+    tokenizer = any(has(*names) for names in TOKENIZER_FILES)
+    if only_tokenizer or not tokenizer or has(WEIGHTS):
+        return tokenizer
+    index = os.path.join(folder, WEIGHTS_INDEX)
+    return os.path.isfile(index) and has(*read_index(index))
+
+
+def fetch(repo, revision, only_tokenizer):  # -> a folder
+    """The small files first; the others once these say that we can open the model.
+
+    All are of one commit. That the name of the revision means it is noted last, by the library:
+    what was interrupted is not mistaken for the whole.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+
+    found = HfApi().model_info(repo, revision=revision)
+    names = {file.rfilename for file in found.siblings or ()}
+    config = next((name for name in ("config.json", ADAPTER[0]) if name in names), None)
+    if config is None:
+        raise ValueError(f"{repo}: not a model that transformers could open: it has no config.json")
+    for name in (*sorted(names.intersection(TEXTS)), config):
+        path = hf_hub_download(repo, name, revision=found.sha)
+    folder = os.path.dirname(path)
+    try:
+        if config == "config.json":
+            read_hparams(folder)
+            get_encoder("", folder)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(str(error).replace(folder, repo)) from None
+    for name in () if only_tokenizer else list_weights(repo, names, config, folder):
+        hf_hub_download(repo, name, revision=found.sha)
+    hf_hub_download(repo, config, revision=revision)
+    if find_cached(repo, revision, only_tokenizer) != folder:
+        raise ConnectionError("it changed in the meantime: try again")
+    return folder
+
+
+def list_weights(repo, names, config, folder):  # -> the files that hold the tensors
+    """ValueError where a repository has none that we open."""
+    wanted = [WEIGHTS]
+    if config in ADAPTER:
+        wanted = [ADAPTER[1]]
+    elif WEIGHTS not in names and WEIGHTS_INDEX in names:
+        wanted = read_index(os.path.join(folder, WEIGHTS_INDEX))
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        pickles = any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names)
+        why = ", and its pickles are not opened: they could run any program" if pickles else ""
+        raise ValueError(f"{repo}: no {missing[0]} there{why}")
+    return wanted
+
+
+def reason(error, name):  # -> one line, where the library writes a paragraph
+    from huggingface_hub import constants, errors
+
+    repo, _, revision = name.partition("@")
+    hub = constants.ENDPOINT
+    while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"no folder at {name}, and it is not in the Hub's cache: HF_HUB_OFFLINE is set"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} is gated: ask for access at {hub}/{repo}. {LOG_IN}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision or constants.DEFAULT_REVISION!r}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no folder at {name}, and no such model at {hub}, or it is private. {LOG_IN}"
+    if isinstance(error, errors.HfHubHTTPError):
+        error = f"it answered {error.response.status_code}"
+    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    return f"no folder at {name}, and fetching it from {hub} failed: {said}"

@@ -1,0 +1,403 @@
+"""Learning from examples: what is learned of them, that none sees another, and whole runs."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import TINY, call, call_trainer, hugging_face, random_params
+
+from corpus.chat import (
+    NEXT_TURN,
+    check_messages,
+    converse,
+    encode_conversation,
+    encode_messages,
+)
+from corpus.examples import BEGINS, READ, hold_out, is_learned, load_examples, mark, pack
+from encoder import ENDOFTEXT, Encoder, train
+from gpt2 import generate
+
+jax = pytest.importorskip("jax", reason="jax is not installed")
+torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("optax", reason="optax is not installed")
+import jax.numpy as jnp  # noqa: E402
+
+import train_jax  # noqa: E402
+from training import batches, devices  # noqa: E402
+from training.packed import learned_share  # noqa: E402
+
+HPARAMS = {"n_vocab": 257, "n_ctx": 32, "n_embd": 24, "n_head": 3, "n_layer": 2}
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": " Hello, who are you?\n"},
+    {"role": "assistant", "content": "Nobody."},
+    {"role": "user", "content": "And I?"},
+    {"role": "assistant", "content": "'tis you who asks"},
+]
+AS_TEXT = (
+    "System: Be brief.\nUser: Hello, who are you?\nAssistant:[ Nobody.<|endoftext|>]\n"
+    "User: And I?\nAssistant:[ 'tis you who asks<|endoftext|>]"
+)
+words = train("User: Assistant: hello who are you and I nobody 'tis you who asks. " * 9, 300)
+
+
+def write(path, *lines):
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    return str(path)
+
+
+def load(path, *lines, n_most=999, encoder=None):
+    return load_examples(write(path, *lines), encoder or Encoder([]), n_most)
+
+
+def show(example, encoder):  # a marked example -> its text, what is learned in brackets
+    text, before = "", False
+    for token in example:
+        learned = bool(is_learned(token))
+        text += "[" * (learned > before) + "]" * (learned < before)
+        before = learned
+        text += encoder.decode([int(token) & (READ - 1)])
+    return text + "]" * before
+
+
+# --- What an example is --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoder", [Encoder([]), words], ids=["bytes", "words"])
+def test_completions_and_answers_are_learned_and_nothing_else(tmp_path, encoder):
+    asked = {"prompt": "2+2=", "completion": "4"}
+    free = {"prompt": "", "completion": "once"}
+    examples, said = load(
+        tmp_path / "a.jsonl", asked, "", {"messages": TALK}, free, encoder=encoder
+    )
+    shown = [show(example, encoder) for example in examples]
+    assert shown == [f"2+2=[4{ENDOFTEXT}]", AS_TEXT, f"{ENDOFTEXT}[once{ENDOFTEXT}]"]
+    assert said == "3 examples"
+    for example in examples:
+        assert example.dtype == np.int32 and (example & BEGINS > 0).tolist().index(True) == 0
+        assert (example & BEGINS > 0).sum() == 1
+
+
+def test_a_conversation_has_the_ids_that_transformers_gives_the_template(tmp_path):
+    """Written again for transformers, in its own language, with its own mask of the answers."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    words.save(tmp_path)
+    tokenizer = transformers.GPT2TokenizerFast.from_pretrained(tmp_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '\n' if loop.index > 1 }}"
+        "{% if m.role == 'assistant' %}Assistant:"
+        "{% generation %} {{ m.content | trim }}<|endoftext|>{% endgeneration %}"
+        "{% else %}{{ m.role | capitalize }}: {{ m.content | trim }}{% endif %}{% endfor %}"
+    )
+    wanted = tokenizer.apply_chat_template(
+        TALK, return_dict=True, return_assistant_tokens_mask=True
+    )
+    example = mark(encode_messages(TALK, words), 999)
+    assert (example & (READ - 1)).tolist() == wanted["input_ids"]
+    assert is_learned(example).tolist() == list(map(bool, wanted["assistant_masks"]))
+
+
+def test_a_prompt_and_its_completion_share_no_token(tmp_path):
+    """Where they would as one text, they are encoded apart, and it is said."""
+    encoder = Encoder([("a", "b")])
+    lines = [{"prompt": "a", "completion": "b"}, {"prompt": "b", "completion": "ab"}]
+    examples, said = load(tmp_path / "a.jsonl", *lines, encoder=encoder)
+    ab = encoder.encode("ab")
+    assert len(ab) == 1 and encoder.encode("a") + encoder.encode("b") != ab
+    assert show(examples[0], encoder) == f"a[b{ENDOFTEXT}]" and len(examples[0]) == 3
+    assert said == "2 examples, 1 whose completion would have merged with the prompt"
+
+
+def test_what_is_too_long_is_cut_on_the_left(tmp_path):
+    lines = [{"prompt": "0123456789", "completion": "yes"}, {"prompt": "0", "completion": "no"}]
+    lines += [{"prompt": "0", "completion": "abcdefghij"}, {"prompt": "0", "completion": ""}]
+    lines += [{"messages": TALK[:2]}]
+    examples, said = load(tmp_path / "a.jsonl", *lines, n_most=8)
+    shown = [show(example, Encoder([])) for example in examples]
+    assert shown == [f"6789[yes{ENDOFTEXT}]", f"0[no{ENDOFTEXT}]", f"d[efghij{ENDOFTEXT}]"]
+    assert said == "3 examples, 2 cut on the left to fit, 2 left out with nothing to learn"
+    assert all(example[0] & (READ | BEGINS) == READ | BEGINS for example in examples)
+
+
+BAD = {
+    "{": "not JSON",
+    "[1]": "not a JSON object",
+    '{"prompt": "x"}': "expected a prompt and a completion, both text, or messages",
+    '{"prompt": "x", "completion": 4}': "expected a prompt and a completion, both text",
+    '{"text": "x"}': "expected a prompt and a completion",
+    '{"messages": {}}': "messages is not a list of messages",
+    '{"messages": []}': "messages is not a list of messages",
+    '{"messages": [7]}': "message 1 has no content that is text",
+    '{"messages": [{"role": "user"}]}': "message 1 has no content that is text",
+    '{"messages": [{"role": "user", "content": ["x"]}]}': "message 1 has no content that is text",
+    '{"messages": [{"role": "user", "content": ""}, {"role": "tool", "content": ""}]}': (
+        "message 2: role is 'tool', not system, user, assistant"
+    ),
+    '{"messages": [{"role": ["user"], "content": ""}]}': "message 1: role is ['user'], not system",
+    "\xff": "not JSON",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_a_bad_line_is_named(tmp_path, line):
+    good = json.dumps({"prompt": "a", "completion": "b"})
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(f"{good}\n\n".encode() + line.encode("latin-1") + f"\n{good}\n".encode())
+    code, _, complaint = call_trainer("--data", path, "--out", tmp_path / "out")
+    assert code == 2 and complaint.count("\n") == 1
+    assert complaint.startswith(f"error: {path}, line 3: {BAD[line]}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_examples_and_the_other_trainer(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"})
+    code, _, complaint = call_trainer("--data", path, "--out", tmp_path / "out")
+    assert code == 2 and complaint.startswith(f"error: {path}: 1 example: at least 2 are needed")
+    code, _, complaint = call("backprop.py", "--data", path, "--out", tmp_path / "out")
+    assert (code, complaint) == (2, f"error: --data {path} is train_jax.py's\n")
+
+
+# --- Conversations that go on --------------------------------------------------------------------
+
+
+def test_a_conversation_is_read_as_it_was_learned():
+    """The ids before each answer of an example are those that an answer is asked for with."""
+    parts = encode_messages(TALK, words)
+    ids = [id for part, _ in parts for id in part]
+    n = len(parts[0][0])
+    assert encode_conversation(TALK[:2], words, 999) == ids[:n]
+    n += len(parts[1][0]) + len(parts[2][0])
+    assert encode_conversation(TALK[:4], words, 999) == ids[:n]
+
+
+def test_the_oldest_messages_are_forgotten():
+    talk = TALK[:1] + 5 * [TALK[1], TALK[2]] + [{"role": "user", "content": "the last"}]
+    whole = Encoder([]).decode(encode_conversation(talk, Encoder([]), 9999))
+    shortest = "System: Be brief.\nUser: the last\nAssistant:"
+    for n in (9999, len(whole), len(whole) - 1, 200, 120, len(shortest)):
+        ids = encode_conversation(talk, Encoder([]), n)
+        text = Encoder([]).decode(ids)
+        assert len(ids) <= n and text.startswith("System: Be brief.\nUser: ")
+        assert text.endswith("\nUser: the last\nAssistant:") and whole.endswith(text[18:])
+    assert text == shortest
+    with pytest.raises(ValueError, match=f"a message of {n} tokens, but there is room for {n - 1}"):
+        encode_conversation(talk, Encoder([]), n - 1)
+    check_messages(talk)
+
+
+# --- Packing -------------------------------------------------------------------------------------
+
+
+def random_examples(rng, n, n_most):
+    """Marked examples, all of different first ids as far as 257 go."""
+    found = []
+    for _ in range(n):
+        length = rng.integers(2, n_most + 1)
+        n_read = rng.integers(1, length)
+        ids = rng.integers(0, 257, length).tolist()
+        found.append(mark([(ids[:n_read], False), (ids[n_read:], True)], n_most))
+    return found
+
+
+def unpacked(rows):  # -> the examples of some rows, in bytes
+    found = []
+    for row in rows:
+        parts = np.split(row, np.flatnonzero(row & BEGINS)[1:])
+        found += [part.tobytes() for part in parts if is_learned(part).any()]
+    return sorted(found)
+
+
+def test_every_example_is_packed_once_and_little_room_is_left(rng):
+    for n, n_most in ((1, 5), (40, 12), (300, 33)):
+        examples = random_examples(rng, n, n_most)
+        rows = pack(examples, n_most)
+        assert rows.shape[1] == n_most and rows.dtype == np.int32
+        assert unpacked(rows) == sorted(example.tobytes() for example in examples)
+        least = -(-sum(map(len, examples)) // n_most)
+        assert len(rows) <= 11 / 9 * least + 4  # of best fit decreasing (Johnson 1973)
+
+
+def test_a_tenth_is_held_out():
+    for n in (2, 3, 9, 10, 11, 19, 20, 100):
+        train, val = hold_out(list(range(n)))
+        assert sorted(train + val) == list(range(n)) and len(val) == max(1, n // 10)
+
+
+def test_rows_are_taken_in_turn_wherever_a_run_begins(rng):
+    seed, n_rows = int(rng.integers(2**32)), 7
+    whole = batches.draw_rows(seed, 0, (20, 2, 3), n_rows)
+    packs = whole.ravel()[: 17 * n_rows].reshape(17, n_rows)
+    assert all(sorted(some) == list(range(n_rows)) for some in packs.tolist())
+    assert len({tuple(some) for some in packs.tolist()}) > 9  # in another order each time
+    for first in (1, 5, 19):
+        assert (batches.draw_rows(seed, first, (20 - first, 2, 3), n_rows) == whole[first:]).all()
+    assert (batches.draw_rows(seed + 1, 0, (20, 2, 3), n_rows) != whole).any()
+
+
+# --- The loss ------------------------------------------------------------------------------------
+
+
+def theirs(model, examples):  # -> PyTorch's loss of examples, each by itself, and its gradients
+    """The mean over all that is learned; ignore_index for the rest."""
+    nats, n = 0, 0
+    for example in examples:
+        ids = torch.from_numpy(example & (READ - 1)).long()
+        labels = torch.where(torch.from_numpy(is_learned(example)), ids, -100)
+        logits = model(ids[None, :-1]).logits[0]
+        nats += torch.nn.functional.cross_entropy(
+            logits, labels[1:], ignore_index=-100, reduction="sum"
+        )
+        n += int((labels[1:] != -100).sum())
+    (nats / n).backward()
+    grads = {name: x.grad.numpy() for name, x in model.transformer.named_parameters()}
+    return nats.item() / n, grads
+
+
+@pytest.mark.parametrize("n_chunks", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_loss_and_gradients_are_those_of_each_example_by_itself(rng, n_chunks):
+    params = random_params(rng, HPARAMS)
+    examples = random_examples(rng, 12, 33)
+    rows = jnp.asarray(pack(examples, 33))
+    how = {"n_head": 3, "n_chunks": n_chunks, "packed": True}
+
+    def loss(params):
+        return train_jax.losses(params, rows, **how).mean() / learned_share(rows, **how).mean()
+
+    value, ours = jax.jit(jax.value_and_grad(loss))(jax.tree.map(jnp.asarray, params))
+    wanted, grads = theirs(hugging_face(params, HPARAMS), examples)
+    assert abs(value / wanted - 1) < 1e-5
+    c_attn = [block["attn"]["c_attn"]["w"] for block in ours["blocks"]]
+    pairs = [(ours["wte"], "wte.weight"), (ours["wpe"], "wpe.weight")]
+    pairs += [(x, f"h.{i}.attn.c_attn.weight") for i, x in enumerate(c_attn)]
+    for x, name in pairs:
+        assert np.linalg.norm(x - grads[name]) < 1e-4 * np.linalg.norm(grads[name]), name
+    counts = jnp.ones((1, len(rows)))
+    validation = train_jax.validation_loss(
+        jax.tree.map(jnp.asarray, params), rows[None], counts, **how
+    )
+    assert abs(validation / wanted - 1) < 1e-5
+
+
+def test_no_example_sees_another(rng):
+    """Of three in a row, one changes, and no other's loss does."""
+    params = jax.tree.map(jnp.asarray, random_params(rng, HPARAMS))
+    examples = random_examples(rng, 3, 11)
+    others = random_examples(rng, 3, 11)
+    others = [np.resize(o, len(e)) for o, e in zip(others, examples, strict=True)]
+    others = [o & (READ - 1) | e & ~(READ - 1) for o, e in zip(others, examples, strict=True)]
+    loss = jax.jit(lambda row: train_jax.losses(params, row[None], n_head=3, packed=True)[0])
+
+    def loss_of(i, row):  # of all in a row only the i-th is learned
+        row = np.concatenate([e if j == i else e | READ for j, e in enumerate(row)])
+        return float(loss(jnp.asarray(np.append(row, np.full(33 - len(row), READ | BEGINS)))))
+
+    for changed in range(3):
+        row = [others[i] if i == changed else examples[i] for i in range(3)]
+        for i in range(3):
+            if i == changed:
+                assert loss_of(i, row) != loss_of(i, examples)
+            else:
+                assert loss_of(i, row) == loss_of(i, examples)
+
+
+def train_rows(rng, n_devices, examples, seed):  # -> the loss of 3 steps, and the parameters
+    mesh = devices.make_mesh(n_devices)
+    schedule = train_jax.make_schedule(6, 1e-3, 1e-5, 2)
+    optimizer = train_jax.make_optimizer(schedule, "adamw", 0.1, 1.0, 0.99)
+    params = random_params(np.random.default_rng(seed), HPARAMS)
+    state, shardings = train_jax.start_state(params, None, 0, optimizer, 257, mesh, False)
+    how = {"dtype": "float32", "n_head": 3, "packed": True}
+    steps = train_jax.make_train_steps(optimizer, shardings=shardings, **how)
+    spec = devices.make_sharding(mesh, None, None, "data")
+    rows = batches.read_batches([pack(examples, 33)], seed, 0, (3, 2, 8), 32, spec)
+    state, loss = steps(state, rows, 3)
+    return float(loss), devices.to_host(state[0])
+
+
+def test_eight_devices_learn_what_one_does(rng):
+    examples, seed = random_examples(rng, 60, 33), int(rng.integers(2**31))
+    loss, params = train_rows(rng, 1, examples, seed)
+    on_eight, others = train_rows(rng, 8, examples, seed)
+    assert abs(on_eight / loss - 1) < 1e-5
+    for ours, other in zip(*map(jax.tree.leaves, (params, others)), strict=True):
+        assert np.linalg.norm(ours - other) <= 1e-3 * np.linalg.norm(ours)
+
+
+# --- Runs ----------------------------------------------------------------------------------------
+
+SMALL = ["--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--n_ctx", 32, "--batch_size", 4]
+SMALL += ["--eval_every", 20, "--checkpoint_every", 10, "--learning_rate", 0.01]
+
+
+def sums(path):
+    pairs = [(a, b) for a in range(10) for b in range(10)]
+    return write(path, *({"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in pairs))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_resumed_ends_with_the_same_bits(tmp_path):
+    path, out = sums(tmp_path / "sums.jsonl"), tmp_path / "out"
+    code, said, _ = call_trainer("--data", path, "--out", out, "--n_steps", 40, *SMALL)
+    assert code == 0 and " tokens to learn, of 100 examples\n" in said
+    last = out / "checkpoints" / "00000040"
+    names = ("model.safetensors", "optimizer.safetensors")
+    wanted = [(last / name).read_bytes() for name in names]
+    shutil.rmtree(last)
+    code, said, _ = call_trainer("--resume", out)
+    assert code == 0 and "going on after step 30 of 40" in said
+    assert [(last / name).read_bytes() for name in names] == wanted
+    shutil.rmtree(last)
+    write(tmp_path / "sums.jsonl", *2 * [{"prompt": "another", "completion": "example"}])
+    code, _, complaint = call_trainer("--resume", out)
+    assert code == 2 and "is not the text that" in complaint
+
+
+# --- kv_cache.py --chat --------------------------------------------------------------------------
+
+
+def test_a_chat_says_what_the_plain_pass_says_after_the_whole_conversation(models):
+    """gpt2.generate's answer, of ids that are put together anew for every line."""
+    folder, params = models
+    lines, encoder, n = ["Hi", "You?", "Hm", "a line that is much too long to fit"], Encoder([]), 8
+    flags = ["--chat", "-n", n, "--model_size", "tiny"]
+    code, said, complaint = call(
+        "kv_cache.py", *flags, models_dir=folder, input="\n".join(lines).encode()
+    )
+    messages, wanted = [], ""
+    for line in lines[:3]:
+        messages.append({"role": "user", "content": line})
+        ids = encode_conversation(messages, encoder, TINY["n_ctx"] - n)
+        answer = generate(ids, params, TINY["n_head"], n, endoftext=encoder.endoftext)
+        answer = encoder.decode(answer).partition(NEXT_TURN)[0].lstrip()
+        messages.append({"role": "assistant", "content": answer})
+        wanted += answer + "\n"
+    assert (code, said) == (0, wanted)
+    assert complaint == "error: a message of 52 tokens, but there is room for 40\n"
+
+
+def test_what_was_said_before_ctrl_c_is_kept(capsys):
+    heard = []
+
+    def answer(ids):
+        heard.append(Encoder([]).decode(ids))
+        yield " Well"
+        raise KeyboardInterrupt
+
+    say = converse(answer, Encoder([]), 999)
+    for line in ("Hi", "And?"):
+        with pytest.raises(KeyboardInterrupt):
+            say([line])
+    assert capsys.readouterr().out == "WellWell"
+    assert heard[1] == f"User: Hi\nAssistant: Well{ENDOFTEXT}\nUser: And?\nAssistant:"
+
+
+def test_what_does_not_go_with_a_chat(models):
+    for flag in (["--n_samples", 2], ["--echo"], ["--jsonl"], ["--slide"]):
+        code, _, complaint = call("kv_cache.py", "--chat", *flag, models_dir=models[0])
+        name = flag[0].removeprefix("--")
+        wanted = f"error: --chat gives one answer to each line: leave out --{name}\n"
+        assert (code, complaint) == (2, wanted)
+    assert call("kv_cache.py", "Hi", "--chat", models_dir=models[0])[0] == 2

@@ -1,0 +1,329 @@
+"""Models by owner/name, from a server on this machine that speaks the Hub's protocol."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import threading
+
+import pytest
+from conftest import TINY, call, call_trainer, run
+
+import utils
+from encoder import Encoder
+from gpt2 import generate
+
+hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+from huggingface_hub import constants  # noqa: E402
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OLDER = "89abcdef0123456789abcdef0123456789abcdef"
+LARGE = (".safetensors", ".bin")
+API = re.compile(r"/api/models/([^/]+/[^/]+?)(?:/(revision|tree)/([^/]+))?(?:/.*)?")
+RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves server.repositories, {"owner/name": {file: bytes}}, as https://huggingface.co does.
+
+    Large files are redirected, as the Hub's are; server.faults says what is wrong with a file.
+    """
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, body=b"", length=None, **headers):
+        self.close_connection = True
+        self.send_response(status)
+        for key, value in {"Connection": "close", **headers}.items():
+            self.send_header(key.replace("_", "-"), str(value))
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        self.server.seen.append((self.command, path, self.headers))
+        if self.server.status:
+            return self.answer(self.server.status)
+        found = API.fullmatch(path) or RESOLVE.fullmatch(path.removeprefix("/cdn"))
+        files = self.server.repositories.get(found and found[1])
+        if files is None:
+            return self.answer(401, X_Error_Code="RepoNotFound")
+        if found.re is RESOLVE:
+            return self.send_file(files, *found.groups()[1:], on_cdn=path.startswith("/cdn/"))
+        if found[3] not in (None, "main", COMMIT, "v1"):
+            return self.answer(404, X_Error_Code="RevisionNotFound")
+        listing = {"id": found[1], "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]}
+        return self.answer(200, json.dumps(listing).encode(), Content_Type="application/json")
+
+    do_HEAD = do_GET
+
+    def send_file(self, files, revision, name, on_cdn):
+        data, fault = files.get(name), self.server.faults.get(name, "")
+        if fault == "gated":
+            return self.answer(403, X_Error_Code="GatedRepo")
+        if data is None:
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        about = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X_Repo_Commit": COMMIT}
+        if name.endswith(LARGE) and not on_cdn:
+            about |= {"X_Linked_ETag": about["ETag"], "X_Linked_Size": len(data)}
+            return self.answer(302, **about, Location="/cdn" + self.path)
+        start = int(re.sub("[^0-9]", "", (self.headers.get("Range") or "0").partition("-")[0]))
+        body, status = data[start:], 206 if start else 200
+        if start:
+            about["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if fault == "lies" and self.command == "GET":
+            return self.answer(status, body + b"more", **about)
+        if fault == "breaks off" and self.command == "GET":
+            self.server.faults.pop(name)
+            body = body[: len(body) // 2]
+        return self.answer(status, body, len(data) - start, **about)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Its url, and a cache of one's own; the environment names both, for other processes, too."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.repositories, server.faults, server.seen, server.status = {}, {}, [], 0
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    monkeypatch.chdir(tmp_path)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def tiny(models):
+    """The files of a small model, and what it continues "It was" with."""
+    folder, params = models
+    ids = generate(Encoder([]).encode("It was"), params, TINY["n_head"], 12)
+    return files_of(folder / "tiny"), Encoder([]).decode(ids) + "\n"
+
+
+def gpt2(name, *flags):
+    return call("gpt2.py", "It was", "-n", "12", "--model_size", name, *flags)
+
+
+def fetched(server):
+    """The files that were asked for, and sent: not only their sizes, nor from where."""
+    gets = [path.removeprefix("/cdn") for method, path, _ in server.seen if method == "GET"]
+    return [found[3] for found in map(RESOLVE.fullmatch, gets) if found]
+
+
+def test_a_model_is_fetched_once_and_then_needs_no_network(server, tiny):
+    """As a person would: two processes, the second with neither server nor network."""
+    files, text = tiny
+    server.repositories["some-one/tiny.gpt2"] = files | {"pytorch_model.bin": b"a pickle"}
+    command = ["gpt2.py", "It was", "-n", "12", "--model_size", "some-one/tiny.gpt2"]
+    assert run(*command) == (0, text, "")
+    assert set(fetched(server)) == set(files)
+    server.shutdown()
+    server.server_close()
+    assert run(*command) == (0, text, "")
+    assert run(*command, env=os.environ | {"HF_HUB_OFFLINE": "1"}) == (0, text, "")
+
+
+def shard(files):
+    """The same tensors in two files and an index."""
+    from safetensors.numpy import load, save
+
+    tensors = load(files["model.safetensors"])
+    names = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    where = {key: names[len(key) % 2] for key in tensors}
+    parts = {n: save({k: tensors[k] for k in where if where[k] == n}) for n in names}
+    index = json.dumps({"weight_map": where}).encode()
+    others = {name: data for name, data in files.items() if name != "model.safetensors"}
+    return others | parts | {"model.safetensors.index.json": index}
+
+
+@pytest.mark.parametrize("name", ["some/shards", "some/shards@v1", f"some/shards@{COMMIT}"])
+def test_shards_and_revisions(server, tiny, name):
+    server.repositories["some/shards"] = shard(tiny[0])
+    assert gpt2(name) == (0, tiny[1], "")
+    server.repositories = {}
+    assert gpt2(name) == (0, tiny[1], "")
+    assert gpt2("some/shards@v2")[0] == 2
+
+
+def test_a_folder_wins(server, tiny, tmp_path):
+    server.repositories["some/tiny"] = {}
+    for path in ("models/some/tiny", "some/tiny"):
+        (tmp_path / path).mkdir(parents=True)
+        for name, data in tiny[0].items():
+            (tmp_path / path / name).write_bytes(data)
+        assert gpt2("some/tiny") == (0, tiny[1], "") and not server.seen
+        shutil.rmtree(tmp_path / "models", ignore_errors=True)
+    (tmp_path / "models").mkdir()
+    code, _, complaint = gpt2("models/tinny")
+    assert code == 2 and complaint.startswith(
+        "error: no folder at models/tinny: expected a model's"
+    )
+    assert not server.seen
+
+
+def test_every_script_takes_a_name(server, tiny, tmp_path):
+    server.repositories["some/tiny"] = tiny[0]
+    (tmp_path / "text.txt").write_text("It was the best of times. " * 60)
+    name = ["--model_size", "some/tiny"]
+    code, text, _ = call("kv_cache.py", "It was", "-n", "12", *name)
+    assert (code, text) == (0, tiny[1])
+    code, out, _ = call("evaluate.py", "perplexity", "--data", "text.txt", *name)
+    assert code == 0 and json.loads(out)["nats_per_token"] > 0
+    assert call("explain.py", "It was", "--out", "page.html", *name)[0] == 0
+    tokenizer = ["--tokenizer", "some/tiny", "--out", "shards"]
+    assert call("prepare.py", "text.txt", *tokenizer)[0] == 0
+    assert fetched(server).count("model.safetensors") == 1
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_a_model_of_the_hub(server, tiny, tmp_path):
+    server.repositories["some/tiny"] = tiny[0]
+    (tmp_path / "text.txt").write_text("It was the best of times. " * 60)
+    flags = ["--init_from", "some/tiny", "--n_steps", "1", "--out", "mine", "--n_ctx", "16"]
+    assert call_trainer("--data", "text.txt", *flags)[0] == 0
+    assert gpt2("mine", "--models_dir", ".")[0] == 0
+
+
+def test_a_tokenizer_alone(server, tiny):
+    server.repositories["some/tiny"] = tiny[0]
+    folder = utils.find_model("some/tiny", only_tokenizer=True)
+    assert "vocab.json" in os.listdir(folder) and "model.safetensors" not in fetched(server)
+    assert gpt2("some/tiny") == (0, tiny[1], "")  # what is there is not taken for the whole
+
+
+def test_an_adapter_is_fetched_without_a_model(server):
+    server.repositories["some/lora"] = {"adapter_config.json": b"{}", "README.md": b""}
+    with pytest.raises(ValueError, match="some/lora: no adapter_model.safetensors there"):
+        utils.find_model("some/lora")
+    server.repositories["some/lora"]["adapter_model.safetensors"] = b"x"
+    folder = utils.find_model("some/lora")
+    assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert utils.find_model(f"some/lora@{COMMIT}") == folder
+
+
+def changed(files, **settings):
+    return files | {"config.json": json.dumps(json.loads(files["config.json"]) | settings).encode()}
+
+
+def without(files, *names):
+    return {name: data for name, data in files.items() if name not in names}
+
+
+REFUSED = {  # files -> files, and what is said of them
+    "llama": (
+        lambda f: f | {"config.json": b'{"model_type": "llama", "hidden_size": 9}'},
+        "some/one/config.json: model_type 'llama' is not supported: only 'gpt2' is",
+    ),
+    "relu": (
+        lambda f: changed(f, activation_function="relu"),
+        "some/one/config.json: activation_function 'relu' is not supported",
+    ),
+    "no sizes": (
+        lambda f: changed(f, n_embd=None),
+        "some/one/config.json: n_embd is None, not a sensible number",
+    ),
+    "pickles": (
+        lambda f: without(f, "model.safetensors") | {"pytorch_model.bin": b"x"},
+        "some/one: no model.safetensors there, and its pickles are not opened",
+    ),
+    "no weights": (
+        lambda f: without(f, "model.safetensors"),
+        "some/one: no model.safetensors there",
+    ),
+    "a shard is missing": (
+        lambda f: without(shard(f), "model-00002-of-00002.safetensors"),
+        "some/one: no model-00002-of-00002.safetensors there",
+    ),
+    "an index that leads away": (
+        lambda f: shard(f) | {"model.safetensors.index.json": b'{"weight_map": {"a": "../x"}}'},
+        "model.safetensors.index.json: weight_map should name files of this folder",
+    ),
+    "no config": (lambda f: without(f, "config.json"), "some/one: not a model that transformers"),
+    "no tokenizer": (lambda f: without(f, "vocab.json"), "no tokenizer in some/one: expected"),
+    "another tokenizer": (
+        lambda f: without(f, "vocab.json") | {"tokenizer.json": b'{"model": {"type": "Unigram"}}'},
+        "some/one/tokenizer.json: model.type 'Unigram' is not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_cannot_be_opened_is_refused_before_anything_large_is_fetched(server, tiny, why):
+    change, words = REFUSED[why]
+    server.repositories["some/one"] = change(tiny[0])
+    code, out, complaint = gpt2("some/one")
+    assert (code, out, complaint.count("\n")) == (2, "", 1) and words in complaint
+    assert not any(name.endswith(LARGE) for name in fetched(server))
+
+
+def test_an_unknown_name_and_an_unknown_revision(server, tiny):
+    server.repositories["some/tiny"] = tiny[0]
+    for name, words in {
+        "some/tinny": f"no folder at some/tinny, and no such model at {server.url}, or it is priv",
+        "some/tiny@v3": "some/tiny has no revision 'v3'",
+    }.items():
+        code, out, complaint = gpt2(name)
+        assert (code, out, complaint.count("\n")) == (2, "", 1)
+        assert complaint.startswith(f"error: {words}")
+
+
+def test_a_gated_model_says_where_to_ask(server, tiny, monkeypatch):
+    server.repositories["some/gated"] = tiny[0]
+    server.faults["config.json"] = "gated"
+    code, _, complaint = gpt2("some/gated")
+    assert code == 2 and complaint.count("\n") == 1
+    assert f"some/gated is gated: ask for access at {server.url}/some/gated" in complaint
+    server.faults.clear()
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    assert gpt2("some/gated") == (0, tiny[1], "")
+    assert server.seen[-1][2]["Authorization"] == "Bearer hf_mine"
+
+
+def test_no_network_and_a_server_in_trouble(server, monkeypatch):
+    server.status = 500
+    code, _, complaint = gpt2("some/tiny")
+    assert code == 2 and complaint.endswith(f"from {server.url} failed: it answered 500\n")
+    server.shutdown()
+    server.server_close()
+    code, _, complaint = gpt2("some/tiny")
+    assert code == 2 and complaint.count("\n") == 1
+    assert complaint.startswith("error: no folder at some/tiny, and fetching it from http")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    code, _, complaint = gpt2("some/tiny")
+    assert code == 2 and complaint.count("\n") == 1 and "HF_HUB_OFFLINE is set" in complaint
+
+
+def test_a_line_that_breaks_off_is_taken_up_again(server, tiny, monkeypatch):
+    server.repositories["some/tiny"] = tiny[0]
+    server.faults["model.safetensors"] = "breaks off"
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what is lost, at most
+    assert gpt2("some/tiny") == (0, tiny[1], "")
+    asked = [headers["Range"] for _, path, headers in server.seen if path.endswith(".safetensors")]
+    assert asked[-1] == f"bytes={len(tiny[0]['model.safetensors']) // 2 // 1000 * 1000}-"
+
+
+def test_a_server_that_lies_about_a_size(server, tiny):
+    server.repositories["some/tiny"] = tiny[0]
+    server.faults["model.safetensors"] = "lies"
+    code, out, complaint = gpt2("some/tiny")
+    assert (code, out, complaint.count("\n")) == (2, "", 1)
+    assert "file should be of size" in complaint
+    server.faults.clear()
+    assert gpt2("some/tiny") == (0, tiny[1], "")
