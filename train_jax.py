@@ -83,7 +83,7 @@ from training.state import (
     start_state,
 )
 from training.text import describe
-from utils import load_encoder_hparams_and_params
+from utils import check_base, find_model, load_encoder_hparams_and_params
 
 LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
 
@@ -306,6 +306,7 @@ def main(*args, **kwargs):
         if "init_from" in typed:
             model = load_encoder_hparams_and_params(typed["init_from"], models_dir)
             if is_adapter:
+                check_base(find_model(typed["init_from"], models_dir))
                 typed["init_from"] = base_name(typed["init_from"], models_dir)
     else:
         out = find_out(resume, models_dir)

@@ -74,12 +74,20 @@ def load_base_and_adapter(model_dir, models_dir="models"):
         base_dir = find_model(f"{base}@{revision}" if revision else base, models_dir)
     except ValueError as error:
         raise ValueError(f"{path}: its base is missing: {error}") from None
-    if is_adapter(base_dir):
-        raise ValueError(
-            f"{path}: its base {base} is an adapter, too: utils.py merge makes a model"
-        )
+    try:
+        check_base(base_dir)
+    except ValueError as error:
+        raise ValueError(f"{path}: its base {error}") from None
     encoder, hparams, params = load_encoder_hparams_and_params(base_dir, models_dir)
     return encoder, hparams, params, read_adapter(model_dir, config, hparams)
+
+
+def check_base(model_dir):
+    """ValueError where an adapter of this model would be something else in peft."""
+    if is_adapter(model_dir):
+        raise ValueError(f"{model_dir} is an adapter, too: utils.py merge makes a model")
+    if any(scale != 1 for scale in query_scales(model_dir, read_hparams(model_dir))):
+        raise ValueError(f"{model_dir} scales its attention in a way that adapters do not know")
 
 
 def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an absolute path

@@ -533,6 +533,34 @@ def test_what_we_would_compute_wrongly_is_refused_in_one_line(models, rng, tmp_p
     assert str(adapter) in err
 
 
+@pytest.mark.parametrize("what", ["an adapter", "scaled attention"])
+def test_a_base_whose_adapters_would_be_something_else_in_peft_is_refused(
+    models, rng, tmp_path, what
+):
+    """By the trainer, and where somebody else's adapter names it."""
+    base = tmp_path / "base"
+    shutil.copytree(models[0] / "tiny", base)
+    config = json.loads((base / "config.json").read_text())
+    config["scale_attn_by_inverse_layer_idx"] = what == "scaled attention"
+    (base / "config.json").write_text(json.dumps(config))
+    if what == "an adapter":
+        base = tmp_path / "first"
+        write_adapter(base, peft_config(), trained(rng, models[1]))
+    write_adapter(
+        tmp_path / "a", peft_config(base_model_name_or_path=str(base)), trained(rng, models[1])
+    )
+    for code, out, err in (
+        conftest.call("gpt2.py", "a", "--model_size", tmp_path / "a", models_dir=models[0]),
+        conftest.call_trainer(
+            "--init_from", base, "--data", "python-docs", "--out", tmp_path / "out",
+            "--lora_rank", 2, models_dir=models[0],
+        ),
+    ):  # fmt: skip
+        assert (code, out) == (2, "") and err.count("\n") == 1 and str(base) in err
+        assert ("is an adapter, too" if what == "an adapter" else "scales its attention") in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_pickle_is_not_opened(models, rng, tmp_path):
     write_adapter(tmp_path / "a", peft_config(), trained(rng, models[1]))
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
