@@ -137,9 +137,9 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
     ends = np.cumsum([len(ids) for ids in new_ids])  # of each row in that sequence
     places = [slice(end - len(ids), end) for end, ids in zip(ends, new_ids, strict=True)]
 
-    def attend(layer, pieces, q, k, v, out):  # [n_head, n_tokens, d_head] each
+    def attend(layer, head_groups, q, k, v, out):  # [n_head, n_tokens, d_head] each
         work = []
-        for row, heads in pieces:
+        for row, heads in head_groups:
             new = heads, places[row]
             keys, values = remember(caches[row], layer, heads, k[new], v[new])
             work.append((q[new], keys, values, out[new]))

@@ -69,8 +69,8 @@ def split_columns(x, w, multiply):  # each thread some of the columns
     y = np.empty((len(x), n_out), np.float32)
 
     def work(units):
-        some = slice(units.start * UNIT, units.stop * UNIT)
-        multiply(x, w[:, some], y[:, some])
+        columns = slice(units.start * UNIT, units.stop * UNIT)
+        multiply(x, w[:, columns], y[:, columns])
 
     threads.in_threads(work, -(-n_out // UNIT))
     return y

@@ -3,8 +3,8 @@
 NumPy uses several cores for products of matrices alone; all the rest, gelu and norms and softmax,
 runs on one. But embeddings, norms, matrices and gelu treat each token by itself. So a long sequence
 is cut into slices, and each thread takes one through the whole model. Only attention needs other
-tokens, and there the threads meet: each brings its slice's queries, keys and values, each does some
-pieces of the work for all tokens, and each goes on with what its own tokens got.
+tokens, and there the threads meet: each brings its slice's queries, keys and values, each does a
+part of the work for all tokens, and each goes on with what its own tokens got.
 
 A few tokens are not worth it, for each thread reads all the weights: then one thread runs the
 model, and the products share their columns out instead.
@@ -24,41 +24,41 @@ MIN_TOKENS = 64  # in a slice
 def run(tokens, positions, params, n_head, n_rows, attend):  # -> [n_tokens, n_embd]
     """hidden_state of n_rows texts' tokens, one text after the other, with attend for attention.
 
-    attend(layer, pieces, q, k, v, out) does the pieces, each (row, slice of its heads): it finds
-    the q, k and v that they need and puts their part into out, [n_head, n_tokens, d_head] each.
+    attend(layer, head_groups, q, k, v, out) does a part of the work: of each group, a row and a
+    slice of its heads, it puts the answer into out. q, k, v and out: [n_head, n_tokens, d_head].
     """
     memory.keep()
     params, n_tokens, n_embd = products.wrap(params), len(tokens), params["wpe"].shape[1]
     n_slices = threads.parts(n_tokens // MIN_TOKENS)
-    pieces = share_heads(n_rows, n_head, whole_rows(params, n_tokens, n_rows, n_slices))
+    head_groups = share_heads(n_rows, n_head, whole_rows(params, n_tokens, n_rows, n_slices))
     shared = np.empty((4, n_tokens, n_head, n_embd // n_head), np.float32)  # q, k, v and out
     out = shared[3].swapaxes(0, 1)  # laid out by tokens: what mha does with it next copies nothing
 
     def alone(q, k, v, layer):  # [n_head, n_tokens, d_head] each -> the same
-        def work(some):
-            attend(layer, pieces[some], q, k, v, out)
+        def work(part):
+            attend(layer, head_groups[part], q, k, v, out)
 
-        if n_tokens + positions.sum() > 64 * len(pieces):  # else waking a thread takes longer
-            threads.in_threads(work, len(pieces))
+        if n_tokens + positions.sum() > 64 * len(head_groups):  # else waking a thread takes longer
+            threads.in_threads(work, len(head_groups))
         else:
             work(slice(None))
         return out
 
-    def run_slice(number, mine, meet):
-        def together(*own, layer):  # [n_head, n_mine, d_head] each -> the same
-            for array, part in zip(shared, own, strict=False):
-                array[mine] = part.swapaxes(0, 1)
+    def run_slice(number, span, meet):  # span: the thread's slice of the tokens
+        def together(*qkv, layer):  # [n_head, n_span, d_head] each -> the same
+            for array, of_span in zip(shared, qkv, strict=False):
+                array[span] = of_span.swapaxes(0, 1)
             meet()
-            attend(layer, pieces[number::n_slices], *shared.swapaxes(1, 2))
+            attend(layer, head_groups[number::n_slices], *shared.swapaxes(1, 2))
             meet()
-            return out[:, mine]
+            return out[:, span]
 
-        return run_with(together, mine)
+        return run_with(together, span)
 
-    def run_with(attend, mine):
+    def run_with(attend, span):
         blocks = [b | {"attend": partial(attend, layer=i)} for i, b in enumerate(params["blocks"])]
-        here = {"wpe": params["wpe"][positions[mine]], "blocks": blocks}
-        return hidden_state(tokens[mine], **params | here, n_head=n_head)
+        changed = {"wpe": params["wpe"][positions[span]], "blocks": blocks}
+        return hidden_state(tokens[span], **params | changed, n_head=n_head)
 
     with threads.own_threads(n_tokens):
         if n_slices == 1:
@@ -73,10 +73,10 @@ def whole_rows(params, n_tokens, n_rows, n_slices):
 
 
 def share_heads(n_rows, n_head, whole):  # -> [(row, slice of its heads)]
-    """The pieces of attention's work: a row each, or some of its heads for each thread."""
-    n = n_head if whole else -(-n_head // threads.parts(n_head))  # heads a piece, rounded up
-    heads = [slice(first, first + n) for first in range(0, n_head, n)]
-    return [(row, some) for row in range(n_rows) for some in heads]
+    """The groups that attention's work is cut into: a row each, or some of its heads."""
+    n = n_head if whole else -(-n_head // threads.parts(n_head))  # heads a group, rounded up
+    groups = [slice(first, first + n) for first in range(0, n_head, n)]
+    return [(row, heads) for row in range(n_rows) for heads in groups]
 
 
 def attention_of_rows(rows):  # of (q [n_head, 1, d_head], keys, values, where the answer goes)
@@ -84,8 +84,8 @@ def attention_of_rows(rows):  # of (q [n_head, 1, d_head], keys, values, where t
     q, _, _, _ = rows[0]
     lengths = [keys.shape[-2] for _, keys, _, _ in rows]
     scores = np.full((len(rows), *q.shape[:-1], max(lengths)), -math.inf, q.dtype)
-    for (q, keys, _, _), n, its in zip(rows, lengths, scores, strict=True):
-        np.matmul(q, keys.swapaxes(-1, -2), out=its[..., :n])
+    for (q, keys, _, _), n, of_row in zip(rows, lengths, scores, strict=True):
+        np.matmul(q, keys.swapaxes(-1, -2), out=of_row[..., :n])
     weights = softmax(scores / math.sqrt(q.shape[-1]))
-    for (_, _, values, out), n, its in zip(rows, lengths, weights, strict=True):
-        np.matmul(its[..., :n], values, out=out)
+    for (_, _, values, out), n, of_row in zip(rows, lengths, weights, strict=True):
+        np.matmul(of_row[..., :n], values, out=out)

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 lock = threading.RLock()  # for what follows: callers may have threads of their own
 n_users, restore = 0, []  # of own_threads; and [(OpenBLAS, the number of threads it had outside)]
 stepping = threading.Lock()  # held while threads wait for each other
-here = threading.local()  # .busy where a thread is doing a share of some work already
+this_thread = threading.local()  # .busy where a thread is doing a share of some work already
 
 
 def blas():
@@ -72,7 +72,7 @@ def own_threads(n_rows):
 
 def parts(n):
     """How many threads share n things. One, in a thread that has a share of some work already."""
-    return 1 if getattr(here, "busy", False) else max(1, min(n_threads(), n))
+    return 1 if getattr(this_thread, "busy", False) else max(1, min(n_threads(), n))
 
 
 def in_threads(work, n):
@@ -92,9 +92,9 @@ def in_step(work, n, n_parts):
     ends = [round(n * i / n_parts) for i in range(n_parts + 1)]
     barrier = threading.Barrier(n_parts)
 
-    def take_part(mine):
+    def take_part(span):
         try:
-            return work(ends.index(mine.start), mine, barrier.wait)
+            return work(ends.index(span.start), span, barrier.wait)
         except BaseException:
             barrier.abort()  # nobody waits for one who will not come
             raise
@@ -113,7 +113,7 @@ def share(work, slices, give_up=lambda: None):
             task = i, work, slices[i], results, done
             asked = i  # from here to the end of put no signal is handled
             tasks.put(task)
-        here.busy = True
+        this_thread.busy = True
         results[0] = work(slices[0])
         for _ in range(1, len(slices)):
             done.get()
@@ -123,7 +123,7 @@ def share(work, slices, give_up=lambda: None):
             time.sleep(0.001)
         results[0] = error
     finally:
-        here.busy = False
+        this_thread.busy = False
     errors = [result for result in results if isinstance(result, BaseException)]
     for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
         raise error  # rather the cause than what it brought about
@@ -149,14 +149,14 @@ def start_workers():
 
 def serve(tasks):
     """A worker's life. A SimpleQueue wakes it several times faster than concurrent.futures does."""
-    here.busy = True
+    this_thread.busy = True
     while True:
         do(*tasks.get())  # which forgets its arguments: they may hold large arrays
 
 
-def do(i, work, mine, results, done):
+def do(i, work, span, results, done):
     try:
-        results[i] = work(mine)
+        results[i] = work(span)
     except BaseException as error:  # raised again by whoever waits for the result
         results[i] = error
     done.put(i)
