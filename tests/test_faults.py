@@ -138,7 +138,7 @@ def begin(out, run):  # as a new run does
         f.write(json.dumps({"step": 0, "run": run}) + chr(10))
 
 def save(out, k, step, saved=(), run=8):
-    moments, about = {"mu": np.full(3, k, "f4")}, {"flags": k, "run": run}
+    moments, about = {"mu": np.full(3, k, "f4")}, {"flags": {"seed": k}, "run": run}
     what = params(k), moments, about, encoders[k], hparams
     return checkpoints.save_checkpoint(out, [*saved], step, *what)
 
@@ -148,8 +148,8 @@ def found():  # (step, the number of the model) of the checkpoint that would be 
     except FileNotFoundError:
         return None
     *_, moments = checkpoints.load_checkpoint(place, lambda p: {"mu": ((3,), np.dtype("f4"))})
-    assert which(place) == run["flags"] == moments["mu"][0]
-    return run["step"], run["flags"]
+    assert which(place) == run["flags"]["seed"] == moments["mu"][0]
+    return run["step"], run["flags"]["seed"]
 
 before = folder + "-before"
 begin(before, 8)
