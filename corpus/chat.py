@@ -12,6 +12,8 @@ id of <|endoftext|>, which no message can contain, so that a model learns to say
 A message's space belongs to its first word, as everywhere in GPT-2: nothing is merged across ":".
 """
 
+from bisect import bisect_left
+
 NAMES = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
 NEXT_TURN = "\nUser:"  # where a model that has not learned to end its answers goes on by itself
 
@@ -57,16 +59,29 @@ def encode_conversation(messages, encoder, n_most):  # -> at most n_most ids
     ValueError where the last one alone is too long.
     """
     first = messages[:1] if messages[0]["role"] == "system" else []
-    rest = messages[len(first) :]
     asked = {"role": "assistant", "content": ""}
-    while True:
-        parts = encode_messages([*first, *rest, asked], encoder)
-        ids = [id for part, _ in parts[:-1] for id in part]
-        if len(ids) <= n_most:
-            return ids
-        if len(rest) <= 1:
-            raise ValueError(f"a message of {len(ids)} tokens, but there is room for {n_most}")
-        rest = rest[2:] if len(rest) > 2 and rest[1]["role"] == "assistant" else rest[1:]
+
+    def ids_from(start):
+        parts = encode_messages([*first, *messages[start:], asked], encoder)
+        return [id for part, _ in parts[:-1] for id in part]
+
+    # The fewer messages, the fewer ids: halving finds the first place, however many there are.
+    starts = starts_of(messages, len(first))
+    n_left_out = bisect_left(starts, True, key=lambda start: len(ids_from(start)) <= n_most)
+    ids = ids_from(starts[min(n_left_out, len(starts) - 1)])
+    if len(ids) > n_most:
+        raise ValueError(f"a message of {len(ids)} tokens, but there is room for {n_most}")
+    return ids
+
+
+def starts_of(messages, start):  # -> the places where the conversation may be made to begin
+    """An answer is left out together with the message before it. The last message stays."""
+    starts = [start]
+    while len(messages) - start > 1:
+        is_answered = len(messages) - start > 2 and messages[start + 1]["role"] == "assistant"
+        start += 2 if is_answered else 1
+        starts.append(start)
+    return starts
 
 
 def converse(answer, encoder, n_most):  # -> a function of [line], as kv_cache.py calls it

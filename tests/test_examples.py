@@ -188,6 +188,20 @@ def test_the_oldest_messages_are_forgotten():
     check_messages(talk)
 
 
+def test_no_more_is_forgotten_than_must_be(rng):
+    """Beside a walk that leaves out a message, and the answer to it, until the rest fits."""
+    for _ in range(100):
+        roles = rng.choice(["user", "assistant", "system"], rng.integers(1, 20), p=[0.5, 0.4, 0.1])
+        talk = [{"role": str(role), "content": "x" * rng.integers(9)} for role in roles]
+        first, rest = (talk[:1], talk[1:]) if roles[0] == "system" else ([], talk)
+        n = int(rng.integers(60, 250))
+        ids = encode_conversation(talk, words, 9999)
+        while len(ids) > n:
+            rest = rest[2:] if len(rest) > 2 and rest[1]["role"] == "assistant" else rest[1:]
+            ids = encode_conversation([*first, *rest], words, 9999)
+        assert encode_conversation(talk, words, n) == ids
+
+
 # --- Packing -------------------------------------------------------------------------------------
 
 
