@@ -16,18 +16,25 @@ import asyncio
 import contextlib
 import os
 import socket
+import sys
 import threading
 import time
 from collections import deque
 from functools import partial
 
-import uvicorn
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse
-from starlette.routing import Route
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+except ModuleNotFoundError as missing:  # nothing else needs them, so they may not be there
+    if __name__ != "__main__":
+        raise
+    print(f"error: {missing}: pip install -r requirements/serve.txt", file=sys.stderr)
+    sys.exit(2)
 
 import kv_cache
 from engine import products

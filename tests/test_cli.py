@@ -517,6 +517,7 @@ def test_the_shipped_model_writes_like_a_play():
 WITHOUT = """
 import runpy, sys
 HEAVY = "jax jaxlib optax tensorflow torch transformers matplotlib ray pyarrow zstandard"
+HEAVY += " uvicorn starlette"
 
 class Nothing:
     def find_spec(self, name, path=None, target=None):
@@ -542,6 +543,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("prepare.py text.txt --out shards2 --ray auto", "pip install -r requirements/ray.txt"),
         ("prepare.py text.parquet --out shards3", "pip install pyarrow"),
         ("train_jax.py --data text.txt --out out", "pip install -r requirements.txt"),
+        ("serve.py --model_size tiny", "pip install -r requirements/serve.txt"),
     ],
 )
 def test_what_is_not_installed_is_not_needed_or_asked_for(models, tmp_path, line, wanted):
