@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's completions protocol: many clients, one batch.
+"""A server that speaks OpenAI's protocol, completions and chats: many clients, one batch.
 
     python serve.py --model_size shakespeare
     curl localhost:8000/v1/completions -d '{"prompt": "ROMEO:", "max_tokens": 40}'
@@ -42,7 +42,8 @@ from engine.kept import keep, touch
 from engine.rows import drawing, new_row
 from serving import about
 from serving import metrics as figures
-from serving.answers import answer_stream, answer_whole
+from serving.answers import answer_stream, answer_whole, choice_of
+from serving.chat import delta_of, message_of, read_chat, role_of
 from serving.choices import Choice
 from serving.guard import Connection, Guard
 from serving.protocol import Refusal, new_answer, read_completion
@@ -212,16 +213,30 @@ async def completions(request):
     return await begin(request, asked, new_answer(state.name))
 
 
-async def begin(request, asked, answer):  # -> the response
-    """Submits the rows that a checked request asks for. The answer is what each part repeats."""
+async def chats(request):
+    """POST /v1/chat/completions"""
+    state, body = request.app.state, await request.body()
+    asked = await asyncio.to_thread(read_chat, body, state.name, state.encoder, state.n_ctx)
+    if not asked["stream"]:
+        answer = new_answer(state.name, "chat.completion", "chatcmpl")
+        return await begin(request, asked, answer, message_of)
+    answer = new_answer(state.name, "chat.completion.chunk", "chatcmpl")
+    return await begin(request, asked, answer, delta_of, map(role_of, range(asked["n"])))
+
+
+async def begin(request, asked, answer, shape=choice_of, opening=()):  # -> the response
+    """Submits the rows that a checked request asks for.
+
+    answer is what each part repeats, shape makes its choices, opening is what a stream sends first.
+    """
     engine, events = request.app.state.engine, asyncio.Queue()
     rows = rows_of(asked, request.app.state, events.put_nowait)
     engine.submit(rows)
     n_prompt = sum(map(len, asked["prompts"]))
     figures.count(engine.metrics, "prompt_tokens_total", n_prompt)
     if asked["stream"]:
-        return answer_stream(request, asked, rows, events, answer)
-    return await answer_whole(request, asked, rows, events, answer)
+        return answer_stream(request, asked, rows, events, answer, shape, opening)
+    return await answer_whole(request, asked, rows, events, answer, shape)
 
 
 def rows_of(asked, state, deliver):  # -> a row for each of n texts of each prompt, in this order
@@ -240,7 +255,11 @@ def rows_of(asked, state, deliver):  # -> a row for each of n texts of each prom
     return rows
 
 
-ROUTES = [Route("/v1/completions", completions, methods=["POST"]), *about.ROUTES]
+ROUTES = [
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/chat/completions", chats, methods=["POST"]),
+    *about.ROUTES,
+]
 
 # --------------------------------------------------------------------------------------------------
 # The application, and the command line
@@ -302,10 +321,11 @@ def main(
     allow: tuple[str, ...] | None = None,
     api_key: str | None = None,
 ):
-    """Serve a model over HTTP, as OpenAI's completions.
+    """Serve a model over HTTP, as OpenAI's completions and chats.
 
     Args:
-        model_size: 124M, 355M, 774M or 1558M (downloaded once), a folder in models_dir, or a path.
+        model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
+            the Hugging Face Hub. What is not here yet is downloaded once.
         host: the address to listen on; 0.0.0.0 for all of this machine's.
         port: 0 takes any that is free.
         models_dir: the folder that holds the models.

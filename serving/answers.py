@@ -1,4 +1,4 @@
-"""Answers to a completions request: whole, or as a stream of events, from what the engine sends.
+"""Answers to a request: whole, or as a stream of events, from what the engine sends.
 
 The engine delivers events into a request's queue: (index of the text, what is new of it, its new
 entries of log-probabilities, why it ended or None, tokens drawn so far), or an exception.
@@ -15,9 +15,10 @@ from serving.protocol import Refusal, server_sent, usage
 REASONS = {"endoftext": "stop", "stop": "stop", "length": "length"}
 
 
-def choice_of(index, text, logprobs, why):  # as a completion has it; a chat would have another
+def choice_of(index, text, entries, why, asked, encoder):  # a completion's; chat.py has a chat's
+    known = None if asked["logprobs"] is None else logprobs_of(entries, encoder)
     reason = why and REASONS[why]
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+    return {"index": index, "text": text, "logprobs": known, "finish_reason": reason}
 
 
 async def answer_whole(request, asked, rows, events, answer, shape=choice_of):
@@ -27,7 +28,7 @@ async def answer_whole(request, asked, rows, events, answer, shape=choice_of):
     async def collect():
         nonlocal n_drawn
         async for index, text, entries, why, n in until_all_end(state, rows, events):
-            choices[index] = shape(index, text, logprobs(asked, entries, state.encoder), why)
+            choices[index] = shape(index, text, entries, why, asked, state.encoder)
             n_drawn += n
 
     try:
@@ -38,9 +39,12 @@ async def answer_whole(request, asked, rows, events, answer, shape=choice_of):
     return JSONResponse(answer | {"choices": choices, "usage": counts})
 
 
-def answer_stream(request, asked, rows, events, answer, shape=choice_of):
-    """The response that sends each token as it is written. It may end before it has begun."""
-    chunks = stream(request.app.state, asked, rows, events, answer, shape)
+def answer_stream(request, asked, rows, events, answer, shape=choice_of, opening=()):
+    """The response that sends each token as it is written. It may end before it has begun.
+
+    opening: choices to send before there is any text.
+    """
+    chunks = stream(request.app.state, asked, rows, events, answer, shape, opening)
 
     async def respond(scope, receive, send):
         try:
@@ -51,14 +55,16 @@ def answer_stream(request, asked, rows, events, answer, shape=choice_of):
     return respond
 
 
-async def stream(state, asked, rows, events, answer, shape):
+async def stream(state, asked, rows, events, answer, shape, opening):
     """The answer's events; an error, too, is an event."""
     n_drawn, more = 0, {"usage": None} if asked["include_usage"] else {}
     try:
+        for choice in opening:
+            yield server_sent(answer | {"choices": [choice]} | more)
         async for index, text, entries, why, n in until_all_end(state, rows, events):
             n_drawn += n if why else 0
             if text or entries or why:
-                choice = shape(index, text, logprobs(asked, entries, state.encoder), why)
+                choice = shape(index, text, entries, why, asked, state.encoder)
                 yield server_sent(answer | {"choices": [choice]} | more)
         if asked["include_usage"]:
             counts = usage(sum(map(len, asked["prompts"])), n_drawn)
@@ -66,10 +72,6 @@ async def stream(state, asked, rows, events, answer, shape):
     except Refusal as refusal:
         yield server_sent(refusal.body)
     yield server_sent("[DONE]")
-
-
-def logprobs(asked, entries, encoder):
-    return None if asked["logprobs"] is None else logprobs_of(entries, encoder)
 
 
 async def until_all_end(state, rows, events):

@@ -28,6 +28,7 @@ class Choice:
         self.bias = bias_of(asked["logit_bias"], encoder.n_vocab)
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.text, self.held, self.has_stopped = "", "", False
+        self.strip = asked["strip"]  # leave out the white space that the text begins with?
         self.entries = []  # (id, its log-probability, likeliest ids, theirs, offset) of each token
         self.n_drawn = self.n_scored = 0
         self.n_taken, self.n_entries_taken = 0, 0  # of text and of entries
@@ -70,12 +71,15 @@ class Choice:
         if self.n_drawn:
             shown, self.held, stopped = until_stop(self.held + text, len(text), self.stops)
             text, self.has_stopped = shown, stopped
-        self.text += text
+        self.add(text)
+
+    def add(self, text):
+        self.text += text.lstrip() if self.strip and not self.text else text
 
     def take(self, why):  # -> the text and the entries that are new since the last call
         """why: None while the text goes on. At its end, what was held back comes, too."""
         if why and not self.has_stopped:
-            self.text += self.held + self.utf8.decode(b"", final=True)
+            self.add(self.held + self.utf8.decode(b"", final=True))
         text, self.n_taken = self.text[self.n_taken :], len(self.text)
         sure = math.inf if why and not self.has_stopped else len(self.text)
         new = [entry for entry in self.entries[self.n_entries_taken :] if entry[-1] < sure]

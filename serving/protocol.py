@@ -81,6 +81,7 @@ def read_settings(data, n_vocab):  # -> dict
         "logprobs": number(data, "logprobs", None, 0, MOST_LOGPROBS),
         "stop": read_stops(data),
         "logit_bias": read_bias(data, n_vocab),
+        "strip": False,  # a chat's answer begins with a space that is none of it
     }
     for name in ("echo", "stream", "ignore_eos"):
         asked[name] = flag(data, name)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import gpt2
 import kv_cache
 import utils
+from corpus.chat import NEXT_TURN, encode_conversation
 from encoder import Encoder
 from engine import kept
 from engine.stops import sort_stops, until_stop
@@ -35,6 +36,7 @@ from serving.choices import Choice, likeliest  # noqa: E402
 
 N_HEAD, N_CTX, END = TINY["n_head"], TINY["n_ctx"], 256
 ENCODER = Encoder([])  # every byte a token
+LETTERS = {str(id): 100 for id in ENCODER.encode("ABCDEFGHIJKLMNOPQRSTUVWXYZ")}  # a bias to them
 
 
 @contextlib.contextmanager
@@ -339,6 +341,7 @@ class Told:
 
 def written_by(ids, stops, **fields):  # -> the parts of a text, its entries, what was drawn
     asked = {"stop": stops, "logprobs": 1, "ignore_eos": False, "logit_bias": {}, "echo": False}
+    asked["strip"] = False
     choice = Choice([65], asked | fields, ENCODER, Told(ids), None)
     parts, entries, why = [], [], None
     for n, id in enumerate(ids, 1):
@@ -400,11 +403,10 @@ def test_the_search_for_stops_finds_what_a_plain_one_finds(text, n_new, stops):
 
 
 def test_a_stop_ends_the_answer_and_never_shows(client, params):
-    ids = gpt2.generate(ENCODER.encode("One"), params, N_HEAD, 30)
+    ids = drawn(params, ENCODER.encode("One"), 30, LETTERS, temperature=1.0, seed=3)
     text = ENCODER.decode(ids)
-    n = next(n for n in range(3, len(ids)) if "\ufffd" not in ENCODER.decode(ids[n : n + 2]))
-    stop = ENCODER.decode(ids[n : n + 2])
-    how = {"max_tokens": 30, "temperature": 0, "ignore_eos": True}
+    stop = text[9:11]
+    how = {"max_tokens": 30, "seed": 3, "logit_bias": LETTERS}
     wanted = text[: text.index(stop)]
     for stops in (stop, [stop], ["nowhere", stop], [stop, *map(str, range(1000))]):
         choice = ask(client, "One", stop=stops, **how)["choices"][0]
@@ -412,6 +414,167 @@ def test_a_stop_ends_the_answer_and_never_shows(client, params):
         parts = [part["choices"][0] for part in events(client, "One", stop=stops, **how)]
         assert "".join(part["text"] for part in parts) == wanted
         assert parts[-1]["finish_reason"] == "stop"
+
+
+# --------------------------------------------------------------------------------------------------
+# Chats
+# --------------------------------------------------------------------------------------------------
+
+TALK = [{"role": "user", "content": "Hi"}]
+LONG_TALK = [  # of which not all fits TINY's positions
+    {"role": "user", "content": "One"},
+    {"role": "assistant", "content": "Two"},
+    {"role": "user", "content": "Three"},
+]
+
+
+def post_chat(client, messages, **fields):
+    return client.post("/v1/chat/completions", json={"messages": messages} | fields)
+
+
+def chat(client, messages=TALK, **fields):  # -> the answer, or a stream's events without the last
+    response = post_chat(client, messages, **fields)
+    assert response.status_code == 200, response.text
+    if not fields.get("stream"):
+        return response.json()
+    *parts, done, rest = response.content.decode().split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(part.removeprefix("data: ")) for part in parts]
+
+
+def said(parts, index=0):  # the text of one answer of a stream
+    choices = [choice for part in parts for choice in part["choices"] if choice["index"] == index]
+    return "".join(choice["delta"].get("content", "") for choice in choices)
+
+
+@pytest.mark.parametrize("messages", [TALK, LONG_TALK])
+def test_a_chat_is_what_gpt2_generates_after_the_conversation(client, params, messages):
+    ids = encode_conversation(messages, ENCODER, N_CTX - 12)
+    text = ENCODER.decode(gpt2.generate(ids, params, N_HEAD, 12, endoftext=END))
+    how = {"temperature": 0, "max_tokens": 12}
+    answer = chat(client, messages, **how)
+    (choice,) = answer["choices"]
+    assert answer["object"] == "chat.completion" and choice["message"]["role"] == "assistant"
+    assert choice["message"]["content"] == text.split(NEXT_TURN)[0].lstrip()
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+    parts = chat(client, messages, stream=True, stream_options={"include_usage": True}, **how)
+    assert parts[-1]["usage"] == answer["usage"] and parts[-1]["choices"] == []
+    assert {part["object"] for part in parts} == {"chat.completion.chunk"}
+    assert parts[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert all("role" not in part["choices"][0]["delta"] for part in parts[1:-1])
+    assert said(parts) == choice["message"]["content"]
+    reasons = [part["choices"][0]["finish_reason"] for part in parts[:-1]]
+    assert set(reasons[:-1]) == {None} and reasons[-1] == choice["finish_reason"]
+
+
+def test_several_answers_are_drawn_as_completions_are(client):
+    how = {"n": 3, "seed": 5, "max_tokens": 9, "top_p": 0.9, "top_k": 50, "temperature": 0.8}
+    prompt = encode_conversation(TALK, ENCODER, N_CTX)
+    plain = ask(client, prompt, stop=[NEXT_TURN], **how)["choices"]
+    answer, parts = chat(client, **how), chat(client, stream=True, **how)
+    for i, choice in enumerate(answer["choices"]):
+        assert choice["index"] == i
+        assert choice["message"]["content"] == plain[i]["text"].lstrip() == said(parts, i)
+
+
+def test_an_answer_ends_where_the_next_turn_begins_and_its_first_space_is_not_shown():
+    """Also with what looks like a turn's beginning at the end, and where there is only space."""
+    for text, shown in (
+        (" Paris.\nUser: And", "Paris."),
+        (" Paris.\nUs", "Paris.\nUs"),
+        ("\n \n Paris and\n more", "Paris and\n more"),
+        ("\nUser: And", ""),
+        (" \n", ""),
+        (" é", "é"),
+    ):
+        parts, entries, n_drawn = written_by(ENCODER.encode(text), [NEXT_TURN], strip=True)
+        assert "".join(parts) == shown
+        for i in range(len(parts)):
+            assert shown.startswith("".join(parts[:i]))
+        has_stopped = NEXT_TURN in text
+        n_seen = text.index(NEXT_TURN) + len(NEXT_TURN) if has_stopped else len(text.encode())
+        assert n_drawn == n_seen
+        if not has_stopped:
+            assert len(entries) == n_drawn  # the space is a token like any other
+
+
+def test_the_server_stops_a_chat_at_the_next_turn(client, monkeypatch):
+    """At two letters that TINY writes when it is biased so: it would hardly write a real turn."""
+    how = {"logit_bias": LETTERS, "seed": 3, "max_tokens": 20}
+    text = chat(client, **how)["choices"][0]["message"]["content"]
+    turn = text[9:11]
+    monkeypatch.setattr("serving.chat.NEXT_TURN", turn)
+    for stop in (None, "nowhere"):
+        (choice,) = chat(client, stop=stop, **how)["choices"]
+        assert choice["message"]["content"] == text[: text.index(turn)]
+        assert choice["finish_reason"] == "stop"
+
+
+def test_an_answer_may_be_as_long_as_fits(client):
+    """Old messages go where the answer would have less than what was asked, or a quarter."""
+    n_prompt = len(encode_conversation(TALK, ENCODER, N_CTX))
+    how = {"logit_bias": {str(*ENCODER.encode("A")): 100}, "temperature": 0}
+    (choice,) = chat(client, **how)["choices"]
+    assert choice["message"]["content"] == "A" * (N_CTX - n_prompt)
+    assert choice["finish_reason"] == "length"
+    for fields in ({"max_tokens": 5}, {"max_completion_tokens": 5, "max_tokens": 9}):
+        assert chat(client, **how, **fields)["choices"][0]["message"]["content"] == "A" * 5
+    for fields, n_left in (({}, N_CTX // 4), ({"max_tokens": 20}, 20)):
+        n_prompt = len(encode_conversation(LONG_TALK, ENCODER, N_CTX - n_left))
+        answer = chat(client, LONG_TALK, **how, **fields)
+        assert answer["usage"]["prompt_tokens"] == n_prompt < N_CTX - n_left
+
+
+def test_log_probabilities_of_a_chat_are_a_completions(client):
+    prompt = encode_conversation(TALK, ENCODER, N_CTX)
+    how = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    plain = ask(client, prompt, logprobs=2, **how)["choices"][0]["logprobs"]
+    answer = chat(client, logprobs=True, top_logprobs=2, **how)["choices"][0]
+    parts = chat(client, logprobs=True, top_logprobs=2, stream=True, **how)[1:]
+    entries = answer["logprobs"]["content"]
+    assert sum((part["choices"][0]["logprobs"]["content"] for part in parts), []) == entries
+    assert [entry["token"] for entry in entries] == plain["tokens"]
+    assert [entry["logprob"] for entry in entries] == plain["token_logprobs"]
+    for entry in entries:
+        assert [top["logprob"] for top in entry["top_logprobs"]][0] == entry["logprob"]
+        assert len(entry["top_logprobs"]) == 2 and entry["top_logprobs"][0] | entry == entry
+    (first, *_) = chat(client, logprobs=True, **how)["choices"][0]["logprobs"]["content"]
+    assert first["top_logprobs"] == [] and bytes(first["bytes"]).decode(errors="replace")
+    assert chat(client, **how)["choices"][0]["logprobs"] is None
+
+
+WRONG_CHATS = {
+    "none": ({"messages": None}, "messages"),
+    "an empty list": ({"messages": []}, "messages"),
+    "a text": ({"messages": "Hi"}, "messages"),
+    "a text in a list": ({"messages": ["Hi"]}, "messages"),
+    "an unknown role": ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages"),
+    "no content": ({"messages": [{"role": "user"}]}, "messages"),
+    "a picture": ({"messages": [{"role": "user", "content": [{"image_url": ""}]}]}, "messages"),
+    "a message too long": ({"messages": [{"role": "user", "content": "x" * 99}]}, "messages"),
+    "no room for it": ({"max_tokens": N_CTX - 3}, "messages"),
+    "no room at all": ({"max_tokens": N_CTX}, "max_tokens"),
+    "no tokens": ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    "a number for a flag": ({"logprobs": 3}, "logprobs"),
+    "top_logprobs": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs"),
+    "tools": ({"tools": [{"type": "function"}]}, "tools"),
+    "a form": ({"response_format": {"type": "json_object"}}, "response_format"),
+    "another model": ({"model": "gpt-4"}, "model"),
+    "a penalty": ({"frequency_penalty": 0.5}, "frequency_penalty"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CHATS)
+def test_a_chat_that_makes_no_sense_is_an_error_of_openais_shape(client, case):
+    fields, param = WRONG_CHATS[case]
+    response = post_chat(client, **({"messages": TALK} | fields))
+    error = response.json()["error"]
+    assert response.status_code == (404 if param == "model" else 400)
+    assert set(error) == {"message", "type", "param", "code"} and error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert (error["code"] == "context_length_exceeded") == (case in (
+        "a message too long", "no room for it"))  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -902,6 +1065,26 @@ def test_openais_package_completes(openai_client, params):
     assert "".join(part.choices[0].text for part in parts[:-1]) == texts[0]
     assert parts[-1].usage.total_tokens == 12
     assert [model.id for model in openai_client.models.list()] == ["tiny"]
+
+
+def test_openais_package_chats(openai_client, params):
+    ids = encode_conversation(TALK, ENCODER, N_CTX)
+    text = ENCODER.decode(drawn(params, ids, 9)).split(NEXT_TURN)[0].lstrip()
+    create = openai_client.chat.completions.create
+    how = {"model": "tiny", "messages": TALK, "max_completion_tokens": 9, "temperature": 0}
+    how |= {"extra_body": {"ignore_eos": True}}
+    answer = create(logprobs=True, top_logprobs=3, **how)
+    assert (answer.choices[0].message.role, answer.choices[0].message.content) == (
+        "assistant", text)  # fmt: skip
+    (entry, *_) = answer.choices[0].logprobs.content
+    assert entry.logprob == entry.top_logprobs[0].logprob and len(entry.top_logprobs) == 3
+    parts = list(create(stream=True, stream_options={"include_usage": True}, **how))
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(part.choices[0].delta.content or "" for part in parts[:-1]) == text
+    assert parts[-1].usage == answer.usage
+    with pytest.raises(Exception, match="role is 'tool'") as raised:
+        create(model="tiny", messages=[{"role": "tool", "content": "Hi", "tool_call_id": "1"}])
+    assert raised.value.status_code == 400
 
 
 def test_openais_package_understands_our_errors(openai_client):

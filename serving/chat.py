@@ -1,0 +1,105 @@
+"""OpenAI's chat protocol, where it differs from completions: messages in, the next message out.
+
+https://platform.openai.com/docs/api-reference/chat. What is not asked for has vLLM's default: an
+answer may be as long as fits, and the temperature is 1.
+"""
+
+from corpus.chat import NEXT_TURN, check_messages, encode_conversation
+from serving.answers import REASONS
+from serving.choices import bytes_of
+from serving.protocol import (
+    MOST_LOGPROBS,
+    Refusal,
+    check_model,
+    flag,
+    number,
+    read_object,
+    read_settings,
+)
+
+# --- Reading a request ----------------------------------------------------------------------------
+
+
+def read_chat(body, name, encoder, n_ctx):  # bytes -> dict, as protocol.read_completion's
+    """A chat's request. Its one prompt is the conversation, as much of its end as fits."""
+    data = read_object(body)
+    check_model(data, name)
+    refuse_what_is_not_text(data)
+    most, own = read_most(data, n_ctx), {"logprobs": read_logprobs(data), "max_tokens": None}
+    asked = read_settings(data | own, encoder.n_vocab)
+    # Without a limit of the client's, old messages leave room for a quarter of the positions.
+    ids = read_messages(data.get("messages"), encoder, n_ctx - (most or n_ctx // 4))
+    asked |= {"prompts": [ids], "max_tokens": most or n_ctx - len(ids)}
+    return asked | {"stop": [*asked["stop"], NEXT_TURN], "strip": True}
+
+
+def refuse_what_is_not_text(data):
+    for name in ("tools", "functions", "echo"):
+        if data.get(name):
+            raise Refusal(f"{name} is not supported in a chat: leave it out", param=name)
+    form = data.get("response_format") or {"type": "text"}
+    if not isinstance(form, dict) or form.get("type") != "text":
+        raise Refusal("response_format must be text, if it is given", param="response_format")
+
+
+def read_most(data, n_ctx):  # -> the tokens that an answer may have, None for what fits
+    newer = number(data, "max_completion_tokens", None, 1, n_ctx - 1)
+    return newer or number(data, "max_tokens", None, 1, n_ctx - 1)
+
+
+def read_logprobs(data):  # -> how many of the likeliest tokens to name, or None, as completions do
+    n = number(data, "top_logprobs", None, 0, MOST_LOGPROBS)
+    if flag(data, "logprobs"):
+        return n or 0
+    if n:
+        raise Refusal("top_logprobs needs logprobs: true", param="top_logprobs")
+    return None
+
+
+def read_messages(messages, encoder, room):  # -> at most `room` ids
+    try:
+        check_messages(messages)
+    except ValueError as error:
+        raise Refusal(str(error), param="messages") from None
+    try:
+        return encode_conversation(messages, encoder, room)
+    except ValueError as error:
+        words = f"{error} beside the answer (max_tokens)"
+        raise Refusal(words, param="messages", code="context_length_exceeded") from None
+
+
+# --- The shapes of answers ------------------------------------------------------------------------
+
+
+def message_of(index, text, entries, why, asked, encoder):
+    message = {"role": "assistant", "content": text, "refusal": None}
+    return choice_with({"message": message}, index, entries, why, asked, encoder)
+
+
+def delta_of(index, text, entries, why, asked, encoder):
+    return choice_with(
+        {"delta": {"content": text} if text else {}}, index, entries, why, asked, encoder
+    )
+
+
+def role_of(index):  # what a stream says of each answer before its text
+    delta = {"role": "assistant", "content": ""}
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def choice_with(said, index, entries, why, asked, encoder):
+    known = None
+    if asked["logprobs"] is not None:
+        known = {"content": [token_of(*entry[:4], encoder) for entry in entries], "refusal": None}
+    return {"index": index, **said, "logprobs": known, "finish_reason": why and REASONS[why]}
+
+
+def token_of(id, log_prob, best_ids, best, encoder):
+    tops = zip(best_ids.tolist(), best.tolist(), strict=True)
+    likeliest = [describe(other, value, encoder) for other, value in tops]
+    return describe(id, float(log_prob), encoder) | {"top_logprobs": likeliest}
+
+
+def describe(id, log_prob, encoder):
+    own = list(bytes_of(encoder, [id]))
+    return {"token": encoder.decode([id]), "logprob": log_prob, "bytes": own}
