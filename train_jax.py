@@ -95,9 +95,9 @@ def losses(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None, packed
     """[n_batch, n_seq + 1] -> [n_batch], nats per token: each predicted from the tokens before it.
 
     The mean of -log p(next token). Most options do not change the result, up to rounding. n_vocab:
-    how many rows of wte are tokens, if others only pad it. The logits are
-    made in n_chunks parts, one held at a time and made again for the gradient. `attend` replaces
-    gpt2.attention. Logits and everything after are float32, whatever the parameters are.
+    how many rows of wte are tokens, if others only pad it. The logits are made in n_chunks parts,
+    one held at a time and made again for the gradient. `attend` replaces gpt2.attention. Logits and
+    everything after are float32, whatever the parameters are.
 
     If the rows are packed examples (corpus/examples.py), targets not to be learned count as 0.
     """

@@ -23,7 +23,7 @@ import numpy as np
 
 from engine import threads
 
-AVX512 = {"SkylakeX", "Cooperlake", "SapphireRapids"}  # OpenBLAS's names for such kernels
+AVX512 = {"SkylakeX", "Cooperlake", "SapphireRapids"}  # OpenBLAS's names for AVX-512 kernels
 MOST_ROWS = 64  # of x; with more rows AVX-512 is faster, if it is truly 512 bits wide
 
 

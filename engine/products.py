@@ -76,7 +76,7 @@ def split_columns(x, w, multiply):  # each thread multiplies some of w's columns
     return y
 
 
-def slabs_of_columns(x, w, y):  # slabs of w's columns, whose products stand side by side
+def slabs_of_columns(x, w, y):  # one product for each slab of w's columns, side by side in y
     (rows, n_in), n_out = x.shape, w.shape[1]
     width = max(1, min(64, n_out, 800_000 // (rows * n_in)))
     n_slabs = n_out // width

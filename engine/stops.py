@@ -33,7 +33,7 @@ def sort_stops(
 
 
 def up_to(texts, stops):  # iterable of str -> iterable of str
-    """The stream up to the first stop. What may be the beginning of a stop is held back first."""
+    """The stream up to the first stop. Holds back what may yet become a stop."""
     held, stops = "", sort_stops(stops)
     for text in texts:
         shown, held, is_complete = until_stop(held + text, len(text), stops)

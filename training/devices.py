@@ -119,7 +119,7 @@ def peak_flops(devices, dtype):  # -> FLOP/s of all together, "known" or "measur
         start = time.perf_counter()
         product(x).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    # The CPU's devices are one processor, all of whose cores work on a single product.
+    # The CPU's devices are one processor: all its cores already work on a single product.
     n_devices = 1 if devices[0].platform == "cpu" else len(devices)
     return n_devices * 2 * n**3 / min(seconds), "measured"
 

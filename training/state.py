@@ -79,7 +79,7 @@ def start_state(params, moments, n_done, optimizer, n_rows, mesh, fsdp):
 
 
 def split(params):
-    """-> what is trained and what is frozen: trees like params, None where the other has an array.
+    """-> what is trained, and what is frozen: trees like params, with None for the other's arrays.
 
     In a model with adapters only their factors are trained, in any other model everything.
     """
