@@ -8,9 +8,9 @@
 All of them ask the model one question: how likely is this token after those before it? `score`
 answers it. The rest decides which tokens to ask about, what the model sees before each, and how the
 answers become one number. Everybody decides these a little differently, and then the numbers differ
-too; so the docstrings below say whose way each task follows.
+too; so the docstrings below say which source each task follows.
 
-The result is one line of JSON, all that is written to standard output.
+The result is one line of JSON. Nothing else is written to standard output.
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ URLS = {
     "lambada": "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
 }
 
-LOGITS_ROWS = 64  # positions that have their logits at the same time: 13 MB of them with 50257 ids
+LOGITS_ROWS = 64  # positions whose logits are held at the same time: 13 MB with 50257 ids
 CACHED_TOKENS = (
     2048  # tokens in caches at the same time, or those of one item: 144 MiB for GPT-2 124M
 )
@@ -47,8 +47,8 @@ CACHED_TOKENS = (
 def score(x, targets, params):  # [n, n_embd], [n] -> [n] float32, [n] bool
     """Each target's log-probability by the hidden state before it, and whether it is the likeliest.
 
-    The largest logit is subtracted first, so that exp cannot overflow. ValueError where the answer
-    is not a number: NaN would be wrong at everything without a word.
+    The largest logit is subtracted first, so that exp cannot overflow. ValueError if an answer
+    is not a number: else NaN would silently count as wrong everywhere.
     """
     answers = []
     for start in range(0, len(x), LOGITS_ROWS):
@@ -65,7 +65,7 @@ def score(x, targets, params):  # [n, n_embd], [n] -> [n] float32, [n] bool
 def score_logits(logits, targets, rows):  # [n, n_vocab], [n], a slice -> score's answer for it
     logits, targets = logits[rows], targets[rows]
     each, best = np.arange(len(logits)), logits.argmax(-1)
-    logits -= logits[each, best, None]  # of nobody else's use
+    logits -= logits[each, best, None]  # in place: nobody else uses them
     chosen = logits[each, targets]
     return chosen - np.log(np.exp(logits, out=logits).sum(-1)), best == targets
 
@@ -84,9 +84,10 @@ def score_row(row, params, n_head):  # -> score's answer
 def load_ids(data, encoder):  # the --data flag -> ids [1 + n_tokens], n_bytes, n_words
     """A text file's ids, and how many bytes and words all of them but the first stand for.
 
-    The first is <|endoftext|>, so that the model predicts all of the text. Without one in the
-    tokenizer, it is the text's first token. What is not UTF-8 is read as U+FFFD; words are what
-    white space separates. A folder is for load_shards. ValueError for nothing to predict.
+    The first is <|endoftext|>, so that the model predicts all of the text. If the tokenizer
+    has none, the first id is the text's first token. Bytes that are not UTF-8 are read as U+FFFD;
+    words are separated by white space. load_shards reads a folder. ValueError if nothing is left
+    to predict.
     """
     if os.path.isdir(data):
         return load_shards(data, encoder)
@@ -106,8 +107,8 @@ def load_ids(data, encoder):  # the --data flag -> ids [1 + n_tokens], n_bytes, 
 def load_shards(folder, encoder):  # -> the same as load_ids
     """The validation split of a folder of token shards, in which <|endoftext|> has no bytes.
 
-    ValueError where the shards are empty, or of another tokenizer than the model's. nanoGPT's and
-    llm.c's do not say whose they are: they may have any ids that the model has.
+    ValueError if the shards are empty, or another tokenizer than the model's made them. nanoGPT's
+    and llm.c's do not name a tokenizer: they may have any ids that the model has.
     """
     shards, theirs = open_shards(folder)
     if not count_ids(shards["val"]):
@@ -132,8 +133,8 @@ def load_shards(folder, encoder):  # -> the same as load_ids
 def windows(n_tokens, n_ctx, stride):  # -> (start, stop, n_scored) of each
     """Where to cut: ids[start:stop] predict ids[start + 1 : stop + 1], the last n_scored count.
 
-    All windows are full. The first one's targets all count; each further one starts `stride` later
-    and counts the targets that are new. The last is moved back to where the text ends.
+    All windows are full. In the first, all targets count; each further one starts `stride` later,
+    and only its new targets count. The last is moved back so that it ends with the text.
 
     >>> list(windows(n_tokens=11, n_ctx=4, stride=3))
     [(0, 4, 4), (3, 7, 3), (6, 10, 3), (7, 11, 1)]
@@ -151,10 +152,10 @@ def perplexity(ids, n_bytes, n_words, params, n_head, stride=None, score_rows=No
     Every token but the first id counts once. After the first window it is predicted from at least
     n_ctx - stride + 1 tokens and at most n_ctx; so a smaller stride gives a lower figure, at the
     price of more windows. The default, n_ctx, cuts as EleutherAI's harness does for its rolling
-    log-likelihoods. A tokenizer decides what a token is: compare models that have different ones
-    by the byte or by the word. None stands for a perplexity too large for a float.
+    log-likelihoods. Tokenizers cut texts differently: compare models with different tokenizers by
+    the byte or by the word. None stands for a perplexity too large for a float.
 
-    score_rows: a list of rows, as score_row takes them -> their answers; by default, in NumPy.
+    score_rows: a function of a list of score_row's rows -> their answers; by default in NumPy.
     ValueError for a stride that is not in 1 .. n_ctx.
     """
     n_tokens, n_ctx = len(ids) - 1, len(params["wpe"])
@@ -194,7 +195,7 @@ def exp(x):
 
 
 def read_hellaswag(item, where):
-    """{"ctx", "endings", "label"} -> context, endings, label; ValueError says where that fails."""
+    """{"ctx", "endings", "label"} -> context, endings, label; ValueError says what is bad."""
     context, endings, label = (item.get(key) for key in ("ctx", "endings", "label"))
     if not isinstance(context, str):
         raise ValueError(f"{where}: ctx is missing or not text")
@@ -209,11 +210,11 @@ def read_hellaswag(item, where):
 
 
 def mark_hellaswag(scores, label):  # (log_probs, hits) for each ending -> {measure: bool}
-    """Is the right ending the likeliest, by its tokens' sum and by their mean? First of equals.
+    """Is the right ending the likeliest, by its tokens' sum and by their mean? On a tie, the first.
 
     The data is that of Zellers et al. 2019, arXiv:1905.07830, the scoring that of Karpathy's
     build-nanogpt and llm.c, by which GPT-2 124M has an acc of 0.2859 and an acc_norm of 0.2955.
-    They do not compare with the 0.2892 and 0.3114 of EleutherAI's harness, which cleans the texts
+    Do not compare these with the 0.2892 and 0.3114 of EleutherAI's harness, which cleans the texts
     first and divides by bytes, not tokens.
     """
     sums = [log_probs.sum(dtype=np.float64) for log_probs, _ in scores]
@@ -223,7 +224,7 @@ def mark_hellaswag(scores, label):  # (log_probs, hits) for each ending -> {meas
 
 
 def read_lambada(item, where):
-    """{"text"} -> what precedes the last space, [what follows, with it], no label."""
+    """{"text"} -> the text before the last space, [the rest, with this space], no label."""
     if not isinstance(item.get("text"), str):
         raise ValueError(f"{where}: text is missing or not text")
     context, space, word = item["text"].rpartition(" ")
@@ -233,11 +234,11 @@ def read_lambada(item, where):
 
 
 def mark_lambada(scores, label):  # (log_probs, hits) of the one ending -> {measure: bool}
-    """Is each token of the last word the likeliest after all before it? Is the last token?
+    """Is each token of the last word the likeliest in its place? Is the very last token?
 
     The data is that of Paperno et al. 2016, arXiv:1606.06031, in OpenAI's version. For the word,
     EleutherAI's harness gives GPT-2 124M 0.3256. The 0.4599 of GPT-2's paper is nearer to what
-    others measured for the last token, which is easier: a word's beginning gives away its end.
+    others measured for the last token. That is easier: a word's beginning gives away its end.
     """
     ((_, hits),) = scores
     return {"acc_last_word": bool(hits.all()), "acc_last_token": bool(hits[-1])}
@@ -246,7 +247,7 @@ def mark_lambada(scores, label):  # (log_probs, hits) of the one ending -> {meas
 def read_choices(item, where):
     """{"prompt", "choices", "answer"} -> prompt, choices, (answer, bytes of each choice).
 
-    A choice follows its prompt as it is: it begins with the space that it needs.
+    A choice is put after its prompt unchanged, so it must begin with the space that it needs.
     """
     prompt, choices, answer = (item.get(key) for key in ("prompt", "choices", "answer"))
     if not isinstance(prompt, str):
@@ -260,9 +261,9 @@ def read_choices(item, where):
 
 
 def mark_choices(scores, label):  # (log_probs, hits) for each choice -> {measure: bool}
-    """Is the right choice the likeliest, by its tokens' sum and per byte? First of equals.
+    """Is the right choice the likeliest, by its tokens' sum and per byte? On a tie, the first.
 
-    As EleutherAI's harness has acc and acc_norm.
+    The same as acc and acc_norm of EleutherAI's harness.
     """
     answer, n_bytes = label
     sums = [log_probs.sum(dtype=np.float64) for log_probs, _ in scores]
@@ -295,8 +296,8 @@ def load_items(task, path=None, flag="--data "):  # -> [(where, context, endings
 def encode_item(where, context, endings, label, encoder, n_ctx):  # texts -> a dict of ids
     """The item in ids, its context cut on the left to leave room for the longest of its endings.
 
-    An ending's last token predicts nothing, and so needs no position. ValueError for an ending that
-    does not fit by itself, and for an empty context without <|endoftext|> to stand for it.
+    An ending's last token predicts nothing, and so needs no position. ValueError for an ending too
+    long by itself, and for an empty context if there is no <|endoftext|> to stand for it.
     """
     context, endings = encoder.encode(context), [encoder.encode(text) for text in endings]
     if not context and encoder.endoftext is None:
@@ -312,7 +313,7 @@ def encode_item(where, context, endings, label, encoder, n_ctx):  # texts -> a d
 
 
 def group_items(items):  # -> lists of neighbours
-    """As many together as CACHED_TOKENS allows: the more tokens a pass has, the less each takes."""
+    """Groups as large as CACHED_TOKENS allows: the more tokens a pass has, the faster is each."""
     group, n_tokens = [], 0
     for item in items:
         n_more = item["n_seq"] * (1 + len(item["endings"]))  # a cache for the context, and copies
@@ -324,8 +325,8 @@ def group_items(items):  # -> lists of neighbours
     yield group
 
 
-def score_items(items, params, n_head):  # -> for each item, for each of its endings: score's answer
-    """Two passes: the contexts, then all endings, each from its own copy of its context's cache.
+def score_items(items, params, n_head):  # -> [item][ending]: score's answer
+    """Two passes: the contexts, then all endings, each with its own copy of its context's cache.
 
     A context's last token runs with its endings instead, and an ending's last token not at all. So
     each token of the second pass predicts one that counts.
@@ -354,7 +355,7 @@ def score_all(items, params, n_head):  # -> (item, score_items' answer) of each
 def accuracy(items, mark, params, n_head, scored=None, **shown):  # of encode_item -> dict
     """The share of items that get each mark; n_cut counts those that lost some of their context.
 
-    scored: pairs like score_all's, in any order, by default its own; shown: how the bar is.
+    scored: pairs like score_all's, in any order, by default score_all's; shown: options of the bar.
     """
     totals, n_done = Counter(), 0
     with tqdm(total=len(items), unit="item", **{"disable": None} | shown) as bar:
@@ -389,9 +390,9 @@ def check_flags(task, data, stride):
 
 
 def choose_backend(backend):  # the --backend flag -> "numpy" or "jax"
-    """By default jax where it finds an accelerator; starts JAX. ValueError for another name.
+    """By default jax if it finds an accelerator, else numpy. ValueError for another name.
 
-    Without a plugin for one JAX has none: then it is not imported, which would take a second.
+    This starts JAX, but not if no plugin for an accelerator is installed: that saves a second.
     """
     if backend not in (None, "numpy", "jax"):
         raise ValueError(f"backend must be numpy or jax, not {backend!r}")
@@ -427,7 +428,7 @@ def main(
     """
     check_flags(task, data, stride)
     backend, score_rows, scored = choose_backend(backend), None, None
-    items = [] if task == "perplexity" else load_items(task, data)  # all valid, or no model
+    items = [] if task == "perplexity" else load_items(task, data)  # checked before loading
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     items = [encode_item(*item, encoder, hparams["n_ctx"]) for item in items]
     model = params, hparams["n_head"]

@@ -4,10 +4,10 @@
 
 gpt2.py writes each new token by running the whole text again. Nearly all of that repeats the step
 before: attention only looks back, so appending a token changes nothing that was computed for the
-earlier ones. What the new one needs of them is their keys and values, in every layer. Keep those,
-and a step runs one token: the matrices multiply 1 row instead of n_seq.
+earlier ones. The new token needs only their keys and values, in every layer. If we keep these, a
+step runs one token: the matrices multiply 1 row instead of n_seq.
 
-What is kept is 2 (a key and a value) * n_layer * n_embd numbers per token. In float32, for GPT-2
+The cache holds 2 (a key and a value) * n_layer * n_embd numbers per token. In float32, for GPT-2
 124M: 2 * 12 * 768 * 4 bytes = 72 KiB per token, 72 MiB for a full context of 1024, beside 475 MiB
 of weights. The room doubles as a text grows, so that short texts do not pay for long ones.
 
@@ -16,8 +16,8 @@ them is most of its time; so several texts ("rows") take their steps together. T
 and there is no padding: the new tokens of all rows stand one after the other in one flat sequence,
 and `gpt2.hidden_state` sees nothing else. Embeddings, layer norms and matrices treat each token by
 itself; its position comes from its own row's length; and attention, the one part in which tokens
-meet, is handed in here: it cuts the sequence into the rows and gives each its own cache. The same
-function thus reads prompts ("prefill", many new tokens a row) and writes (one new token a row).
+meet, is passed in from here: it cuts the sequence into rows and gives each its own cache. So the
+same function reads prompts ("prefill", many new tokens a row) and writes (one new token a row).
 """
 
 import json
@@ -49,8 +49,8 @@ CHUNK = 512  # tokens that a pass runs at most, which bounds its scratch memory
 
 
 def one_text(params, n_head):  # -> a function that takes the next ids, [n], and returns [n, n_embd]
-    """The cache at its simplest, to be read: all below does the same, faster and for many texts."""
-    kept, n_seq = {}, 0  # {layer: (keys, values)}, and how many tokens they are of
+    """The idea in its simplest form. All code below does the same, faster and for many texts."""
+    kept, n_seq = {}, 0  # {layer: (keys, values)}, and of how many tokens
 
     def run(ids):
         nonlocal n_seq
@@ -60,7 +60,7 @@ def one_text(params, n_head):  # -> a function that takes the next ids, [n], and
                 k = np.concat([kept[layer][0], k], axis=-2)  # [n_head, n_seq + n, d_head]
                 v = np.concat([kept[layer][1], v], axis=-2)
             kept[layer] = k, v
-            return attention(q, k, v)  # it takes the queries for those of the last positions
+            return attention(q, k, v)  # q belongs to the last positions, as attention expects
 
         blocks = [b | {"attend": partial(attend, layer=i)} for i, b in enumerate(params["blocks"])]
         later = params | {"blocks": blocks, "wpe": params["wpe"][n_seq:]}
@@ -92,7 +92,7 @@ def copy_cache(cache, n_seq=None):
 
 
 def make_room(cache, n_seq, n_ctx):
-    """Doubles the capacity, up to n_ctx, until n_seq tokens fit. ValueError where they never do."""
+    """Doubles the capacity, up to n_ctx, until n_seq tokens fit. ValueError if they never do."""
     if n_seq > n_ctx:
         raise ValueError(f"{n_seq} tokens, but this model has only {n_ctx} positions (n_ctx)")
     *before, capacity, d_head = cache["kv"].shape
@@ -105,7 +105,7 @@ def make_room(cache, n_seq, n_ctx):
 
 
 def remember(cache, layer, heads, k, v):  # two of [n_heads, n_new, d_head] -> [.., n_seq, ..]
-    """Keeps the new tokens' keys and values, for which there is room. Returns the old and these."""
+    """Adds the new tokens' keys and values, which must fit. Returns all keys and all values."""
     start, stop = cache["n_seq"], cache["n_seq"] + k.shape[-2]
     keys, values = cache["kv"][layer][:, heads]
     keys[:, start:stop], values[:, start:stop] = k, v
@@ -113,7 +113,7 @@ def remember(cache, layer, heads, k, v):  # two of [n_heads, n_new, d_head] -> [
 
 
 def extend(caches, new_ids, params, n_head):  # n_rows caches and id lists -> [n_rows, n_embd]
-    """extend_all, for which only the hidden state of each row's last token is of interest."""
+    """As extend_all, but returns only the hidden state of each row's last token."""
     x = extend_all(caches, new_ids, params, n_head)
     return x[np.cumsum([len(ids) for ids in new_ids]) - 1]
 
@@ -121,8 +121,8 @@ def extend(caches, new_ids, params, n_head):  # n_rows caches and id lists -> [n
 def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_embd]
     """Runs each row's new ids, one or more; their keys and values join its cache, in place.
 
-    Returns the hidden states of all new tokens, those of the first row first. ValueError where a
-    row has no new id or outgrows n_ctx, and where two rows have the same cache (see copy_cache).
+    Returns the hidden states of all new tokens, row after row. ValueError if a row has no new id
+    or outgrows n_ctx, or if two rows have the same cache (see copy_cache).
     """
     if len({id(cache) for cache in caches}) < len(caches):
         raise ValueError("two rows have the same cache: give the second a copy_cache of it")
@@ -134,7 +134,7 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
         make_room(cache, stop, n_ctx=len(params["wpe"]))
     tokens = np.concatenate(new_ids)  # [n_tokens], all rows' in one flat sequence
     positions = np.concatenate([np.arange(*span) for span in zip(starts, stops, strict=True)])
-    ends = np.cumsum([len(ids) for ids in new_ids])  # of each row in that sequence
+    ends = np.cumsum([len(ids) for ids in new_ids])  # where each row ends in that sequence
     places = [slice(end - len(ids), end) for end, ids in zip(ends, new_ids, strict=True)]
 
     def attend(layer, head_groups, q, k, v, out):  # [n_head, n_tokens, d_head] each
@@ -144,7 +144,7 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
             keys, values = remember(caches[row], layer, heads, k[new], v[new])
             work.append((q[new], keys, values, out[new]))
         look = params["blocks"][layer].get("attend", attention_in_blocks)
-        if look is attention_in_blocks and len(tokens) == len(caches) > 1:  # a token of each row
+        if look is attention_in_blocks and len(tokens) == len(caches) > 1:  # each row has one token
             slices.attention_of_rows(work)
         else:
             for q_row, keys, values, out_row in work:
@@ -165,7 +165,7 @@ def next_logits(x, params):  # [n_rows, n_embd] -> [n_rows, n_vocab]
 def step(caches, tokens, params, n_head):  # n_rows caches and ids -> [n_rows, n_vocab]
     """Appends one token to each row; returns the logits of the next, float32.
 
-    ValueError where a row is full, or two have the same cache.
+    ValueError if a row is full, or if two rows have the same cache.
     """
     return next_logits(extend(caches, [[token] for token in tokens], params, n_head), params)
 
@@ -173,7 +173,7 @@ def step(caches, tokens, params, n_head):  # n_rows caches and ids -> [n_rows, n
 def prefill(cache, ids, params, n_head, chunk=CHUNK):  # one row's prompt -> [n_vocab]
     """Reads a prompt, `chunk` tokens a pass; returns the logits of the next token, float32.
 
-    ValueError for no ids, or for more than fit; then the cache is as it was.
+    ValueError for no ids, or for too many; then the cache is unchanged.
     """
     make_room(cache, cache["n_seq"] + len(ids), n_ctx=len(params["wpe"]))
     for start in range(0, max(1, len(ids)), chunk):
@@ -187,7 +187,7 @@ def prefill(cache, ids, params, n_head, chunk=CHUNK):  # one row's prompt -> [n_
 
 
 def begin(row, params, n_head):
-    """Gives the row its cache, unless it still waits for another to read what they share."""
+    """Gives the row its cache, unless it must wait for another row to read the part they share."""
     n = n_to_copy(row)
     if n is not None:
         row["cache"] = copy_cache(row["source"]["cache"], n) if n else new_cache(params, n_head)
@@ -195,7 +195,7 @@ def begin(row, params, n_head):
 
 
 def advance(rows, params, n_head, chunk=CHUNK):  # -> [(row, its ids so far, None or why it ends)]
-    """One pass of at most `chunk` tokens; returns what was written. Rows with an end leave."""
+    """One pass of at most `chunk` tokens; returns what was written. Rows that have ended leave."""
     for row in rows:
         if not row["cache"]:
             begin(row, params, n_head)
@@ -219,9 +219,9 @@ def advance(rows, params, n_head, chunk=CHUNK):  # -> [(row, its ids so far, Non
 
 
 def turn(rows, waiting, batch_size, params, n_head, chunk=CHUNK, kept=()):  # -> as advance
-    """A pass, after which rows of the iterator `waiting` join, as many as there is room for.
+    """Makes a pass; then rows from the iterator `waiting` join, as many as there is room for.
 
-    The one loop of generate_stream and of serve.py. kept: ended rows, whose caches may be copied.
+    generate_stream and serve.py call it in a loop. kept: ended rows whose caches may be copied.
     """
     written = advance(rows, params, n_head, chunk) if rows else []
     ended = [row for row, _, why in written if why]
@@ -237,7 +237,7 @@ def fit(row, params, n_head):
     if room == 0:
         row |= {"cache": new_cache(params, n_head), "guesses": [], "has_slid": True}
         row["to_run"] = latest(row["prompt"] + row["ids"], n_ctx)
-    else:  # guesses must not outgrow it
+    else:  # guesses must not outgrow the context
         row["to_run"], row["guesses"] = row["to_run"][:room], row["guesses"][: room - 1]
 
 
@@ -246,24 +246,24 @@ def generate_stream(
     temperature=0.0, top_k=0, top_p=1.0, seed=None, endoftext=None,
     stop=None, n_samples=1, batch_size=8, chunk=CHUNK, lookup=0, slide=False,
 ):  # fmt: skip
-    """Yields (row, its new ids so far, None or why it ends), once for each token of each row drawn.
+    """Yields (row, its new ids so far, None or why it ends), once for each token that is drawn.
 
     Row i * n_samples + j is sample j of prompts[i]. Row 0 draws what gpt2.py draws with that seed,
     every other row from the seed and its own number. A row ends by its "length", by "endoftext"
-    (which is not among its ids), or by "stop": where stop(ids) is true. Texts that slide may be
-    longer than n_ctx: a row that is full reads the last half of a context again, into a new cache.
+    (which is not among its ids), or by "stop", when stop(ids) is true. With `slide`, texts may be
+    longer than n_ctx: a full row reads the last half of its context again, into a new cache.
 
     With `lookup`, a pass also checks that many guesses for each row, see engine/lookup.py: the same
-    ids, sooner where a text repeats itself. (A pass of several tokens sums its products in another
-    order than one of a single token: where two logits are equal within that, either may win.)
+    ids, sooner where a text repeats itself. (A pass of several tokens adds numbers in another order
+    than a pass of one. If the rounding makes two logits change places, another token wins.)
 
-    Memory: batch_size rows have a cache, and one that has ended while the next copies it; so at
-    most (batch_size + 1) * 8 * n_layer * n_embd * n_ctx bytes, half a cache more while one grows,
-    and what a pass of `chunk` tokens needs (of batch_size tokens, if that is more). The first
-    next() raises ValueError for what is wrong, and says in which prompt.
+    Memory: batch_size rows have a cache, and so has an ended row while the next one copies it. That
+    is at most (batch_size + 1) * 8 * n_layer * n_embd * n_ctx bytes, half a cache more while one
+    grows, and what a pass of `chunk` tokens needs (or of batch_size tokens, if that is more). The
+    first next() raises ValueError if anything is wrong, and names the prompt.
     """
     check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)
-    prompts = [list(ids) for ids in prompts]  # copies: the caller may change theirs meanwhile
+    prompts = [list(ids) for ids in prompts]  # copies: the caller may change the lists meanwhile
     n_ctx = len(params["wpe"])
     counts = {"n_samples": n_samples, "batch_size": batch_size, "chunk": chunk}
     check_batch(prompts, n_tokens_to_generate, params, counts, lookup, math.inf if slide else n_ctx)
@@ -282,7 +282,7 @@ def generate_stream(
     rows = []
     while True:
         written = turn(rows, waiting, batch_size, params, n_head, chunk)
-        written = [(row["number"], ids, why) for row, ids, why in written]  # lets go of the rows
+        written = [(row["number"], ids, why) for row, ids, why in written]  # frees the rows
         yield from written
         if not rows:
             return
@@ -415,13 +415,13 @@ def main(
         write(prompts)
 
 
-def check_chat(**asked):  # what does not go together with --chat, and whether it was asked for
+def check_chat(**asked):  # {a flag that excludes --chat: was it given?}
     for name in (name for name, is_asked in asked.items() if is_asked):
         raise ValueError(f"--chat gives one answer to each line: leave out --{name}")
 
 
 def choose_stream(backend, **options):  # -> generate_stream, NumPy's or JAX's, with the options
-    """ValueError for another backend, and for options that JAX's does not have."""
+    """ValueError for an unknown backend, and for options that JAX's does not have."""
     if backend not in ("numpy", "jax"):
         raise ValueError(f"backend must be numpy or jax, not {backend!r}")
     if backend == "numpy":
@@ -462,7 +462,7 @@ def print_stream(rows, before, encoder, stops):
 def print_rows(
     rows, prompts, n_samples, n_tokens_to_generate, encoder, stops, jsonl, bar, echo=False
 ):
-    """Prints each row once it and all before it are complete; on Ctrl-C, what there is."""
+    """Prints each row once it and all rows before it are complete; on Ctrl-C, all text so far."""
     from tqdm import tqdm
 
     def show(row, ids, why):
@@ -484,7 +484,7 @@ def print_rows(
             for row, ids, why in rows:
                 begun[row] = ids, why
                 progress.update(why != "endoftext")
-                if why:  # what it leaves unwritten is not to come
+                if why:  # it ended early: the bar expects fewer tokens
                     progress.total -= n_tokens_to_generate - len(ids)
                 while n_shown in begun and begun[n_shown][1]:
                     show(n_shown, *begun[n_shown])

@@ -7,11 +7,11 @@ and values. What differs is the shapes.
 
 Why static shapes. XLA, JAX's compiler, makes a program for arrays of given shapes, and takes
 seconds to make another. A cache that grew with every token would be compiled for every token. So a
-batch gets all its room at once, rounded up to a power of two, and prompts are filled up on their
-right. What fills up is never seen: a prompt's tokens only look back, and a step sees no more of a
-row than its true length, and writes over the filling. Rows that have ended go on, in vain, until
-their batch has. In return many steps run in one call: on a GPU, a word between Python and the
-device would take longer than a step does.
+batch gets all its room at once, rounded up to a power of two, and prompts are padded on the right.
+The padding is never seen: a prompt's tokens only look back, and a step sees only a row's true
+length and writes over the padding. Rows that have ended go on, for nothing, until their batch has
+ended. In return many steps run in one call: on a GPU, going back to Python after each step would
+take longer than the step.
 """
 
 import functools
@@ -23,8 +23,8 @@ import numpy as np
 from gpt2 import attention, check_length, check_sampling, hidden_state, softmax
 from training.devices import to_host
 
-STEPS_PER_CALL = 32  # before Python sees the new tokens
-STATIC = ("n_head", "n_vocab", "sampling")  # another value is compiled anew
+STEPS_PER_CALL = 32  # Python sees the new tokens only between calls
+STATIC = ("n_head", "n_vocab", "sampling")  # each new value is compiled anew
 
 
 def keep(logits, temperature, top_k=0, top_p=1.0):  # [..., n_vocab] -> the same
@@ -32,7 +32,7 @@ def keep(logits, temperature, top_k=0, top_p=1.0):  # [..., n_vocab] -> the same
 
     All in float32, so a token on top_p's very border may fall on the other side of it.
     """
-    temperature = min(max(temperature, 1e-30), 1e30)  # float32 has no more
+    temperature = min(max(temperature, 1e-30), 1e30)  # float32's range
     logits = (logits - logits.max(-1, keepdims=True)) / temperature
     if 0 < top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, top_k)[0][..., -1:]
@@ -55,12 +55,12 @@ def draw(logits, keys, n_drawn, temperature=0.0, top_k=0, top_p=1.0):  # -> [n_r
 
 
 # A batch: {"kv": a pair of [n_rows, capacity, n_head, d_head] for each layer, "n_seq": [n_rows]
-# tokens in it, "tokens": [n_rows] the next ones, not in it yet, "keys": [n_rows], "n_drawn": []}
+# tokens in "kv", "tokens": [n_rows] the next ones, not in it yet, "keys": [n_rows], "n_drawn": []}
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", *STATIC))
 def read(params, ids, n_seq, seed, rows, n_head, n_vocab, capacity, sampling):
-    """Prompts [n_rows, n_longest], of which n_seq [n_rows] are tokens -> a batch.
+    """Prompts [n_rows, n_longest] -> a batch. A row's first n_seq [n_rows] ids are tokens.
 
     The seed and a row's number in rows [n_rows] decide what is drawn for it.
     """
@@ -72,9 +72,9 @@ def read(params, ids, n_seq, seed, rows, n_head, n_vocab, capacity, sampling):
         return attention(q, k, v)
 
     here = {"blocks": [block | {"attend": attend} for block in params["blocks"]]}
-    with jax.default_matmul_precision("float32"):  # or a GPU would round to 10 bits
+    with jax.default_matmul_precision("float32"):  # else a GPU would round to 10 bits
         x = hidden_state(ids, **params | here, n_head=n_head)[jnp.arange(len(ids)), n_seq - 1]
-        logits = (x @ params["wte"].T)[:, :n_vocab]  # the trainer's wte has rows that are no tokens
+        logits = (x @ params["wte"].T)[:, :n_vocab]  # the trainer pads wte
     tokens = draw(logits, keys, 0, *sampling)
     return {"kv": kv, "n_seq": n_seq, "tokens": tokens, "keys": keys, "n_drawn": 1}
 
@@ -100,9 +100,9 @@ def step(params, batch, n_head, n_vocab, sampling):  # -> the batch, each row lo
 
 @functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="batch")
 def write(params, batch, alive, n, endoftext, n_head, n_vocab, sampling):
-    """n steps, or fewer, if no row is alive any more -> the batch, [STEPS_PER_CALL, n_rows] tokens.
+    """n steps, fewer if no row is left alive -> the batch, [STEPS_PER_CALL, n_rows] tokens.
 
-    alive: [n_rows]. Of the tokens the first n count; of a row's, those up to the id endoftext.
+    alive: [n_rows]. Only the first n tokens of a row count, and only those up to the id endoftext.
     """
 
     def one(carry):
@@ -125,10 +125,10 @@ def generate_stream(
 ):  # fmt: skip
     """kv_cache.generate_stream, compiled: the same arguments, and the same triples.
 
-    Greedily it writes the same. What a row draws depends on the seed and its number alone, as
-    there, but the random numbers are JAX's. params: NumPy's or JAX's, wherever they are; n_vocab:
+    At temperature 0 it writes the same. What a row draws depends on the seed and its number alone,
+    as there, but the random numbers are JAX's. params: NumPy's or JAX's, on any device; n_vocab:
     how many rows of wte are tokens, if not all. Memory: batch_size caches of at most
-    8 * n_layer * n_embd * n_ctx bytes. ValueError for what is wrong.
+    8 * n_layer * n_embd * n_ctx bytes. ValueError for wrong arguments.
     """
     check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)
     n_vocab, n_ctx = n_vocab or len(params["wte"]), len(params["wpe"])
@@ -149,7 +149,7 @@ def generate_stream(
         rows = np.arange(first, first + batch_size)
         some = texts[first : first + batch_size]
         begun = {row: [] for row in rows[: len(some)].tolist()}
-        some += [[0]] * (batch_size - len(some))  # rows that nobody asked for fill up the last one
+        some += [[0]] * (batch_size - len(some))  # dummy rows fill the last batch
         n_seq = [len(ids) for ids in some]
         n_longest = round_up(max(n_seq), n_ctx)
         ids = np.array([ids + [0] * (n_longest - len(ids)) for ids in some])
@@ -159,7 +159,7 @@ def generate_stream(
 
 
 def write_all(params, batch, rows, begun, n_tokens, endoftext, stop, how):
-    """The triples of one batch. begun: {row: its ids} of those among `rows` that go on."""
+    """The triples of one batch. begun: {row: its ids}, for those of `rows` that have not ended."""
     tokens, n, n_done = batch["tokens"][None], 1, 0
     while True:
         for new in to_host(tokens)[:n].tolist():

@@ -1,20 +1,22 @@
-"""Text to token shards: what train_jax.py reads, made from files of any size in bounded memory.
+"""Text to token shards, which train_jax.py reads. Files may have any size; memory stays small.
 
     python prepare.py stories/*.txt --out shards/stories                    # byte-level
     python prepare.py corpus.jsonl.gz --tokenizer 124M --out shards/corpus  # GPT-2's tokens
     python prepare.py corpus/ --train_tokenizer 8192 --out shards/corpus    # tokens of its own
 
 The parent process cuts the files into spans of some 32 MB that end where a document ends, reading
-little of them. Spans make tasks. A worker that gets a task seeks, and then reads, encodes and
-writes a megabyte at a time, so that its memory depends neither on the span nor on the document (of
-JSON it holds a row, of Parquet 64); it writes the task's own shard under another name and renames
-it when it is complete, and a note of what is in it comes last. What has its note is not done again:
-a run that was killed goes on where it was. Cuts, order and numbers follow from the files alone:
-with one worker or a cluster, the bytes are the same. Compressed files and standard input cannot be
-cut in place: the parent unpacks them, a span at a time, into files that the workers then read.
+little of them. Spans make tasks. A worker seeks to the start of a span, and then reads, encodes and
+writes a megabyte at a time, so that its memory does not grow with the span or the document (it only
+holds a line of JSON, or 64 rows of Parquet, as a whole). It writes the task's shards under other
+names, renames them when they are complete, and writes a note of what is in them last. A task that
+has its note is not done again: a killed run goes on where it was. Cuts, order and random numbers
+follow from the files alone, so one worker or a cluster write the same bytes. Compressed files and
+standard input cannot be cut in place: the parent unpacks them, a span at a time, into files for the
+workers.
 
-Documents are split at lines that hold only <|endoftext|> (or --separator), by files, and in JSON
-lines and Parquet by the rows. Each ends with the id of <|endoftext|>; nothing else of them changes.
+A document ends at a line that holds only <|endoftext|> (or --separator) and at the end of a file;
+in JSON lines and Parquet, each row is a document. Each is followed by the id of <|endoftext|>;
+nothing else changes.
 A folder of shards:
 
     train_000000.bin ..., val_000000.bin ...   ids, little-endian uint16 (uint32 above 65535 ids)
@@ -52,9 +54,9 @@ from encoder import ENDOFTEXT, Encoder, get_encoder
 from plumbing.cli import count
 from plumbing.files import open_locked, write_whole
 
-TRAINING_BYTES = 10**8  # of text, and at most a document more, from which a tokenizer learns
+TRAINING_BYTES = 10**8  # of text that a tokenizer learns from, and at most a document more
 TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json"]
-OURS = re.compile(  # what may be deleted in the folder of the shards
+OURS = re.compile(  # the files in the shards' folder that may be deleted
     rf"{SHARD.pattern}|({'|'.join(map(re.escape, TOKENIZER))})(\.\d+\.tmp)?|meta\.json\.\d+\.tmp"
 )
 
@@ -63,11 +65,11 @@ OURS = re.compile(  # what may be deleted in the folder of the shards
 
 
 def begin(out, plan):  # -> whether there is anything to do
-    """Compare the plan with what an earlier run left in the folder; ValueError if it is foreign."""
+    """Compare the plan with what an earlier run left in `out`; ValueError if that is not ours."""
     work_dir = os.path.join(out, WORK)
     complete = read_or_empty(os.path.join(out, "meta.json")).get("plan")
     begun = read_or_empty(os.path.join(work_dir, "plan.json"))
-    repeatable = plan["sources"][0]["name"] != "-"  # standard input may be another text now
+    repeatable = plan["sources"][0]["name"] != "-"  # standard input may be a different text now
     if complete == plan and repeatable:
         open_prepared(Path(out))  # ValueError or OSError if a shard is missing or damaged
         return False
@@ -87,9 +89,9 @@ def begin(out, plan):  # -> whether there is anything to do
 
 
 def clean(out):
-    """Delete what is half done and, where there is nothing to go on with, the work folder.
+    """Delete half-written files and, if there is nothing to go on from, the work folder.
 
-    As far as it can be: the error that a run ends with is that of its work, not of its cleaning.
+    Errors here are ignored: a run should end with the error of its work, not of its cleaning.
     """
     work_dir = os.path.join(out, WORK)
     for folder, name in [(d, name) for d in (out, work_dir) for name in os.listdir(d)]:
@@ -104,7 +106,7 @@ def clean(out):
 
 
 def get_tokenizer(name, models_dir):  # -> Encoder
-    """Bytes for no name; else that of a released GPT-2, of a folder in models_dir, or of a path."""
+    """Bytes if there is no name; else a released GPT-2's, or one from models_dir or a path."""
     from utils import find_model
 
     if name is None:
@@ -117,7 +119,7 @@ def get_tokenizer(name, models_dir):  # -> Encoder
 
 
 def learn_tokenizer(n_vocab, sources, options, work_dir):  # -> Encoder
-    """From all of the text or, if there is more than 100 MB, from so much of all over it."""
+    """Learns from all of the text or, if it has more than 100 MB, from 100 MB taken all over it."""
     if sources[0]["name"] == "-":
         raise ValueError(
             "--train_tokenizer reads the text twice, which standard input does not allow"
@@ -126,7 +128,7 @@ def learn_tokenizer(n_vocab, sources, options, work_dir):  # -> Encoder
 
     def texts():
         n_wanted = n_taken = 0
-        for task in make_tasks(sources, options | {"val_fraction": 0}, work_dir):  # all of it
+        for task in make_tasks(sources, options | {"val_fraction": 0}, work_dir):  # no validation
             for span in task["spans"]:
                 n_wanted = min(n_wanted + share * span["size"], TRAINING_BYTES)
                 for _, text, _ in itertools.chain.from_iterable(read_span(span, options)):
@@ -140,9 +142,9 @@ def learn_tokenizer(n_vocab, sources, options, work_dir):  # -> Encoder
 
 
 def prepare(out, plan, encoder, options, n_workers, ray):
-    """All that is left to do in a folder: the tokenizer, the shards, meta.json."""
+    """Do what is left to do in a folder: the tokenizer, the shards, meta.json."""
     if all(os.path.exists(os.path.join(out, name)) for name in TOKENIZER):
-        encoder = get_encoder("", out)  # an earlier run's
+        encoder = get_encoder("", out)  # left by an earlier run
     elif plan["train_tokenizer"]:
         work_dir = os.path.join(out, WORK)
         encoder = learn_tokenizer(plan["train_tokenizer"], plan["sources"], options, work_dir)
@@ -168,7 +170,7 @@ def run(sources, out, options, n_workers, ray):  # -> (notes in order, {path: it
     """Do all tasks, with a bar that counts the bytes of the sources."""
     from tqdm import tqdm
 
-    work_dir = os.path.join(os.path.abspath(out), WORK)  # which other machines see as well
+    work_dir = os.path.join(os.path.abspath(out), WORK)  # a full path, for the other machines
     work = partial(do_task, out=os.path.abspath(out), options=options)
     files = [source["name"] for source in sources if source["name"] != "-"]
     groups = (files[i : i + 64] for i in range(0, len(files), 64))
@@ -244,7 +246,7 @@ def report(out, meta):
 
 
 def check_flags(inputs, out, separator, val_fraction, seed, shard_mb, workers, tokenizers):
-    """ValueError, one clear line, for what means nothing whatever the files."""
+    """ValueError, one clear line, for flags that are wrong whatever the files are."""
     if not inputs:
         raise ValueError("nothing to prepare: name files, folders, - or shakespeare")
     if "-" in inputs and len(inputs) > 1:

@@ -12,11 +12,11 @@ There is no second model here: `losses` calls `gpt2.hidden_state` on JAX arrays,
 it and `jax.grad` differentiates it. A training step is a pure function, state in, state out, and
 the state is three things: the parameters, the optimizer's moments, and the number of steps done,
 from which everything random follows (which stretches of text, which weights to drop). A checkpoint
-is this state and the flags: a run that goes on from it ends with the bits of one never stopped.
+is this state and the flags: a resumed run ends with the same bits as one that never stopped.
 
-Several devices, or machines, share the work by the sharding of the arrays alone: each step's
-sequences are spread over them, and with --fsdp the parameters and moments, too. JAX's compiler
-derives from that what has to be sent where; no function below knows how many there are.
+Several devices, or machines, share the work only through the sharding of the arrays: each step's
+sequences are spread over them, and with --fsdp the parameters and moments, too. From that JAX's
+compiler derives what to send where; no function below knows how many devices there are.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ try:
     import jax
     import jax.numpy as jnp
     import optax
-except ModuleNotFoundError as missing:  # generating does not need them, so they may not be there
+except ModuleNotFoundError as missing:  # generating needs neither, so they may be missing
     if __name__ != "__main__":
         raise
     print(f"error: {missing}: pip install -r requirements.txt", file=sys.stderr)
@@ -94,12 +94,12 @@ LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
 def losses(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None, packed=False):
     """[n_batch, n_seq + 1] -> [n_batch], nats per token: each predicted from the tokens before it.
 
-    The mean of -log p(next token). Most of the options leave the result as it is, up to rounding:
-    n_vocab says how many rows of wte are tokens, if others pad it; in n_chunks > 1, no more than
-    this part of the logits is held at once, and made again for the gradient; `attend` replaces
-    gpt2.attention. Logits and everything after are float32, whatever the parameters are.
+    The mean of -log p(next token). Most options do not change the result, up to rounding. n_vocab:
+    how many rows of wte are tokens, if others only pad it. The logits are made in n_chunks parts,
+    one held at a time and made again for the gradient. `attend` replaces gpt2.attention. Logits and
+    everything after are float32, whatever the parameters are.
 
-    If the rows are packed examples (corpus/examples.py), what is not to be learned counts as 0.
+    If the rows are packed examples (corpus/examples.py), targets not to be learned count as 0.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     if packed:
@@ -128,7 +128,7 @@ def losses(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None, packed
 def narrow(params, dtype):
     """A copy with the blocks' weights in `dtype`; embeddings and norms stay float32.
 
-    So does the stream x that the blocks add to, and with it layer_norm's means and variances.
+    The stream x that the blocks add to stays float32, too, and so layer_norm's means and variances.
     """
 
     def convert(path, x):
@@ -156,7 +156,7 @@ def drop_weights(key, params, drop_rate):
     """
     leaves, tree = jax.tree.flatten(params)
     keys = jax.tree.unflatten(tree, list(jax.random.split(key, len(leaves))))
-    n_dropped = round(256 * drop_rate)  # one random byte a weight decides, which is quick to make
+    n_dropped = round(256 * drop_rate)  # a random byte per weight decides: quick to make
 
     def drop(key, x, is_hidden):
         if not is_hidden:
@@ -182,15 +182,15 @@ def make_schedule(n_steps, learning_rate, min_learning_rate, n_warmup, **_):
 
 
 def make_optimizer(schedule, optimizer, weight_decay, grad_clip, adam_b2, **_):
-    """adamw: Adam, with weight decay for all matrices, so not for biases and gains.
+    """adamw: Adam, with weight decay for all matrices, not for biases and gains.
 
-    muon: Muon for the blocks' matrices, which decay, Adam for all else, which does not. Muon
+    muon: Muon with weight decay for the blocks' matrices, Adam without it for all else. Muon
     (Jordan 2024) replaces a matrix's momentum by the orthogonal matrix nearest to it, so that all
     directions learn at one pace. `consistent_rms` gives its steps the size of Adam's (Liu et al.
     2025, arXiv:2502.16982), so that one learning rate serves both.
 
-    Muon sees the blocks as one, each of its arrays with an axis for the layers in front: fewer and
-    larger operations, and an axis along which devices can share the work.
+    Muon gets all blocks stacked into one, with the layers as the first axis of each array: that
+    makes fewer and larger operations, and devices can share the work along this axis.
     """
     if optimizer == "adamw":
         rule = optax.adamw(schedule, b2=adam_b2, weight_decay=weight_decay, mask=is_matrix)
@@ -228,11 +228,11 @@ def make_optimizer(schedule, optimizer, weight_decay, grad_clip, adam_b2, **_):
 def make_train_steps(optimizer, drop_rate=0.0, seed=0, dtype="float32", shardings=None, **how):
     """The compiled function (state, batches, n) -> (state after n more steps, their mean loss).
 
-    batches: [n or more, n_accumulate, batch_size, n_ctx + 1]. The state that goes in is used up:
-    its memory becomes that of the state that comes out. shardings: a tree of them like the state,
-    None where there is one device. how: the options of `losses`.
+    batches: [n or more, n_accumulate, batch_size, n_ctx + 1]. The old state must not be used again:
+    the new one takes over its memory. shardings: a tree like the state, or None for one device.
+    how: the options of `losses`.
 
-    Where the parameters hold adapters, nothing else has gradients or moments, or changes.
+    If the parameters hold adapters, only these have gradients and moments, and only they change.
     """
 
     def batch_loss(trained, frozen, batch, key, share):
@@ -242,8 +242,8 @@ def make_train_steps(optimizer, drop_rate=0.0, seed=0, dtype="float32", sharding
         return losses(weights, batch, **how).mean() / share
 
     def value_and_gradients(params, batch, key):  # [n_accumulate, batch_size, n_ctx + 1]
-        weights = split(narrow(params, dtype))  # once a step; what is summed below is float32 again
-        share = learned_share(batch, **how).mean()  # every token that is learned counts alike
+        weights = split(narrow(params, dtype))  # once a step; the sums below are float32 again
+        share = learned_share(batch, **how).mean()  # so that every learned token has equal weight
 
         def one(i, total):
             key_i = jax.random.fold_in(key, i)
@@ -302,7 +302,7 @@ def main(*args, **kwargs):
     place = saved = model = None
     if resume is None:
         is_adapter = "lora_rank" in typed
-        check_out(typed["out"], how["overwrite"], is_adapter)  # better now than after some steps
+        check_out(typed["out"], how["overwrite"], is_adapter)  # fail before any steps
         if "init_from" in typed:
             model = load_encoder_hparams_and_params(typed["init_from"], models_dir)
             if is_adapter:
@@ -337,10 +337,10 @@ def main(*args, **kwargs):
 def run_training(flags, tensorboard=False, model=None, place=None, saved=None, models_dir="models"):
     """Train from the beginning, from (tokenizer, sizes, parameters), or from a checkpoint.
 
-    place, saved: find_checkpoint's. -> the signal that ended the run early, or 0.
+    place, saved: find_checkpoint's answers. -> the signal that ended the run early, or 0.
     """
     mesh, is_main = make_mesh(flags["batch_size"]), jax.process_index() == 0
-    if flags["dtype"] == "float32":  # or accelerators would make its products in less
+    if flags["dtype"] == "float32":  # else accelerators would use fewer bits
         jax.config.update("jax_default_matmul_precision", "float32")
     schedule = make_schedule(**flags)
     optimizer, is_tuned = make_optimizer(schedule, **flags), model is not None
@@ -377,7 +377,7 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
         return read_batches(shards["train"], flags["seed"], n_done, shape, flags["n_ctx"], spec)
 
     best = saved and saved["best"]
-    if is_tuned:  # the best so far is what it was
+    if is_tuned:  # the model that it starts with is the best so far
         best = validate(state[0])
         log({"step": 0, "validation": best})
         if is_main:
@@ -385,7 +385,7 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
         keep(state[0], is_best=True)
         if measure:
             measure(0, state[0], log)
-    n_vocab = hparams["n_vocab"]  # an unfamiliar text may begin above its logarithm
+    n_vocab = hparams["n_vocab"]  # on an unfamiliar text the loss may start above its logarithm
     start = {"place": place, "best": best, "worst": 2 * max(math.log(n_vocab), best or 0)}
     return train(
         state, flags, train_steps, read, validate, keep, checkpoint, log, start,
@@ -398,7 +398,7 @@ def set_up(flags, mesh, optimizer, params, moments, n_done, windows):
     n_vocab, batch_size = len(params["wte"]), flags["batch_size"]
     n_rows = count_rows(n_vocab)
     trained, frozen = split(params)
-    params = join(trained, narrow(frozen, flags["dtype"]))  # what never changes needs no more
+    params = join(trained, narrow(frozen, flags["dtype"]))  # frozen weights need no float32
     state, shardings = start_state(params, moments, n_done, optimizer, n_rows, mesh, flags["fsdp"])
     how = loss_options(flags, n_vocab, batch_size // mesh.size)
     dropping = {"drop_rate": flags["drop_rate"], "seed": flags["seed"]}
@@ -412,9 +412,9 @@ def set_up(flags, mesh, optimizer, params, moments, n_done, windows):
 
 
 def make_measure(flags, mesh, encoder, hparams, quiet):
-    """-> measure(step, params, log), as `train` wants it, of --eval_tasks; or None without them.
+    """-> measure(step, params, log), as `train` takes it, for --eval_tasks; or None without them.
 
-    It runs on all devices, with the parameters as they lie there, and needs every process.
+    It runs on all devices and leaves the parameters where they are. Every process must call it.
     """
     tasks, items = read_tasks(flags.get("eval_tasks")), {}
     n_ctx, n_vocab = hparams["n_ctx"], hparams["n_vocab"]
@@ -444,10 +444,10 @@ def make_measure(flags, mesh, encoder, hparams, quiet):
 
 
 def make_savers(flags, encoder, hparams, text, run, place):
-    """-> keep(params, is_best) and checkpoint(state, best), as `train` wants them.
+    """-> keep(params, is_best) and checkpoint(state, best), as `train` takes them.
 
-    text: what a checkpoint says of it; run: the run's number; place: the checkpoint that it goes on
-    from, or None. Every process calls both, for its share of the parameters; the first one writes.
+    text: what a checkpoint says of the text; run: the run's number; place: the checkpoint that the
+    run goes on from, or None. Every process calls both, for its share; the first process writes.
     """
     out, n_vocab, is_main = flags["out"], hparams["n_vocab"], jax.process_index() == 0
     places = [place] if place else []
@@ -458,7 +458,7 @@ def make_savers(flags, encoder, hparams, text, run, place):
         whole = resize_vocab(to_host(split(params)[0]), n_vocab)
         if is_main and is_best:
             save_params(out, encoder, hparams, whole, flags, flags["saved_dtype"])
-        written = sample(write, params, encoder, hparams, flags["seed"])  # where they are
+        written = sample(write, params, encoder, hparams, flags["seed"])  # on the devices
         if is_main:
             tqdm.write(written)
 
@@ -471,7 +471,7 @@ def make_savers(flags, encoder, hparams, text, run, place):
         about |= {"versions": {"jax": jax.__version__, "optax": optax.__version__}}
         step, moments = int(state[2]), name_leaves(moments)
         save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
-        with contextlib.suppress(ImportError, OSError):  # a picture is not worth a run
+        with contextlib.suppress(ImportError, OSError):  # a run must not fail for a picture
             progress.draw(out)
         return places[-1]
 
@@ -479,7 +479,7 @@ def make_savers(flags, encoder, hparams, text, run, place):
 
 
 def loss_options(flags, n_vocab, n_batch):
-    """The options of `losses`, and dtype, for batches of which a device has so many rows."""
+    """The options of `losses`, and dtype, for batches of n_batch rows on each device."""
     n_chunks, n_bytes = 1, 4 * n_batch * flags["n_ctx"] * count_rows(n_vocab)
     while n_bytes > n_chunks * LOGITS_BYTES and flags["n_ctx"] % (2 * n_chunks) == 0:
         n_chunks *= 2

@@ -6,8 +6,8 @@
 
 Two layouts load: OpenAI's (hparams.json and a TensorFlow checkpoint, which is converted once) and
 Hugging Face's (config.json and model.safetensors). Only the second is written. A LoRA adapter in
-peft's layout is merged into the model that it names. Nothing unpickles.
-What reads and writes the files themselves is in model_files/.
+peft's layout is merged into the model that it names. Pickles are never read: they can run programs.
+The code that reads and writes the files themselves is in model_files/.
 """
 
 import contextlib
@@ -61,13 +61,13 @@ def load_encoder_hparams_and_params(model_size, models_dir="models"):
     encoder = get_encoder("", model_dir)
     check_vocabulary(encoder, hparams, model_dir)
     params = load_params(model_dir, hparams)
-    # Rows beyond the tokenizer's ids only pad the matrix to a rounder size: they must not be drawn.
+    # Rows beyond the tokenizer's ids only pad the matrix to a rounder size. No text may draw them.
     params["wte"] = params["wte"][: encoder.n_vocab]
     return encoder, hparams | {"n_vocab": encoder.n_vocab}, params
 
 
 def load_base_and_adapter(model_dir, models_dir="models"):
-    """Of an adapter's folder: its base's tokenizer, sizes and weights, and read_adapter's dict."""
+    """For an adapter's folder: the base's tokenizer, sizes and weights, and read_adapter's dict."""
     config, path = read_config(model_dir), os.path.join(model_dir, CONFIG)
     base, revision = config["base_model_name_or_path"], config.get("revision")
     try:
@@ -83,7 +83,7 @@ def load_base_and_adapter(model_dir, models_dir="models"):
 
 
 def check_base(model_dir):
-    """ValueError where an adapter of this model would be something else in peft."""
+    """ValueError if peft would compute something else with an adapter of this model."""
     if is_adapter(model_dir):
         raise ValueError(f"{model_dir} is an adapter, too: utils.py merge makes a model")
     if any(scale != 1 for scale in query_scales(model_dir, read_hparams(model_dir))):
@@ -93,9 +93,9 @@ def check_base(model_dir):
 def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an absolute path
     """The folder `model_size` means; a released size is downloaded if any of its files is missing.
 
-    So is owner/name, from the Hugging Face Hub, where no folder has that path.
-    The project's own `models` stands in for a default `models_dir` that is not in this directory.
-    Hugging Face's names of the released sizes are understood, where no folder has such a name.
+    owner/name is fetched from the Hugging Face Hub, unless a folder has that path. If the default
+    `models_dir` is not in this directory, the project's own `models` is used. Hugging Face's names
+    of the released sizes are understood, unless a folder has such a name.
     """
     if models_dir == "models" and not os.path.isdir(models_dir):
         models_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
@@ -180,8 +180,8 @@ def read_weights(model_dir):
 def save_model(model_dir, encoder, hparams, params, dtype="float32"):
     """Write a folder that GPT2LMHeadModel.from_pretrained and GPT2TokenizerFast open, too.
 
-    `params` may be JAX arrays; `dtype` float32 or float16. All is written beside its place first,
-    then renamed, the weights last: every file is whole, whatever happens (a full disk, Ctrl-C).
+    `params` may be JAX arrays; `dtype` float32 or float16. Every file is written under another
+    name first, then renamed, the weights last: so each is whole even after a full disk or Ctrl-C.
     """
     check_vocabulary(encoder, hparams, model_dir)
     tensors = named_tensors(params, hparams, dtype)
@@ -196,7 +196,7 @@ def save_model(model_dir, encoder, hparams, params, dtype="float32"):
         write_safetensors(os.path.join(stage, "model.safetensors"), tensors)
         *others, weights = sorted(os.listdir(stage), key=lambda name: name == "model.safetensors")
         if filecmp.cmpfiles(stage, model_dir, others, shallow=False)[0] != others:
-            remove(os.path.join(model_dir, weights))  # they go with another tokenizer, other sizes
+            remove(os.path.join(model_dir, weights))  # they do not fit the new files
         for name in (*others, weights):
             os.replace(os.path.join(stage, name), os.path.join(model_dir, name))
     except OSError as error:
@@ -205,11 +205,11 @@ def save_model(model_dir, encoder, hparams, params, dtype="float32"):
         if stage:
             shutil.rmtree(stage, ignore_errors=True)
         with contextlib.suppress(OSError):
-            os.rmdir(model_dir)  # works only if it is empty: if nothing came of it
+            os.rmdir(model_dir)  # works only if it is empty, so after a failure
 
 
 def check_target(model_dir, for_adapter=False):
-    """ValueError or OSError where save_model cannot write, or other files would contradict it."""
+    """ValueError or OSError if save_model cannot write, or if other files would contradict it."""
     others = "config.json" if for_adapter else CONFIG
     for name in ("hparams.json", "encoder.json", "tokenizer.json", others):
         if os.path.exists(os.path.join(model_dir, name)):

@@ -1,1 +1,1 @@
-"""Text on its way to token shards: documents, tasks, the workers that do them, and the shards."""
+"""From text to token shards: documents, tasks, the workers that do the tasks, and the shards."""

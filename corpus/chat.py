@@ -9,7 +9,7 @@
 GPT-2 has no tokens for speakers, so this is text that it can read from the start: a name and a
 colon, the message without the white space around it, and a new line. Only an answer ends with the
 id of <|endoftext|>, which no message can contain, so that a model learns to say when it is done.
-A message's space belongs to its first word, as everywhere in GPT-2: nothing is merged across ":".
+The space before a message belongs to its first word, as always in GPT-2, so no token spans the ":".
 """
 
 from bisect import bisect_left
@@ -31,10 +31,10 @@ def check_messages(messages):
 
 
 def encode_messages(messages, encoder):  # -> [(ids, whether they are an answer), ...]
-    """What is read and the answers by turns, as check_messages wants them.
+    """The parts that are only read, and the answers, in turn. messages: as check_messages allows.
 
-    What stands between two answers is encoded as one text, and so is every answer: the ids do not
-    depend on how much of the conversation there is yet.
+    All text between two answers is encoded as one, and every answer by itself: so the ids of a
+    beginning stay the same while the conversation grows.
     """
     parts, text = [], ""
     for message in messages:
@@ -53,10 +53,10 @@ def encode_answer(text, encoder):  # -> ids, with <|endoftext|> at their end if 
 
 
 def encode_conversation(messages, encoder, n_most):  # -> at most n_most ids
-    """What the next answer follows, up to its "Assistant:".
+    """The prompt for the next answer, up to its "Assistant:".
 
-    Of what is too long the oldest messages are left out, but for a system's at the beginning.
-    ValueError where the last one alone is too long.
+    If all is too long, the oldest messages are left out, but never a system message at the
+    beginning. ValueError if the last message alone is too long.
     """
     first = messages[:1] if messages[0]["role"] == "system" else []
     asked = {"role": "assistant", "content": ""}
@@ -85,10 +85,10 @@ def starts_of(messages, start):  # -> the places where the conversation may be m
 
 
 def converse(answer, encoder, n_most):  # -> a function of [line], as kv_cache.py calls it
-    """Each line is a user's message. Its answer is printed, and both are kept.
+    """Each line is a user's message. It is answered on stdout; message and answer are kept.
 
-    answer(ids): the text of an answer in parts. What of it was written before Ctrl-C is kept as if
-    it were all. ValueError, after which the line is forgotten, for one of more than n_most ids.
+    answer(ids): the text of an answer in parts. If Ctrl-C stops an answer, the part before counts
+    as the whole. ValueError for a line of more than n_most ids, which is then forgotten.
     """
     messages = []
 
@@ -98,7 +98,7 @@ def converse(answer, encoder, n_most):  # -> a function of [line], as kv_cache.p
         messages[:] = asked
         try:
             for text in answer(ids):
-                text = text if said else text.lstrip()  # of the space after "Assistant:"
+                text = text if said else text.lstrip()  # drops the space after "Assistant:"
                 print(text, end="", flush=True)
                 said += text
             print()

@@ -1,8 +1,8 @@
 """Files to documents, for prepare.py: of any size, in a few formats, a megabyte at a time.
 
 A source is a file: text, JSON lines or Parquet, plain or compressed. `cut_source` cuts it into
-spans that end where a document ends, reading little of it; `read_span` yields the documents of a
-span. Several processes may thus read one file, each its own spans, and none holds much of it.
+spans that end where a document ends, and reads little of it; `read_span` yields the documents of a
+span. So several processes can read one file, each its own spans, and none holds much of it.
 
 A document, or a part of one that is long, is a tuple (position, text, ends): where the whole
 document begins in its file, the bytes of this part, and whether the document ends with it.
@@ -27,7 +27,7 @@ from encoder import mend_surrogates
 from plumbing.cli import count
 
 BLOCK = 2**20  # bytes that are read at a time
-MOST_LINE = 2**28  # bytes of a line of JSON, which is held whole and takes several times its bytes
+MOST_LINE = 2**28  # bytes of a line of JSON: it is parsed whole, in several times its size
 NEWLINE = ord("\n")
 SHORTER = "the file became shorter while it was read"
 FORMATS = {
@@ -37,17 +37,17 @@ FORMATS = {
 }
 PACKED = [".gz", ".zst"]
 
-# Where a long text may be cut so that its parts have the ids of the whole: before the white-space
-# character that precedes a word, and between a letter or digit and a sign. Searched from the end.
+# Where a long text may be cut without changing its ids: before the white-space character that
+# precedes a word, and between a letter or digit and a sign. Searched from the end.
 CUT = regex.compile(r"(?r)(?=\s\S)|(?<=[\p{L}\p{N}])(?=[^\s\p{L}\p{N}])")
 
 # --- From words of the command line to files, and from files to spans --------------------------
 
 
 def find_files(inputs, leave_out):  # words of the command line -> [paths]
-    """The files that are meant, in the order of the words; those of a folder or a glob by name.
+    """The files, in the order of the words; the files of a folder or a glob are sorted by name.
 
-    Not among them are a folder's hidden files, and those of the folder `leave_out`.
+    Hidden files of a folder are left out, and all files of the folder `leave_out`.
     """
     files, left_out = [], []
     for name in inputs:
@@ -88,7 +88,7 @@ def format_of(path):  # -> "text", "json" or "parquet" by the name's ending, or 
 
 
 def describe(path, json_lines):  # -> a source
-    """What the plan keeps of a file: enough to notice that it is another one the next time."""
+    """What the plan notes of a file: enough to notice, on the next run, that it has changed."""
     source = {"name": path, "format": format_of(path) or ("json" if json_lines else "text")}
     if path == "-":
         return source | {"n_bytes": None, "mtime_ns": None}
@@ -110,7 +110,7 @@ def is_same(source):
 
 def cut_source(number, source, options, work_dir):  # yields spans
     """A span's file `path` is to be read from `start` to `stop`; it begins at the byte `offset` and
-    after `line` lines of its source, and stands for `progress` of the source's bytes.
+    after `line` lines of its source. `progress`: how many of the source's bytes it counts as.
     """
     name, n_bytes, n_most = source["name"], source["n_bytes"], options["shard_bytes"]
     span = {"source": number, "name": name, "path": os.path.abspath(name)}
@@ -141,12 +141,12 @@ def find_boundary(path, start, boundary):  # -> where the first one from `start`
             if found := boundary.search(held):
                 return at + found.end()
             at += max(0, len(held) - len(boundary.pattern))
-            held = held[-len(boundary.pattern) :]  # one may lie across two blocks
+            held = held[-len(boundary.pattern) :]  # a boundary may lie across two blocks
     return None
 
 
 def cut_parquet(span, n_bytes, n_most):
-    """Spans of whole row groups: `start` and `stop` count these."""
+    """Spans of whole row groups: `start` and `stop` are numbers of row groups."""
     try:
         with open(span["path"], "rb") as file:
             groups = open_parquet(file).metadata
@@ -163,7 +163,7 @@ def cut_parquet(span, n_bytes, n_most):
 
 
 def unpack(span, boundary, n_most, work_dir):
-    """Spans of what cannot be cut in place, each in a file of its own, to be deleted after use."""
+    """Unpacks what cannot be cut in place: each span gets its own file, deleted after use."""
     with contextlib.ExitStack() as stack:
         if span["name"] != "-":
             packed = stack.enter_context(open(span["name"], "rb"))
@@ -191,7 +191,7 @@ def unpack(span, boundary, n_most, work_dir):
 
 def cut_stream(blocks, boundary, n_most):  # yields (bytes, whether a span ends with them)
     """Cuts where cut_source cuts a file: at the first boundary that begins after n_most bytes."""
-    held, size = b"", 0  # size: of the span, before what is held
+    held, size = b"", 0  # size: bytes of the span before `held`
     for block in blocks:
         held += block
         while found := boundary.search(held, max(0, n_most - size)):
@@ -218,7 +218,7 @@ def read_packed(file, name):  # yields bytes
 
 
 def read_zst(file, name):
-    """Zstandard frames one after the other. Small bites: four bytes may stand for 131072."""
+    """Zstandard frames one after the other. Reads few bytes at once: four may unpack to 131072."""
     try:
         import zstandard
     except ImportError:
@@ -258,8 +258,8 @@ def read_text(file, start, stop, separator):  # yields lists of parts
         for found in line.finditer(held, 0, complete):
             end = found.start()
             if not found[0] or (held[end - 1] != NEWLINE if end else not new_line):
-                continue  # the end of a line that holds more than the separator
-            if begun or end > used:  # two separators in a row part nothing
+                continue  # only the end of a longer line, so no separator
+            if begun or end > used:  # between two separators in a row there is no document
                 parts.append((document, held[used:end], True))
             used, begun = found.end(), False
             document = at + used
@@ -272,7 +272,7 @@ def read_text(file, start, stop, separator):  # yields lists of parts
             yield parts
             return
         if len(rest) >= BLOCK:
-            if len(held) - complete < len(separator) + 2:  # this may become a separator's line
+            if len(held) - complete < len(separator) + 2:  # may be half a separator
                 rest = held[used:complete] or rest
             rest = rest[: find_cut(rest)]
             parts.append((document, rest, False))
@@ -284,17 +284,17 @@ def read_text(file, start, stop, separator):  # yields lists of parts
 
 
 def find_cut(text):  # bytes -> position
-    """The last position where the text may be cut. One without any is cut at its last character.
+    """The last position where the text may be cut, or else the end of its last whole character.
 
-    Such a text, a megabyte with no white space and no sign, is the one case in which ids differ
-    from those of the whole: without the cut, its memory would have no bound.
+    A megabyte with no white space and no sign has no such position. Only there the ids differ from
+    those of the whole text; but without a cut, nothing would limit the memory.
     """
     for n in (2**12, 2**16, len(text)):
         utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         window = utf8.decode(text[-n:])  # without the bytes of a last, incomplete character
         rest = len(utf8.getstate()[0])
         found = CUT.search(window)
-        if found and found.start() > 4:  # the first 3 may be the rest of a character
+        if found and found.start() > 4:  # the first 3 may be bytes of a character
             return (
                 len(text) - rest - len(window[found.start() :].encode("utf-8", "surrogateescape"))
             )
@@ -322,7 +322,7 @@ def read_json_lines(file, start, stop, field):  # yields lists of parts
 
 
 def text_of_line(line, field, at):
-    """ValueError's second argument is the position, which read_span turns into a line's number."""
+    """A ValueError has `at` as its second argument; read_span turns it into a line's number."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -360,7 +360,7 @@ def read_parquet(file, start, stop, field):  # yields lists of parts
 
 
 def next_batch(batches):
-    """The next of them, None after the last; ValueError for what pyarrow cannot read."""
+    """The next batch, None after the last; ValueError for what pyarrow cannot read."""
     try:
         return next(batches, None)
     except Exception as error:  # pyarrow has OSError, ValueError and others for damage

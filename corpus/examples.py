@@ -4,9 +4,9 @@
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
 
 These are the forms of OpenAI's finetuning and of TRL's "prompt-completion" and "conversational"
-data sets. What is learned is the completion, or every answer, and the <|endoftext|> at its end; all
-else is only read. Many examples fit into a row. None sees the others: marks beside the ids say
-where each begins.
+data sets. The model learns the completion, or every answer, and the <|endoftext|> at its end; it
+only reads the rest. Many examples fit into a row. None sees the others: marks that are added to
+the ids say where each begins.
 """
 
 from bisect import bisect_left, insort
@@ -27,10 +27,10 @@ def is_examples(data):  # the --data flag
     return data.endswith(".jsonl")
 
 
-def load_examples(path, encoder, n_most):  # -> examples, what has been done to them in words
-    """Each an array of at most n_most marked ids, int32; those with nothing to learn left out.
+def load_examples(path, encoder, n_most):  # -> examples, and a line about them for people
+    """Each example is int32, at most n_most marked ids. Those with nothing to learn are left out.
 
-    ValueError, with the file and the number of the line, for a bad one.
+    A bad line is a ValueError, which names the file and the line's number.
     """
     examples, n_cut, n_apart, n_empty = [], 0, 0, 0
     with open(path, "rb") as f:
@@ -54,9 +54,9 @@ def load_examples(path, encoder, n_most):  # -> examples, what has been done to 
 
 
 def read_example(line, where, encoder):  # -> [(ids, whether they are learned), ...], is_apart
-    """is_apart: the prompt and the completion share a token when they are encoded as one text.
+    """is_apart: encoded as one text, the prompt and the completion would share a token.
 
-    Here they never do: what is to be written must not be in what has been read.
+    Here they are encoded apart, so that the prompt never holds a part of what is to be written.
     """
     item = parse_json(line, where)
     prompt, completion, messages = map(item.get, ("prompt", "completion", "messages"))
@@ -88,9 +88,9 @@ def is_learned(marked):  # [...] -> [...] bool
 
 
 def pack(examples, n):  # [arrays of at most n] -> [n_rows, n]
-    """Each into the fullest row that has room for it, the longest first; the rest is not learned.
+    """Puts each, longest first, into the fullest row with room. Empty places are not learned.
 
-    Best fit decreasing (Johnson 1973): few rows, and so few steps that compute nothing.
+    Best fit decreasing (Johnson 1973) makes few rows, so that little computing is wasted.
     """
     rows, rooms = [], []  # rooms: (how much, in which row), sorted
     for example in sorted(examples, key=len, reverse=True):

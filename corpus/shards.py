@@ -1,14 +1,14 @@
-"""Token shards: folders of ids for the trainer, mapped and never read as a whole.
+"""Token shards: folders of ids for the trainer. Files are mapped, never read as a whole.
 
     shards, encoder = open_shards("shards/corpus")
     read_stretches(shards["train"], [0, 12345], n=65)     # 65 ids from each of these on
 
 The shards of a split are one long sequence; where it is cut into files makes no difference. Three
 kinds of folders open: prepare.py's own (its docstring describes them), nanoGPT's `train.bin` and
-`val.bin` (nothing but uint16), and those of llm.c and modded-nanogpt (names with `train` or `val`
-in them, of which the last counts; ids after a header of 256 int32, of which the first two say their
-kind, uint16 or Llama 3's uint32, and the third their number). Only the first kind knows its
-tokenizer.
+`val.bin` (nothing but uint16), and those of llm.c and modded-nanogpt. These have `train` or `val`
+in their names (the last one counts) and a header of 256 int32 before the ids: its first two numbers
+say whether the ids are uint16 or Llama 3's uint32, the third how many there are. Only prepare.py's
+folders name their tokenizer.
 """
 
 import math
@@ -29,8 +29,8 @@ N_HEADER = 256  # int32
 def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or None
     """Every array is a read-only memory map, [n_ids] of uint16 or uint32.
 
-    ValueError or OSError, one clear line, for what is not a folder of shards, is not complete, or
-    has another size than it says.
+    ValueError or OSError, one clear line, if the folder has no shards, is not complete, or a file
+    has another size than its header or meta.json says.
     """
     folder = Path(folder)
     files = sorted(folder.glob("*.bin"))
@@ -54,7 +54,7 @@ def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or 
 
 
 def allow_open_files(n):
-    """Raise the limit, often 1024, if that is needed for n more: a map keeps its file open."""
+    """Raise the limit of open files, often 1024, if n more need it: a map keeps its file open."""
     try:
         import resource
     except ImportError:  # Windows, which has no such limit
@@ -66,9 +66,9 @@ def allow_open_files(n):
 
 
 def open_prepared(folder):  # -> {"train": [arrays], "val": [arrays]}
-    """The shards that meta.json lists, mapped. ValueError for what differs from what it says."""
+    """The shards that meta.json lists, mapped. ValueError if one is not as meta.json says."""
     shards, file = {"train": [], "val": []}, folder / "meta.json"
-    meta = read_json(file, n_most=2**30)  # it names every source
+    meta = read_json(file, n_most=2**30)  # it may be large: it names every source
     dtype = {"uint16": "<u2", "uint32": "<u4"}.get(str(meta.get("dtype")))
     sizes = meta.get("shards")
     if dtype is None or not isinstance(sizes, dict):
@@ -99,7 +99,7 @@ def open_foreign(path):  # -> [n_ids] uint16 or uint32, mapped
     return np.memmap(path, dtype, mode="r", offset=4 * N_HEADER)
 
 
-def count_ids(shards):  # [arrays] -> the length of the sequence that they are
+def count_ids(shards):  # [arrays] -> the length of all together
     return sum(map(len, shards))
 
 

@@ -1,7 +1,7 @@
-"""Tasks: some spans of the sources each, from which a worker writes two numbered shards and a note.
+"""Tasks: a worker turns the spans of a task into two numbered shards and a note about them.
 
-A task can be done anywhere, any number of times, by two workers at once: its cuts, its order and
-its random numbers follow from the files alone, and its note comes last of all.
+A task can be done anywhere, any number of times, even by two workers at once: its cuts, order and
+random numbers follow from the files alone, and its note is written last.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from encoder import CHAR_OF_BYTE, get_encoder
 from plumbing.files import parse_json, write_whole
 
 SPLITS = ["train", "val"]
-FEW_DRAWN = 10  # documents for validation, below which they are not drawn
-MOST_AHEAD = 2**31  # bytes that are read to see whether there are few
-WORK = ".work"  # the folder, in that of the shards, that holds what is not complete
+FEW_DRAWN = 10  # with fewer documents for validation, they are not drawn
+MOST_AHEAD = 2**31  # bytes that are read at most to see whether there are few documents
+WORK = ".work"  # a folder inside the shards' folder, for what is not complete
 
 # --- From spans to tasks ------------------------------------------------------------------------
 
@@ -42,10 +42,10 @@ def make_tasks(sources, options, work_dir):  # yields {"number": ..., "spans": [
         yield {"number": next(numbers), "spans": group}
 
 
-def split_few(spans, options):  # -> the same spans or, of few documents, parts of them
-    """Of few documents the last part of the text is for validation: a draw would be mere chance.
+def split_few(spans, options):  # -> the same spans or, for few documents, parts of them
+    """With few documents, the last part of the text is for validation: a draw would be too uneven.
 
-    They are few where fewer than FEW_DRAWN are to be expected for validation.
+    Few means: a draw would give validation fewer than FEW_DRAWN of them on average.
     """
     ahead, documents, size = [], [], 0  # documents: (its span's place in ahead, position, n_bytes)
     enough = FEW_DRAWN / max(options["val_fraction"], 1e-9)
@@ -67,16 +67,16 @@ def split_few(spans, options):  # -> the same spans or, of few documents, parts 
 
 
 def split_last_part(spans, documents, fraction):  # of split_few -> spans
-    """Cuts where the last `fraction` of the bytes begins: a text there, and rows between two."""
+    """Cuts where the last `fraction` of the bytes begins: text right there, rows between two."""
     n_bytes = sum(n for _, _, n in documents)
     n_train, ends = int(n_bytes * (1 - fraction)), np.cumsum([n for _, _, n in documents])
     k = min(int(np.searchsorted(ends, n_train, side="right")), len(documents) - 1)
     i, position, n = documents[k]
-    offset = n_train - int(ends[k] - n)  # into that document
+    offset = n_train - int(ends[k] - n)  # bytes of that document before the cut
     if spans[i]["format"] == "text":
         border = cut_text(spans[i], position, offset, n)
     else:
-        k += 2 * offset > n  # to the nearer of its two ends, but one row at least on each side
+        k += 2 * offset > n  # the row's nearer end, with at least one row on each side
         k = max(1, min(k, len(documents) - 1))
         i = documents[k][0] if k < len(documents) else i
         border = [spans[i] | {"val_from": documents[k][1] if k < len(documents) else 2**63}]
@@ -84,13 +84,14 @@ def split_last_part(spans, documents, fraction):  # of split_few -> spans
     return [*train, *border, *(span | {"split": "val"} for span in spans[i + 1 :])]
 
 
-def cut_text(span, position, offset, n):  # -> three spans, of which the last is for validation
+def cut_text(span, position, offset, n):  # -> three spans, the last for validation
     """What is before a document of n bytes, its first `offset` bytes, and all that follows."""
     with open(span["path"], "rb") as file:
         at = file.seek(position + offset)
-        following = file.read(3)  # a character is not cut
+        following = file.read(3)  # so as not to cut a character
         at += len(following) - len(following.lstrip(bytes(range(0x80, 0xC0))))
-    none = {"size": 0, "progress": 0}  # the last stands for all, so that the three stay together
+    # Only the last span counts any bytes, so that the three stay in one task.
+    none = {"size": 0, "progress": 0}
     return [
         span | none | {"split": "train", "stop": position},
         span | none | {"split": "train", "start": position, "stop": at, "ends": at == position + n},
@@ -104,16 +105,16 @@ encoders = {}  # a worker reads the tokenizer once
 
 
 def read_or_empty(path):
-    """A JSON object, or an empty one where there is no such file, or a broken one."""
+    """The JSON object in a file, or an empty one if the file is missing or broken."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         return parse_json(Path(path).read_bytes(), path)
     return {}
 
 
 def do_task(task, out, options):  # -> its note: counts of what is in its shards
-    """Write the shards of a task and then its note, each whole or not at all.
+    """Write the shards of a task, then its note. Each file is whole or absent.
 
-    What another try at the same task does meanwhile, on a machine thought lost, harms nothing.
+    A machine that was thought lost may do the same task at the same time: that does no harm.
     """
     if "checksums" in task:
         return {name: checksum(path) for name, path in task["checksums"].items()}
@@ -131,7 +132,7 @@ def do_task(task, out, options):  # -> its note: counts of what is in its shards
         for split in SPLITS:
             if note["n_tokens"][split]:
                 os.replace(names[split], shards[split])
-            elif os.path.exists(shards[split]):  # of another draw
+            elif os.path.exists(shards[split]):  # left by another draw
                 os.unlink(shards[split])
     except OSError as error:
         raise OSError(error.errno, error.strerror, error.filename or out) from None
@@ -143,12 +144,12 @@ def do_task(task, out, options):  # -> its note: counts of what is in its shards
     return note
 
 
-def cut_of(span):  # what decides which of its source's documents are in it, and for which split
+def cut_of(span):  # what decides which documents the span holds, and their split
     return [span[key] for key in ("source", "offset", "start", "stop", "split", "val_from")]
 
 
 def is_done(note, about, shards, options):
-    """Is there a note of the same spans, and are its shards as large as it says?"""
+    """Is the note about the same spans, and are the shards as large as the note says?"""
     if note.get("spans") != about:
         return False
     width = np.dtype(options["dtype"]).itemsize
@@ -157,7 +158,7 @@ def is_done(note, about, shards, options):
 
 
 def write_shards(spans, names, encoder, options):  # -> the note
-    """Encode the documents of some spans into the files `names`, a split each, and count them."""
+    """Encode the documents of some spans into the files `names`, one per split, and count them."""
     note = {"n_tokens": dict.fromkeys(SPLITS, 0), "n_documents": dict.fromkeys(SPLITS, 0)}
     note |= {"n_bytes": 0, "n_replaced": 0}
     with open(names["train"], "wb") as train, open(names["val"], "wb") as val:
@@ -191,8 +192,8 @@ def add_parts(parts, span, files, encoder, options, note):
         note["n_replaced"] += n_replaced
 
 
-def draw(positions, source, seed):  # [n] uint64 -> [n] float64 from 0 to 1, a number a document
-    """A hash of (seed, source, position), so that it does not depend on who asks, and when.
+def draw(positions, source, seed):  # [n] uint64 -> [n] float64 from 0 to 1, one per document
+    """A hash of (seed, source, position): every worker gets the same number at any time.
 
     The mixing function is splitmix64's (Steele et al. 2014).
     """
@@ -216,8 +217,8 @@ def mend(texts):  # [bytes] -> [UTF-8], how many invalid sequences became U+FFFD
 
 
 def encode(texts, ends, encoder, dtype):  # [UTF-8], [bool] -> [n] ids
-    """The ids of texts, each followed by that of <|endoftext|> where the text ends."""
-    if not encoder.merges:  # a table will do. The byte 0xFF, which is in no UTF-8, ends a document
+    """The ids of the texts, with the id of <|endoftext|> after each text that ends."""
+    if not encoder.merges:  # a table is enough. The byte 0xFF, never in UTF-8, ends a document
         table = [encoder.vocab[CHAR_OF_BYTE[byte]] for byte in range(255)] + [encoder.endoftext]
         data = b"".join(itertools.chain(*zip(texts, (b"\xff"[:end] for end in ends), strict=True)))
         return np.array(table, dtype)[np.frombuffer(data, np.uint8)]

@@ -1,7 +1,7 @@
 """Who does the tasks: this process, a pool of processes, or a Ray cluster.
 
 Each of the three yields (task, note) as the tasks are done, in any order, and takes a new task only
-when one is done, so that what was unpacked does not pile up.
+when one is done, so that unpacked files do not pile up.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def finished(running):
 
 @contextlib.contextmanager
 def held_back(sign):
-    """A signal that comes now comes afterwards; in a process that starts now, when it allows it."""
+    """Delays a signal until the end; in a process started here, until it unblocks the signal."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [sign])
     try:
         yield
@@ -71,10 +71,10 @@ def follow_parent():
 
 
 def run_ray(tasks, work, address):
-    """Ray core tasks; Ray runs those of a lost machine again on another.
+    """Ray core tasks. If a machine is lost, Ray runs its tasks again on another.
 
-    The machines need Python with numpy and regex, and to see the files under the same names. The
-    code travels with the tasks, by value.
+    Every machine needs Python with numpy and regex, and must see the files under the same names.
+    The code is sent with the tasks.
     """
     try:
         import ray
@@ -102,9 +102,9 @@ def run_ray(tasks, work, address):
 
 
 def send_by_value(cloudpickle):
-    """Have all modules of this project travel with what is pickled."""
+    """Pickle this project's modules with the tasks, so that other machines need not have them."""
     for module in list(sys.modules.values()):
         folder = Path(getattr(module, "__file__", None) or "/").resolve().parent
         ours = PROJECT in (folder, folder.parent)  # the root, or a wing
-        if ours and module.__name__ != "__main__":  # which does so
+        if ours and module.__name__ != "__main__":  # __main__ is sent by value anyway
             cloudpickle.register_pickle_by_value(module)

@@ -1,11 +1,11 @@
-"""Texts that have ended and whose caches stay a while, for others that begin as they do."""
+"""Texts that have ended. Their caches stay a while, for new texts with the same beginning."""
 
-MOST_KEPT = 64  # texts: each that joins is compared with all of them
-KEPT_BYTES = 256 << 20  # of their caches
+MOST_KEPT = 64  # texts: every new row is compared with all of them
+KEPT_BYTES = 256 << 20  # that their caches may take together
 
 
 def keep(kept, row):
-    """The row, which has ended, joins the list; what it goes on from, and the oldest, leave it."""
+    """Adds a row that has ended. Drops the texts it continues, and the oldest beyond a limit."""
     text = row["prompt"] + row["ids"]
     kept[:] = [old for old in kept if old["prompt"] != text[: len(old["prompt"])]]
     kept.append({"prompt": text, "ids": [], "cache": row["cache"], "end": row["end"]})
@@ -15,7 +15,7 @@ def keep(kept, row):
 
 
 def touch(kept, row):
-    """What the row takes its beginning from counts as the latest again."""
+    """The text whose cache the row copies counts as the latest again, so it is dropped last."""
     source = row["source"]
     if any(old is source for old in kept):
         kept[:] = [*(old for old in kept if old is not source), source]

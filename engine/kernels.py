@@ -23,8 +23,8 @@ import numpy as np
 
 from engine import threads
 
-AVX512 = {"SkylakeX", "Cooperlake", "SapphireRapids"}  # OpenBLAS's names for such kernels
-MOST_ROWS = 64  # of x; with more, AVX-512 pays, where it is more than twice 256 bits
+AVX512 = {"SkylakeX", "Cooperlake", "SapphireRapids"}  # OpenBLAS's names for AVX-512 kernels
+MOST_ROWS = 64  # of x; with more rows AVX-512 is faster, if it is truly 512 bits wide
 
 
 def has_avx512():
@@ -33,14 +33,14 @@ def has_avx512():
 
 
 def few_rows():
-    """The function (x, w, y) that writes x @ w into y, for few rows of x; None: NumPy's is best."""
+    """A function (x, w, y) that writes x @ w into y, for few rows of x; None if NumPy's is best."""
     with threads.lock:
         return find_few_rows()
 
 
 @functools.cache
 def most_rows():
-    """Of x, up to which few_rows is faster: all on Zen 4, whose AVX-512 is 256 bits twice."""
+    """Up to how many rows of x few_rows is faster: all on Zen 4, whose AVX-512 is 2 x 256 bits."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
         cpu = dict(re.findall(r"(vendor_id|cpu family)\s*: (\S+)", f.read()))
         if cpu == {"vendor_id": "AuthenticAMD", "cpu family": "25"}:
@@ -50,9 +50,9 @@ def most_rows():
 
 @functools.cache
 def find_few_rows():
-    if not has_avx512() or "OPENBLAS_CORETYPE" in os.environ:  # or somebody has chosen already
+    if not has_avx512() or "OPENBLAS_CORETYPE" in os.environ:  # or the user has chosen
         return None
-    found = importlib.util.find_spec("scipy_openblas64")  # importing it would load it, its way
+    found = importlib.util.find_spec("scipy_openblas64")  # an import would load it unconfigured
     for path in Path(found.origin).parent.glob("lib/libscipy_openblas64_.*") if found else ():
         try:
             return sgemm(load(path))
@@ -62,7 +62,7 @@ def find_few_rows():
 
 
 def load(path):
-    """Loads the library. It reads the environment while it does, and nobody should after that."""
+    """Loads the library. It reads the environment only then, so we set it back afterwards."""
     choices = {"OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_NUM_THREADS": "1"}
     before = {name: os.environ.get(name) for name in choices}
     os.environ.update(choices)
@@ -97,7 +97,7 @@ def sgemm(library):
 
 
 def pad(x):  # [rows, n_in] -> [rows rounded up to a multiple of 4, n_in]
-    """With rows of zeros, which cost nothing: Haswell's kernels take 4 rows at a time."""
+    """Adds rows of zeros. They cost nothing, since Haswell's kernels take 4 rows at a time."""
     padded = np.zeros((-(-len(x) // 4) * 4, x.shape[1]), x.dtype)
     padded[: len(x)] = x
     return padded

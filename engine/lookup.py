@@ -1,4 +1,4 @@
-"""Guesses at how a text goes on: as it went on where its last few tokens stood before.
+"""Guesses how a text goes on: as it did the last time its last few tokens stood in it.
 
 A step of one row reads all the weights for one token. For five tokens it takes little longer; so
 let a pass check four guesses beside its own token, and keep those that the model would have
@@ -7,12 +7,12 @@ at once. Saxena 2023, "Prompt Lookup Decoding"; checking guesses in one pass is 
 2023, arXiv:2211.17192, whose guesses come from a smaller model.
 """
 
-N_MATCHED = 3  # tokens that must have stood there
+N_MATCHED = 3  # last tokens that must stand earlier in the text
 MOST_TRUST, REGAINED = 4, 1 / 16  # a text that repeats nothing loses half a step in 16 at the most
 
 
 def guess(ids, n):  # a list of ids -> n more, or none
-    """The continuation of the last place like the end; from there again where it reaches the end.
+    """What followed the last place that equals the end of ids, repeated if it is shorter than n.
 
     >>> guess([7, 1, 2, 3, 4, 5, 1, 2, 3], n=4)
     [4, 5, 1, 2]
@@ -29,7 +29,7 @@ def guess(ids, n):  # a list of ids -> n more, or none
 
 
 def new_trust(trust, n_guessed, n_right):
-    """Guesses are made while it is 1 or more: each that fails takes 1, each right one gives 1."""
+    """Guesses are made while trust is 1 or more. A wrong guess costs 1, each right one adds 1."""
     if n_guessed == 0:
         return min(trust + REGAINED, MOST_TRUST)
     return min(trust + n_right - 1, MOST_TRUST)

@@ -1,8 +1,8 @@
-"""Memory that NumPy's temporary arrays leave is kept for the next ones.
+"""Keeps the memory of NumPy's temporary arrays for the next ones.
 
 The C library gives large blocks back to the system as soon as they are freed. The next array of
 that size then stands on fresh pages, and the first touch of each is a fault: gelu of 256 x 3072
-numbers takes 3.6 ms that way, and 0.9 where it finds its memory as it left it.
+numbers takes 3.6 ms that way, and 0.9 ms if its memory was kept.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ MOST_KEPT, LARGEST = 64 << 20, 32 << 20  # bytes: free at the heap's end, and of
 @functools.cache
 def keep():
     """Asks glibc, for this process, to keep up to 64 MiB. Other systems are left as they are."""
-    if any(name.startswith("MALLOC_") for name in os.environ):  # somebody has chosen already
+    if any(name.startswith("MALLOC_") for name in os.environ):  # the user has chosen
         return
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

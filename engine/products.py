@@ -2,16 +2,16 @@
 
 To write one token for each of 8 texts, 8 rows are multiplied by every matrix of the model. That is
 little arithmetic: the time should be that of reading the weights once. But OpenBLAS, which makes
-NumPy's products, first rearranges ("packs") each matrix, as pays for hundreds of rows. Two things
-help:
+NumPy's products, first rearranges ("packs") each matrix, which only pays for hundreds of rows. Two
+things help:
 
 *  a library that packs faster, see kernels.py; and
-*  for a matrix whose columns are contiguous, as those of wte.T are: a path of the AVX-512 kernels
-   that packs nothing, for products of at most a million multiplications. So such a matrix is cut
-   into slabs of columns that are that small.
+*  for a matrix with contiguous columns, such as wte.T: the AVX-512 kernels do not pack when a
+   product takes at most a million multiplications. So such a matrix is cut into slabs of columns
+   that are small enough.
 
-Either way a product's columns are shared among threads of our own, while OpenBLAS keeps to one.
-Nothing is copied, and weights mapped from a file stay there.
+Either way our own threads share a product's columns, and OpenBLAS uses one thread. Nothing is
+copied, and weights mapped from a file stay there.
 
 `wrap(params)` views the matrices as `Matrix`, whose `@` works like that; no function of gpt2.py
 changes.
@@ -27,7 +27,7 @@ UNIT = 16  # columns that stay together
 
 
 class Matrix(np.ndarray):
-    """A 2-d array with fast products. These and its rows are plain arrays, its .T is a Matrix."""
+    """A 2-d array with fast products. Products and rows are plain arrays, the .T is a Matrix."""
 
     def __rmatmul__(self, x):  # [..., n_in] @ self, which is [n_in, n_out] -> [..., n_out]
         w, rows = self.view(np.ndarray), x.reshape(-1, x.shape[-1])
@@ -41,7 +41,7 @@ class Matrix(np.ndarray):
 
 
 def wrap(params):
-    """The same tree, every matrix in it a Matrix: views, nothing is copied. Done twice is once."""
+    """The same tree with every matrix viewed as a Matrix. A second call changes nothing."""
     if isinstance(params, dict) and isinstance(params.get("wte"), Matrix):
         return params
     if isinstance(params, dict):
@@ -53,7 +53,7 @@ def wrap(params):
 
 def product(x, w):  # [rows, n_in], [n_in, n_out] -> [rows, n_out]
     """x @ w by whichever way is fastest; the same numbers up to float32's rounding."""
-    by_rows, by_columns = w.flags.c_contiguous, w.flags.f_contiguous  # how it lies in memory
+    by_rows, by_columns = w.flags.c_contiguous, w.flags.f_contiguous  # the layout of w
     plain = x.dtype != np.float32 or w.dtype != np.float32 or not (by_rows or by_columns)
     if plain or w.size < MIN_SIZE or len(x) < 2:
         return x @ w
@@ -64,7 +64,7 @@ def product(x, w):  # [rows, n_in], [n_in, n_out] -> [rows, n_out]
     return split_columns(x, w, np.matmul) if threads.n_users else x @ w
 
 
-def split_columns(x, w, multiply):  # each thread some of the columns
+def split_columns(x, w, multiply):  # each thread multiplies some of w's columns
     n_out = w.shape[1]
     y = np.empty((len(x), n_out), np.float32)
 
@@ -76,7 +76,7 @@ def split_columns(x, w, multiply):  # each thread some of the columns
     return y
 
 
-def slabs_of_columns(x, w, y):  # slabs of w's columns, whose products stand side by side
+def slabs_of_columns(x, w, y):  # one product for each slab of w's columns, side by side in y
     (rows, n_in), n_out = x.shape, w.shape[1]
     width = max(1, min(64, n_out, 800_000 // (rows * n_in)))
     n_slabs = n_out // width

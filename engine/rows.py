@@ -1,8 +1,8 @@
 """Rows: the texts that are written together. Who joins, who runs in a pass, and who has ended.
 
 A row is a dict. It joins a batch between two passes (`admit`), reads its prompt, writes a token a
-pass, and leaves once it has an "end". kv_cache.advance makes the passes; what is here decides what
-goes into each and what its logits mean.
+pass, and leaves once it has an "end". kv_cache.advance makes the passes; this file decides what
+goes into each pass and what becomes of its logits.
 """
 
 from functools import partial
@@ -12,14 +12,14 @@ import numpy as np
 from engine import lookup as guessing
 from gpt2 import sample
 
-MIN_SHARED = 8  # tokens at the beginning of two rows; for fewer, one need not wait for the other
+MIN_SHARED = 8  # tokens at the beginning of two rows; fewer are not worth waiting for
 
 
 def new_row(prompt, n_tokens, draw, endoftext=None, stop=None, lookup=0):
     """A text to write, as a dict: "ids" are its new tokens so far, "end" becomes why it ended.
 
-    draw(logits) chooses a token: see drawing. stop(ids) is asked after each. With lookup, each pass
-    checks as many guesses. prompt: a list of ids, at least one; n_tokens: 0 reads it, no more.
+    draw(logits) chooses a token: see drawing. stop(ids) is called after each token. lookup: how
+    many guesses a pass checks. prompt: at least one id. n_tokens: 0 only reads the prompt.
     """
     row = {"prompt": prompt, "n_tokens": n_tokens, "draw": draw, "read": None}
     row |= {"endoftext": endoftext, "stop": stop, "lookup": lookup, "trust": 1.0}
@@ -28,10 +28,10 @@ def new_row(prompt, n_tokens, draw, endoftext=None, stop=None, lookup=0):
 
 
 def drawing(seed, number, sampling=()):  # -> draw, as new_row takes it
-    """gpt2.sample, with a generator of the row's own. sampling: what sample takes after rng.
+    """gpt2.sample with a random generator for this row. sampling: what sample takes after rng.
 
-    What row 0 draws is what gpt2.py draws with that seed; every other row draws from the seed and
-    its own number. So it does not depend on its neighbours.
+    Row 0 draws what gpt2.py draws with that seed; every other row draws from the seed and its own
+    number. So what a row draws does not depend on its neighbours.
     """
     rng = np.random.default_rng([seed, number] if seed is not None and number > 0 else seed)
     return partial(draw_with, rng, sampling)
@@ -42,9 +42,9 @@ def draw_with(rng, sampling, logits):  # [n_vocab] -> one token id
 
 
 def admit(rows, row, ended=()):
-    """The row joins. What its beginning shares with a row there, or an ended one, is copied.
+    """Adds the row. If another row, or an ended one, begins like it, their shared part is copied.
 
-    A row with "read", a function that wants to see all its prompt's states, shares nothing.
+    A row with "read" shares nothing: that function must see the states of the whole prompt.
     """
     others = [] if row["read"] else [*rows, *ended]
     shared = [(n_shared(row, other), n_read(other)) for other in others]
@@ -54,7 +54,7 @@ def admit(rows, row, ended=()):
 
 
 def n_shared(row, other):
-    """How many tokens begin both the row's prompt and the other row; at most all but its last."""
+    """How many first tokens the prompt, without its last one, has in common with the other row."""
     if other["has_slid"]:  # its beginning is forgotten
         return 0
     ours, theirs = row["prompt"][:-1], other["prompt"] + other["ids"]
@@ -68,7 +68,7 @@ def n_read(row):
 
 
 def n_to_copy(row):  # -> how many tokens of its source's cache the row begins with, or None
-    """None while it waits for the source, which is still to read what they share."""
+    """None while the row waits for its source to read the part that they share."""
     source, n = row["source"], row["n_shared"]
     if not source or source["has_slid"]:
         return 0
@@ -78,7 +78,7 @@ def n_to_copy(row):  # -> how many tokens of its source's cache the row begins w
 
 
 def choose(rows, n_tokens):  # -> [(row, the ids it runs now)], n_tokens together at most
-    """First those that write, with a token each and its guesses; then the shortest prompts."""
+    """First the rows that write, each with one token and its guesses; then the shortest prompts."""
     batch = []
     for row in sorted(rows, key=lambda row: (not row["ids"], len(row["to_run"]))):
         ids = row["to_run"][:n_tokens] if row["cache"] else []
@@ -91,7 +91,7 @@ def choose(rows, n_tokens):  # -> [(row, the ids it runs now)], n_tokens togethe
 
 
 def write(row, logits):  # [1 + n_guesses, n_vocab] -> [(row, its ids so far, None or its end)]
-    """Draws the row's next token, and one more after each guess that it proves right."""
+    """Draws the row's next token, and one more for every guess that turns out right."""
     if row["n_tokens"] == 0:
         row["end"] = "length"
         return [(row, [], "length")]
@@ -111,7 +111,7 @@ def write(row, logits):  # [1 + n_guesses, n_vocab] -> [(row, its ids so far, No
 
 
 def put(row, token):
-    """The row's next token. Returns why the row ends with it, or None."""
+    """Adds the next token to the row. Returns why the row ends with this token, or None."""
     if token == row["endoftext"]:
         return "endoftext"
     row["ids"].append(token)

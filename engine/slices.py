@@ -1,13 +1,13 @@
 """gpt2.hidden_state on all cores: each thread runs it on its own slice of the tokens.
 
-NumPy uses several cores for products of matrices alone; all the rest, gelu and norms and softmax,
+NumPy uses several cores only for products of matrices; all the rest, gelu and norms and softmax,
 runs on one. But embeddings, norms, matrices and gelu treat each token by itself. So a long sequence
 is cut into slices, and each thread takes one through the whole model. Only attention needs other
 tokens, and there the threads meet: each brings its slice's queries, keys and values, each does a
 part of the work for all tokens, and each goes on with what its own tokens got.
 
-A few tokens are not worth it, for each thread reads all the weights: then one thread runs the
-model, and the products share their columns out instead.
+This does not pay for a few tokens, because each thread reads all the weights. Then one thread runs
+the model, and the threads share the columns of each product instead.
 """
 
 import math
@@ -24,21 +24,21 @@ MIN_TOKENS = 64  # in a slice
 def run(tokens, positions, params, n_head, n_rows, attend):  # -> [n_tokens, n_embd]
     """hidden_state of n_rows texts' tokens, one text after the other, with attend for attention.
 
-    attend(layer, head_groups, q, k, v, out) does a part of the work: of each group, a row and a
-    slice of its heads, it puts the answer into out. q, k, v and out: [n_head, n_tokens, d_head].
+    attend(layer, head_groups, q, k, v, out) does a part of the work: for each group (a row and a
+    slice of its heads) it writes the answer to out. q, k, v and out: [n_head, n_tokens, d_head].
     """
     memory.keep()
     params, n_tokens, n_embd = products.wrap(params), len(tokens), params["wpe"].shape[1]
     n_slices = threads.parts(n_tokens // MIN_TOKENS)
     head_groups = share_heads(n_rows, n_head, whole_rows(params, n_tokens, n_rows, n_slices))
     shared = np.empty((4, n_tokens, n_head, n_embd // n_head), np.float32)  # q, k, v and out
-    out = shared[3].swapaxes(0, 1)  # laid out by tokens: what mha does with it next copies nothing
+    out = shared[3].swapaxes(0, 1)  # stored token by token, so that mha need not copy it
 
     def alone(q, k, v, layer):  # [n_head, n_tokens, d_head] each -> the same
         def work(part):
             attend(layer, head_groups[part], q, k, v, out)
 
-        if n_tokens + positions.sum() > 64 * len(head_groups):  # else waking a thread takes longer
+        if n_tokens + positions.sum() > 64 * len(head_groups):  # else waking costs more
             threads.in_threads(work, len(head_groups))
         else:
             work(slice(None))
@@ -67,14 +67,14 @@ def run(tokens, positions, params, n_head, n_rows, attend):  # -> [n_tokens, n_e
 
 
 def whole_rows(params, n_tokens, n_rows, n_slices):
-    """Is a row's attention done by one thread, all heads? A block's own attention may expect it."""
+    """Does one thread do all heads of a row? A block with its own attention may rely on that."""
     own = any("attend" in block for block in params["blocks"])
     return own or n_rows > 1 and (n_slices == 1 or n_tokens == n_rows)
 
 
 def share_heads(n_rows, n_head, whole):  # -> [(row, slice of its heads)]
     """The groups that attention's work is cut into: a row each, or some of its heads."""
-    n = n_head if whole else -(-n_head // threads.parts(n_head))  # heads a group, rounded up
+    n = n_head if whole else -(-n_head // threads.parts(n_head))  # heads in a group, rounded up
     groups = [slice(first, first + n) for first in range(0, n_head, n)]
     return [(row, heads) for row in range(n_rows) for heads in groups]
 

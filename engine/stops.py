@@ -1,13 +1,13 @@
-"""Stop strings: a text that comes in parts, shown up to the first of them and no further."""
+"""Stop strings: a text arrives in parts and is shown only up to the first stop string."""
 
 from bisect import bisect_left
 
 
 def until_stop(held, n_new, stops):  # -> (what may be shown, what is held back, is one complete?)
-    """Cuts `held` off before the first stop in it. What may be the beginning of one is held back.
+    """Cuts `held` before the first stop. Holds back an end that may be the beginning of a stop.
 
-    The last n_new characters are new: a stop ends among them, or there is none. stops: sort_stops'
-    answer. The work does not grow with their number, which a stranger may choose.
+    Only the last n_new characters are new, so a stop can only end among these. stops: what
+    sort_stops returns. A stranger may send many stops, so the work does not grow with their number.
 
     >>> stops = sort_stops(["END"])
     >>> until_stop("Yes. EN", 7, stops), until_stop("Yes. END of", 4, stops)
@@ -20,7 +20,7 @@ def until_stop(held, n_new, stops):  # -> (what may be shown, what is held back,
         return held[: min(starts)], "", True
     longest = lengths[-1] if lengths else 0
     for start in range(max(0, len(held) - longest + 1), len(held)):
-        after = bisect_left(ordered, held[start:])  # stops that begin with it stand here
+        after = bisect_left(ordered, held[start:])  # stops that begin with it come here
         if after < len(ordered) and ordered[after].startswith(held[start:]):
             return held[:start], held[start:], False
     return held, "", False
@@ -28,12 +28,12 @@ def until_stop(held, n_new, stops):  # -> (what may be shown, what is held back,
 
 def sort_stops(
     stops,
-):  # -> the stops in order, as a set, and their lengths, as until_stop wants them
+):  # -> the stops in order, as a set, and their lengths: what until_stop takes
     return sorted(stops), set(stops), sorted({len(stop) for stop in stops})
 
 
 def up_to(texts, stops):  # iterable of str -> iterable of str
-    """The stream up to the first of `stops`. What may be one's beginning is held back till then."""
+    """The stream up to the first stop. Holds back what may yet become a stop."""
     held, stops = "", sort_stops(stops)
     for text in texts:
         shown, held, is_complete = until_stop(held + text, len(text), stops)

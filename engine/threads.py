@@ -1,8 +1,8 @@
-"""Threads for products: OpenBLAS's count of them, and some of our own to share work among.
+"""Threads for products: how many OpenBLAS uses, and our own threads, which share the work.
 
 Inside `with own_threads(n_rows):` OpenBLAS stays on the calling thread, and `in_threads(work, n)`
-cuts the work into a slice for each of ours; with `in_step` these can wait for each other. Ctrl-C,
-forks and a caller's own threads do no harm.
+cuts the work into a slice for each of our threads; with `in_step` they can wait for each other.
+Ctrl-C, forks and a caller's own threads do no harm.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ import time
 from itertools import pairwise
 from queue import SimpleQueue
 
-lock = threading.RLock()  # for what follows: callers may have threads of their own
-n_users, restore = 0, []  # of own_threads; and [(OpenBLAS, the number of threads it had outside)]
+lock = threading.RLock()  # guards the variables below: callers may have threads of their own
+n_users, restore = 0, []  # users of own_threads; [(OpenBLAS, how many threads it had before)]
 stepping = threading.Lock()  # held while threads wait for each other
-this_thread = threading.local()  # .busy where a thread is doing a share of some work already
+this_thread = threading.local()  # .busy is set while a thread does a share of some work
 
 
 def blas():
@@ -41,15 +41,15 @@ def n_threads():
 def limit(counts):
     for lib, n in counts:
         lib.set_num_threads(n)
-        lib.clear_controlling_thread(force=True)  # the next to set it may be another thread
+        lib.clear_controlling_thread(force=True)  # another thread may set the limit next
 
 
 @contextlib.contextmanager
 def own_threads(n_rows):
-    """Inside, OpenBLAS stays on the calling thread: its idle threads spin, and ours would wait.
+    """Inside, OpenBLAS stays on the calling thread: its idle threads spin and would slow ours.
 
-    That holds for the whole process until the last user leaves. Not for a single row, a product of
-    which (GEMV) OpenBLAS splits among its threads faster.
+    That holds for the whole process until the last user leaves. For a single row nothing changes:
+    OpenBLAS is faster than we are at splitting such products (GEMV) among threads.
     """
     global n_users, restore
     if n_rows == 1:
@@ -71,14 +71,14 @@ def own_threads(n_rows):
 
 
 def parts(n):
-    """How many threads share n things. One, in a thread that has a share of some work already."""
+    """How many threads share n things. Just one if this thread is doing a share of work already."""
     return 1 if getattr(this_thread, "busy", False) else max(1, min(n_threads(), n))
 
 
 def in_threads(work, n):
     """[work(slice), ...]: 0 .. n cut into a slice for each thread, this one's first."""
     n_parts = parts(n)
-    lead = 0.08  # this thread takes a little more, for the others must wake first
+    lead = 0.08  # this thread takes a little more, because the others must wake first
     ends = [0, *(round(n * (i + lead) / (n_parts + lead)) for i in range(1, n_parts + 1))]
     return share(work, [slice(*pair) for pair in pairwise(ends)])
 
@@ -86,8 +86,8 @@ def in_threads(work, n):
 def in_step(work, n, n_parts):
     """[work(number, slice, meet), ...]: 0 .. n cut evenly for n_parts threads that meet.
 
-    meet() returns once all have called it. n_parts is parts(n) at most. One call at a time: two
-    could each hold threads that the other waits for.
+    meet() returns once all have called it. n_parts is parts(n) at most. Only one call runs at a
+    time: two calls could each hold threads that the other waits for.
     """
     ends = [round(n * i / n_parts) for i in range(n_parts + 1)]
     barrier = threading.Barrier(n_parts)
@@ -96,7 +96,7 @@ def in_step(work, n, n_parts):
         try:
             return work(ends.index(span.start), span, barrier.wait)
         except BaseException:
-            barrier.abort()  # nobody waits for one who will not come
+            barrier.abort()  # so that the others do not wait for this thread
             raise
 
     with stepping if n_parts > 1 else contextlib.nullcontext():
@@ -126,7 +126,7 @@ def share(work, slices, give_up=lambda: None):
         this_thread.busy = False
     errors = [result for result in results if isinstance(result, BaseException)]
     for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
-        raise error  # rather the cause than what it brought about
+        raise error  # the cause comes first, before the errors that follow from it
     return results
 
 
@@ -151,7 +151,7 @@ def serve(tasks):
     """A worker's life. A SimpleQueue wakes it several times faster than concurrent.futures does."""
     this_thread.busy = True
     while True:
-        do(*tasks.get())  # which forgets its arguments: they may hold large arrays
+        do(*tasks.get())  # once do returns, its arguments, maybe large arrays, are free
 
 
 def do(i, work, span, results, done):

@@ -7,7 +7,7 @@
 
 An adapted matrix is w + scale * (lora_B @ lora_A).T: the update has as many numbers as w, but only
 its two thin factors are learned and stored (Hu et al. 2021, arXiv:2106.09685). Here an adapter is
-a dict of them, {"blocks.0.attn.c_attn.w": (lora_A, lora_B, scale), ...}.
+a dict of factors, {"blocks.0.attn.c_attn.w": (lora_A, lora_B, scale), ...}.
 """
 
 import json
@@ -30,14 +30,14 @@ from model_files.weights import (
 from plumbing.files import read_json, remove, write_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # whose w can have an adapter
+LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # may have adapters
 OUR_SETTINGS = {  # the values of peft's settings that mean what `merge` computes
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base
 }
-# These are read below, or make no difference once an adapter is trained. Any other that is set
-# (use_dora, modules_to_save, lora_bias, ...) means something that we would compute wrongly.
+# We read these settings below, or they make no difference after training. If any other is set
+# (use_dora, modules_to_save, lora_bias, ...), our result would be wrong.
 KNOWN = {"alpha_pattern", "base_model_name_or_path", "lora_alpha", "r", "rank_pattern", "revision"}
 KNOWN |= {"auto_mapping", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"}
 KNOWN |= {"layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version"}
@@ -55,7 +55,7 @@ def is_adapter(folder):
 
 
 def read_config(folder):  # -> what adapter_config.json says
-    """ValueError, which names the setting, where peft would compute something else than we do."""
+    """ValueError, which names the setting, if peft would compute something else than we do."""
     path = os.path.join(folder, CONFIG)
     config = {"rank_pattern": {}, "alpha_pattern": {}} | read_json(path)
     for key, same in OUR_SETTINGS.items():
@@ -80,8 +80,8 @@ def read_config(folder):  # -> what adapter_config.json says
 def read_adapter(folder, config, hparams):  # -> {"blocks.0.attn.c_attn.w": (A, B, scale), ...}
     """The adapters of a model of these sizes, read-only float32. config: read_config's.
 
-    What has factors in the file is adapted: with peft, too, what target_modules names but the file
-    does not hold has no effect. ValueError for what is incomplete, or of another model.
+    Only matrices with factors in the file are adapted: in peft, too, a name in target_modules
+    without factors has no effect. ValueError if the adapter is incomplete, or for another model.
     """
     path = os.path.join(folder, WEIGHTS)
     if not os.path.isfile(path):
@@ -104,7 +104,7 @@ def read_adapter(folder, config, hparams):  # -> {"blocks.0.attn.c_attn.w": (A, 
 
 
 def read_factors(tensors, module, shape, config, path):  # -> lora_A, lora_B, scale
-    """Of one matrix of that shape; module: peft's name for its layer."""
+    """The factors of one matrix of that shape; module: peft's name for its layer."""
     rank = int(find_pattern(config["rank_pattern"], module, config["r"], path))
     alpha = find_pattern(config["alpha_pattern"], module, config["lora_alpha"], path)
     n_in, n_out = shape
@@ -121,7 +121,7 @@ def read_factors(tensors, module, shape, config, path):  # -> lora_A, lora_B, sc
 
 
 def find_pattern(patterns, module, default, path):
-    """The value whose key, a regular expression, is the end of the module's name, as in peft."""
+    """As in peft: the value whose key, a regular expression, matches the end of the name."""
     try:
         matching = (p for p in patterns if re.match(rf"(.*\.)?({p})$", module))
         return patterns.get(next(matching, None), default)
@@ -129,7 +129,7 @@ def find_pattern(patterns, module, default, path):
         raise ValueError(f"{path}: a pattern in {CONFIG}: {error}") from None
 
 
-def merge(params, adapters):  # NumPy's -> a tree that shares what is not adapted
+def merge(params, adapters):  # NumPy's -> a tree; what is not adapted is shared, not copied
     """The model whose matrices are w + scale * (lora_B @ lora_A).T."""
     arrays = leaves(params)
     for name, (lora_A, lora_B, scale) in adapters.items():
@@ -143,7 +143,7 @@ def merge(params, adapters):  # NumPy's -> a tree that shares what is not adapte
 
 
 def peft_config(base, rank, alpha, targets):
-    """What peft must know to compute what we compute, of an adapter that we have trained."""
+    """The settings with which peft computes what we compute, for an adapter that we trained."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -161,7 +161,7 @@ def peft_config(base, rank, alpha, targets):
 
 
 def write_adapter(folder, config, adapters, dtype="float32"):
-    """Write a folder that peft opens, too. Each file is whole, the weights come last.
+    """Write a folder that peft can open, too. Each file is whole; the weights come last.
 
     dtype: float32 or float16.
     """
@@ -176,7 +176,7 @@ def write_adapter(folder, config, adapters, dtype="float32"):
     try:
         os.makedirs(folder, exist_ok=True)
         if not about.is_file() or about.read_text("utf-8") != text:
-            remove(path)  # they go with another rank, another base
+            remove(path)  # old weights belong to another rank or base
         write_whole(about, text)
         write_safetensors(path, tensors)
     except OSError as error:

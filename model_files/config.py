@@ -20,7 +20,7 @@ OUR_ARITHMETIC = {  # the values of Hugging Face's settings that mean what gpt2.
     "scale_attn_weights": (
         True,
         False,
-    ),  # of the other values of these two, query_scales takes care
+    ),  # query_scales handles the other values of these two
     "scale_attn_by_inverse_layer_idx": (False, True),
     "add_cross_attention": (False,),
 }
@@ -35,8 +35,8 @@ def sizes_file(model_dir):
 def read_hparams(model_dir):
     """The sizes {n_vocab, n_ctx, n_embd, n_head, n_layer}, whichever layout they are written in.
 
-    n_inner, the width inside the ffn, is among them only where it is not 4 * n_embd.
-    ValueError for sizes no model has, and for variants of GPT-2 that we would compute wrongly.
+    n_inner, the width inside the ffn, is among them only if it is not 4 * n_embd. ValueError for
+    impossible sizes, and for variants of GPT-2 that we would compute wrongly.
     """
     path = sizes_file(model_dir)
     if path is None:
@@ -67,11 +67,12 @@ def read_hparams(model_dir):
 
 
 def query_scales(model_dir, hparams):  # -> [n_layer], what each block's queries are multiplied by
-    """1, but for two variants of GPT-2 that divide a query's scores by something else.
+    """All 1, except in two variants of GPT-2, which divide a query's scores by something else.
 
-    All divide by sqrt(d_head) unless scale_attn_weights is false, and block i by i + 1 as well if
-    scale_attn_by_inverse_layer_idx is true. Where gpt2.py divides by sqrt(d_head), the queries can
-    make up for it. (reorder_and_upcast_attn, a third, changes nothing in float32.)
+    All blocks divide by sqrt(d_head) unless scale_attn_weights is false, and block i also by i + 1
+    if scale_attn_by_inverse_layer_idx is true. gpt2.py always divides by sqrt(d_head), so the
+    queries are multiplied to make up for it. (reorder_and_upcast_attn, a third variant, changes
+    nothing in float32.)
     """
     path = sizes_file(model_dir)
     config = read_json(path) if path.endswith("config.json") else {}
@@ -83,7 +84,7 @@ def query_scales(model_dir, hparams):  # -> [n_layer], what each block's queries
 
 
 def hugging_face_config(encoder, hparams, dtype):
-    """What transformers must know to compute what gpt2.py computes."""
+    """The settings with which transformers computes what gpt2.py computes."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{key: same[0] for key, same in OUR_ARITHMETIC.items()},

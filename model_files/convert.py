@@ -1,8 +1,9 @@
-"""OpenAI's TensorFlow checkpoint as model.safetensors, once, in a process of its own.
+"""Converts OpenAI's TensorFlow checkpoint to model.safetensors, once, in a separate process.
 
     python -m model_files.convert models/124M models/124M/model.safetensors
 
-TensorFlow's reader aborts its process on some damaged files; the one that wants the model goes on.
+TensorFlow's reader aborts its process on some damaged files. In a separate process it cannot
+abort ours.
 """
 
 import importlib.util
@@ -27,7 +28,7 @@ from plumbing.cli import one_line, run_cli
 
 
 def quiet_tensorflow():
-    """Keep it from greeting at length; to be called before it is imported."""
+    """Silence the messages that TensorFlow prints on import. Call this before importing it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
@@ -35,8 +36,9 @@ def quiet_tensorflow():
 def convert_checkpoint(model_dir, path):
     """The tensors of a TensorFlow checkpoint, as read_safetensors gives them; written to `path`.
 
-    By another process, since TensorFlow's reader aborts on some damaged files; ValueError if that
-    fails. A folder that cannot be written still loads, with a notice: TensorFlow is needed again.
+    Another process does it, since TensorFlow's reader aborts on some damaged files; ValueError if
+    it fails. If the folder cannot be written, the model still loads, with a notice that TensorFlow
+    will be needed again.
     """
     checkpoint = os.path.join(model_dir, "model.ckpt")
     if importlib.util.find_spec("tensorflow") is None:
@@ -63,7 +65,7 @@ def convert_checkpoint(model_dir, path):
             raise ValueError(said.removeprefix("error: "))
         if said.startswith("notice: ") and sys.stderr.isatty():
             print(said, file=sys.stderr)
-        return read_safetensors(path if os.path.isfile(path) else spare)  # a map outlives its name
+        return read_safetensors(path if os.path.isfile(path) else spare)  # a map outlives its file
 
 
 def main(model_dir: str, path: str, spare: str | None = None):
@@ -108,7 +110,7 @@ def read_variables(reader, hparams, checkpoint):  # -> {Hugging Face's key: floa
         tensor = reader.get_tensor(variable)
         if tensor.dtype != np.float32:
             raise ValueError(f"{checkpoint}: {variable} is {tensor.dtype}, not float32")
-        tensors[hugging_face_name(name)] = tensor.reshape(shape)  # equal but for that leading 1
+        tensors[hugging_face_name(name)] = tensor.reshape(shape)  # the same, up to that leading 1
     extra = f"model/h{hparams['n_layer']}/ln_1/g"
     if extra in found:
         raise ValueError(f"{checkpoint}: {extra} is one layer more than hparams.json has")

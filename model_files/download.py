@@ -25,13 +25,13 @@ SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-ATTEMPTS = 5  # without a new byte between them
+ATTEMPTS = 5  # in a row, without a new byte
 PATIENCE = 30  # seconds a server may stay silent
 BACKOFF = 0.25  # seconds before the first retry; doubled for every further one
 
 
 def download(model_size, models_dir="models", only_tokenizer=False):
-    """Fetch those files of a released model that its folder lacks (124M: 0.5 GB, tokenizer 1.5 MB).
+    """Fetch the files of a released model that are missing (124M: 0.5 GB, tokenizer 1.5 MB).
 
     SIXTYGPT_DOWNLOAD_URL may name another server that holds {model_size}/{file}.
     """
@@ -39,7 +39,7 @@ def download(model_size, models_dir="models", only_tokenizer=False):
         raise ValueError(f"no released model {model_size!r}: choose one of {', '.join(SIZES)}")
     folder = os.path.join(models_dir, model_size)
     have = os.listdir(folder) if os.path.isdir(folder) else []
-    if "config.json" in have:  # somebody put Hugging Face's there
+    if "config.json" in have:  # the user has put Hugging Face's files there
         return
     names = [*TEXT_FILES, "checkpoint", *CKPT_FILES]
     if only_tokenizer or "model.safetensors" in have:
@@ -87,11 +87,11 @@ def gather(url, f, path, sha256):
 
     part, note = path + ".part", path + ".part.json"
     most = failures = 0
-    while not os.path.exists(path):  # it does, if another process was faster
+    while not os.path.exists(path):  # another process may have been faster
         try:
             verify(f, fetch(url, f, note), sha256)
             os.fsync(f.fileno())
-            os.replace(part, path)  # first: without its note, a part that is whole is worth nothing
+            os.replace(part, path)  # before the note goes: without it the part would be useless
             remove(note)
             return
         except (RequestException, ConnectionError, ValueError) as error:  # ValueError: of redirects
@@ -108,7 +108,7 @@ def gather(url, f, path, sha256):
 
 
 def fetch(url, f, note):
-    """Append to `f` what it lacks of `url`, by one request; return the whole's Content-MD5 or None.
+    """Append to `f` the rest of `url`, by one request; return the whole file's Content-MD5 or None.
 
     The file `note` says which version of the remote file the bytes in `f` belong to. If that
     has changed since, or the server cannot resume, `f` starts over.
@@ -117,14 +117,14 @@ def fetch(url, f, note):
 
     known, n_have = read_note(note), f.seek(0, os.SEEK_END)
     if n_have and n_have == known["length"]:
-        return known["md5"]  # we were stopped after the last byte and before the renaming
+        return known["md5"]  # we were killed after the last byte, before the renaming
     headers = {"Accept-Encoding": "identity"}  # Content-Length is to count the file's own bytes
     if known["version"] and 0 < n_have < (known["length"] or 0):
         headers |= {"Range": f"bytes={n_have}-", "If-Range": known["version"]}
     with requests.get(url, headers=headers, stream=True, timeout=(10, PATIENCE)) as response:
         sent = response.headers
         version = sent.get("ETag") or sent.get("Last-Modified") or ""
-        packed = sent.get("Content-Encoding", "identity") != "identity"  # though we asked for none
+        packed = sent.get("Content-Encoding", "identity") != "identity"  # against our request
         if response.status_code == 200:
             f.truncate(0)
             n_have, length = 0, "" if packed else sent.get("Content-Length", "")
@@ -169,7 +169,7 @@ def copy_body(response, f, name, n_have, length):
 
 
 def read_note(note):  # -> {"version": str, "length": int or None, "md5": str or None}
-    """What a note says of the file in its `.part`; nothing, where there is none or a broken one."""
+    """What a note says of its `.part`. Empty values if the note is missing or broken."""
     known = {"version": "", "length": None, "md5": None}
     kinds = {"version": str, "length": int | None, "md5": str | None}
     with contextlib.suppress(OSError, ValueError):
@@ -201,6 +201,6 @@ def reason(error):
         return str(error), False
     if isinstance(error, Timeout):
         return "the server did not answer in time", True
-    if isinstance(error, ConnectionError):  # Python's, which only this file raises here
+    if isinstance(error, ConnectionError):  # Python's own, which only this file raises here
         return str(error), True
     return f"no connection, or one that broke off ({type(error).__name__})", True

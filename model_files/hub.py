@@ -3,8 +3,8 @@
     fetch_repository("openai-community/gpt2")  # -> a folder in the Hub's own cache
 
 huggingface_hub does the work: the cache (HF_HOME), resuming, tokens (HF_TOKEN), HF_ENDPOINT and
-HF_HUB_OFFLINE are its own. What is in the cache is used as it is, and nobody is asked. Of what is
-not, only the files of a model that we can open are fetched: never a pickle, which can run programs.
+HF_HUB_OFFLINE are its own. What is in the cache is used as it is, without asking the Hub. Else only
+the files of a model that we can open are fetched: never a pickle, which can run programs.
 """
 
 import os
@@ -21,15 +21,15 @@ LOG_IN = "HF_TOKEN, or `hf auth login`, says who you are"
 
 
 def is_repository(name):
-    """Whether it may be the name of one, and not that of a file in a folder that is here."""
+    """May this be a repository's name? If its first part is a folder here, it is a path instead."""
     return bool(REPOSITORY.fullmatch(name)) and not os.path.isdir(name.split("/")[0])
 
 
 def fetch_repository(name, only_tokenizer=False):  # -> a folder
-    """What `name` has for us, fetched if it is not in the cache as a whole.
+    """The model's files, fetched unless all of them are in the cache.
 
-    ValueError for what we cannot open, before anything large is fetched. ConnectionError for what
-    cannot be fetched. Both in one line.
+    ValueError, before anything large is fetched, if we cannot open the model. ConnectionError if
+    a file cannot be fetched. Both in one line.
     """
     try:
         from huggingface_hub import constants, errors
@@ -37,13 +37,13 @@ def fetch_repository(name, only_tokenizer=False):  # -> a folder
     except ImportError:
         problem = f"no folder at {name}, and a model of the Hub needs huggingface_hub"
         raise ImportError(f"{problem}: pip install -r requirements.txt") from None
-    logging.set_verbosity_error()  # its advice about tokens and speed is not for everybody's stderr
+    logging.set_verbosity_error()  # its advice about tokens and speed would clutter stderr
     repo, _, revision = name.partition("@")
     place = repo, revision or constants.DEFAULT_REVISION
     try:
         return find_cached(*place, only_tokenizer) or fetch(*place, only_tokenizer)
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # of our own disk, which may be full
+        if getattr(error, "errno", None) is not None:  # an error of our own disk, which may be full
             raise
         raise ConnectionError(reason(error, name)) from None
 
@@ -73,10 +73,10 @@ def is_whole(folder, config, only_tokenizer):
 
 
 def fetch(repo, revision, only_tokenizer):  # -> a folder
-    """The small files first; the others once these say that we can open the model.
+    """The small files first, and the large ones only if these say that we can open the model.
 
-    All are of one commit. That the name of the revision means it is noted last, by the library:
-    what was interrupted is not mistaken for the whole.
+    All files are of one commit. The library notes last which commit the revision means, so an
+    interrupted download is not taken for a complete one.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
@@ -103,7 +103,7 @@ def fetch(repo, revision, only_tokenizer):  # -> a folder
 
 
 def list_weights(repo, names, config, folder):  # -> the files that hold the tensors
-    """ValueError where a repository has none that we open."""
+    """ValueError if the repository has no weights that we can open."""
     wanted = [WEIGHTS]
     if config in ADAPTER:
         wanted = [ADAPTER[1]]

@@ -14,8 +14,8 @@ OUR_CUTTER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 def parse_tokenizer(found):  # a tokenizer.json -> merges, vocab, {special text: id}
     """Hugging Face's one file for a tokenizer, if it is of GPT-2's kind; ValueError for all others.
 
-    What today's transformers save is that file alone. It can describe many kinds of tokenizers: one
-    whose ids would not be ours is refused. https://huggingface.co/docs/tokenizers
+    Current transformers save this file alone. It can describe many kinds of tokenizers. We refuse
+    those for which our ids would be wrong. https://huggingface.co/docs/tokenizers
     """
     model = found.get("model") if isinstance(found.get("model"), dict) else {}
     for key, same in OUR_MODEL.items():
@@ -24,7 +24,7 @@ def parse_tokenizer(found):  # a tokenizer.json -> merges, vocab, {special text:
     if found.get("normalizer") is not None:
         raise ValueError("a normalizer is not supported")
     cutter = found.get("pre_tokenizer") if isinstance(found.get("pre_tokenizer"), dict) else {}
-    cutter = {"use_regex": True} | cutter  # which older files do not say
+    cutter = {"use_regex": True} | cutter  # older files do not have it
     if any(cutter.get(key) != value for key, value in OUR_CUTTER.items()):
         raise ValueError("only GPT-2's pre_tokenizer is supported: ByteLevel, no prefix space")
     after = found.get("post_processor")

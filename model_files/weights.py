@@ -1,7 +1,7 @@
-"""A model's tensors: their names and shapes, the tree they make, and safetensors files of them.
+"""A model's tensors: their names and shapes, their tree, and their safetensors files.
 
 Weights are memory maps wherever a file holds float32, so that loading costs no time and no second
-copy. No length, shape or name found in a file is believed before it is checked.
+copy. Every length, shape and name in a file is checked before it is used.
 """
 
 import errno
@@ -16,13 +16,13 @@ import numpy as np
 from plumbing.files import MOST_BYTES, check_file, read_json, replacing
 
 WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"  # beside several files, the shards
+WEIGHTS_INDEX = "model.safetensors.index.json"  # if there are several files, the shards
 
 # --- Names and shapes ---------------------------------------------------------------------------
 
 
 def tensor_shapes(hparams):
-    """Every parameter's (name, shape). A name is its way through the tree: blocks.0.ln_1.g."""
+    """Every parameter's (name, shape). A name is the path in the tree: blocks.0.ln_1.g."""
     n_embd = hparams["n_embd"]
     n_inner = hparams.get("n_inner", 4 * n_embd)
     yield "wte", (hparams["n_vocab"], n_embd)
@@ -106,11 +106,11 @@ def named_tensors(params, hparams, dtype):
 
 # --- safetensors --------------------------------------------------------------------------------
 # 8 bytes n, n bytes of JSON {key: {dtype, shape, data_offsets}}, then the numbers; see
-# https://github.com/huggingface/safetensors, whose NumPy reader copies where this one maps.
+# https://github.com/huggingface/safetensors. Its NumPy reader copies the numbers, ours maps them.
 
 
 def read_safetensors(path):
-    """{key: (dtype, shape, read-only uint8 view of the mapped file)}; ValueError if it lies."""
+    """{key: (dtype, shape, read-only uint8 view of the mapped file)}; ValueError if it is wrong."""
     from safetensors import SafetensorError, safe_open
 
     check_file(path, math.inf)
@@ -119,7 +119,7 @@ def read_safetensors(path):
             n_header = int.from_bytes(f.read(8), "little")
             if n_header > MOST_BYTES:
                 raise ValueError(f"{path}: a header of {n_header} bytes, more than any model needs")
-            with safe_open(path, "np"):  # which checks it
+            with safe_open(path, "np"):  # opening the file checks it
                 pass
             header = json.loads(f.read(n_header))
             data = np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
@@ -136,7 +136,7 @@ def read_safetensors(path):
 
 
 def read_index(path):  # -> the names of the shards, each once
-    """ValueError where they are not names of files in the index's own folder."""
+    """ValueError for a name that is not a file's in the same folder as the index."""
     shards = read_json(path).get("weight_map")
     shards = [*shards.values()] if isinstance(shards, dict) else [""]
     if any(not isinstance(s, str) or s != os.path.basename(s) or not s for s in shards):
@@ -175,7 +175,7 @@ def write_safetensors(path, tensors):
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
             os.chmod(temporary, 0o644)  # the library lets nobody else read it
-    except SafetensorError as error:  # it tells a full disk by its text alone
+    except SafetensorError as error:  # only its text says that the disk is full
         found = re.search(r"os error (\d+)", str(error))
         code = int(found[1]) if found else errno.EIO
         raise OSError(code, os.strerror(code)) from None

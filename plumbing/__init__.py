@@ -1,1 +1,1 @@
-"""What any program needs, and no model: command lines, and files that are whole or absent."""
+"""What any program needs, with or without a model: command lines, and safe files."""

@@ -2,7 +2,8 @@
 
     run_cli(main)
 
-Fire reads the flags; what is here tames it, and turns errors and signals into exit codes.
+Fire reads the flags. This file changes some of Fire's habits, and turns errors and signals into
+exit codes.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ import warnings
 from collections import deque
 
 VERSION = "1.0"  # of all of sixtyGPT, for --version
-# Letters that mean the same flag in every command; others mean the one flag that begins so.
+# Letters that mean the same flag in every command. Any other letter means the one flag that
+# begins with it.
 SHORT = {"m": "model_size", "n": "n_tokens_to_generate", "s": "seed", "t": "temperature"}
 USERS_MISTAKES = (ValueError, OSError, ImportError, AssertionError, OverflowError, MemoryError)
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
@@ -35,7 +37,7 @@ def run_cli(main):
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
-    # NumPy's, of weights that are too large: what comes of them is checked where it matters.
+    # NumPy warns of weights that are too large. We check results where it matters, so be quiet.
     warnings.filterwarnings(
         "ignore", "(overflow|invalid value|divide by zero) encountered", RuntimeWarning
     )
@@ -43,7 +45,7 @@ def run_cli(main):
         args, kwargs = read_arguments(main, sys.argv[1:])
         main(*args, **kwargs)
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a failure can still be reported
+            sys.stdout.flush()  # flush here, where a failure can still be reported
         return
     except KeyboardInterrupt:
         code = 130
@@ -55,7 +57,7 @@ def run_cli(main):
     with contextlib.suppress(AttributeError):  # there may be no stdout
         try:
             sys.stdout.flush()
-        except OSError:  # Python would try, and complain, once more on its way out
+        except OSError:  # else Python would try, and complain, once more at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
@@ -63,7 +65,7 @@ def run_cli(main):
 def one_line(error):
     """What went wrong, without `[Errno 30]`: "/x/y: Read-only file system".
 
-    What a message repeats of a file may be long, or be meant for the terminal: neither is shown.
+    A message may quote a file: long text is cut, and codes that control a terminal are not shown.
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -76,7 +78,7 @@ def one_line(error):
 
 
 def notice(text):
-    """Says something that a person should know, where a person reads it: on a terminal."""
+    """Prints a message for people, and only if stderr is a terminal."""
     if sys.stderr is not None and sys.stderr.isatty():
         print(f"notice: {text}", file=sys.stderr)
 
@@ -105,7 +107,7 @@ def read_arguments(main, argv):
     if not help_wanted and "--version" in argv:
         print(f"sixtyGPT {VERSION}")
         sys.exit(0)
-    for p in () if help_wanted else parameters.values():  # the help would list what this adds
+    for p in () if help_wanted else parameters.values():  # the help would list these parsers
         names = () if p.kind is p.VAR_POSITIONAL else (p.name,)  # (): fire's default parser
         SetParseFn(functools.partial(parse, p.name, p.annotation), *names)(record)
     # "int | None" reads better in the help as fire's own "Optional[int]".
@@ -127,11 +129,11 @@ def read_arguments(main, argv):
     return calls[0]
 
 
-def spell_out(argv, parameters):  # -> words for fire
-    """`argv` as UTF-8, each flag by its full name and with its value, what was typed marked.
+def spell_out(argv, parameters):  # -> the words that fire gets
+    """`argv` as UTF-8. Each flag gets its full name and its value, and typed words are marked.
 
     A flag for True or False takes the next word only if it is one of the two. A flag that takes
-    several values may be repeated; of others the last one counts.
+    several values may be repeated. Of any other flag the last one counts.
     """
     words = deque(os.fsencode(word).decode("utf-8", "replace") for word in argv)
     texts, flags = [], {}
@@ -174,7 +176,7 @@ def find_flag(typed, parameters):  # "-n", "--top-k" or "--nojsonl" -> (name, Fa
 
 
 def did_you_mean(word, names, prefix=""):  # -> ": did you mean this or that?", or ""
-    """The names that contain the word or, if none does, those that look like it; two at most."""
+    """The names that contain the word or, if none does, names that look like it; two at most."""
     import difflib
 
     alike = [n for n in names if len(word) > 1 and word.lower() in n.lower()]
@@ -191,7 +193,7 @@ def either(names, prefix=""):  # ["a", "b"] -> "a or b"
 
 
 def name_short_flags(text):  # fire's help -> the help
-    """Fire names a letter where one flag alone begins with it, whatever it means elsewhere."""
+    """Shows the letters of SHORT. Fire shows a letter wherever just one flag begins with it."""
     text = re.sub(r"^( +)-h, --", r"\1--", text, flags=re.MULTILINE)  # -h is for help
     for letter, name in SHORT.items():
         text = re.sub(rf"^( +)-{letter}, --", r"\1--", text, flags=re.MULTILINE)

@@ -1,8 +1,7 @@
 """Files that cannot be trusted, and files that must not be left half-written.
 
-What is read may come from a stranger: nothing is opened that is not an ordinary file, and nothing
-is read that is larger than it should be. What is written is complete or absent, whenever we are
-killed.
+A file may come from a stranger: we open only ordinary files, and read none that is larger than it
+should be. What we write is complete or absent, whenever we are killed.
 """
 
 import contextlib
@@ -14,14 +13,14 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes at one file are not kept apart there
+except ImportError:  # Windows: there we cannot lock a file against another process
     fcntl = None
 
-MOST_BYTES = 2**24  # of a file of JSON, or a tokenizer's: GPT-2's have 1 MB. Read, JSON takes 25 x
+MOST_BYTES = 2**24  # of a JSON or tokenizer file: GPT-2's have 1 MB. Parsed JSON takes 25 x that
 
 
 def check_file(path, n_most=MOST_BYTES):
-    """ValueError for what is not an ordinary file, or one of more bytes: nothing else is opened.
+    """ValueError if path is not an ordinary file, or has more than n_most bytes.
 
     A pipe could make us wait forever, and a link may lead to a device that never ends.
     """
@@ -57,12 +56,12 @@ def write_whole(path, text):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Gives another name to write to; what is there at the end takes the place of `path`, whole.
+    """Yields another name to write to. At the end that file replaces `path`, in one step.
 
-    It is on the disk by then. Where an error ends it, `path` is as it was and the other file gone.
+    By then it is on the disk. After an error, `path` is as it was and the other file is deleted.
     """
     temporary = f"{path}.{os.getpid()}.tmp"
-    remove(temporary)  # a link of that name would have us write to where it leads
+    remove(temporary)  # through a link of that name we would write elsewhere
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -73,7 +72,7 @@ def replacing(path):
 
 
 def remove(*paths):
-    """Deletes the files that are there."""
+    """Deletes the files, if they exist."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
@@ -82,8 +81,8 @@ def remove(*paths):
 def open_locked(part, wait=True):
     """`part`, opened to append, and ours alone until it is closed or we are killed.
 
-    BlockingIOError if it is another's, and we are not to wait. Some clusters' file systems have no
-    locks: there, nothing is kept apart.
+    BlockingIOError if another process has it and wait is false. Some clusters' file systems have
+    no locks: there, two processes can have the file at once.
     """
     while True:
         f = open(part, "ab+", opener=open_no_link)  # noqa: SIM115
@@ -100,5 +99,5 @@ def open_locked(part, wait=True):
 
 
 def open_no_link(path, flags):
-    """For open(): a link that came with a stranger's folder would have us write elsewhere."""
+    """For open(): refuses a link, which in a stranger's folder could make us write elsewhere."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)

@@ -8,7 +8,7 @@ from plumbing.cli import one_line
 
 
 def find_prompts(prompts, prompts_file, interactive):  # -> list of str, or None if they are typed
-    """ValueError, one clear line, where there are none, or those that are typed are not alone."""
+    """ValueError, one clear line, for no prompts, or if some come with --interactive."""
     given = prompts or prompts_file is not None
     if interactive and given:
         raise ValueError("--interactive reads its prompts as you type them: give no others")
@@ -21,7 +21,7 @@ def find_prompts(prompts, prompts_file, interactive):  # -> list of str, or None
 
 
 def unescape(text):
-    r"""What a shell hardly lets one type: \n, \t and \\ as the characters they stand for.
+    r"""Turns \n, \t and \\ into their characters, which are hard to type in a shell.
 
     >>> unescape(r"a\n\\n")
     'a\n\\n'
@@ -42,8 +42,8 @@ def read_lines(path):
 def interact(write):
     """Calls write([line]) for each line typed, until there are no more. Ctrl-C ends one text.
 
-    At the prompt, it ends all. A line that cannot be continued is an error in one line, and the
-    next one may do better.
+    At the prompt, Ctrl-C ends the program. A line that cannot be continued gives an error of one
+    line, and the next line can be typed.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (arrow keys edit the line, and find earlier ones)

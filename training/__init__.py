@@ -1,1 +1,1 @@
-"""What carries a training run: recipes, batches, state, devices, checkpoints, and what it shows."""
+"""The parts of a training run: recipes, batches, state, devices, checkpoints, progress."""

@@ -42,9 +42,9 @@ class Adapted:
 
 
 def new_adapters(params, flags):  # -> {"blocks.0.attn.c_attn.w": (lora_A, lora_B, scale), ...}
-    """Of the layers that lora_targets names, c_proj both of a block's. The update is zero at first.
+    """For the layers that lora_targets names; c_proj means both in a block. The update starts at 0.
 
-    lora_B is 0. lora_A is uniform up to 1 / sqrt(n_in): Kaiming's with a = sqrt(5), as in peft.
+    lora_B is 0. lora_A is uniform within +-1 / sqrt(n_in), Kaiming's with a = sqrt(5), as in peft.
     """
     rng, adapters = np.random.default_rng(flags["seed"]), {}
     rank, targets = flags["lora_rank"], flags["lora_targets"].split(",")
@@ -59,7 +59,7 @@ def new_adapters(params, flags):  # -> {"blocks.0.attn.c_attn.w": (lora_A, lora_
     return adapters
 
 
-def adapt(params, adapters):  # -> a tree like params, Adapted where there is an adapter
+def adapt(params, adapters):  # -> a tree like params, with an Adapted for each adapted matrix
     arrays = leaves(params)
     return nest(arrays | {name: Adapted(arrays[name], *rest) for name, rest in adapters.items()})
 
@@ -70,10 +70,10 @@ def find_adapters(params):  # the reverse of adapt
 
 
 def base_name(init_from, models_dir):
-    """What an adapter calls its base, so that it is found again: a name, or a path from the root.
+    """The base's name in an adapter's files, by which it is found again: a name, or a full path.
 
-    A folder in `models` is found by its name. One in another models_dir, or given by a path that
-    depends on where we are, is not.
+    A folder in `models` is found by its name alone. One in another models_dir, or one given by a
+    relative path, needs its full path.
     """
     folders = (os.path.join(models_dir, init_from), init_from)
     folder = next(filter(os.path.isdir, folders), None)
@@ -81,7 +81,7 @@ def base_name(init_from, models_dir):
     return os.path.abspath(folder) if folder and not is_named else init_from
 
 
-def base_fingerprint(params):  # -> SHA-256, hexadecimal, of all that is frozen
+def base_fingerprint(params):  # -> SHA-256, hexadecimal, of all frozen arrays
     found = hashlib.sha256()
     for x in leaves(params).values():
         found.update(np.ascontiguousarray(x.w if isinstance(x, Adapted) else x))

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 
 
 def fused_attention(q, k, v, mask=None):  # [n_batch, n_head, n_seq, d_head] each -> the same
-    """gpt2.attention for narrow numbers: its softmax is float32 even so.
+    """gpt2.attention for 16-bit numbers; its softmax is float32 even so.
 
     mask: [n_batch, 1, n_seq, n_seq], True where a query may see a key that is not after it.
 
-    One kernel of cuDNN's where there is one for it, else XLA's own, which holds all the scores.
+    Uses cuDNN's kernel if there is one for these shapes, else XLA's, which holds all the scores.
     """
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # JAX wants [n_batch, n_seq, n_head, d_head]
     device, d_head = jax.devices()[0], q.shape[-1]

@@ -10,7 +10,7 @@ import numpy as np
 from corpus.shards import count_ids, read_stretches
 from training.devices import from_first
 
-STEPS_PER_CALL = (20, 5, 1)  # before Python sees a loss, or Ctrl-C, again: what takes about 1 s
+STEPS_PER_CALL = (20, 5, 1)  # Python sees a loss, or Ctrl-C, only between calls: so about 1 s each
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -25,23 +25,23 @@ def draw_starts(seed, steps, n_places, batch_size):  # [n] -> [n, batch_size]
 
 
 def step_keys(seed, n_done):  # -> the key for the batch and the key for the weights to drop
-    """Those of the step after n_done: nothing but the seed and the step decides."""
+    """The keys of the step after n_done. They depend on the seed and the step alone."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), n_done))
 
 
 def read_batches(shards, seed, n_done, shape, n_ctx, sharding):  # -> [*shape, n_ctx + 1]
     """Stretches of the text from random places, for the steps after n_done.
 
-    shape: [n steps, n_accumulate, batch_size]. Where the places are depends on neither devices nor
-    processes, but a process reads only those stretches that its own devices will work on.
-    Of packed examples, one shard with two axes, it is whole rows: every one, then every one again.
+    shape: [n steps, n_accumulate, batch_size]. The places do not depend on devices or processes,
+    but a process reads only the stretches that its own devices will work on. Packed examples are
+    one shard with two axes: then whole rows are read, each row once before any comes again.
     """
     if shards and shards[0].ndim == 2:
         rows = shards[0][draw_rows(seed, n_done, shape, len(shards[0]))]
         return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
     n_places = count_ids(shards) - n_ctx
-    stride = -(-n_places // (2**31 - 1))  # int32 draws them: of more places, not all are used
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # a GPU is busy with the last
+    stride = -(-n_places // (2**31 - 1))  # int32 draws them: of more, some are not used
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # a GPU is busy computing
         steps = jnp.arange(n_done, n_done + shape[0])
         starts = draw_starts(seed, steps, n_places // stride, shape[1] * shape[2])
     starts = np.asarray(starts, np.int64).reshape(shape) * stride
@@ -54,7 +54,7 @@ def read_batches(shards, seed, n_done, shape, n_ctx, sharding):  # -> [*shape, n
 
 
 def draw_rows(seed, n_done, shape, n_rows):  # -> [*shape] numbers below n_rows
-    """Which rows the steps after n_done take, of an endless sequence of shuffled packs of all."""
+    """The rows for the steps after n_done: all rows are shuffled, used up, and shuffled again."""
     first, n = n_done * math.prod(shape[1:]), math.prod(shape)
     packs = range(first // n_rows, -(-(first + n) // n_rows))
     shuffled = [np.random.default_rng([seed, pack]).permutation(n_rows) for pack in packs]
@@ -62,7 +62,7 @@ def draw_rows(seed, n_done, shape, n_rows):  # -> [*shape] numbers below n_rows
 
 
 def fill_batches(windows, batch_size):  # [n_windows, n_ctx + 1] -> windows, counts
-    """validation_loss's: in batches, the last one filled up; and 1 or, for what fills it up, 0."""
+    """What validation_loss takes: full batches; counts are 1, and 0 for what fills the last one."""
     n_missing = -len(windows) % batch_size
     counts = np.append(np.ones(len(windows), np.float32), np.zeros(n_missing, np.float32))
     filled = np.concatenate([windows, np.repeat(windows[:1], n_missing, axis=0)])
@@ -71,8 +71,8 @@ def fill_batches(windows, batch_size):  # [n_windows, n_ctx + 1] -> windows, cou
 
 
 def batches_shape(flags, flops, peak):  # -> the steps of a call, n_accumulate, batch_size
-    """flops: a token's; peak: FLOP/s. Every process has the first one's, whatever it measured."""
+    """flops: per token; peak: FLOP/s. All processes use the shape that the first one computes."""
     n_accumulate, batch_size = flags["n_accumulate"], flags["batch_size"]
-    seconds = flops * n_accumulate * batch_size * flags["n_ctx"] / peak  # a step's, at best
+    seconds = flops * n_accumulate * batch_size * flags["n_ctx"] / peak  # per step, at best
     n_steps = next((n for n in STEPS_PER_CALL if n * seconds < 1), 1)
     return from_first(n_steps), n_accumulate, batch_size

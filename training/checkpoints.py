@@ -1,4 +1,4 @@
-"""A training run's state on the disk, from which it goes on exactly where it stopped.
+"""A training run's state on the disk: the run can go on from it exactly where it stopped.
 
     models/mine/metrics.jsonl                                   begins with the run's number
     models/mine/checkpoints/00000400/
@@ -35,15 +35,15 @@ from utils import (
     save_model,
 )
 
-CHECKPOINT = re.compile(r"[0-9]{8,}")  # their names; a folder "2024" is somebody else's
+CHECKPOINT = re.compile(r"[0-9]{8,}")  # a checkpoint's name; a folder "2024" is not ours
 HALF_WRITTEN = re.compile(r"\.saving-.*|(metrics\.jsonl|loss\.png)\.\d+\.tmp")
 DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
 
 
 def save_checkpoint(out, places, step, params, moments, about, encoder, hparams):  # -> where
-    """Write a checkpoint; of this run's others, which the list `places` names, keep the last.
+    """Write a checkpoint and delete this run's others but the last. `places` lists them.
 
-    params is the model's tree, moments {name: array}, about what run.json says besides the step.
+    params: the model's tree; moments: {name: array}; about: what run.json says besides the step.
     """
     folder = os.path.join(out, "checkpoints")
     place, stage = os.path.join(folder, f"{step:08d}"), None
@@ -59,15 +59,15 @@ def save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
         write_safetensors(os.path.join(stage, "optimizer.safetensors"), moments)
         write_whole(Path(stage, "run.json"), json.dumps({"step": step} | about, indent=1))
         if place in older:
-            put_away(place)  # an earlier run's of this name
+            put_away(place)  # an earlier run's checkpoint of the same name
         os.rename(stage, place)
     except OSError as error:
-        why = error.strerror.rpartition(": ")[2]  # save_model's would name the stage
+        why = error.strerror.rpartition(": ")[2]  # save_model's message would name the stage
         raise OSError(error.errno, f"cannot write {place}: {why}") from error
     finally:
         if stage:
             shutil.rmtree(stage, ignore_errors=True)
-    for old in [*places[:-1], *(older - {*places, place})]:  # the latter are an earlier run's
+    for old in [*places[:-1], *(older - {*places, place})]:  # `older` are an earlier run's
         with contextlib.suppress(OSError):
             put_away(old)
     places[:] = [*places[-1:], place]
@@ -75,7 +75,7 @@ def save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
 
 
 def from_anywhere(flags):
-    """With whole paths, so that the run can be resumed wherever one is."""
+    """The flags with full paths, so that the run can be resumed from any directory."""
     if flags["data"] not in NAMED_TEXTS:
         flags = flags | {"data": os.path.abspath(flags["data"])}
     if tasks := read_tasks(flags.get("eval_tasks")):
@@ -85,7 +85,7 @@ def from_anywhere(flags):
 
 
 def save_params(folder, encoder, hparams, params, flags, dtype="float32"):
-    """A model's folder or, where adapters are trained, an adapter's, which has nothing else."""
+    """Write a model's folder or, if adapters are trained, an adapter's, without the model."""
     if "lora_rank" not in flags:
         return save_model(folder, encoder, hparams, params, dtype)
     targets = flags["lora_targets"].split(",")
@@ -94,14 +94,14 @@ def save_params(folder, encoder, hparams, params, flags, dtype="float32"):
 
 
 def put_away(place):
-    """Delete a checkpoint, first what makes it one: none that is half gone is ever resumed."""
+    """Delete a checkpoint, run.json first, so that no run resumes from one half deleted."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(place, "run.json"))
     shutil.rmtree(place)
 
 
 def clear_away(out):
-    """Delete what a run that was killed left half written in a folder that is now ours alone."""
+    """Delete the half-written files of a killed run. The folder must be locked by this run."""
     for path in Path(out).iterdir():
         if path.name.startswith(".saving-"):
             shutil.rmtree(path)
@@ -110,10 +110,10 @@ def clear_away(out):
 
 
 def check_out(out, overwrite=False, is_adapter=False):
-    """ValueError or OSError where a new run could not write, or would replace what is there.
+    """ValueError or OSError if a new run could not write to `out`, or would replace files in it.
 
-    With overwrite it may: the files of a run and its model, and no others, are replaced one by one.
-    What a run left that was stopped before it kept anything is never in the way.
+    With overwrite it may replace the files of a run and its model, one by one, and no others. A
+    run that was stopped before it saved anything is never in the way.
     """
     folder = os.path.join(out, "checkpoints")
     if not out:
@@ -146,7 +146,7 @@ def find_out(resume, models_dir):  # the --resume flag -> the run's folder
 def find_checkpoint(out):  # -> its path, what run.json says
     """The last checkpoint of the run in a folder. ValueError or OSError if there is none.
 
-    Those of an earlier run, which the present one was to replace, are not taken for its own.
+    If this run has replaced an earlier one, checkpoints of the earlier one do not count.
     """
     folder = os.path.join(out, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
@@ -167,10 +167,10 @@ def find_checkpoint(out):  # -> its path, what run.json says
 
 
 def load_checkpoint(place, shapes, models_dir="."):  # -> encoder, hparams, params, {name: array}
-    """What save_checkpoint wrote; the moments in the order of shapes(params).
+    """Read what save_checkpoint wrote. The moments come in the order of shapes(params).
 
-    shapes: a function of the parameters, -> {name: (shape, dtype)} of the moments that the
-    optimizer wants. ValueError if there are others.
+    shapes(params) gives {name: (shape, dtype)} of the moments that the optimizer needs. ValueError
+    if the file has others.
     """
     if is_adapter(place):
         encoder, hparams, params, adapters = load_base_and_adapter(place, models_dir)

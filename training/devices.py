@@ -1,4 +1,4 @@
-"""One device or thousands: which there are, and what lies where.
+"""One device or thousands: which devices there are, and where each array lies.
 
 Nothing here computes. A mesh lists the devices; a sharding says how an array is spread over them;
 JAX's compiler does the rest, and its runtime moves the data between processes and machines.
@@ -49,7 +49,7 @@ def start_jax(coordinator, num_processes, process_id):
         n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
         jax.config.update("jax_num_cpu_devices", n_cores)
     platforms = env.get("JAX_PLATFORMS") or "cpu"
-    if "cpu" not in platforms:  # where parameters begin, and batches are drawn
+    if "cpu" not in platforms:  # parameters are made there, and batches drawn
         jax.config.update("jax_platforms", platforms + ",cpu")
     keep_compiled()
     try:
@@ -63,8 +63,8 @@ def start_jax(coordinator, num_processes, process_id):
 def keep_compiled():
     """Keep what is compiled for the next run.
 
-    What a CPU is compiled for is that CPU, so every machine has a folder of its own; and what is
-    in it will be run, so it is this user's alone.
+    Programs for a CPU run only on that kind of CPU, so every machine has its own folder. Others
+    could put programs in it that we would run, so only this user may write to it.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -77,9 +77,9 @@ def keep_compiled():
 
 
 def mend_cache(folder, show, message, *rest):
-    """Forgets, in place of a warning, what a kill or a full disk cut short in JAX's cache.
+    """Deletes a damaged file of JAX's cache (after a kill, or a full disk) instead of a warning.
 
-    JAX writes it in place, would complain at every start, and never write it again.
+    JAX writes its files in place. It would warn about this one at every start and never replace it.
     """
     text = r"Error \w+ing persistent compilation cache entry for '(\w+)'"
     if found := re.match(text, str(message)):
@@ -105,7 +105,7 @@ KNOWN_PEAKS = {
 
 
 def peak_flops(devices, dtype):  # -> FLOP/s of all together, "known" or "measured"
-    """The makers' figure in bfloat16, else what one large product reaches just now."""
+    """The makers' figure for bfloat16, or else the speed of one large product, measured now."""
     kind = devices[0].device_kind
     for name, peak in KNOWN_PEAKS.items():
         if name in kind and dtype == "bfloat16":
@@ -119,18 +119,18 @@ def peak_flops(devices, dtype):  # -> FLOP/s of all together, "known" or "measur
         start = time.perf_counter()
         product(x).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    # The CPU's devices are one processor, all of whose cores work on a single product.
+    # The CPU's devices are one processor: all its cores already work on a single product.
     n_devices = 1 if devices[0].platform == "cpu" else len(devices)
     return n_devices * 2 * n**3 / min(seconds), "measured"
 
 
 def make_sharding(mesh, *axes):
-    """That of an array whose axes are called so: "data" is spread over the mesh, None is not."""
+    """The sharding of an array. One name an axis: "data" is spread over the mesh, None is not."""
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def make_mesh(batch_size):
-    """All devices in a row, the axis "data". Of a CPU's, as many as divide the batch evenly."""
+    """All devices in a row, the axis "data". On a CPU, only as many as divide the batch evenly."""
     devices = jax.devices()
     if devices[0].platform == "cpu" and jax.process_count() == 1:
         n = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
@@ -143,11 +143,11 @@ def make_mesh(batch_size):
 
 
 def spread(tree, mesh, fsdp):
-    """A tree of shardings. With fsdp, matrices are cut in equal shares, and without it copied.
+    """A tree of shardings. With fsdp, matrices are cut into equal shares; without, copied.
 
     Fully sharded (Rajbhandari et al. 2019, arXiv:1910.02054, stage 3): the longest axis that the
-    number of devices divides is cut, and XLA fetches the rest of a matrix when it is needed. What
-    has three axes is a matrix for each layer, and is cut between layers in any case (stage 1).
+    number of devices divides is cut, and XLA fetches the rest of a matrix when it is needed. An
+    array of three axes holds a matrix per layer and is always cut between layers (stage 1).
     """
 
     def axis(x):
@@ -174,7 +174,7 @@ def put(tree, shardings):
 
 
 def to_host(tree):
-    """The whole arrays in NumPy, wherever their parts are. All processes have to call this."""
+    """The whole arrays in NumPy, wherever their parts are. Every process must call this."""
     if jax.process_count() > 1:
         tree = multihost_utils.process_allgather(tree, tiled=True)
     return jax.tree.map(np.asarray, tree)
@@ -203,9 +203,9 @@ def check_agreement(value):  # of what JSON can hold
 
 @contextlib.contextmanager
 def end_together():
-    """What is an error in one of several processes ends it at once, and with it the others.
+    """An error in one of several processes ends that process at once, and so all of them.
 
-    Otherwise it would wait for them on its way out, as they do for it in the next sum.
+    Otherwise it would wait at its exit for the others, while they wait for it in their next sum.
     """
     try:
         yield

@@ -61,8 +61,8 @@ def read_flags(
     and SIGTERM end a run after the current steps, with a checkpoint. Beside the model are
     metrics.jsonl and loss.png, which show how it went.
 
-    A recipe has a value for each of the flags from n_layer to seed but eval_tasks, and maybe for
-    data: those that are typed replace them. The recipes are in training/recipes.py.
+    A recipe has a value for each of the flags from n_layer to seed except eval_tasks, and maybe for
+    data. A flag that is typed replaces the recipe's. The recipes are in training/recipes.py.
 
     Args:
         data: a text file, shakespeare (downloaded once), python-docs (on every machine), a folder
@@ -144,7 +144,7 @@ LIMITS = {  # what a flag must be, in words and as a test
     "lora_alpha": POSITIVE,
     "lora_targets": ("some of c_attn, c_proj, c_fc, with commas between them", is_targets),
     "n_layer": SIZE,
-    "n_head": COUNT,  # and n_embd's divisor
+    "n_head": COUNT,  # and it must divide n_embd
     "n_embd": SIZE,
     "n_ctx": SIZE,
     "batch_size": SIZE,
@@ -179,7 +179,7 @@ def read_tasks(text):  # the --eval_tasks flag -> {task: path or None}
 
 
 def check_flags(flags):
-    """Raises ValueError, one clear line, for a model or a run that cannot be."""
+    """Raises ValueError, one clear line, for flags with which no model or run is possible."""
     for name, value in flags.items():
         if name in LIMITS and not LIMITS[name][1](value):
             raise ValueError(f"{name} must be {LIMITS[name][0]}, not {value}")
@@ -205,9 +205,9 @@ def check_lora(flags):
 
 
 def choose(typed, backend, hparams=None):  # -> the flags of a run
-    """The recipe's values, but for those typed and, of a model to start from, its own sizes.
+    """The recipe's values, replaced by the typed flags and by the sizes of a model to start from.
 
-    backend: what JAX computes on, "cpu" or another, which decides what nobody asked for.
+    backend: what JAX computes on, "cpu" or another. It decides the defaults.
     """
     recipe = typed.get("recipe")
     if recipe is None:
@@ -239,7 +239,7 @@ def choose(typed, backend, hparams=None):  # -> the flags of a run
 
 
 def check_saved(saved, place):  # -> the flags of a run that is resumed
-    """ValueError if run.json is damaged, or of another trainer."""
+    """ValueError if run.json is damaged, or another trainer wrote it."""
     try:
         flags = saved["flags"]
         wanted = RECIPES[flags["recipe"]] | {"n_layer": 1, "n_head": 1, "n_embd": 1}
@@ -262,7 +262,7 @@ def check_saved(saved, place):  # -> the flags of a run that is resumed
 
 
 def extend(flags, step, n_steps):  # -> the flags of a run that is to go on after `step` steps
-    """With n_steps in all, where that is a number. ValueError if there is nothing left to do."""
+    """With n_steps in all, unless that is None. ValueError if there is nothing left to do."""
     flags = flags if n_steps is None else flags | {"n_steps": n_steps}
     check_flags(flags)
     if n_steps is not None and n_steps <= step:

@@ -1,4 +1,4 @@
-"""A run whose arrays are NumPy's own, from the flags to the best model: backprop.py's."""
+"""A training run in NumPy alone, from the flags to the best model, for backprop.py."""
 
 import contextlib
 import functools
@@ -31,20 +31,20 @@ from utils import load_encoder_hparams_and_params, save_model
 
 ONLY = {"optimizer": "adamw", "dtype": "float32", "drop_rate": 0.0, "fsdp": False}
 ALONE = ("coordinator", "num_processes", "process_id")
-STEPS_PER_CALL = (10, 5, 1)  # before Ctrl-C is seen: what takes about 1 s at most
+STEPS_PER_CALL = (10, 5, 1)  # Ctrl-C is seen only between calls: so about 1 s each at most
 
 
 def run(typed, how, train_step, cross_entropy, learning_rate, generate):
-    """What a person asked for (read_flags'), done by the trainer's own functions.
+    """Do what the flags ask (read_flags' two answers) with the trainer's own functions.
 
-    train_step(params, moments, n_done, batches, flags): -> the loss; changes the first two in
-    place. cross_entropy(logits, targets): -> nats, and what is of no interest here.
+    train_step(params, moments, n_done, batches, flags): -> the loss; changes params and moments in
+    place. cross_entropy(logits, targets): -> nats, and something that is not used here.
     learning_rate(n_done, **flags); generate: kv_cache.py's.
     """
     check_asked(typed, how)
     place = saved = model = None
     if how["resume"] is None:
-        check_out(typed["out"], how["overwrite"])  # better now than after the first steps
+        check_out(typed["out"], how["overwrite"])  # fail now rather than after the first steps
         if "init_from" in typed:
             model = load_encoder_hparams_and_params(typed["init_from"], how["models_dir"])
         flags = choose(ONLY | typed, "cpu", model and model[1])
@@ -85,13 +85,13 @@ def run_training(
 ):
     """Train from the beginning, from (tokenizer, sizes, parameters), or from a checkpoint.
 
-    place, saved: find_checkpoint's. -> the signal that ended the run early, or 0.
+    place, saved: find_checkpoint's answers. -> the signal that ended the run early, or 0.
     """
     out, n_ctx, n_head = flags["out"], flags["n_ctx"], flags["n_head"]
     shards, windows, text, (encoder, hparams, params), moments = load_start(
         flags, moment_shapes, new_model, model, place, saved, how["models_dir"]
     )
-    params = nest({name: np.array(x) for name, x in leaves(params).items()})  # to be changed
+    params = nest({name: np.array(x) for name, x in leaves(params).items()})  # copies, writable
     moments = moments or {n: np.zeros(*of) for n, of in moment_shapes(params).items()}
     n_params, n_val = sum(x.size for x in leaves(params).values()), windows[:, 1:].size
     print(f"{n_params} parameters, {text['n_train']} training and {n_val} validation tokens")
@@ -104,7 +104,7 @@ def run_training(
     clear_away(out)  # no other run is at work there, or make_log would have refused
     keep, checkpoint = make_savers(flags, encoder, hparams, text, run, place, generate)
     shape = flags["n_accumulate"], flags["batch_size"], n_ctx + 1
-    seconds = math.prod(shape) * flops / peak  # a step's, at best
+    seconds = math.prod(shape) * flops / peak  # per step, at best
     n_steps = next((n for n in STEPS_PER_CALL if n * seconds < 0.5), 1)
 
     def read(n_done):  # -> [n_steps, n_accumulate, batch_size, n_ctx + 1]
@@ -122,7 +122,7 @@ def run_training(
         return sum(nats(params, batch, n_head, cross_entropy) for batch in batches) / n_val
 
     best = saved and saved["best"]
-    if model is not None:  # the best so far is what it was
+    if model is not None:  # the model that it starts with is the best so far
         best = validate(params)
         log({"step": 0, "validation": best})
         tqdm.write(f"step 0: validation {best:.4f}")
@@ -164,7 +164,7 @@ def moment_shapes(params):  # -> {"m.wte": (shape, dtype), ..., "v.wte": ...}, A
 
 
 def draw(shards, seed, step, shape):  # -> [*shape], ids
-    """Stretches from random places, which depend on the seed and the step alone."""
+    """Stretches from random places. The places depend on the seed and the step alone."""
     *many, n = shape
     places = count_ids(shards) - n + 1
     starts = np.random.default_rng([seed, step]).integers(0, places, math.prod(many))
@@ -182,10 +182,10 @@ def measure_peak():  # -> the FLOP/s of one large product
 
 
 def make_savers(flags, encoder, hparams, text, run, place, generate):
-    """-> keep(params, is_best) and checkpoint(state, best), as `train` wants them.
+    """-> keep(params, is_best) and checkpoint(state, best), as `train` takes them.
 
-    text: what a checkpoint says of it; run: the run's number; place: the checkpoint that it goes on
-    from, or None.
+    text: what a checkpoint says of the text; run: the run's number; place: the checkpoint that the
+    run goes on from, or None.
     """
     out, places = flags["out"], [place] if place else []
     flags = from_anywhere(flags)
@@ -201,7 +201,7 @@ def make_savers(flags, encoder, hparams, text, run, place, generate):
         about |= {"best": best if best < math.inf else None}
         about |= {"versions": {"numpy": np.__version__}}
         save_checkpoint(out, places, n_done, params, moments, about, encoder, hparams)
-        with contextlib.suppress(ImportError, OSError):  # a picture is not worth a run
+        with contextlib.suppress(ImportError, OSError):  # a run must not fail for a picture
             progress.draw(out)
         return places[-1]
 

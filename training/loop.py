@@ -1,4 +1,4 @@
-"""What a trainer does, whatever computes its steps: how a run starts, and its loop. No JAX here."""
+"""What both trainers share: how a run starts, and its loop. No JAX here."""
 
 import math
 import time
@@ -16,10 +16,10 @@ from utils import find_model
 def load_start(flags, moment_shapes, new_model, model, place, saved, models_dir):
     """What a run starts from: -> shards, windows, what a checkpoint says of both, model, moments.
 
-    model: (tokenizer, hparams, parameters), those given, else the checkpoint's, else those of
-    new_model(flags, n_vocab). The moments are the checkpoint's, as moment_shapes(params) wants
-    them, or None. With --lora_rank the parameters hold adapters. ValueError if the flags, the text
-    or the frozen model are not those that it was made with.
+    model: (tokenizer, hparams, parameters): the given ones, else the checkpoint's, else those of
+    new_model(flags, n_vocab). The moments are the checkpoint's, in moment_shapes(params), or None.
+    With --lora_rank the parameters hold adapters. ValueError if the checkpoint was made with other
+    flags, another text or another frozen model.
     """
     moments = encoder = None
     if place:
@@ -36,7 +36,7 @@ def load_start(flags, moment_shapes, new_model, model, place, saved, models_dir)
     model = model or (encoder, *new_model(flags, encoder.n_vocab))
     if "lora_rank" in flags:
         text["base"] = base_fingerprint(model[2])
-    for key, value in saved["text"].items() if saved else ():  # older ones say less
+    for key, value in saved["text"].items() if saved else ():  # older checkpoints say less
         if text.get(key) != value:
             name, what = ("init_from", "model") if key == "base" else ("data", "text")
             raise ValueError(f"{flags[name]}: is not the {what} that {place} was trained on")
@@ -55,14 +55,14 @@ def train(
 ):  # fmt: skip
     """Run the steps that are left and show progress. -> the signal that ended it early, or 0.
 
-    read(n_done): batches for some steps, whose number is their first axis. validate(params): nats.
-    keep(params, is_best) gets what has just been validated; checkpoint(state, best) the state at
-    intervals, at the end and when a signal comes, and returns where it has it; log(values) what
-    metrics.jsonl shall say, and returns what the bar shall show; measure(step, params, log), if it
-    is given, says how much the model gets right. start: {"place": the checkpoint
-    that the run goes on from or None, "best": its best validation loss or None, "worst": a loss
-    that says that all is lost}. ValueError, with the last checkpoint's place, for such a loss, or
-    one that is not a number. agree(the signals caught here): the one that ends the run, or 0.
+    read(n_done): batches for some steps; their first axis is the steps. validate(params): nats.
+    keep(params, is_best) is called after each validation; checkpoint(state, best) at intervals, at
+    the end and when a signal comes, and returns where it wrote; log(values) writes a line of
+    metrics.jsonl and returns what the bar shows; measure(step, params, log), if given, measures
+    how much the model gets right. start: {"place": the checkpoint that the run goes on from or
+    None, "best": its best validation loss or None, "worst": a loss at which the run has failed}.
+    ValueError, with the last checkpoint's place, for a loss that is not below "worst" (NaN is
+    not). agree(the signals caught here): the signal that ends the run, or 0.
     """
     n_done, n_steps = int(state[2]), flags["n_steps"]
     place, n_saved, best = start["place"], n_done, start["best"]

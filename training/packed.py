@@ -25,10 +25,10 @@ def unpack(params, tokens):  # [n_batch, n_seq + 1] -> params, inputs, targets, 
 
 
 def attend_within(start, q, k, v):  # [n_batch, n_seq], [n_batch, n_head, n_seq, d_head] each
-    """Causal attention in which no example sees another: those with the same start are one's."""
+    """Causal attention within each example: tokens with the same start are of one example."""
     return fused_attention(q, k, v, mask=start[:, None, :, None] == start[:, None, None, :])
 
 
-def learned_share(tokens, packed=False, **_):  # [..., n_seq + 1] -> [...], of the targets
-    """How many of them are to be learned: all of a plain text's."""
+def learned_share(tokens, packed=False, **_):  # [..., n_seq + 1] -> [...], the share of the targets
+    """In a plain text all targets are learned, so the share is 1."""
     return is_learned(tokens[..., 1:]).mean(-1) if packed else jnp.ones(tokens.shape[:-1])

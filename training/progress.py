@@ -1,4 +1,4 @@
-"""What a training run shows of itself: its speed, its losses as lines of JSON, and as a picture.
+"""What a training run shows: its speed, and its losses as lines of JSON and as a picture.
 
 models/mine/metrics.jsonl    {"step": 20, "loss": 4.1, ...}, {"step": 200, "validation": ...},
                              with --eval_tasks {"step": 200, "hellaswag_acc": 0.28, ...}
@@ -22,25 +22,25 @@ from plumbing.files import open_locked, parse_json, replacing, write_whole
 def flops_per_token(hparams, n_ctx, each=6):
     """6 N + 12 L E T for a forward and a backward pass: FLOP per token in stretches of T = n_ctx.
 
-    Six for each of the N parameters a token is multiplied with, so all but wpe (Kaplan et al. 2020,
-    arXiv:2001.08361), and twelve for each of attention's E numbers a layer and position, the masked
-    ones too (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). nanoGPT counts like this: 855
-    million for GPT-2 124M. each: 4 for a frozen model, whose parameters have no gradients.
+    Six for each of the N parameters a token is multiplied with, which are all but wpe (Kaplan et
+    al. 2020, arXiv:2001.08361), and twelve for each of attention's E numbers per layer and
+    position, masked or not (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). nanoGPT counts
+    like this: 855 million for GPT-2 124M. each: 4 for a frozen model, which needs no gradients.
     """
     n_params = sum(math.prod(shape) for name, shape in tensor_shapes(hparams) if name != "wpe")
     return each * n_params + 12 * hparams["n_layer"] * hparams["n_embd"] * n_ctx
 
 
 def no_log(values):
-    """What a process that is not the first does with its values: nothing."""
+    """The log of every process but the first: it writes nothing."""
     return {}
 
 
 def make_log(out, run, n_done, machine, flops, peak, source, schedule, tensorboard=False, each=6):
     """-> log(values), which adds a line to out/metrics.jsonl and returns what the bar shows.
 
-    run: the run's number; machine: the machine's name; flops: those of a token; peak: the machine's
-    FLOP/s, and source where that is from; each: flops_per_token's.
+    run: the run's number; machine: its name; flops: FLOP per token; peak: the machine's FLOP/s, and
+    source, where that figure comes from; each: as in flops_per_token.
     """
     print(
         f"{machine}, {peak / 1e12:.3g} TFLOP/s ({source}); "
@@ -71,10 +71,10 @@ def make_log(out, run, n_done, machine, flops, peak, source, schedule, tensorboa
 
 
 def open_log(out, run, n_done):  # -> an open file
-    """out/metrics.jsonl, to be added to: of a run resumed after n_done steps, the lines so far.
+    """out/metrics.jsonl, opened to append. A run resumed after n_done steps keeps its lines so far.
 
-    Its first line has the run's number, by which the run knows its checkpoints.
-    It is locked: ValueError if another run is at work in this folder.
+    The first line has the run's number, by which the run knows its checkpoints. The file is
+    locked: ValueError if another run is at work in this folder.
     """
     path = Path(out, "metrics.jsonl")
     try:
@@ -92,18 +92,18 @@ def open_log(out, run, n_done):  # -> an open file
 
 
 def add_line(file, text):
-    """So that it is on the disk. OSError, which names the file, if it cannot be."""
+    """Writes a line through to the disk. OSError, which names the file, if that fails."""
     try:
         file.write(text.encode() + b"\n")
         file.flush()
     except OSError as error:
-        with contextlib.suppress(OSError):  # or Python would try once more, and complain, at exit
+        with contextlib.suppress(OSError):  # else Python would try, and complain, at exit
             file.close()
         raise OSError(error.errno, f"cannot write {file.name}: {error.strerror}") from None
 
 
 def read_log(path):  # -> [dict]
-    """The lines of metrics.jsonl, but for one that a kill cut short."""
+    """The lines of metrics.jsonl, without one that a kill cut short."""
     lines = []
     for text in Path(path).read_bytes().splitlines() if Path(path).is_file() else ():
         try:
@@ -124,7 +124,7 @@ def is_number(value):  # -> whether it can be drawn: a float, or an int of 64 bi
 
 
 def open_tensorboard(folder):  # -> a function that takes values
-    """What TensorBoard reads."""
+    """The function writes its values to files that TensorBoard reads."""
     writer = import_writer()(folder)
 
     def write(values):
@@ -136,8 +136,8 @@ def open_tensorboard(folder):  # -> a function that takes values
 
 
 def import_writer():
-    """TensorBoard's own. ImportError, one clear line, if it is not installed."""
-    quiet_tensorflow()  # which it imports, where there is one
+    """TensorBoard's writer. ImportError, one clear line, if it is not installed."""
+    quiet_tensorflow()  # TensorBoard imports TensorFlow if it is installed
     try:
         from tensorboard.summary import Writer
     except ImportError:
@@ -146,7 +146,7 @@ def import_writer():
 
 
 def draw(out):
-    """out/loss.png: both losses by step, and, against a scale of their own, --eval_tasks' shares.
+    """out/loss.png: both losses by step, and, on a second scale, what --eval_tasks measured.
 
     ImportError if there is no matplotlib.
     """
@@ -184,6 +184,6 @@ def draw_shares(axes, lines):
         points = [(line["step"], line[name]) for line in lines if name in line]
         style = {"color": f"C{2 + i}", "marker": "s", "markersize": 3, "linestyle": "--"}
         right.plot(*zip(*points, strict=True), **style)
-        axes.plot([], [], label=name, **style)  # for the legend, which is this scale's
+        axes.plot([], [], label=name, **style)  # for the legend, which belongs to this scale
     if names:
         right.set_ylabel("share that is right")

@@ -1,4 +1,4 @@
-"""Recipes: a value for each flag of a training run, which a flag of its name overrides.
+"""Recipes: a value for each flag of a training run. A flag that is typed overrides it.
 
 `python train_jax.py --help` explains them.
 """
@@ -51,9 +51,9 @@ LORA = {  # what --lora_rank changes in a recipe: a small update learns at ten t
     "lora_alpha": 16.0,
     "lora_targets": "c_attn,c_proj,c_fc",
 }
-# Layers, heads, width and learning rate: GPT-2's sizes (Radford et al. 2019) with the rates of
-# GPT-3 at these, and GPT-3's own (Brown et al. 2020, arXiv:2005.14165, table 2.1; but 1.3B has 24
-# heads there, which do not divide its width).
+# Layers, heads, width and learning rate. GPT-2's sizes (Radford et al. 2019) have the rates of
+# GPT-3 at like sizes. GPT-3's are from Brown et al. 2020, arXiv:2005.14165, table 2.1, except for
+# the heads of 1.3B: the table has 24, which do not divide its width.
 LARGER = {
     "gpt2-124M": (12, 12, 768, 6e-4),
     "gpt2-355M": (24, 16, 1024, 3e-4),

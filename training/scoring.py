@@ -13,18 +13,18 @@ import numpy as np
 from gpt2 import hidden_state
 from training.devices import make_mesh, make_sharding, put, start_jax, to_host
 
-TOKENS = 2**14  # of a pass, on each GPU or TPU; on a CPU's devices, which share its memory, an 8th
+TOKENS = 2**14  # in a pass, per GPU or TPU; an 8th per device of a CPU, since these share memory
 LOGITS = 2**28  # float32 numbers of logits that one device holds at once
 
 
 def find_platform():  # -> "cpu", "gpu", "tpu", ...
-    """What JAX computes on, which it starts with: once, and before anything else here."""
+    """What JAX computes on. This starts JAX, so call it once, before anything else here."""
     start_jax(None, None, None)
     return jax.default_backend()
 
 
-def load_scorer(params, n_head):  # NumPy's -> a function of rows, make_scorer's without params
-    """With the parameters on every device, and float32 that is not rounded on the way."""
+def load_scorer(params, n_head):  # NumPy's -> a function of rows: make_scorer's, with these params
+    """The parameters are copied to every device. Products are full float32, not rounded to less."""
     jax.config.update("jax_default_matmul_precision", "float32")
     mesh = make_mesh(len(jax.devices()))
     score_rows = make_scorer(mesh, n_head, len(params["wpe"]), len(params["wte"]))
@@ -35,11 +35,11 @@ def load_scorer(params, n_head):  # NumPy's -> a function of rows, make_scorer's
 def make_scorer(mesh, n_head, n_ctx, n_vocab, narrow=None, attend=None):
     """The function (params, rows) -> an iterator of each row's (log-probabilities, hits).
 
-    rows: pairs of ids, at most n_ctx + 1 of them, and how many of the last are to be scored. The
+    rows: pairs (at most n_ctx + 1 ids, how many of the last ones to score). The
     answers are evaluate.score's. params may be spread over the mesh in any way, and have more rows
     of wte than n_vocab; `narrow` is applied to them first, `attend` replaces gpt2.attention. Rows
-    run in batches, filled up to a power of two of tokens: one call's have one shape, and few calls
-    have another.
+    run in batches, padded to a power of two of tokens: all batches of a call have one shape, and
+    few calls need a new one.
     """
     sharding = make_sharding(mesh, "data")
     n_each = TOKENS if jax.default_backend() != "cpu" else TOKENS // 8
@@ -70,7 +70,7 @@ def make_scorer(mesh, n_head, n_ctx, n_vocab, narrow=None, attend=None):
 
 
 def check_numbers(log_probs):
-    """ValueError for NaN, which would be wrong at everything without a word."""
+    """ValueError for NaN: without this check every answer would silently count as wrong."""
     if not np.isfinite(log_probs).all():
         raise ValueError("the model's probabilities are not finite: its weights must be damaged")
 
@@ -98,7 +98,7 @@ def score_tokens(params, tokens, n_head, n_vocab, n_chunks=1, attend=None):
 
 
 def score_items(items, score_rows):  # -> (item, the answers of its endings) of each
-    """Of evaluate.encode_item's items. Those of like length share a shape, and so come together."""
+    """items: evaluate.encode_item's. Those of like length share a shape, so they run together."""
 
     def room(item):
         return round_up(item["n_seq"])

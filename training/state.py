@@ -9,14 +9,14 @@ import numpy as np
 from training.adapters import Adapted
 from training.devices import make_sharding, put, spread
 
-FACTORS = ("lora_A", "lora_B")  # which alone are trained where there are adapters
+FACTORS = ("lora_A", "lora_B")  # if there are adapters, only these are trained
 jax.tree_util.register_dataclass(Adapted, ("w", *FACTORS), ("scale",))
 
 
 def init_params(key, n_vocab, n_ctx, n_embd, n_layer):
     """GPT-2's initialisation: normal with deviation 0.02, biases 0, gains 1, all float32.
 
-    What writes into the residual stream is scaled by 1 / sqrt(2 * n_layer), so that the stream has
+    Matrices that write into the residual stream are scaled by 1 / sqrt(2 * n_layer), so that it has
     the same variance however many layers add to it (Radford et al. 2019, section 2.3).
     """
     keys = iter(jax.random.split(key, 2 + 4 * n_layer))
@@ -54,7 +54,7 @@ def init_params(key, n_vocab, n_ctx, n_embd, n_layer):
 
 
 def new_model(flags, n_vocab):  # -> hparams, parameters
-    """Of the flags' sizes, drawn from their seed, on the CPU."""
+    """The sizes and the seed are the flags'. The parameters are made on the CPU."""
     sizes = {"n_vocab": n_vocab} | {name: flags[name] for name in ("n_ctx", "n_embd", "n_layer")}
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it may not fit on one GPU
         params = init_params(jax.random.key(flags["seed"]), **sizes)
@@ -64,7 +64,7 @@ def new_model(flags, n_vocab):  # -> hparams, parameters
 def start_state(params, moments, n_done, optimizer, n_rows, mesh, fsdp):
     """-> (parameters, moments, n_done) on the devices, and their shardings.
 
-    params is a tree of NumPy's or JAX's; moments {name: array} of a checkpoint, or None: all new.
+    params: a tree of NumPy's or JAX's arrays; moments: a checkpoint's {name: array}, or None.
     """
     params = resize_vocab(jax.tree.map(np.asarray, params), n_rows)
     shapes = jax.eval_shape(optimizer.init, split(params)[0])
@@ -79,9 +79,9 @@ def start_state(params, moments, n_done, optimizer, n_rows, mesh, fsdp):
 
 
 def split(params):
-    """-> what is trained and what is frozen: trees like params, None where the other has an array.
+    """-> what is trained, and what is frozen: trees like params, with None for the other's arrays.
 
-    Of a model with adapters their factors are trained, of any other all.
+    In a model with adapters only their factors are trained, in any other model everything.
     """
     marks = jax.tree.map_with_path(lambda path, _: str(path[-1])[1:] in FACTORS, params)
     if not any(jax.tree.leaves(marks)):
@@ -98,7 +98,7 @@ def join(trained, frozen):  # the reverse of split
 
 
 def resize_vocab(tree, n_rows):  # NumPy's wte, [n_vocab, n_embd], -> [n_rows, n_embd]
-    """Pads every wte in a tree of parameters or moments with zeros, or cuts these off again."""
+    """Pads every wte in a tree of parameters or moments with rows of zeros, or cuts them off."""
 
     def resize(path, x):
         if "['wte']" not in jax.tree_util.keystr(path) or x.ndim != 2:

@@ -1,4 +1,4 @@
-"""The text of a run: what --data means, as ids to train on and windows to validate with."""
+"""The text of a run: turns --data into ids to train on and windows to validate with."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ MOST_FINGERPRINT = 2**24  # tokens that are compared when a run is resumed
 
 def load_text(data):  # the --data flag -> str
     """`shakespeare` (1.1 MB, downloaded once), `python-docs`, or the text file of that path."""
-    if data == "python-docs":  # the language reference that every Python carries: no network needed
+    if data == "python-docs":  # the language reference, part of every Python: no network needed
         from pydoc_data.topics import topics
 
         return "\n".join(topics[name] for name in sorted(topics))
@@ -36,9 +36,9 @@ def load_text(data):  # the --data flag -> str
 
 
 def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]}, Encoder
-    """Token shards from a folder, or a text in bytes or `encoder`'s tokens, its last tenth for val.
+    """Token shards from a folder, or a text as bytes or `encoder`'s tokens, the last tenth for val.
 
-    `encoder` is the model's own or --tokenizer's; shards that were made with another are refused.
+    `encoder` is the model's or --tokenizer's. Shards made with another tokenizer are refused.
     """
     if data in NAMED_TEXTS or not os.path.isdir(data):
         encoder = encoder or Encoder([])
@@ -50,7 +50,7 @@ def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]},
         raise ValueError(f"{data}: shards without a tokenizer: name theirs with --tokenizer")
     if encoder and own and encoder.vocab != own.vocab:
         raise ValueError(f"{data}: shards of another tokenizer: prepare them with the model's")
-    if not os.path.exists(os.path.join(data, "meta.json")):  # the tokenizer may be another's
+    if not os.path.exists(os.path.join(data, "meta.json")):  # its tokenizer is unknown
         for split in shards.values():
             check_ids(split, (encoder or own).n_vocab, data)
     return shards, encoder or own
@@ -59,7 +59,7 @@ def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]},
 def open_text(data, encoder, n_ctx):
     """-> shards, the validation windows, what a checkpoint says of both, and the tokenizer.
 
-    Of examples the one training shard is [n_rows, n_ctx + 1], to be taken row by row.
+    Examples make one training shard, [n_rows, n_ctx + 1], which is read row by row.
     """
     if is_examples(data):
         return open_examples(data, encoder or Encoder([]), n_ctx)
@@ -72,7 +72,7 @@ def open_text(data, encoder, n_ctx):
 
 
 def open_examples(data, encoder, n_ctx):
-    """open_text's answers, of a file of JSON lines that corpus/examples.py describes."""
+    """As open_text, for a file of JSON lines that corpus/examples.py describes."""
     examples, words = load_examples(data, encoder, n_ctx + 1)
     if len(examples) < 2:
         raise ValueError(f"{data}: {words}: at least 2 are needed, one of them to validate with")
@@ -83,7 +83,7 @@ def open_examples(data, encoder, n_ctx):
     return {"train": [train]}, windows, text, encoder
 
 
-def describe(text, windows):  # what a checkpoint says of the text -> what a person reads of it
+def describe(text, windows):  # what a checkpoint says of the text -> a line for people
     if "examples" not in text:
         return f"{text['n_train']} training and {windows[:, 1:].size} validation tokens"
     n_val = int(is_learned(windows).sum())
@@ -93,7 +93,7 @@ def describe(text, windows):  # what a checkpoint says of the text -> what a per
 
 
 def fingerprint(shards):  # [arrays] -> SHA-256, hexadecimal
-    """Of the ids, whichever type and files they are in; of very many, of stretches all over."""
+    """Of the ids, not their type or files. Of very many ids only stretches from all over count."""
     n_ids, n = count_ids(shards), 2**12
     step = n * -(-n_ids // MOST_FINGERPRINT)
     found = hashlib.sha256()
@@ -103,7 +103,7 @@ def fingerprint(shards):  # [arrays] -> SHA-256, hexadecimal
 
 
 def check_enough(shards, n_ctx, data):
-    """ValueError if there is not one stretch to train on, or to validate with."""
+    """ValueError if the text is too short for one stretch to train on and one to validate with."""
     for split, arrays in shards.items():
         if count_ids(arrays) <= n_ctx:
             raise ValueError(
@@ -114,9 +114,9 @@ def check_enough(shards, n_ctx, data):
 def cut_windows(shards, n_ctx):  # [arrays] -> [n_windows, n_ctx + 1]
     """The validation text in windows side by side.
 
-    A window is one token longer than n_ctx, because its inputs and its targets are one apart; the
-    next begins with its last token. What is left at the end, less than a window, is not used. Of
-    more than MOST_VALIDATION tokens at most so many are, from all over the text.
+    A window is one token longer than n_ctx, because its inputs and its targets are one apart; its
+    last token is the next window's first. A rest shorter than a window is not used. Of a text
+    longer than MOST_VALIDATION tokens only that many are used, from all over the text.
     """
     n_windows = (count_ids(shards) - 1) // n_ctx
     step = -(-n_windows * n_ctx // MOST_VALIDATION)
