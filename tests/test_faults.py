@@ -451,6 +451,7 @@ def test_training_survives_full_disks_and_a_folder_that_is_lost(training, tmp_pa
     fill_disk(process, 40_000)  # for a model, but not for the moments
     assert ends(process, *places).endswith(": File too large\n")
     process = start_training("--resume", out)
+    assert process.stdout.readline().startswith("going on after step ")
     process.stdout.readline()  # a look at the validation text
     process.send_signal(signal.SIGSTOP)
     os.rename(out, away)
