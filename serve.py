@@ -40,7 +40,8 @@ import kv_cache
 from engine import products
 from engine.kept import keep, touch
 from engine.rows import drawing, new_row
-from serving import about
+from explain import explain
+from serving import about, play
 from serving import metrics as figures
 from serving.answers import answer_stream, answer_whole, choice_of
 from serving.chat import delta_of, message_of, read_chat, role_of
@@ -255,9 +256,26 @@ def rows_of(asked, state, deliver):  # -> a row for each of n texts of each prom
     return rows
 
 
+async def explain_text(request):
+    """GET /explain?text=: explain.py's page of it, in which heads can be switched off."""
+    state, text = request.app.state, request.query_params.get("text", "")
+    play.check_link(request)
+
+    def write():
+        ids = state.encoder.encode_prompt(text, state.n_ctx)
+        return explain(ids, state.encoder, state.hparams, state.params, state.name, is_served=True)
+
+    try:
+        return play.page_response(await asyncio.to_thread(write))
+    except ValueError as error:
+        raise Refusal(str(error), param="text") from None
+
+
 ROUTES = [
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/chat/completions", chats, methods=["POST"]),
+    Route("/explain", explain_text),
+    *play.ROUTES,
     *about.ROUTES,
 ]
 
@@ -305,7 +323,7 @@ def make_app(name, encoder, hparams, params, host="127.0.0.1", allow=(), api_key
         exception_handlers={Refusal: refused, HTTPException: not_found, Exception: failed},
     )
     app.state.engine, app.state.encoder, app.state.name = engine, encoder, name
-    app.state.hparams, app.state.n_ctx = hparams, hparams["n_ctx"]
+    app.state.hparams, app.state.n_ctx, app.state.params = hparams, hparams["n_ctx"], params
     app.state.timeout, app.state.created = timeout, int(time.time())
     return app
 
