@@ -23,9 +23,9 @@ import numpy as np
 import gpt2
 from plumbing.cli import count
 from plumbing.files import write_whole
+from plumbing.pages import template
 from serving.predictions import bytes_of, distributions, foreseen, likeliest
 
-TEMPLATE = Path(__file__).with_name("pages") / "explain.html"
 MAX_TOKENS = 256  # the maps grow with the square of the text
 N_SHOWN = 257  # a position's likeliest tokens are sent one by one: all, of a byte model
 N_LENS = 5  # tokens per layer and position in the logit lens
@@ -218,7 +218,7 @@ def source(function):  # -> the lines of a function as they are in the file, and
 def page(data):  # a dict -> the text of the HTML file
     """The template with the data in it. No `<` in it can end the element that holds it."""
     text = json.dumps(data, separators=(",", ":"), default=pack).replace("<", "\\u003c")
-    return TEMPLATE.read_text("utf-8").replace("{{data}}", text)
+    return template("explain.html").replace("{{data}}", text)
 
 
 def explain(inputs, encoder, hparams, params, model, is_served=False):  # -> the page's text

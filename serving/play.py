@@ -1,17 +1,16 @@
 """The page to play with, and what it asks for besides completions: GET / and POST /predictions."""
 
 import asyncio
-from pathlib import Path
 
 import numpy as np
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
 
 from gpt2 import check_length
+from plumbing.pages import template
 from serving.predictions import bytes_of, predictions
 from serving.protocol import Refusal, number, read_object, read_prompt
 
-PAGE = Path(__file__).parents[1] / "pages" / "play.html"
 MOST_SHOWN = 257  # all, of a byte model
 # Whatever got into a page could load nothing, send nothing away, and be shown in no other page.
 POLICY = "; ".join([
@@ -25,7 +24,7 @@ HEADERS |= {"cache-control": "no-store"}
 
 async def play(request):
     """GET /"""
-    return page_response(PAGE.read_text("utf-8"))
+    return page_response(template("play.html"))
 
 
 def page_response(text):
