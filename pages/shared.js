@@ -90,3 +90,8 @@ function bar(name, parts, value, title = "") {  // parts: [[class, from 0 to 1],
   }
   return [make("div", {class: "name mono", title}, name), track, make("div", {class: "value"}, value)];
 }
+
+function authorization() {  // headers with the server's key, if it has one; a header holds bytes
+  const key = sessionStorage.getItem("api_key");
+  return key ? {authorization: "Bearer " + String.fromCharCode(...new TextEncoder().encode(key))} : {};
+}
