@@ -266,7 +266,8 @@ async def explain_text(request):
         return explain(ids, state.encoder, state.hparams, state.params, state.name, is_served=True)
 
     try:
-        return play.page_response(await asyncio.to_thread(write))
+        async with state.room:
+            return play.page_response(await asyncio.to_thread(write))
     except ValueError as error:
         raise Refusal(str(error), param="text") from None
 
@@ -324,6 +325,7 @@ def make_app(name, encoder, hparams, params, host="127.0.0.1", allow=(), api_key
     )
     app.state.engine, app.state.encoder, app.state.name = engine, encoder, name
     app.state.hparams, app.state.n_ctx, app.state.params = hparams, hparams["n_ctx"], params
+    app.state.room = asyncio.Semaphore(2)  # for passes beside the engine's
     app.state.timeout, app.state.created = timeout, int(time.time())
     return app
 

@@ -40,7 +40,8 @@ def check_link(request):
 async def predict(request):
     """POST /predictions: "text" or "ids"; "without", "positions" and "n_shown", if they matter."""
     state, body = request.app.state, await request.body()
-    return JSONResponse(await asyncio.to_thread(answer, body, state))
+    async with state.room:
+        return JSONResponse(await asyncio.to_thread(answer, body, state))
 
 
 def answer(body, state):  # bytes -> what can be JSON

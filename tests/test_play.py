@@ -1,6 +1,8 @@
 """What the page asks the server for: predictions, with heads switched off; explain.py's page."""
 
+import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -130,6 +132,22 @@ def test_the_page_needs_no_key_and_its_predictions_do(models):
             assert answer.status_code == status
         foreign = {"authorization": "Bearer secret", "origin": "http://example.org"}
         assert client.post("/predictions", json={"text": "a"}, headers=foreign).status_code == 403
+
+
+def test_completions_tell_ids_where_a_text_is_only_a_part_of_a_character(client, models):
+    asked = {"prompt": "né", "max_tokens": 12, "echo": True, "logprobs": 0, "ignore_eos": True}
+    answer = client.post("/v1/completions", json=asked | {"temperature": 0}).json()
+    ids = Encoder([]).encode("né")
+    ids += gpt2.generate(ids, models[1], N_HEAD, 12)
+    assert answer["choices"][0]["logprobs"]["token_ids"] == ids
+
+
+def test_many_may_ask_at_once(client):
+    """More than there is room for: they wait, and each gets its own text's answer."""
+    with ThreadPoolExecutor(12) as pool:
+        ask = functools.partial(client.post, "/predictions")
+        answers = list(pool.map(lambda n: ask(json={"text": "a" * n}).json(), range(1, 30)))
+    assert [len(answer["ids"]) for answer in answers] == list(range(1, 30))
 
 
 def test_a_text_is_explained(client):
