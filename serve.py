@@ -40,6 +40,7 @@ import kv_cache
 from engine import products
 from engine.kept import keep, touch
 from engine.rows import drawing, new_row
+from engine.threads import own_threads
 from explain import explain
 from serving import about, play
 from serving import metrics as figures
@@ -263,7 +264,9 @@ async def explain_text(request):
 
     def write():
         ids = state.encoder.encode_prompt(text, state.n_ctx)
-        return explain(ids, state.encoder, state.hparams, state.params, state.name, is_served=True)
+        with own_threads(len(ids)):
+            model = state.encoder, state.hparams, state.engine.params, state.name
+            return explain(ids, *model, is_served=True)
 
     try:
         async with state.room:
@@ -324,7 +327,7 @@ def make_app(name, encoder, hparams, params, host="127.0.0.1", allow=(), api_key
         exception_handlers={Refusal: refused, HTTPException: not_found, Exception: failed},
     )
     app.state.engine, app.state.encoder, app.state.name = engine, encoder, name
-    app.state.hparams, app.state.n_ctx, app.state.params = hparams, hparams["n_ctx"], params
+    app.state.hparams, app.state.n_ctx = hparams, hparams["n_ctx"]
     app.state.room = asyncio.Semaphore(2)  # for passes beside the engine's
     app.state.timeout, app.state.created = timeout, int(time.time())
     return app

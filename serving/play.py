@@ -6,6 +6,7 @@ import numpy as np
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
 
+from engine.threads import own_threads
 from gpt2 import check_length
 from plumbing.pages import template
 from serving.predictions import bytes_of, predictions
@@ -50,7 +51,10 @@ def answer(body, state):  # bytes -> what can be JSON
     without = read_heads(data.get("without") or [], hparams)
     positions = read_positions(data.get("positions"), len(ids))
     n_shown = number(data, "n_shown", 50, 1, MOST_SHOWN)
-    found = predictions(ids, state.params, hparams["n_head"], without, positions, n_shown)
+    with own_threads(len(ids)):  # as the engine's passes
+        found = predictions(
+            ids, state.engine.params, hparams["n_head"], without, positions, n_shown
+        )
     if not np.isfinite(found["top_logits"]).all():
         raise Refusal("the logits are not finite: the model's weights must be damaged", 500)
     found["tail_logits"] = np.maximum(found["tail_logits"], -1e30)  # JSON knows no -inf
