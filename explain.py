@@ -21,14 +21,13 @@ from pathlib import Path
 import numpy as np
 
 import gpt2
-from encoder import BYTE_OF_CHAR
 from plumbing.cli import count
 from plumbing.files import write_whole
+from plumbing.pages import template
+from serving.predictions import bytes_of, distributions, foreseen, likeliest
 
-TEMPLATE = Path(__file__).with_name("pages") / "explain.html"
 MAX_TOKENS = 256  # the maps grow with the square of the text
-N_SHOWN = 257  # a position's likeliest tokens are sent one by one (all, of a byte model) ...
-N_GROUPS = 64  # ... and the rest in groups, enough for the sum under any temperature
+N_SHOWN = 257  # a position's likeliest tokens are sent one by one: all, of a byte model
 N_LENS = 5  # tokens per layer and position in the logit lens
 
 
@@ -107,8 +106,7 @@ def page_data(inputs, recording, encoder, hparams, params):
     data |= read_lens(recording["stream"], params)
     data |= flow(inputs, recording, params)
     ids = {*inputs, *data["top_ids"].ravel().tolist(), *data["lens_ids"].ravel().tolist()}
-    pieces = {id: encoder.piece_of_id.get(id, "") for id in sorted(ids)}  # "": a gap in the ids
-    data["bytes"] = {id: bytes(map(BYTE_OF_CHAR.get, piece)).hex() for id, piece in pieces.items()}
+    data["bytes"] = bytes_of(ids, encoder)
     data["call"] = outline(recording["call"], names_of(params))
     names = sorted(functions(recording["call"]))
     data["sources"] = {name: source(getattr(gpt2, name)) for name in names}
@@ -120,19 +118,14 @@ def predictions(inputs, logits):
 
     bits, rank [n_seq - 1]: of the second token, the third, ... given those before it.
     """
-    following = np.asarray(inputs[1:], int)[:, None]
-    exact = logits.astype(np.float64)
-    nats = np.logaddexp.reduce(exact[:-1], -1) - np.take_along_axis(exact[:-1], following, -1)[:, 0]
-    likelier = logits[:-1] > np.take_along_axis(logits[:-1], following, -1)
-    shown = likeliest(logits, N_SHOWN)
-    tail_counts, tail_logits = group(np.sort(logits)[:, ::-1][:, N_SHOWN:])
+    scores, shown = foreseen(inputs[1:], logits[:-1]), distributions(logits, N_SHOWN)
     return {
-        "bits": (nats / np.log(2)).astype(np.float32),
-        "rank": (1 + likelier.sum(-1)).astype(np.uint32),
-        "top_ids": shown.astype(np.uint32),
-        "top_logits": np.take_along_axis(logits, shown, -1),
-        "tail_counts": tail_counts.astype(np.uint32),
-        "tail_logits": tail_logits.astype(np.float32),
+        "bits": scores["bits"].astype(np.float32),
+        "rank": scores["rank"].astype(np.uint32),
+        "top_ids": shown["top_ids"].astype(np.uint32),
+        "top_logits": shown["top_logits"],
+        "tail_counts": shown["tail_counts"].astype(np.uint32),
+        "tail_logits": shown["tail_logits"].astype(np.float32),
     }
 
 
@@ -152,32 +145,6 @@ def flow(inputs, recording, params):
         "vectors": vectors.astype(np.int8),
         "scales": scales,
     }
-
-
-def likeliest(logits, n):  # [n_seq, n_vocab] -> [n_seq, n], all where there are fewer
-    """The ids of the n greatest logits, best first, the lower id first among equals.
-
-    Which ones of the last's equals are among them is chance.
-    """
-    n = min(n, logits.shape[-1])
-    ids = np.sort(np.argpartition(-logits, n - 1)[:, :n])
-    order = np.argsort(-np.take_along_axis(logits, ids, -1), kind="stable")
-    return np.take_along_axis(ids, order, -1)
-
-
-def group(logits):  # [n_seq, n], descending -> [n_groups], [n_seq, n_groups]
-    """(how many tokens each group has, the logit that each of them might have as well).
-
-    The bounds grow like powers, so that likely tokens are in small groups. Every group keeps its
-    sum of exp(logit), exactly, and under other temperatures nearly.
-    """
-    n = logits.shape[-1]  # 0, where all tokens are shown one by one
-    bounds = np.unique(np.geomspace(N_SHOWN, N_SHOWN + n, N_GROUPS + 1).round().astype(int))
-    starts, counts = bounds[:-1] - N_SHOWN, np.diff(bounds)
-    largest = logits[:, :1].astype(np.float64)
-    with np.errstate(divide="ignore"):  # what is too unlikely for float64 has no chance: -inf
-        means = np.log(np.add.reduceat(np.exp(logits - largest), starts, -1) / counts)
-    return counts, largest + means
 
 
 def read_lens(stream, params):  # of [n_layer + 1, n_seq, n_embd]
@@ -251,7 +218,22 @@ def source(function):  # -> the lines of a function as they are in the file, and
 def page(data):  # a dict -> the text of the HTML file
     """The template with the data in it. No `<` in it can end the element that holds it."""
     text = json.dumps(data, separators=(",", ":"), default=pack).replace("<", "\\u003c")
-    return TEMPLATE.read_text("utf-8").replace("{{data}}", text)
+    return template("explain.html").replace("{{data}}", text)
+
+
+def explain(inputs, encoder, hparams, params, model, is_served=False):  # -> the page's text
+    """ValueError for too many tokens, or none, and for logits that are not finite.
+
+    is_served: the page may ask its server for predictions with heads switched off.
+    """
+    n_most = min(MAX_TOKENS, hparams["n_ctx"])
+    if not 0 < len(inputs) <= n_most:
+        raise ValueError(f"{len(inputs)} tokens, but a page needs 1 and shows {n_most} at most")
+    recording = record(inputs, params, hparams["n_head"])
+    if not np.isfinite(recording["logits"]).all():
+        raise ValueError(f"{model}: with its weights the logits are not finite")
+    data = page_data(inputs, recording, encoder, hparams, params)
+    return page(data | {"model": model} | ({"is_served": True} if is_served else {}))
 
 
 def main(
@@ -278,16 +260,10 @@ def main(
         raise ValueError(f"--out {out}: {what}; expected a file's name, such as explain.html")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     inputs = encoder.encode_prompt(text, hparams["n_ctx"])
-    n_most = min(MAX_TOKENS, hparams["n_ctx"])
-    if not 0 < len(inputs) <= n_most:
-        raise ValueError(f"{len(inputs)} tokens, but a page needs 1 and shows {n_most} at most")
-    recording = record(inputs, params, hparams["n_head"])
-    if not np.isfinite(recording["logits"]).all():
-        raise ValueError(f"{model_size}: with its weights the logits are not finite")
-    data = page_data(inputs, recording, encoder, hparams, params)
-    data["model"] = os.path.basename(os.path.abspath(model_size))
+    model = os.path.basename(os.path.abspath(model_size))
+    text = explain(inputs, encoder, hparams, params, model)
     try:
-        write_whole(path, page(data))
+        write_whole(path, text)
     except OSError as error:  # which would name a temporary file
         raise OSError(f"cannot write {path}: {error.strerror}") from None
     size = path.stat().st_size / 1e6

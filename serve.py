@@ -40,7 +40,9 @@ import kv_cache
 from engine import products
 from engine.kept import keep, touch
 from engine.rows import drawing, new_row
-from serving import about
+from engine.threads import own_threads
+from explain import explain
+from serving import about, play
 from serving import metrics as figures
 from serving.answers import answer_stream, answer_whole, choice_of
 from serving.chat import delta_of, message_of, read_chat, role_of
@@ -255,9 +257,29 @@ def rows_of(asked, state, deliver):  # -> a row for each of n texts of each prom
     return rows
 
 
+async def explain_text(request):
+    """GET /explain?text=: explain.py's page of it, in which heads can be switched off."""
+    state, text = request.app.state, request.query_params.get("text", "")
+    play.check_link(request)
+
+    def write():
+        ids = state.encoder.encode_prompt(text, state.n_ctx)
+        with own_threads(len(ids)):
+            model = state.encoder, state.hparams, state.engine.params, state.name
+            return explain(ids, *model, is_served=True)
+
+    try:
+        async with state.room:
+            return play.page_response(await asyncio.to_thread(write))
+    except ValueError as error:
+        raise Refusal(str(error), param="text") from None
+
+
 ROUTES = [
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/chat/completions", chats, methods=["POST"]),
+    Route("/explain", explain_text),
+    *play.ROUTES,
     *about.ROUTES,
 ]
 
@@ -306,6 +328,7 @@ def make_app(name, encoder, hparams, params, host="127.0.0.1", allow=(), api_key
     )
     app.state.engine, app.state.encoder, app.state.name = engine, encoder, name
     app.state.hparams, app.state.n_ctx = hparams, hparams["n_ctx"]
+    app.state.room = asyncio.Semaphore(2)  # for passes beside the engine's
     app.state.timeout, app.state.created = timeout, int(time.time())
     return app
 

@@ -1,6 +1,6 @@
-"""Photographs explain.py's page for the README, in a real browser.
+"""Photographs explain.py's page and serve.py's for the README, in a real browser.
 
-    python docs/screenshot.py [PNG]        # docs/explain.png
+    python docs/screenshot.py [FOLDER]        # docs/explain.png and docs/serve.png
 
 Needs requirements/test.txt, chromium and its chromedriver.
 """
@@ -13,8 +13,10 @@ from pathlib import Path
 from shutil import which
 
 from selenium import webdriver
+from selenium.webdriver.support.ui import WebDriverWait
 
 REPO = Path(__file__).resolve().parent.parent
+MODEL = ["--model_size", "shakespeare", "--models_dir", REPO / "models"]
 TEXT = "ROMEO: But soft, what light through yonder window breaks?"
 CHOOSE = """
     document.querySelectorAll("#tokens .token")[arguments[0]].click();
@@ -22,25 +24,63 @@ CHOOSE = """
     document.querySelector("#heads").scrollIntoView();
     window.scrollBy(0, -210);  // below the text, which stays in sight
 """
+SET = """
+    const input = document.getElementById(arguments[0]);
+    input.value = arguments[1];
+    input.dispatchEvent(new Event("input"));
+"""
 
 
-def main(png=REPO / "docs" / "explain.png"):
+def explain(chrome):
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "explain.html"
+        command = [sys.executable, REPO / "explain.py", TEXT, *MODEL, "--out", page]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        chrome.get(page.as_uri())
+    chrome.execute_script(CHOOSE, TEXT.index("er window"), 3 * 6 + 3)
+
+
+def serve(chrome):
+    """A text, other tokens taken at two places of it, and one chosen. It is another each time."""
+
+    def wait(condition):
+        WebDriverWait(chrome, 30).until(lambda chrome: chrome.execute_script(f"return {condition}"))
+
+    def click(selector, i=0):
+        chrome.find_elements("css selector", selector)[i].click()
+
+    command = [sys.executable, REPO / "serve.py", *MODEL, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            chrome.get(server.stdout.readline().split()[-1])
+            wait("state.n_ctx > 0")
+            for name, value in (("prompt", TEXT[:16]), ("n_tokens", 56)):
+                chrome.execute_script(SET, name, value)
+            click("#write")
+            wait("!state.writing && state.leaf.next")
+            for token in (17, 41):
+                click("#tokens .token", token)
+                wait("document.querySelector('#next .here')")
+                click("#next .pick:not(.here)")
+                wait("!state.writing && state.leaf.next")
+            click("#tokens .token", 41)
+            wait("document.querySelector('#next .here')")
+        finally:
+            server.terminate()
+
+
+def main(folder=REPO / "docs"):
     options = webdriver.ChromeOptions()
     options.binary_location = which("chromium") or which("google-chrome")
     for flag in ("--headless=new", "--no-sandbox", "--hide-scrollbars"):
         options.add_argument(flag)
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "explain.html"
-        explain = [sys.executable, REPO / "explain.py", TEXT, "--model_size", "shakespeare"]
-        models = ["--models_dir", REPO / "models", "--out", page]
-        subprocess.run([*explain, *models], check=True, stdout=subprocess.DEVNULL)
-        with webdriver.Chrome(options, webdriver.ChromeService(which("chromedriver"))) as chrome:
-            size = {"width": 1000, "height": 750, "deviceScaleFactor": 1, "mobile": False}
-            chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-            chrome.get(page.as_uri())
-            chrome.execute_script(CHOOSE, TEXT.index("er window"), 3 * 6 + 3)
+    with webdriver.Chrome(options, webdriver.ChromeService(which("chromedriver"))) as chrome:
+        size = {"width": 1000, "height": 750, "deviceScaleFactor": 1, "mobile": False}
+        chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        for show in (explain, serve):
+            show(chrome)
             picture = chrome.execute_cdp_cmd("Page.captureScreenshot", {})["data"]
-    Path(png).write_bytes(base64.b64decode(picture))
+            (Path(folder) / f"{show.__name__}.png").write_bytes(base64.b64decode(picture))
 
 
 if __name__ == "__main__":

@@ -113,9 +113,10 @@ def likeliest(logits, ids, n):  # [rows, n_vocab], [rows] -> [rows], [rows, n] i
     return log_probs[np.arange(len(ids)), ids], best, np.take_along_axis(log_probs, best, -1)
 
 
-def logprobs_of(entries, encoder):  # -> the protocol's four lists
+def logprobs_of(entries, encoder):  # -> the protocol's four lists, and the ids
     """Where two ids are the same text, the larger one's is kept: bytes of a character may be."""
     lists = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    lists |= {"token_ids": []}  # which a part of a character cannot be known by otherwise
     for id, log_prob, best_ids, best, offset in entries:
         text = encoder.decode([id])
         tops = None
@@ -125,6 +126,6 @@ def logprobs_of(entries, encoder):  # -> the protocol's four lists
             for other, value in zip(best_ids.tolist(), best.tolist(), strict=True):
                 tops.setdefault(encoder.decode([other]), value)
             tops[text] = max(log_prob, tops.get(text, log_prob))
-        for name, value in zip(lists, (text, log_prob, tops, offset), strict=True):
+        for name, value in zip(lists, (text, log_prob, tops, offset, id), strict=True):
             lists[name].append(value)
     return lists

@@ -1,0 +1,97 @@
+// ---- What all pages share ------------------------------------------------------------------------
+
+// What gpt2.probabilities does, over the likeliest tokens one by one and the others in groups.
+// next: top_logits, descending; tail_logits and tail_counts of the groups; top_k: 0 for all.
+function reweigh(next, temperature, top_k, top_p) {  // -> {probs of those shown, n_kept}
+  const n_shown = next.top_logits.length;
+  let logits = [...next.top_logits, ...next.tail_logits];
+  const counts = [...new Array(n_shown).fill(1), ...next.tail_counts], best = logits[0];
+  if (temperature === 0) logits = logits.map((_, i) => i === 0 ? 0 : -Infinity);
+  else logits = logits.map((logit) => (logit - best) / temperature);
+  if (top_k > 0 && top_k <= n_shown) {
+    const least = logits[top_k - 1];
+    logits = logits.map((logit) => logit < least ? -Infinity : logit);
+  }
+  let mass = logits.map((logit, i) => counts[i] * Math.exp(logit));
+  let total = mass.reduce((a, b) => a + b), seen = 0, n_kept = 0;
+  const kept = mass.map((m, i) => {  // how much of each group is kept: one token whole or not
+    const part = m === 0 || seen >= top_p * total && top_p < 1 ? 0 :
+      counts[i] === 1 || top_p === 1 ? 1 : Math.min(1, Math.ceil((top_p * total - seen) / (m / counts[i])) / counts[i]);
+    seen += m;
+    return part;
+  });
+  const last = kept.findLastIndex((part) => part > 0);  // its equals stay as well
+  for (let i = last + 1; i < n_shown && logits[i] === logits[last]; i++) kept[i] = 1;
+  mass = mass.map((m, i) => m * kept[i]);
+  total = mass.reduce((a, b) => a + b);
+  kept.forEach((part, i) => n_kept += Math.round(part * counts[i]));
+  return {probs: mass.slice(0, n_shown).map((m) => m / total), n_kept};
+}
+
+const unhex = (text) => Uint8Array.from(text.match(/../g) ?? [], (pair) => parseInt(pair, 16));
+
+function visible(text) {  // in one line, with the white space made visible
+  const signs = {" ": "·", "\n": "⏎", "\t": "⇥", "\u00a0": "⍽"};
+  return text.replace(/[ \n\t\u00a0]/g, (c) => signs[c])
+    .replace(/[\p{Cc}\p{Cf}\p{Zs}\p{Zl}\p{Zp}]/gu, (c) => "‹" + c.codePointAt(0).toString(16) + "›");
+}
+
+// A character's bytes may be spread over several tokens. The last of them shows the character, those
+// before it a dim PART; bytes that are not UTF-8 at all show as such.
+const PART = "⋯";
+function split(bytes) {  // -> [the text, the bytes of a character that begins], null: not UTF-8
+  try {
+    const text = new TextDecoder("utf-8", {fatal: true, ignoreBOM: true}).decode(bytes, {stream: true});
+    return [text, bytes.slice(new TextEncoder().encode(text).length)];
+  } catch { return null; }
+}
+function readText(tokens) {  // bytes of each -> for each its text or null, and the bytes begun after it
+  const texts = [], begun = [];
+  let open = [];  // the tokens that began a character
+  const give_up = () => { open.forEach((i) => texts[i] = null); open = []; };
+  tokens.forEach((bytes, i) => {
+    let parts = split(new Uint8Array([...begun[i - 1] ?? [], ...bytes]));
+    if (!parts) {
+      give_up();
+      parts = split(bytes) ?? [null, []];
+    }
+    [texts[i], begun[i]] = parts;
+    if (parts[1].length) open = parts[0] ? [i] : [...open, i]; else open = [];
+  });
+  give_up();
+  return {texts, begun};
+}
+function nameOfBytes(bytes, before = []) {  // before: those of a character that has begun
+  const parts = before.length ? split(new Uint8Array([...before, ...bytes])) : null;
+  if (parts && parts[0] && !parts[1].length) return visible(parts[0]);
+  const [text, rest] = split(bytes) ?? ["", bytes];
+  const hex = [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join(" ");
+  return rest.length ? "‹" + hex + "›" : visible(text) || "‹" + hex + "›";
+}
+const quote = (name) => "“" + name + "”";
+const percent = (p) => p === 0 ? "0" : p < 0.00001 ? "< 0.001 %" :
+  (100 * p).toFixed(p < 0.001 ? 3 : p < 0.0995 ? 1 : 0) + " %";
+const short = (x) => x >= 99.5 ? x.toFixed(0) : x.toPrecision(2);
+
+const $ = (id) => document.getElementById(id);
+function make(tag, attributes = {}, ...children) {  // text is only ever text, never HTML
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+const shade = (part, colour = "--blue") =>
+  `color-mix(in srgb, var(${colour}) ${(55 * part).toFixed(1)}%, transparent)`;
+
+function bar(name, parts, value, title = "") {  // parts: [[class, from 0 to 1], ...]
+  const track = make("div", {class: "track"});
+  for (const [kind, part] of parts) {
+    track.append(make("div", {class: "bar " + kind, style: `width: ${(100 * part).toFixed(2)}%`}));
+  }
+  return [make("div", {class: "name mono", title}, name), track, make("div", {class: "value"}, value)];
+}
+
+function authorization() {  // headers with the server's key, if it has one; a header holds bytes
+  const key = sessionStorage.getItem("api_key");
+  return key ? {authorization: "Bearer " + String.fromCharCode(...new TextEncoder().encode(key))} : {};
+}

@@ -1,0 +1,103 @@
+"""The page to play with, and what it asks for besides completions: GET / and POST /predictions."""
+
+import asyncio
+
+import numpy as np
+from starlette.responses import HTMLResponse, JSONResponse
+from starlette.routing import Route
+
+from engine.threads import own_threads
+from gpt2 import check_length
+from plumbing.pages import template
+from serving.predictions import bytes_of, predictions
+from serving.protocol import Refusal, number, read_object, read_prompt
+
+MOST_SHOWN = 257  # all, of a byte model
+# Whatever got into a page could load nothing, send nothing away, and be shown in no other page.
+POLICY = "; ".join([
+    "default-src 'none'", "script-src 'unsafe-inline'", "style-src 'unsafe-inline'",
+    "img-src data:", "connect-src 'self'", "form-action 'none'", "base-uri 'none'",
+    "frame-ancestors 'none'",
+])  # fmt: skip
+HEADERS = {"content-security-policy": POLICY, "referrer-policy": "no-referrer"}
+HEADERS |= {"cache-control": "no-store"}
+
+
+async def play(request):
+    """GET /"""
+    return page_response(template("play.html"))
+
+
+def page_response(text):
+    return HTMLResponse(text, headers=HEADERS)
+
+
+def check_link(request):
+    """Refusal where a foreign page asks: of a GET, browsers send no Origin, but they say whence."""
+    if request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+        raise Refusal("only this server's own pages may ask for this, or an address typed in", 403)
+
+
+async def predict(request):
+    """POST /predictions: "text" or "ids"; "without", "positions" and "n_shown", if they matter."""
+    state, body = request.app.state, await request.body()
+    async with state.room:
+        return JSONResponse(await asyncio.to_thread(answer, body, state))
+
+
+def answer(body, state):  # bytes -> what can be JSON
+    data, hparams = read_object(body), state.hparams
+    ids = read_ids(data, state.encoder, state.n_ctx)
+    without = read_heads(data.get("without") or [], hparams)
+    positions = read_positions(data.get("positions"), len(ids))
+    n_shown = number(data, "n_shown", 50, 1, MOST_SHOWN)
+    with own_threads(len(ids)):  # as the engine's passes
+        found = predictions(
+            ids, state.engine.params, hparams["n_head"], without, positions, n_shown
+        )
+    if not np.isfinite(found["top_logits"]).all():
+        raise Refusal("the logits are not finite: the model's weights must be damaged", 500)
+    found["tail_logits"] = np.maximum(found["tail_logits"], -1e30)  # JSON knows no -inf
+    named = {*ids, *found["top_ids"].ravel().tolist()}
+    lists = {name: array.tolist() for name, array in found.items()}
+    return {"ids": ids, "bytes": bytes_of(named, state.encoder)} | lists
+
+
+def read_ids(data, encoder, n_ctx):
+    asked = data.get("text", data.get("ids"))
+    name = "text" if "text" in data else "ids"
+    if not isinstance(asked, str if name == "text" else list):
+        raise Refusal("text must be a string, or ids a list of token ids", param=name)
+    ids = read_prompt(asked, encoder, n_ctx)
+    try:
+        check_length(len(ids), 0, n_ctx)
+    except ValueError as error:
+        raise Refusal(str(error), param=name, code="context_length_exceeded") from None
+    return ids
+
+
+def read_heads(pairs, hparams):  # -> a list of (block, head)
+    words = "without must be a list of [block, head], such as [[0, 1]]"
+    if not isinstance(pairs, list) or not all(is_whole(pair, 2) for pair in pairs):
+        raise Refusal(words, param="without")
+    for block, head in pairs:
+        if not (0 <= block < hparams["n_layer"] and 0 <= head < hparams["n_head"]):
+            there = f"{hparams['n_layer']} blocks of {hparams['n_head']} heads, counted from 0"
+            raise Refusal(f"without: [{block}, {head}] is not among {there}", param="without")
+    return [(block, head) for block, head in pairs]
+
+
+def read_positions(positions, n_seq):  # None stands for all
+    if positions is None:
+        return None
+    if not is_whole(positions) or not all(0 <= i < n_seq for i in positions):
+        raise Refusal(f"positions must be a list of numbers below {n_seq}", param="positions")
+    return sorted(set(positions))
+
+
+def is_whole(items, n=None):  # is it a list of n whole numbers, or of any number of them?
+    right = isinstance(items, list) and all(type(item) is int for item in items)
+    return right and n in (None, len(items))
+
+
+ROUTES = [Route("/", play), Route("/predictions", predict, methods=["POST"])]
