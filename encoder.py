@@ -228,7 +228,16 @@ class Encoder:
 
         An id outside the vocabulary is a ValueError.
         """
-        return self._decode_bytes(ids).decode("utf-8", errors="replace")
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids):  # -> bytes
+        """The ids' bytes, which may begin or end within a character. ValueError as in decode."""
+        ids = [index(id) for id in ids]
+        try:
+            printable = "".join([self.piece_of_id[id] for id in ids])
+        except KeyError as unknown:
+            raise ValueError(f"id {unknown} is not in the vocabulary of {self.n_vocab}") from None
+        return bytes([BYTE_OF_CHAR[char] for char in printable])
 
     def decode_stream(self, ids):
         """Yield the text of ids as they arrive, the same in all as decode(ids) returns.
@@ -237,7 +246,7 @@ class Encoder:
         """
         utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for id in ids:
-            if text := utf8.decode(self._decode_bytes([id])):
+            if text := utf8.decode(self.decode_bytes([id])):
                 yield text
         if text := utf8.decode(b"", final=True):
             yield text
@@ -280,14 +289,6 @@ class Encoder:
         ids = [self._byte_ids[byte] for byte in piece.encode()]
         merge = merge_short if len(ids) < LONG_PIECE else merge_long
         return merge(ids, self._ranks, self._merged)
-
-    def _decode_bytes(self, ids):
-        ids = [index(id) for id in ids]
-        try:
-            printable = "".join([self.piece_of_id[id] for id in ids])
-        except KeyError as unknown:
-            raise ValueError(f"id {unknown} is not in the vocabulary of {self.n_vocab}") from None
-        return bytes([BYTE_OF_CHAR[char] for char in printable])
 
 
 def train(texts, n_vocab):

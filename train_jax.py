@@ -304,10 +304,11 @@ def main(*args, **kwargs):
         is_adapter = "lora_rank" in typed
         check_out(typed["out"], how["overwrite"], is_adapter)  # fail before any steps
         if "init_from" in typed:
-            model = load_encoder_hparams_and_params(typed["init_from"], models_dir)
+            folder = find_model(typed["init_from"], models_dir)
             if is_adapter:
-                check_base(find_model(typed["init_from"], models_dir))
+                check_base(folder)  # before its weights are read
                 typed["init_from"] = base_name(typed["init_from"], models_dir)
+            model = load_encoder_hparams_and_params(folder, models_dir)
     else:
         out = find_out(resume, models_dir)
         place, saved = find_checkpoint(out)

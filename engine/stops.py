@@ -26,9 +26,7 @@ def until_stop(held, n_new, stops):  # -> (what may be shown, what is held back,
     return held, "", False
 
 
-def sort_stops(
-    stops,
-):  # -> the stops in order, as a set, and their lengths: what until_stop takes
+def sort_stops(stops):  # -> in order, as a set, and their lengths: what until_stop takes
     return sorted(stops), set(stops), sorted({len(stop) for stop in stops})
 
 

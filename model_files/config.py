@@ -17,10 +17,8 @@ OUR_ARITHMETIC = {  # the values of Hugging Face's settings that mean what gpt2.
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
     "layer_norm_epsilon": (1e-5,),
     "tie_word_embeddings": (True,),
-    "scale_attn_weights": (
-        True,
-        False,
-    ),  # query_scales handles the other values of these two
+    # query_scales handles the second values of these two.
+    "scale_attn_weights": (True, False),
     "scale_attn_by_inverse_layer_idx": (False, True),
     "add_cross_attention": (False,),
 }

@@ -6,7 +6,6 @@ answer may be as long as fits, and the temperature is 1.
 
 from corpus.chat import NEXT_TURN, check_messages, encode_conversation
 from serving.answers import REASONS
-from serving.choices import bytes_of
 from serving.protocol import (
     MOST_LOGPROBS,
     Refusal,
@@ -101,5 +100,5 @@ def token_of(id, log_prob, best_ids, best, encoder):
 
 
 def describe(id, log_prob, encoder):
-    own = list(bytes_of(encoder, [id]))
+    own = list(encoder.decode_bytes([id]))
     return {"token": encoder.decode([id]), "logprob": log_prob, "bytes": own}

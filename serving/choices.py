@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 
-from encoder import BYTE_OF_CHAR
 from engine.stops import sort_stops, until_stop
+from serving.predictions import likeliest
 
 SCORED = 64  # positions whose logits are held at once, while a prompt is scored
 
@@ -36,7 +36,7 @@ class Choice:
         if self.is_scored:
             self.note(prompt[0], None, None, None)
         elif asked["echo"]:
-            self.text = self.utf8.decode(bytes_of(encoder, prompt))
+            self.text = self.utf8.decode(encoder.decode_bytes(prompt))
 
     def read(self, x):  # [n, n_embd]: the states of the prompt's next n tokens
         """Scores the prompt's tokens after these, a few logits at a time."""
@@ -45,7 +45,7 @@ class Choice:
         for start in range(0, len(targets), SCORED):
             ids = targets[start : start + SCORED]
             logits = self.logits_of(x[start : start + len(ids)])
-            for entry in zip(ids, *likeliest(logits, ids, self.n_logprobs), strict=True):
+            for entry in zip(ids, *log_probs_of(logits, ids, self.n_logprobs), strict=True):
                 self.note(*entry)
 
     def draw(self, logits):  # [n_vocab] -> one token id
@@ -53,7 +53,7 @@ class Choice:
         self.n_drawn += 1
         entry = None, None, None
         if self.n_logprobs is not None:
-            entry = (array[0] for array in likeliest(logits[None], [id], self.n_logprobs))
+            entry = (array[0] for array in log_probs_of(logits[None], [id], self.n_logprobs))
         self.note(id, *entry)
         return id
 
@@ -67,7 +67,7 @@ class Choice:
             self.entries.append((id, log_prob, best_ids, best, offset))
         if self.n_drawn and id == self.end:
             return
-        text = self.utf8.decode(bytes_of(self.encoder, [id]))
+        text = self.utf8.decode(self.encoder.decode_bytes([id]))
         if self.n_drawn:
             shown, self.held, stopped = until_stop(self.held + text, len(text), self.stops)
             text, self.has_stopped = shown, stopped
@@ -87,10 +87,6 @@ class Choice:
         return text, new
 
 
-def bytes_of(encoder, ids):
-    return bytes(BYTE_OF_CHAR[char] for id in ids for char in encoder.piece_of_id[id])
-
-
 def bias_of(bias, n_vocab):  # {id: float} -> [n_vocab], or None
     if not bias:
         return None
@@ -99,17 +95,14 @@ def bias_of(bias, n_vocab):  # {id: float} -> [n_vocab], or None
     return added
 
 
-def likeliest(logits, ids, n):  # [rows, n_vocab], [rows] -> [rows], [rows, n] ids, [rows, n]
+def log_probs_of(logits, ids, n):  # [rows, n_vocab], [rows] -> [rows], [rows, n] ids, [rows, n]
     """The log-probability of each row's id, and the n largest, largest first: of the same floats.
 
     Of the raw logits, before any temperature, as OpenAI and vLLM report them.
     """
     log_probs = logits - logits.max(-1, keepdims=True)
     log_probs -= np.log(np.exp(log_probs).sum(-1, keepdims=True))
-    n = min(n, log_probs.shape[-1])
-    best = np.argpartition(-log_probs, n - 1)[:, :n] if n > 1 else log_probs.argmax(-1)[:, None]
-    order = np.argsort(-np.take_along_axis(log_probs, best, -1), -1, kind="stable")
-    best = np.take_along_axis(best, order, -1)[:, :n]
+    best = likeliest(log_probs, n)
     return log_probs[np.arange(len(ids)), ids], best, np.take_along_axis(log_probs, best, -1)
 
 

@@ -32,7 +32,7 @@ from starlette.testclient import TestClient  # noqa: E402
 
 import serve  # noqa: E402
 from serving import guard  # noqa: E402
-from serving.choices import Choice, likeliest  # noqa: E402
+from serving.choices import Choice, log_probs_of  # noqa: E402
 
 N_HEAD, N_CTX, END = TINY["n_head"], TINY["n_ctx"], 256
 ENCODER = Encoder([])  # every byte a token
@@ -299,7 +299,7 @@ def test_the_likeliest_are_sorted_and_from_the_same_floats(rng):
     expected = logits.astype(np.float64)
     expected -= np.log(np.exp(expected).sum(-1, keepdims=True))
     for n in (0, 1, 2, 20, 499, 500):
-        chosen, best, values = likeliest(logits, ids, n)
+        chosen, best, values = log_probs_of(logits, ids, n)
         np.testing.assert_allclose(chosen, expected[np.arange(7), ids], atol=1e-4)
         np.testing.assert_allclose(values, -np.sort(-expected)[:, :n], atol=1e-4)
         for row, i in np.argwhere(best == ids[:, None]):

@@ -233,7 +233,7 @@ def test_we_load_what_transformers_saves(tmp_path, dtype, form):
 def test_any_n_inner_loads_and_is_exported(rng, tmp_path, n_inner):
     """From transformers to us, to a folder, and back to transformers, with the same logits."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("torch", reason="torch is not installed")
     sizes = {theirs: HPARAMS[ours] for ours, theirs in config.HUGGING_FACE_SIZES.items()}
     settings = transformers.GPT2Config(**sizes, n_inner=n_inner)
     model = transformers.GPT2LMHeadModel(settings).eval()
@@ -247,10 +247,7 @@ def test_any_n_inner_loads_and_is_exported(rng, tmp_path, n_inner):
     assert again.config.n_inner == (n_inner if n_inner in (20, 33) else None)
     ids = rng.integers(257, size=(2, 9))
     logits = gpt2(ids, **load(tmp_path / "ours")[2], n_head=2)
-    for theirs in (model, again):
-        with torch.no_grad():
-            wanted = theirs(torch.tensor(ids)).logits
-        np.testing.assert_allclose(logits, wanted, atol=1e-5)
+    check_logits(logits, ids, model, again, atol=1e-5)
 
 
 VARIANTS = [
@@ -278,10 +275,17 @@ def test_variants_that_the_weights_can_make_up_for(rng, tmp_path, variant):
     assert plain.config.scale_attn_weights and not plain.config.scale_attn_by_inverse_layer_idx
     ids = rng.integers(257, size=(2, 16))
     logits = gpt2(ids, **load(tmp_path / "theirs")[2], n_head=2)
-    for theirs in (model, plain):
+    check_logits(logits, ids, model, plain, atol=5e-5)
+
+
+def check_logits(logits, ids, *models, atol):
+    """What each of transformers' models says of the ids."""
+    import torch
+
+    for model in models:
         with torch.no_grad():
-            wanted = theirs(torch.tensor(ids)).logits
-        np.testing.assert_allclose(logits, wanted, atol=5e-5)
+            wanted = model(torch.tensor(ids)).logits
+        np.testing.assert_allclose(logits, wanted, atol=atol)
 
 
 def test_a_folder_that_transformers_saved_whole_loads(saved, tmp_path):
