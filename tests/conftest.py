@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import io
@@ -44,7 +45,7 @@ GPT2_FILES = first_there(DATA / "gpt2-tokenizer", REPO / "models" / "124M")
 SHAKESPEARE = first_there(DATA / "shakespeare" / "input.txt", REPO / "data" / "shakespeare.txt")
 
 
-MOST_MEMORY = 900 << 20  # bytes between two tests
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)  # one of a test's cases
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux, by /proc or prlimit")
 
 
@@ -60,16 +61,21 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.line(f"{n:4} {reason}")
 
 
+MOST_GROWTH = 200 << 20  # bytes, until what is kept is given back
+most_memory = {"bytes": 0}
+
+
 @pytest.fixture(autouse=True)
 def memory_given_back():
-    """XLA keeps what it compiled, and the C library what was freed: a gigabyte, in the end."""
+    """XLA keeps what it compiled, and the C library what was freed: gigabytes, in the end."""
     yield
-    if sys.platform == "linux" and resident() > MOST_MEMORY:
+    if sys.platform == "linux" and resident() > most_memory["bytes"]:
         if "jax" in sys.modules:
             jax.clear_caches()
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
             ctypes.CDLL(None).malloc_trim(0)
+        most_memory["bytes"] = resident() + MOST_GROWTH
 
 
 def resident():  # bytes of memory that this process has

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPO
+from conftest import REPO, slow
 
 import train_jax
 import training.batches
@@ -23,7 +23,6 @@ from training.state import init_params, start_state
 from training.text import cut_windows
 from utils import load_encoder_hparams_and_params
 
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SIZES = {"n_vocab": 257, "n_ctx": 16, "n_embd": 24, "n_layer": 2}
 TEXT = [np.random.default_rng(0).integers(0, 257, 5000, dtype=np.uint16)]
 
@@ -59,7 +58,7 @@ def train(seed, n_devices, fsdp, optimizer, dtype="float32"):
 
 @pytest.mark.parametrize(
     "fsdp, optimizer",
-    [(True, "muon"), slow(False, "muon"), slow(True, "adamw"), slow(False, "adamw")],
+    [slow(True, "muon"), slow(False, "muon"), (True, "adamw"), slow(False, "adamw")],
 )
 def test_eight_devices_compute_what_one_does(seed, fsdp, optimizer):
     one, *wanted = train(seed, 1, False, optimizer)

@@ -297,6 +297,7 @@ def test_short_and_long_merge_alike(ids, pairs, rng):
     assert ids == before
 
 
+@pytest.mark.slow
 def test_words_of_a_megabyte(rng):
     """In seconds: one merge at a time over a plain list would take hours."""
     n = 10**6

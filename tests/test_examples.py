@@ -331,6 +331,7 @@ def train_rows(rng, n_devices, examples, seed):  # -> the loss of 3 steps, and t
     return float(loss), devices.to_host(state[0])
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_what_one_does(rng):
     examples, seed = random_examples(rng, 60, 33), int(rng.integers(2**31))
     loss, params = train_rows(rng, 1, examples, seed)

@@ -522,6 +522,7 @@ def test_a_large_vocabulary_is_reshaped_nearly_exactly(browser, tmp_path, rng):
             assert theirs["n_kept"] == pytest.approx(np.sum(probs > 0), rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_pages_photographs_can_be_taken_again(browser, tmp_path):
     pytest.importorskip("starlette", reason="starlette is not installed")
     command = [sys.executable, str(REPO / "docs" / "screenshot.py"), str(tmp_path)]

@@ -181,6 +181,7 @@ WORDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_checkpoint_survives_a_fault_at_every_step(tmp_path, fault):
     lines = python(MODELS + CHECKPOINTS, tmp_path / "out", fault)
@@ -274,6 +275,7 @@ print(n)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_preparation_survives_a_fault_at_every_step(tmp_path, fault):
     """Of a plain file and a packed one: no shard is half written, none is written again."""

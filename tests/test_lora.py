@@ -170,7 +170,8 @@ def test_a_rank_of_the_width_recovers_the_direction_of_full_finetuning(rng):
     )  # scale ** 2
 
 
-@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
 def test_eight_devices_compute_what_one_does(rng, fsdp):
     params = random_params(rng, TINY)
     adapters = trained(rng, params)
@@ -351,7 +352,8 @@ def written(out):
     return {name: data for name, data in files.items() if name.name not in names}
 
 
-@pytest.mark.parametrize("how", ["stopped", pytest.param("killed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_a_run_that_goes_on_ends_with_the_same_bits(run, models, tmp_path, monkeypatch, how):
     """It needs no models_dir: the checkpoint says where its base is."""
     out, args, _ = run

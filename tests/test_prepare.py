@@ -496,10 +496,8 @@ def alive(group):
     return [state for state in done.stdout.split() if not state.startswith("Z")]
 
 
-@pytest.mark.parametrize(
-    "how",
-    ["SIGKILL", "SIGINT", *(pytest.param(h, marks=slow) for h in ("SIGINT to all", "SIGTERM"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "SIGINT to all", "SIGTERM"])
 def test_a_stopped_run_leaves_no_worker_and_goes_on(corpus, tmp_path, rng, how):
     flags, whole = corpus
     out = tmp_path / "out"
@@ -527,6 +525,7 @@ def test_a_stopped_run_leaves_no_worker_and_goes_on(corpus, tmp_path, rng, how):
             assert (out / name).stat().st_mtime_ns == when
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_with_one_line(corpus, tmp_path):
     flags, whole = corpus
     out = tmp_path / "out"
@@ -543,6 +542,7 @@ def test_a_killed_worker_ends_the_run_with_one_line(corpus, tmp_path):
     assert tree(out) == whole
 
 
+@pytest.mark.slow
 def test_two_runs_into_one_folder(corpus, tmp_path):
     flags, whole = corpus
     out = tmp_path / "out"
@@ -695,10 +695,9 @@ BOMBS = {  # the first and the last of them are quick
 }
 
 
+@pytest.mark.slow
 @on_linux
-@pytest.mark.parametrize(
-    "name", [name if name in list(BOMBS)[::4] else pytest.param(name, marks=slow) for name in BOMBS]
-)
+@pytest.mark.parametrize("name", BOMBS)
 def test_a_small_file_that_unpacks_to_300_megabytes_takes_little_memory(tmp_path, name):
     if name.endswith("zst"):
         pytest.importorskip("zstandard")
@@ -743,6 +742,7 @@ def test_parquet_whose_text_is_no_text(tmp_path):
             read_here(tmp_path / "a.parquet", tmp_path)
 
 
+@pytest.mark.slow
 def test_rows_of_parquet_that_are_one_long_text(tmp_path):
     """A text that comes often is in the file but once, so the rows must not be held together."""
     pyarrow = pytest.importorskip("pyarrow")
@@ -823,6 +823,7 @@ def test_strange_bytes_are_counted_and_the_rest_is_kept(tmp_path):
         assert err == "notice: 3 pieces of invalid UTF-8 replaced by U+FFFD\n"
 
 
+@pytest.mark.slow
 @on_linux
 def test_a_line_of_many_blocks_and_bounded_memory(tmp_path):
     """30 MB in one line, with spaces and without: read, encoded and written in little memory."""

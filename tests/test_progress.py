@@ -137,6 +137,7 @@ def test_the_picture_shows_both_losses(log, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["loss.png", "metrics.jsonl"]
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_same_numbers(log, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     write = log(tensorboard=True)

@@ -10,7 +10,7 @@ import conftest
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, random_params
+from conftest import TINY, random_params, slow
 from test_evaluate import HELLASWAG, LAMBADA, N_CTX, N_HEAD, random_items, write, write_lines
 
 import evaluate
@@ -28,7 +28,7 @@ def params():
     return random_params(np.random.default_rng(seed), TINY)
 
 
-@pytest.fixture(scope="module", params=["one device", "eight", "eight, sharded and padded"])
+@pytest.fixture(scope="module", params=["one device", slow("eight"), "eight, sharded and padded"])
 def score_rows(request, params):
     """load_scorer's, and as the trainer has it: parameters spread, rows of wte that are no ids."""
     mesh = devices.make_mesh(1 if request.param == "one device" else 8)
@@ -160,7 +160,7 @@ def run(folder, *args, **options):
     return conftest.run("evaluate.py", *args, "--model_size", "tiny", models_dir=folder, **options)
 
 
-@pytest.mark.parametrize("task", ["perplexity", "hellaswag", "lambada"])
+@pytest.mark.parametrize("task", ["perplexity", slow("hellaswag"), slow("lambada")])
 def test_both_backends_print_the_same(models, tmp_path, task):
     data = write(tmp_path / "text", "Wörter und Zahlen, 1 2 3. " * 9)
     if task != "perplexity":

@@ -223,6 +223,7 @@ TRAIN = [
 ]
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_from_shards(prepared, tmp_path):
     code, out, err = call_trainer("--data", prepared, "--out", tmp_path / "m", *TRAIN)
     assert (code, err) == (0, "")
@@ -260,6 +261,7 @@ def test_the_same_ids_train_alike_from_every_kind(prepared, tmp_path):
     assert (code, out) == (2, "") and "has the id 300, but the tokenizer has only 257" in err
 
 
+@pytest.mark.slow
 def test_a_text_may_have_a_tokenizer(tmp_path):
     Encoder([("t", "h"), ("th", "e")]).save(tmp_path / "tokenizer")
     (tmp_path / "a.txt").write_text("the old man and the sea " * 300)

@@ -1,7 +1,9 @@
 """Model folders against transformers, safetensors and TensorFlow; broken ones against one line."""
 
 import contextlib
+import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import struct
@@ -9,9 +11,11 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
+import tensorflow_checkpoint
 from conftest import REPO, on_linux, random_params
 
 import utils
@@ -779,22 +783,27 @@ def test_saving_where_a_file_is_in_the_way(rng, tmp_path):
 # --- OpenAI's TensorFlow checkpoints -------------------------------------------------------
 
 
-def write_checkpoint(folder, hparams, params, extra=()):
-    """A checkpoint as OpenAI's: tf.compat.v1's Saver, conv weights [1, n_in, n_out]."""
-    tf = pytest.importorskip("tensorflow", reason="tensorflow is not installed")
-    v1 = tf.compat.v1
-    folder.mkdir()
-    with tf.Graph().as_default(), v1.Session() as session:
-        for name, array in [*leaves(params, hparams).items(), *extra]:
-            value = array[None] if name.endswith(".w") else array
-            v1.Variable(value, name=weights.tensorflow_name(name))
-        v1.Variable(np.zeros(3, np.float32), name="optimizer/step")
-        session.run(v1.global_variables_initializer())
-        v1.train.Saver().save(session, str(folder / "model.ckpt"))
-    (folder / "hparams.json").write_text(json.dumps(hparams))
-    encoder = Encoder([])
-    (folder / "encoder.json").write_text(json.dumps(encoder.vocab))
-    (folder / "vocab.bpe").write_text("#version: 0.2\n")
+@pytest.fixture(scope="module")
+def tensorflow():
+    """Calls functions in a process with TensorFlow, whose memory goes when these tests are done."""
+    if importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("tensorflow is not installed")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+@pytest.fixture(scope="module")
+def write_checkpoint(tensorflow):
+    """A checkpoint as OpenAI's: write_checkpoint(folder, hparams, params)."""
+
+    def write(folder, hparams, params):
+        tensorflow(tensorflow_checkpoint.write, folder, leaves(params, hparams))
+        (folder / "hparams.json").write_text(json.dumps(hparams))
+        encoder = Encoder([])
+        (folder / "encoder.json").write_text(json.dumps(encoder.vocab))
+        (folder / "vocab.bpe").write_text("#version: 0.2\n")
+
+    return write
 
 
 SIZES_OF_1 = [{"n_ctx": 1}, {"n_embd": 1, "n_head": 1, "n_layer": 1}]
@@ -803,7 +812,7 @@ SIZES_OF_1 = [{"n_ctx": 1}, {"n_embd": 1, "n_head": 1, "n_layer": 1}]
 @pytest.mark.parametrize(
     "ones", [{}, *(pytest.param(s, marks=pytest.mark.slow) for s in SIZES_OF_1)], ids=str
 )
-def test_a_tensorflow_checkpoint_loads_and_is_converted_once(rng, tmp_path, ones):
+def test_a_tensorflow_checkpoint_loads_and_is_converted_once(write_checkpoint, rng, tmp_path, ones):
     hparams = HPARAMS | ones
     params = random_params(rng, hparams)
     folder = tmp_path / "tf"
@@ -829,7 +838,7 @@ def test_a_tensorflow_checkpoint_loads_and_is_converted_once(rng, tmp_path, ones
 
 
 @pytest.mark.slow
-def test_a_conversion_is_quiet_and_alike_in_two_processes(rng, tmp_path):
+def test_a_conversion_is_quiet_and_alike_in_two_processes(write_checkpoint, rng, tmp_path):
     params = random_params(rng, HPARAMS)
     write_checkpoint(tmp_path / "tf", HPARAMS, params)
     code = (
@@ -842,14 +851,16 @@ def test_a_conversion_is_quiet_and_alike_in_two_processes(rng, tmp_path):
     assert_same(load(tmp_path / "tf")[2], params, HPARAMS)
 
 
-def test_a_checkpoint_that_is_not_as_hparams_say_is_refused_unconverted(rng, tmp_path):
+def test_a_checkpoint_that_is_not_as_hparams_say_is_refused_unconverted(
+    tensorflow, write_checkpoint, rng, tmp_path
+):
     params = random_params(rng, HPARAMS)
     write_checkpoint(tmp_path / "tf", HPARAMS, params)
     checkpoint = str(tmp_path / "tf" / "model.ckpt")
 
-    def refused(**change):  # here, for another process imports TensorFlow anew
+    def refused(**change):
         with pytest.raises(ValueError, match="model.ckpt: ") as caught:
-            convert.read_checkpoint(checkpoint, HPARAMS | change)
+            tensorflow(convert.read_checkpoint, checkpoint, HPARAMS | change)
         assert "\n" not in str(caught.value)
 
     for change in ({"n_layer": 1}, {"n_layer": 3}, {"n_embd": 16}, {"n_vocab": 258}, {"n_ctx": 8}):
@@ -868,7 +879,7 @@ def test_a_checkpoint_that_is_not_as_hparams_say_is_refused_unconverted(rng, tmp
 
 @pytest.mark.slow
 def test_a_checkpoint_whose_conversion_cannot_be_kept_loads_with_a_notice(
-    rng, tmp_path, monkeypatch, capsys
+    write_checkpoint, rng, tmp_path, monkeypatch, capsys
 ):
     params = random_params(rng, HPARAMS)
     write_checkpoint(tmp_path / "tf", HPARAMS, params)
@@ -893,7 +904,9 @@ def masked_crc32c(data):  # of the blocks of TensorFlow's index, a LevelDB table
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
 
 
-def test_a_damaged_checkpoint_that_makes_tensorflow_abort_is_a_line(rng, tmp_path):
+def test_a_damaged_checkpoint_that_makes_tensorflow_abort_is_a_line(
+    write_checkpoint, rng, tmp_path
+):
     """Found by fuzzing: an entry that does not parse, in a block whose checksum is right."""
     write_checkpoint(tmp_path / "tf", HPARAMS, random_params(rng, HPARAMS))
     path = tmp_path / "tf" / "model.ckpt.index"
