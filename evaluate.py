@@ -417,9 +417,10 @@ def main(
 
     Args:
         task: perplexity, hellaswag, lambada, or choose.
-        data: for perplexity, a text file or a folder of token shards, whose validation split is
-            read; for hellaswag and lambada, a JSON-lines file instead of the one downloaded once;
-            for choose, lines of {"prompt": text, "choices": [texts], "answer": a number from 0}.
+        data: for perplexity, a text file, or a folder of token shards, whose validation split is
+            read; for the other tasks a file of JSON lines. hellaswag and lambada download theirs
+            once if there is no --data. For choose, each line has a prompt (a text), choices (a list
+            of texts), and the answer (the number of the right choice, counted from 0).
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. What is not here yet is downloaded once.
         models_dir: the folder that holds the models.

@@ -65,9 +65,9 @@ def read_flags(
     data. A flag that is typed replaces the recipe's. The recipes are in training/recipes.py.
 
     Args:
-        data: a text file, shakespeare (downloaded once), python-docs (on every machine), a folder
-            of token shards (prepare.py's, nanoGPT's or llm.c's), or a file NAME.jsonl of examples,
-            {"prompt": text, "completion": text} or {"messages": [...]} a line, of which only the
+        data: a text file, shakespeare (downloaded once), python-docs (it comes with Python), a
+            folder of token shards (prepare.py's, nanoGPT's or llm.c's), or a file NAME.jsonl of
+            examples. Each line of that has either a prompt and a completion, or messages; only the
             completions and the assistant's messages are learned.
         out: the folder to write, a new one; `python gpt2.py "..." --model_size mine` then reads
             models/mine.
@@ -79,8 +79,9 @@ def read_flags(
         lora_alpha: their update is multiplied by lora_alpha / lora_rank (16).
         lora_targets: the matrices that get one: some of c_attn, c_proj (both of a block's), c_fc,
             attn.c_proj and mlp.c_proj, with commas between them (c_attn,c_proj,c_fc).
-        resume: the `out` of a run: go on where it stopped, with its flags. The only one that may
-            be added is n_steps: with more of them, the learning rate goes on along their cosine.
+        resume: the `out` of an earlier run, which then goes on where it stopped, with its flags.
+            Only n_steps may be given again, to go on for longer, with a learning rate that follows
+            the cosine of the longer run.
         overwrite: put the model in place of another one in `out`, with its checkpoints.
         tokenizer: 124M (GPT-2's), a folder in models_dir, or a path; by default that of the shards,
             and bytes for a text.
