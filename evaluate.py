@@ -424,8 +424,10 @@ def main(
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. What is not here yet is downloaded once.
         models_dir: the folder that holds the models.
-        stride: tokens between two windows of perplexity, at most the model's n_ctx, the default.
-        backend: numpy, or jax: on all devices, and the default where JAX finds a GPU or a TPU.
+        stride: tokens from one window of perplexity to the next, at most the model's n_ctx, which
+            is also the default.
+        backend: numpy, or jax, which uses all devices; jax is the default where it finds a GPU or a
+            TPU, else numpy.
     """
     check_flags(task, data, stride)
     backend, score_rows, scored = choose_backend(backend), None, None

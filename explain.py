@@ -249,7 +249,7 @@ def main(
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. What is not here yet is downloaded once.
         models_dir: the folder that holds the models.
-        out: the page's file.
+        out: the file to write.
     """
     from utils import load_encoder_hparams_and_params
 

@@ -285,7 +285,7 @@ def main(
 ):
     """Turn text into token shards for train_jax.py.
 
-    Run again after an interruption, the same command goes on where it was.
+    After an interruption, run the same command again: it goes on where it stopped.
 
     Args:
         inputs: files, folders, patterns, - for standard input, or shakespeare (downloaded once).
@@ -293,14 +293,14 @@ def main(
         tokenizer: 124M (GPT-2's), a folder in models_dir, or a path; bytes by default.
         train_tokenizer: learn a tokenizer of this many entries from the text itself.
         separator: the line that separates the documents of a text; empty for blank lines.
-        field: where JSON lines and Parquet have the text; "text" by default. Naming it makes files
-            of unknown kinds, and standard input, JSON lines.
-        val_fraction: share of the documents for validation, 0.01 by default; where that would be
-            fewer than ten documents, the last part of the text, a tenth by default.
+        field: the field or column with the text, in JSON lines and Parquet; "text" by default. If
+            it is given, standard input and files of unknown kinds are read as JSON lines.
+        val_fraction: share of the documents for validation, 0.01 by default; if that would be fewer
+            than ten documents, the last part of the text instead, a tenth of it by default.
         seed: the same seed draws the same documents for validation.
         shard_mb: megabytes of text in a shard.
         workers: processes; by default, one per processor.
-        ray: local, auto or an address: use a Ray cluster, whose machines all see the files.
+        ray: local, auto or an address; use a Ray cluster, whose machines must all see the files.
         models_dir: the folder that holds the models.
     """
     from model_files.download import download_shakespeare

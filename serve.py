@@ -349,15 +349,15 @@ def main(
     Args:
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. What is not here yet is downloaded once.
-        host: the address to listen on; 0.0.0.0 for all of this machine's.
-        port: 0 takes any that is free.
+        host: the address to listen on; 0.0.0.0 for all addresses of this machine.
+        port: the port to listen on; 0 takes any that is free.
         models_dir: the folder that holds the models.
         batch_size: how many texts to write at the same time; each needs memory for its cache.
         max_waiting: with this many texts waiting, a request is refused (429).
         timeout: seconds that a request may take (408).
-        allow: a further Host, or an Origin such as https://example.org, to take requests from; may
-            be repeated.
-        api_key: ask every client for this key.
+        allow: another Host to accept, or an Origin such as https://example.org to accept requests
+            from; may be repeated.
+        api_key: a key that every client must send.
     """
     from utils import load_encoder_hparams_and_params
 

@@ -230,9 +230,9 @@ def main(command: str, adapter: str, out: str, models_dir: str = "models", dtype
     Args:
         command: merge.
         adapter: a folder in models_dir, or a path, with a LoRA adapter in peft's layout.
-        out: the folder to write, a new one: a model like any other, with no need of its base.
+        out: the new folder to write; what it gets is a model like any other, which needs no base.
         models_dir: the folder that holds the models.
-        dtype: float32 or float16, of the weights on the disk.
+        dtype: float32 or float16, of the weights on disk.
     """
     if command != "merge":
         raise ValueError(f"no command {command!r}: merge is the only one")
