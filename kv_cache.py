@@ -49,7 +49,10 @@ CHUNK = 512  # tokens that a pass runs at most, which bounds its scratch memory
 
 
 def one_text(params, n_head):  # -> a function that takes the next ids, [n], and returns [n, n_embd]
-    """The idea in its simplest form. All code below does the same, faster and for many texts."""
+    """The idea in its simplest form. All code below does the same, faster and for many texts.
+
+    Only a test calls this: it compares the two.
+    """
     kept, n_seq = {}, 0  # {layer: (keys, values)}, and of how many tokens
 
     def run(ids):

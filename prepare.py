@@ -6,18 +6,17 @@
 
 The parent process cuts the files into spans of some 32 MB that end where a document ends, reading
 little of them. Spans make tasks. A worker seeks to the start of a span, and then reads, encodes and
-writes a megabyte at a time, so that its memory does not grow with the span or the document (it only
-holds a line of JSON, or 64 rows of Parquet, as a whole). It writes the task's shards under other
+writes a megabyte at a time, so that its memory does not grow with the span or the document (only a
+line of JSON, or 64 rows of Parquet, is held as a whole). It writes the task's shards under other
 names, renames them when they are complete, and writes a note of what is in them last. A task that
 has its note is not done again: a killed run goes on where it was. Cuts, order and random numbers
 follow from the files alone, so one worker or a cluster write the same bytes. Compressed files and
 standard input cannot be cut in place: the parent unpacks them, a span at a time, into files for the
 workers.
 
-A document ends at a line that holds only <|endoftext|> (or --separator) and at the end of a file;
-in JSON lines and Parquet, each row is a document. Each is followed by the id of <|endoftext|>;
-nothing else changes.
-A folder of shards:
+A document ends at a line that holds only <|endoftext|> (or --separator), or at the end of a file;
+in JSON lines and Parquet, each row is a document. Each is followed by the id of <|endoftext|>, and
+nothing else changes. A folder of shards holds:
 
     train_000000.bin ..., val_000000.bin ...   ids, little-endian uint16 (uint32 above 65535 ids)
     meta.json                                  what is in them and where from; written last of all
@@ -65,7 +64,11 @@ OURS = re.compile(  # the files in the shards' folder that may be deleted
 
 
 def begin(out, plan):  # -> whether there is anything to do
-    """Compare the plan with what an earlier run left in `out`; ValueError if that is not ours."""
+    """Compare the plan with what is in `out`, and delete what an earlier run left half-done there.
+
+    What the same plan left is kept, unless it read standard input. ValueError if the folder holds
+    the shards of another run, or other files.
+    """
     work_dir = os.path.join(out, WORK)
     complete = read_or_empty(os.path.join(out, "meta.json")).get("plan")
     begun = read_or_empty(os.path.join(work_dir, "plan.json"))
@@ -91,7 +94,7 @@ def begin(out, plan):  # -> whether there is anything to do
 def clean(out):
     """Delete half-written files and, if there is nothing to go on from, the work folder.
 
-    Errors here are ignored: a run should end with the error of its work, not of its cleaning.
+    Errors here are ignored: a run should end with the error of its work, not of its clean-up.
     """
     work_dir = os.path.join(out, WORK)
     for folder, name in [(d, name) for d in (out, work_dir) for name in os.listdir(d)]:
@@ -106,7 +109,7 @@ def clean(out):
 
 
 def get_tokenizer(name, models_dir):  # -> Encoder
-    """Bytes if there is no name; else a released GPT-2's, or one from models_dir or a path."""
+    """The byte model if name is None; else a released GPT-2's, or one from models_dir or a path."""
     from utils import find_model
 
     if name is None:
@@ -119,7 +122,7 @@ def get_tokenizer(name, models_dir):  # -> Encoder
 
 
 def learn_tokenizer(n_vocab, sources, options, work_dir):  # -> Encoder
-    """Learns from all of the text or, if it has more than 100 MB, from 100 MB taken all over it."""
+    """Learns from all of the text or, if it is over 100 MB, from 100 MB spread evenly over it."""
     if sources[0]["name"] == "-":
         raise ValueError(
             "--train_tokenizer reads the text twice, which standard input does not allow"
