@@ -4,17 +4,19 @@
     python gpt2.py "It was" --model_size mine            # then write with it
 
 gpt2.py computes the loss; this file says how the loss changes if anything in there does. If dy is
-the gradient by a function's result y (what the loss gains per change of y), the chain rule gives
-dx, the gradient by its input x. So every function of gpt2.py has a counterpart here, in its order:
+the gradient with respect to a function's result y (how the loss changes with y), the chain rule
+gives dx, the gradient with respect to its input x. So every function of gpt2.py has a counterpart
+here, in its order:
 
-*  A small one's, f_backward(dy, ...), takes dy and f's arguments, or f's result where that saves
-   work. It returns dx, and the gradients of f's parameters under their names.
-*  One made of others has f_forward(...), which calls gpt2.py's functions as they are and returns y
-   and `backward`, a function from dy to the same. What it needs until then is kept inside it.
+*  A small function f has f_backward(dy, ...), which takes dy and f's arguments, or f's result where
+   that saves work. It returns dx, and the gradients of f's parameters under their names.
+*  A function made of others has f_forward(...), which calls gpt2.py's functions as they are and
+   returns y and `backward`, a function that takes dy and returns the same as above. What it needs
+   until then is kept inside it.
 
-A batch's tokens stand one after the other, [n_tokens, n_embd], for a few large products are faster
-than many small ones; attention alone sees sequences. Memory: 4 bytes for each parameter, twice that
-for Adam, once more for each thread's gradient; and for each token of the batch
+A batch's tokens stand one after the other, [n_tokens, n_embd], because a few large products are
+faster than many small ones; only attention sees the sequences. Memory: 4 bytes for each parameter,
+twice that for Adam, once more for each thread's gradient; and for each token of the batch
 4 * (n_layer * (16 * n_embd + n_head * n_seq) + 3 * n_vocab).
 """
 
@@ -37,8 +39,8 @@ from training.host import run
 
 def gelu_backward(dy, x, y):  # [...] each, y = gelu(x) -> dx
     """y = x s with s = (1 + tanh u) / 2 has the slope s + x s', and tanh' = 1 - tanh^2 makes
-    s' = 2 s (1 - s) u'. Since x s is y: s + 2 y (1 - s) u'. s is y / x, so tanh is not made again;
-    only at 0, where it is 1/2, that says nothing.
+    s' = 2 s (1 - s) u'. Since x s is y: s + 2 y (1 - s) u'. s is y / x, so tanh is not computed
+    again; only at x = 0 that is 0 / 0, and s is 1/2.
     """
     with np.errstate(invalid="ignore"):
         s = y / x
@@ -207,8 +209,8 @@ def sum_by_id(ids, rows):  # [n], [n, n_embd] -> the different ids, the sum of e
 def cross_entropy(logits, targets):  # [n, n_vocab], [n] -> nats [n], the gradient of their sum
     """-ln p[target], p = softmax(logits), is ln(sum of exp(logits)) less the target's logit.
 
-    The first has the slope p, the second 1 at the target: p - y, where y is what came, in full. ln
-    of the sum is read off the likeliest token, whose p is never 0.
+    The first has the slope p, the second 1 at the target and 0 elsewhere; the gradient is their
+    difference. The ln of the sum comes from the likeliest token, whose p is never 0.
     """
     p, rows, best = softmax(logits), np.arange(len(logits)), logits.argmax(-1)
     nats = logits[rows, best] - np.log(p[rows, best]) - logits[rows, targets]
@@ -219,9 +221,10 @@ def cross_entropy(logits, targets):  # [n, n_vocab], [n] -> nats [n], the gradie
 def loss_and_gradients(params, tokens, n_head, n_parts=1):  # [n_batch, n_seq + 1] ids
     """-> nats per token, a float, the mean of -ln p[next token]; its gradient, a tree like params.
 
-    Both are divided by n_parts: so many of them add up to a mean. Threads share the sequences, each
-    with OpenBLAS to itself, so that all of the work is done in parallel and not the products alone.
-    What they return is added up in the batch's order: the same bits each time, on one machine.
+    Both are divided by n_parts, so that the sum over n_parts batches is their mean. Threads share
+    the sequences, each with OpenBLAS to itself, so that all of the work runs in parallel, not only
+    the products. What they return is added up in the batch's order: the same bits each time, on one
+    machine.
     """
 
     def work(mine):
@@ -291,7 +294,7 @@ def train_step(params, moments, n_done, batches, flags):  # -> the loss; the oth
     return loss
 
 
-@functools.wraps(read_flags, assigned=["__doc__"])
+@functools.wraps(read_flags, assigned=["__doc__"])  # every flag is explained there
 def main(*args, **kwargs):
     run(*read_flags(*args, **kwargs), train_step, cross_entropy, learning_rate, generate)
 

@@ -5,7 +5,7 @@ A model reads numbers, so text is first cut into tokens, each with an id. Three 
 1. a pattern cuts the text into pieces: words, numbers, runs of punctuation, runs of spaces;
 2. each piece becomes its UTF-8 bytes, so that any text at all needs only 256 symbols;
 3. in each piece, the pair of neighbours that stands first in a list of merges is joined into
-   one longer symbol, then the next such pair, until no neighbours are in the list.
+   one longer symbol, then the next such pair, until no two neighbours are in the list.
 
 With GPT-2's list of 50000 merges:
 
@@ -35,20 +35,20 @@ from model_files.tokenizer import parse_added, parse_tokenizer
 from plumbing.files import check_file, read_json, write_whole
 
 # GPT-2's pattern, letter for letter, since another one would give other ids. Read it as a list
-# of what a piece may be, the first that fits being taken: the ending of an English contraction;
-# letters; digits; other signs; white space. The last space before a word belongs to the word,
-# which is why most tokens begin with one. Hence \s+(?!\S): white space that something follows
-# gives its last character back. Two oddities must stay: only lower-case endings count ("DON'T" is
-# cut "DON", "'", "T"), and they count where no word precedes them (a line's first "'tis" is cut
-# "'t", "is"). \p{L} is a letter of any script and \p{N} any digit, which Python's own `re` does
-# not know. Nor do the two agree on \x1c to \x1f: white space to `re`, but not to `regex`, with
-# which OpenAI's encoder runs, nor to tiktoken.
+# of what a piece may be, of which the first that fits is taken: the ending of an English
+# contraction; letters; digits; other signs; white space. The last space before a word belongs to
+# the word, which is why most tokens begin with one. This is what \s+(?!\S) is for: it takes a run
+# of white space, but not its last character if something follows. Two oddities must stay: only
+# lower-case endings count ("DON'T" is cut into "DON", "'", "T"), and they count even where no word
+# comes before them ("'tis" at the start of a line is cut into "'t", "is"). \p{L} is a letter of any
+# script and \p{N} any digit; Python's own `re` knows neither. `re` also takes \x1c to \x1f for
+# white space, but `regex`, which OpenAI's encoder uses, does not, and nor does tiktoken.
 PIECE = regex.compile(
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 )
 
 # A coarser pattern that `re` runs three times as fast: a word with all that touches it and the one
-# white-space character before it, or the rest of the white space. It cuts only where PIECE cuts
+# white-space character before it, or what is left of the white space. It cuts only where PIECE cuts
 # as well, so its words can be encoded one by one, and most have been met before.
 SPACE, SOLID = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"  # what `regex` calls \s and \S
 WORD = re.compile(rf"{SPACE}?{SOLID}+|{SPACE}+(?!{SOLID})")
@@ -58,7 +58,7 @@ LONG_PIECE = 50  # bytes from which merge_long overtakes merge_short
 CACHE_ENTRIES = 2**17  # texts that a Cache holds before it starts afresh: some 25 MB
 CACHE_CHARS = 64  # longer texts are unlikely to come again
 
-MOST_IDS = 2**24  # each is a row of the model's embedding: no tokenizer comes near
+MOST_IDS = 2**24  # each id is a row of the model's embedding: no tokenizer has nearly as many
 TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",)]
 
 
@@ -93,9 +93,6 @@ def printable(text):
     return "".join(CHAR_OF_BYTE[byte] for byte in text.encode())
 
 
-MIRROR = bytes(range(255, -1, -1))  # translates byte b to 255 - b
-
-
 def merge_short(ids, ranks, merged):
     """Merge ids until no two neighbours are a pair of `ranks`; return what is left.
 
@@ -106,26 +103,26 @@ def merge_short(ids, ranks, merged):
     [7, 89, 78]
     """
     ids, never = list(ids), len(merged)
-    order = [ranks.get(pair, never) for pair in pairwise(ids)]
-    while order and (rank := min(order)) < never:
-        i = order.index(rank)
+    found = [ranks.get(pair, never) for pair in pairwise(ids)]  # the rank of each two neighbours
+    while found and (rank := min(found)) < never:
+        i = found.index(rank)
         ids[i : i + 2] = [merged[rank]]
-        del order[i]
+        del found[i]
         if i > 0:
-            order[i - 1] = ranks.get((ids[i - 1], ids[i]), never)
-        if i < len(order):
-            order[i] = ranks.get((ids[i], ids[i + 1]), never)
+            found[i - 1] = ranks.get((ids[i - 1], ids[i]), never)
+        if i < len(found):
+            found[i] = ranks.get((ids[i], ids[i + 1]), never)
     return ids
 
 
 def merge_long(ids, ranks, merged):
     """Do what merge_short does, in n log n steps rather than n * n: a word may be a megabyte.
 
-    A heap hands out the pairs, best first. Merged ids keep the left one's place, the right one's
-    is emptied, and `before` and `after` lead from each id to its neighbours across the gaps.
+    A heap hands out the pairs, best first. A merged id takes the left one's place, the right one's
+    becomes None, and `before` and `after` lead from each id to its neighbours across these gaps.
     """
     n = len(ids)
-    ids = [*ids, None]  # one empty place past the end, which before[0] = -1 also finds
+    ids = [*ids, None]  # a None past the end; before[0], which is -1, finds it, too
     before, after = list(range(-1, n)), list(range(1, n + 1))
     pairs = enumerate(pairwise(ids))
     heap = [ranks[pair] * n + i for i, pair in pairs if pair in ranks]  # (rank, i) as one int
@@ -137,6 +134,7 @@ def merge_long(ids, ranks, merged):
         ids[i], ids[after[i]] = merged[rank], None
         after[i] = after[after[i]]
         before[after[i]] = i
+        # The new id makes a pair with each of its neighbours.
         for j, pair in (before[i], (ids[before[i]], ids[i])), (i, (ids[i], ids[after[i]])):
             if pair in ranks:
                 heappush(heap, ranks[pair] * n + j)
@@ -162,10 +160,10 @@ class Encoder:
     """A byte-level BPE vocabulary, for both directions.
 
     merges: pairs of pieces in printable form, first to be merged first. vocab: {piece: id}, by
-    default as GPT-2 numbers its own: the 256 bytes, what each merge makes, then <|endoftext|>.
-    special: {text: id} of the texts that are one id each where encode() is asked for that; by
-    default <|endoftext|>, if it is in the vocabulary.
-    A merge of pieces that the vocabulary lacks is a ValueError, as is all check_vocab refuses.
+    default numbered as GPT-2's is: the 256 bytes, what each merge makes, then <|endoftext|>.
+    special: {text: id} of texts that encode() can turn into a single id, if it is told to; by
+    default <|endoftext|>, if it is in the vocabulary. ValueError for a merge of pieces that the
+    vocabulary lacks, and for anything that check_vocab refuses.
 
     n_vocab: one more than the largest id. endoftext: its id, None where the vocabulary has none.
     piece_of_id: the inverse of vocab.
@@ -195,9 +193,9 @@ class Encoder:
     def encode(self, text, allow_endoftext=False):
         """Return the token ids of a string: list[int].
 
-        "<|endoftext|>" in it is text like any other, unless allow_endoftext makes it, and the other
-        texts of `special`, one id each; where two fit, the longer. Lone surrogates, which no UTF-8
-        can hold, become U+FFFD.
+        "<|endoftext|>" in it is text like any other, unless allow_endoftext is true: then it is
+        one id, and so are the other texts of `special`; where two fit, the longer one. Lone
+        surrogates, which UTF-8 cannot hold, become U+FFFD.
         """
         text = mend_surrogates(text)
         if not allow_endoftext or not self.special:
@@ -211,10 +209,10 @@ class Encoder:
         return ids
 
     def encode_prompt(self, text, n_ctx=None):
-        """Return encode(text); for an empty one <|endoftext|> alone, if the vocabulary has it.
+        """Return encode(text), or for an empty text <|endoftext|> alone, if the vocabulary has it.
 
-        ValueError for a text too long for n_ctx tokens even if all were the longest that there
-        are: this costs nothing, where the ids of a large file would fill the memory first.
+        ValueError for a text that is too long even if each of n_ctx tokens were the longest there
+        is. This check costs nothing, while encoding a huge file would fill the memory.
         """
         if n_ctx is not None and len(text) > n_ctx * self._n_longest:
             raise ValueError(
@@ -231,16 +229,16 @@ class Encoder:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids):  # -> bytes
-        """The ids' bytes, which may begin or end within a character. ValueError as in decode."""
+        """Return the ids' bytes; they may begin or end inside a character. ValueError as decode."""
         ids = [index(id) for id in ids]
         try:
-            printable = "".join([self.piece_of_id[id] for id in ids])
+            chars = "".join([self.piece_of_id[id] for id in ids])
         except KeyError as unknown:
             raise ValueError(f"id {unknown} is not in the vocabulary of {self.n_vocab}") from None
-        return bytes([BYTE_OF_CHAR[char] for char in printable])
+        return bytes([BYTE_OF_CHAR[char] for char in chars])
 
     def decode_stream(self, ids):
-        """Yield the text of ids as they arrive, the same in all as decode(ids) returns.
+        """Yield the text of ids as they arrive, in all the same as decode(ids).
 
         A character whose bytes are spread over several tokens comes with the last of them.
         """
@@ -272,7 +270,7 @@ class Encoder:
         write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2))
 
     def _encode_plain(self, text):
-        if not self._ranks and max(self._byte_ids) < 256:  # the byte model needs only a table
+        if not self._ranks and max(self._byte_ids) < 256:  # without merges, a table will do
             return list(text.encode().translate(bytes(self._byte_ids)))
         ids, ids_of_word = [], self._ids_of_word
         for word in WORD.findall(text):
@@ -296,10 +294,10 @@ def train(texts, n_vocab):
 
     The entries are the 256 bytes, <|endoftext|>, and what the merges make: fewer where the text
     runs out of pairs. Each merge joins the two neighbours that come most often at that point; of
-    pairs that come equally often, the one whose bytes are greater. Nothing is merged across the
+    pairs that come equally often, the one with the greater bytes. Nothing is merged across the
     pieces that encode() cuts, nor across texts, nor with <|endoftext|>, which separates documents.
-    Memory grows with the number of different pieces, not with the text; time with their length,
-    so that a text without white space or signs is slow. ValueError if n_vocab is below 257.
+    Memory grows with the number of different pieces, not with the text. Time grows with their
+    length, so a text without white space or signs is slow. ValueError if n_vocab is below 257.
     Sennrich et al. 2016, algorithm 1.
 
     In "low lower lowest", (l, o) and (o, w) come three times each, and o is the greater byte: "ow"
@@ -380,11 +378,15 @@ def join(symbols, pair, symbol):
     return joined
 
 
-def heap_entry(pair, n):
-    """What sorts first for the most frequent pair and, among equals, for that of greater bytes.
+MIRROR = bytes(range(255, -1, -1))  # translates byte b to 255 - b
 
-    A heap hands out its smallest entry, so all is turned round: -n, and 255 - byte. The end of a
-    symbol must then sort last, since of b"a" and b"ab" the longer is the greater.
+
+def heap_entry(pair, n):
+    """A tuple that sorts first for the most frequent pair and, among equals, the greatest bytes.
+
+    A heap hands out its smallest entry, so everything is turned round: -n, and 255 - byte. The
+    longer of b"a" and b"ab" is the greater and must come first, so each text ends with a character
+    that is larger than any byte.
     """
     return -n, *[half.translate(MIRROR).decode("latin-1") + "\u0100" for half in pair], pair
 
@@ -395,13 +397,13 @@ def number_pieces(merges):
     >>> list(number_pieces([("l", "o"), ("lo", "w")]).items())[-3:]
     [('lo', 256), ('low', 257), ('<|endoftext|>', 258)]
     """
-    made = [left + right for left, right in merges]
-    pieces = dict.fromkeys([*CHAR_OF_BYTE.values(), *made, ENDOFTEXT])  # two merges may make one
+    made = [left + right for left, right in merges]  # two merges may make the same piece
+    pieces = dict.fromkeys([*CHAR_OF_BYTE.values(), *made, ENDOFTEXT])
     return {piece: id for id, piece in enumerate(pieces)}
 
 
 def add_special(vocab, special):
-    """Return the vocabulary with special texts in it; ValueError where it has them otherwise."""
+    """Return the vocabulary with special texts in it; ValueError if one has another id there."""
     for text, id in special.items():
         if vocab.get(printable(text), id) != id:
             raise ValueError(f"{text!r} has two ids, {vocab[printable(text)]} and {id}")
@@ -422,7 +424,7 @@ def rank_merges(merges, vocab):
 
 
 def check_vocab(vocab):
-    """Return vocab, or raise a ValueError that says why it is no {printable piece: id}."""
+    """Return vocab, or raise a ValueError that says why it cannot be one."""
     if not isinstance(vocab, dict):
         raise ValueError("a vocabulary is one JSON object, from pieces to ids")
     piece_of_id = {}
@@ -443,7 +445,7 @@ def check_vocab(vocab):
 def mend_surrogates(text):
     """Join surrogates that form a pair; replace lone ones with U+FFFD, as tiktoken does.
 
-    Such halves of characters reach Python from UTF-16 and from undecodable file names.
+    Such halves of characters come from UTF-16 and from file names that are not UTF-8.
 
     >>> mend_surrogates("\\ud83d\\ude00 \\ud83d")
     '😀 �'
@@ -460,7 +462,7 @@ def get_encoder(model_name, models_dir):
     malformed. From https://github.com/openai/gpt-2/blob/master/src/encoder.py.
     """
     folder = Path(models_dir) / model_name
-    file, *others = find_tokenizer(folder)
+    file, *others = find_tokenizer(folder)  # `file` is always the one that is being read
     try:
         if not others:
             return Encoder(*parse_tokenizer(read_json(file)))
@@ -473,7 +475,7 @@ def get_encoder(model_name, models_dir):
         file = merges_file
         check_file(file)
         return Encoder(parse_merges(file.read_text("utf-8")), vocab, special)
-    except ValueError as problem:  # what is wrong as UTF-8 is a ValueError, too
+    except ValueError as problem:  # so is text that is not UTF-8
         text = str(problem)
         raise ValueError(text if text.startswith(str(file)) else f"{file}: {text}") from None
 

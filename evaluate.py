@@ -7,7 +7,7 @@
 
 All of them ask the model one question: how likely is this token after those before it? `score`
 answers it. The rest decides which tokens to ask about, what the model sees before each, and how the
-answers become one number. Everybody decides these a little differently, and then the numbers differ
+answers become one number. Everybody does this a little differently, and then the numbers differ,
 too; so the docstrings below say which source each task follows.
 
 The result is one line of JSON. Nothing else is written to standard output.
@@ -39,16 +39,14 @@ URLS = {
 }
 
 LOGITS_ROWS = 64  # positions whose logits are held at the same time: 13 MB with 50257 ids
-CACHED_TOKENS = (
-    2048  # tokens in caches at the same time, or those of one item: 144 MiB for GPT-2 124M
-)
+CACHED_TOKENS = 2048  # in all caches together, or one item's if it has more: 144 MiB for 124M
 
 
 def score(x, targets, params):  # [n, n_embd], [n] -> [n] float32, [n] bool
-    """Each target's log-probability by the hidden state before it, and whether it is the likeliest.
+    """Each target's log-probability, from the hidden state before it, and whether it is likeliest.
 
-    The largest logit is subtracted first, so that exp cannot overflow. ValueError if an answer
-    is not a number: else NaN would silently count as wrong everywhere.
+    The largest logit is subtracted first, so that exp cannot overflow. ValueError if a
+    result is not a number: NaN would silently count as wrong everywhere.
     """
     answers = []
     for start in range(0, len(x), LOGITS_ROWS):
@@ -71,7 +69,7 @@ def score_logits(logits, targets, rows):  # [n, n_vocab], [n], a slice -> score'
 
 
 def score_row(row, params, n_head):  # -> score's answer
-    """row: ids, at most n_ctx + 1 of them, and how many of the last are to be scored."""
+    """row: (ids, n_scored), at most n_ctx + 1 ids, of which the last n_scored are scored."""
     ids, n_scored = row
     cache = new_cache(params, n_head, capacity=len(ids) - 1)
     x = extend_all([cache], [ids[:-1]], params, n_head)[-n_scored:]
@@ -238,7 +236,7 @@ def mark_lambada(scores, label):  # (log_probs, hits) of the one ending -> {meas
 
     The data is that of Paperno et al. 2016, arXiv:1606.06031, in OpenAI's version. For the word,
     EleutherAI's harness gives GPT-2 124M 0.3256. The 0.4599 of GPT-2's paper is nearer to what
-    others measured for the last token. That is easier: a word's beginning gives away its end.
+    others measured for the last token. That is easier, since a word's beginning gives away its end.
     """
     ((_, hits),) = scores
     return {"acc_last_word": bool(hits.all()), "acc_last_token": bool(hits[-1])}
@@ -313,7 +311,7 @@ def encode_item(where, context, endings, label, encoder, n_ctx):  # texts -> a d
 
 
 def group_items(items):  # -> lists of neighbours
-    """Groups as large as CACHED_TOKENS allows: the more tokens a pass has, the faster is each."""
+    """Groups as large as CACHED_TOKENS allows: the more tokens in a pass, the faster each is."""
     group, n_tokens = [], 0
     for item in items:
         n_more = item["n_seq"] * (1 + len(item["endings"]))  # a cache for the context, and copies
@@ -372,7 +370,7 @@ def accuracy(items, mark, params, n_head, scored=None, **shown):  # of encode_it
 
 
 def check_flags(task, data, stride):
-    """Raises ValueError or FileNotFoundError, one clear line, before a model is looked for."""
+    """Raises ValueError or FileNotFoundError, one clear line, before looking for a model."""
     if task not in ("perplexity", *TASKS):
         raise ValueError(f"no task {task!r}: there are perplexity, {', '.join(TASKS)}")
     if stride is not None and task != "perplexity":
@@ -417,14 +415,17 @@ def main(
 
     Args:
         task: perplexity, hellaswag, lambada, or choose.
-        data: for perplexity, a text file or a folder of token shards, whose validation split is
-            read; for hellaswag and lambada, a JSON-lines file instead of the one downloaded once;
-            for choose, lines of {"prompt": text, "choices": [texts], "answer": a number from 0}.
+        data: for perplexity, a text file, or a folder of token shards, whose validation split is
+            read; for the other tasks a file of JSON lines. hellaswag and lambada download theirs
+            once if there is no --data. For choose, each line has a prompt (a text), choices (a list
+            of texts), and the answer (the number of the right choice, counted from 0).
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. What is not here yet is downloaded once.
         models_dir: the folder that holds the models.
-        stride: tokens between two windows of perplexity, at most the model's n_ctx, the default.
-        backend: numpy, or jax: on all devices, and the default where JAX finds a GPU or a TPU.
+        stride: tokens from one window of perplexity to the next, at most the model's n_ctx, which
+            is also the default.
+        backend: numpy, or jax, which uses all devices; jax is the default where it finds a GPU or a
+            TPU, else numpy.
     """
     check_flags(task, data, stride)
     backend, score_rows, scored = choose_backend(backend), None, None

@@ -35,8 +35,8 @@ def watch(function, *args, **kwargs):
     """Runs function(*args, **kwargs) and returns its call: a tree of all calls into gpt2.py.
 
     A call is a dict: the `function`'s name, the `line` of gpt2.py that called it (None for the
-    first), its `args` by name, what came `out`, and the `calls` that it made. Python itself tells:
-    sys.setprofile is what its profilers are made of.
+    first), its `args` by name, what came `out`, and the `calls` that it made. Python reports all
+    this through sys.setprofile, which profilers use.
     """
     stack = [{"calls": []}]
 
@@ -114,7 +114,7 @@ def page_data(inputs, recording, encoder, hparams, params):
 
 
 def predictions(inputs, logits):
-    """How each token was foreseen, and the logits at each position: of the likeliest, one by one.
+    """How well each token was foreseen, and each position's logits, one by one for the likeliest.
 
     bits, rank [n_seq - 1]: of the second token, the third, ... given those before it.
     """
@@ -130,8 +130,11 @@ def predictions(inputs, logits):
 
 
 def flow(inputs, recording, params):
-    """Attention, rows of its triangle one after the other; what was added to the stream, and how
-    long that was: wte's row and wpe's, then of each block attention's and the MLP's, then ln_f's.
+    """What the page draws of attention and of the stream.
+
+    attention: the rows of each head's triangle, one after the other. vectors, scales (see compress)
+    [2 + 2 * n_layer + 1, n_seq, n_embd]: what was added to the stream by wte, by wpe, and by each
+    block's two halves, then what ln_f made of it. length: of the stream, and of what was added.
     """
     past = np.tril_indices(len(inputs))
     added = [params["wte"][inputs], params["wpe"][: len(inputs)]]
@@ -148,7 +151,7 @@ def flow(inputs, recording, params):
 
 
 def read_lens(stream, params):  # of [n_layer + 1, n_seq, n_embd]
-    """The five likeliest ids and their probabilities, as every layer would have it."""
+    """The five likeliest ids and their probabilities, if each layer were the last."""
     ids, probs = [], []
     for x in stream:  # one by one: logits are large
         logits = lens(x, params)
@@ -163,9 +166,9 @@ def unit(x):  # numbers from 0 to 1 -> whole ones from 0 to 65535
 
 
 def compress(vectors):  # [..., n_embd] -> [..., n_embd] from -127 to 127, [...]
-    """Signed square roots, in 127ths of each vector's largest: fine for small numbers too.
+    """Whole numbers q, and each vector's scale: a number of it is scale * q * |q| / 127**2.
 
-    A number is scale * q * |q| / 127**2.
+    The square makes the steps between small numbers small.
     """
     scales = np.abs(vectors).max(-1)
     parts = vectors / np.where(scales == 0, 1, scales)[..., None]
@@ -173,7 +176,7 @@ def compress(vectors):  # [..., n_embd] -> [..., n_embd] from -127 to 127, [...]
 
 
 def pack(array):
-    """An array as JSON can hold it: its dtype, shape, and little-endian bytes in base64."""
+    """An array in a form JSON can hold: its dtype, shape, and little-endian bytes in base64."""
     data = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     text = base64.b64encode(data).decode()
     return {"dtype": array.dtype.name, "shape": list(data.shape), "base64": text}
@@ -195,7 +198,7 @@ def names_of(params):  # -> {id of a parameter's array: "blocks.0.attn.c_attn.w"
 
 
 def outline(call, names):
-    """A call without its numbers: what is left of an array is its shape, and a parameter's name."""
+    """A call without its numbers: of an array, only the shape is kept, and a parameter's name."""
     arrays = {name: a for name, a in call["args"].items() if isinstance(a, np.ndarray)}
     return {
         "function": call["function"],
@@ -216,7 +219,7 @@ def source(function):  # -> the lines of a function as they are in the file, and
 
 
 def page(data):  # a dict -> the text of the HTML file
-    """The template with the data in it. No `<` in it can end the element that holds it."""
+    """The template with the data in it. No `<` in the data can end the element that holds it."""
     text = json.dumps(data, separators=(",", ":"), default=pack).replace("<", "\\u003c")
     return template("explain.html").replace("{{data}}", text)
 
@@ -249,7 +252,7 @@ def main(
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. What is not here yet is downloaded once.
         models_dir: the folder that holds the models.
-        out: the page's file.
+        out: the file to write.
     """
     from utils import load_encoder_hparams_and_params
 

@@ -6,7 +6,7 @@ A language model is one function: token ids in, and for every position a score (
 token that could come next. The first half of this file is that function, built up from its smallest
 part; the second half uses it again and again to write text.
 
-Four conventions carry the whole file:
+Four conventions hold throughout the file:
 
 *  Shapes. Comments give them as [what goes in] -> [what comes out], where
        n_seq    tokens in the sequence        n_embd  numbers that describe one token
@@ -51,7 +51,7 @@ def gelu(x):  # [...] -> [...]
     return x * (0.5 + 0.5 * xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
 
 
-def softmax(x):  # [...] -> [...], no number of it negative, each row summing to 1
+def softmax(x):  # [...] -> [...], no number negative, each row summing to 1
     """Turns scores into probabilities.
 
     Subtracting the same number from a whole row does not change the result. The row's maximum,
@@ -59,8 +59,8 @@ def softmax(x):  # [...] -> [...], no number of it negative, each row summing to
     """
     xp = x.__array_namespace__()
     largest = x.max(-1, keepdims=True)
-    # Rounding down is for the trainer. The number makes no difference, so its gradient is zero, but
-    # JAX would spend time to compute that zero. It knows that the derivative of floor is zero.
+    # Rounding down is for the trainer. What is subtracted makes no difference, so its gradient is
+    # zero, but JAX would spend time computing that zero. It knows that floor's derivative is zero.
     e = xp.exp(x - xp.floor(largest))
     e /= e.sum(-1, keepdims=True)
     return e
@@ -121,9 +121,9 @@ def attention(q, k, v):  # q [..., n_q, d_head], k and v [..., n_seq, d_head] ->
 def attention_in_blocks(q, k, v):  # the shapes of attention
     """The same as attention, with less work on long texts: 64 queries at a time.
 
-    The mask throws away nearly half of the scores. A part of the queries need not be compared with
-    the keys that come after all of them, so most of that half is never made. What is made is small
-    enough for the processor's cache, too. 1024 tokens take less than half of the time.
+    The mask throws away nearly half of the scores. A block of queries need not be compared with the
+    keys that come after the block, so most of that half is never computed. And what is computed is
+    small enough for the processor's cache. 1024 tokens take less than half the time.
     """
     n_q, n_seq = q.shape[-2], k.shape[-2]
     if n_q <= 64:
@@ -210,8 +210,8 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> 
     top_p: keeps the likeliest tokens that together reach p, the one that crosses p included
         (Holtzman et al. 2019, arXiv:1904.09751).
 
-    They apply in this order. Ties with the last token kept are kept too. float64, so that 50257
-    small numbers add up to 1.
+    They apply in this order. A token that ties with the last one kept is kept, too. All is float64,
+    so that 50257 small numbers add up to 1.
     """
     logits = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature sends all others to -inf, as it should
@@ -222,7 +222,7 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> 
     probs = softmax(logits)
     if top_p < 1:
         descending = np.sort(probs)[::-1]
-        n_below = np.searchsorted(np.cumsum(descending), top_p)  # so many do not reach p
+        n_below = np.searchsorted(np.cumsum(descending), top_p)  # this many do not reach p
         n_kept = 1 + n_below  # and the next one crosses it
         least = descending[min(n_kept, len(probs)) - 1]
         probs = np.where(probs < least, 0.0, probs)
@@ -234,7 +234,7 @@ def sample(logits, rng, temperature=0.0, top_k=0, top_p=1.0):  # [n_vocab] -> on
 
     ValueError where the largest logit is not finite, as with damaged weights.
     """
-    best = int(logits.argmax())  # of the first NaN, if there is one
+    best = int(logits.argmax())  # if there are NaNs, argmax finds the first
     if not math.isfinite(logits[best]):
         raise ValueError("the logits are not finite: the model's weights must be damaged")
     if temperature == 0:

@@ -12,7 +12,7 @@ def gelu(x):
 
 
 def softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))  # less the maximum: exp cannot overflow
+    e = np.exp(x - x.max(-1, keepdims=True))  # minus the maximum: exp cannot overflow
     return e / e.sum(-1, keepdims=True)
 
 

@@ -49,7 +49,10 @@ CHUNK = 512  # tokens that a pass runs at most, which bounds its scratch memory
 
 
 def one_text(params, n_head):  # -> a function that takes the next ids, [n], and returns [n, n_embd]
-    """The idea in its simplest form. All code below does the same, faster and for many texts."""
+    """The idea in its simplest form. All code below does the same, faster and for many texts.
+
+    Only a test calls this: it compares the two.
+    """
     kept, n_seq = {}, 0  # {layer: (keys, values)}, and of how many tokens
 
     def run(ids):
@@ -348,17 +351,18 @@ def main(
         prompts_file: a file with one prompt per line; - reads them from standard input.
         interactive: continue each line that is typed, until Ctrl-D; Ctrl-C stops a text. This is
             what happens on a terminal without prompts.
-        n_tokens_to_generate: how many tokens to add to each at most.
-        n_samples: how many continuations of each prompt (with a temperature above 0).
-        batch_size: how many to write at the same time; each needs memory for its cache.
-        lookup: guess this many tokens at a time from what was written before; the text is the same,
-            and comes sooner if it repeats itself.
+        n_tokens_to_generate: how many tokens to add to each text at most.
+        n_samples: how many continuations of each prompt; they differ if temperature is above 0.
+        batch_size: how many texts to write at the same time; each needs memory for its cache.
+        lookup: guess this many tokens at a time from the text so far; the result is the same, and
+            comes sooner where the text repeats itself.
         stop: end a continuation before this text, in which \\n is a new line, \\t a tab and \\\\ a
             backslash; may be repeated, for several (the ids of --jsonl keep its tokens).
         echo: print each prompt before its continuation.
         jsonl: print one JSON object per line (prompt, text, ids, stop, index, sample) instead.
-        chat: a conversation: answer each line that is typed, with those before it in mind, until
-            Ctrl-D; Ctrl-C stops an answer. For models that have been finetuned on conversations.
+        chat: hold a conversation; answer each line that is typed, with the earlier ones in mind,
+            until Ctrl-D; Ctrl-C stops an answer. For models that have been finetuned on
+            conversations.
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. What is not here yet is downloaded once.
         models_dir: the folder that holds the models.
@@ -366,8 +370,8 @@ def main(
         top_k: draw from the k likeliest tokens only; 0 for all.
         top_p: draw from the likeliest tokens that together reach this probability; 1 for all.
         seed: the same seed draws the same texts again.
-        slide: go on beyond the model's n_ctx, forgetting the beginning of a text: when it is full,
-            the last half is read again.
+        slide: go on beyond the model's n_ctx, forgetting the beginning of a text; whenever n_ctx
+            is full, the last half of it is read again.
         backend: numpy, or jax, which compiles the engine first: for a GPU or a TPU.
     """
     from plumbing.cli import notice

@@ -6,12 +6,12 @@ The same idea and the same forward pass, `gpt2.hidden_state` with an `attend` th
 and values. What differs is the shapes.
 
 Why static shapes. XLA, JAX's compiler, makes a program for arrays of given shapes, and takes
-seconds to make another. A cache that grew with every token would be compiled for every token. So a
-batch gets all its room at once, rounded up to a power of two, and prompts are padded on the right.
-The padding is never seen: a prompt's tokens only look back, and a step sees only a row's true
-length and writes over the padding. Rows that have ended go on, for nothing, until their batch has
-ended. In return many steps run in one call: on a GPU, going back to Python after each step would
-take longer than the step.
+seconds to make another. With a cache that grows, the step would be compiled anew for every token.
+So a batch gets all its room at once, rounded up to a power of two, and prompts are padded on the
+right. The padding is never seen: a prompt's tokens only look back, and a step sees only a row's
+true length and writes over the padding. Rows that have ended still run, for nothing, until their
+batch has ended. In return, many steps run in one call: on a GPU, going back to Python after each
+step would take longer than the step.
 """
 
 import functools
@@ -28,7 +28,7 @@ STATIC = ("n_head", "n_vocab", "sampling")  # each new value is compiled anew
 
 
 def keep(logits, temperature, top_k=0, top_p=1.0):  # [..., n_vocab] -> the same
-    """The logits whose softmax is gpt2.probabilities: -inf for a token that is not to be drawn.
+    """The logits whose softmax is gpt2.probabilities: -inf for a token that must not be drawn.
 
     All in float32, so a token on top_p's very border may fall on the other side of it.
     """
@@ -46,7 +46,10 @@ def keep(logits, temperature, top_k=0, top_p=1.0):  # [..., n_vocab] -> the same
 
 
 def draw(logits, keys, n_drawn, temperature=0.0, top_k=0, top_p=1.0):  # -> [n_rows] ids
-    """gpt2.sample for [n_rows, n_vocab], a key for each row; -1 where logits are not finite."""
+    """gpt2.sample for [n_rows, n_vocab], a key for each row.
+
+    -1 where logits are not finite: compiled code cannot raise an error, so add_token does.
+    """
     tokens = logits.argmax(-1)
     if temperature > 0:
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, n_drawn)

@@ -6,18 +6,17 @@
 
 The parent process cuts the files into spans of some 32 MB that end where a document ends, reading
 little of them. Spans make tasks. A worker seeks to the start of a span, and then reads, encodes and
-writes a megabyte at a time, so that its memory does not grow with the span or the document (it only
-holds a line of JSON, or 64 rows of Parquet, as a whole). It writes the task's shards under other
+writes a megabyte at a time, so that its memory does not grow with the span or the document (only a
+line of JSON, or 64 rows of Parquet, is held as a whole). It writes the task's shards under other
 names, renames them when they are complete, and writes a note of what is in them last. A task that
 has its note is not done again: a killed run goes on where it was. Cuts, order and random numbers
 follow from the files alone, so one worker or a cluster write the same bytes. Compressed files and
 standard input cannot be cut in place: the parent unpacks them, a span at a time, into files for the
 workers.
 
-A document ends at a line that holds only <|endoftext|> (or --separator) and at the end of a file;
-in JSON lines and Parquet, each row is a document. Each is followed by the id of <|endoftext|>;
-nothing else changes.
-A folder of shards:
+A document ends at a line that holds only <|endoftext|> (or --separator), or at the end of a file;
+in JSON lines and Parquet, each row is a document. Each is followed by the id of <|endoftext|>, and
+nothing else changes. A folder of shards holds:
 
     train_000000.bin ..., val_000000.bin ...   ids, little-endian uint16 (uint32 above 65535 ids)
     meta.json                                  what is in them and where from; written last of all
@@ -65,7 +64,11 @@ OURS = re.compile(  # the files in the shards' folder that may be deleted
 
 
 def begin(out, plan):  # -> whether there is anything to do
-    """Compare the plan with what an earlier run left in `out`; ValueError if that is not ours."""
+    """Compare the plan with what is in `out`, and delete what an earlier run left half-done there.
+
+    What the same plan left is kept, unless it read standard input. ValueError if the folder holds
+    the shards of another run, or other files.
+    """
     work_dir = os.path.join(out, WORK)
     complete = read_or_empty(os.path.join(out, "meta.json")).get("plan")
     begun = read_or_empty(os.path.join(work_dir, "plan.json"))
@@ -91,7 +94,7 @@ def begin(out, plan):  # -> whether there is anything to do
 def clean(out):
     """Delete half-written files and, if there is nothing to go on from, the work folder.
 
-    Errors here are ignored: a run should end with the error of its work, not of its cleaning.
+    Errors here are ignored: a run should end with the error of its work, not of its clean-up.
     """
     work_dir = os.path.join(out, WORK)
     for folder, name in [(d, name) for d in (out, work_dir) for name in os.listdir(d)]:
@@ -106,7 +109,7 @@ def clean(out):
 
 
 def get_tokenizer(name, models_dir):  # -> Encoder
-    """Bytes if there is no name; else a released GPT-2's, or one from models_dir or a path."""
+    """The byte model if name is None; else a released GPT-2's, or one from models_dir or a path."""
     from utils import find_model
 
     if name is None:
@@ -119,7 +122,7 @@ def get_tokenizer(name, models_dir):  # -> Encoder
 
 
 def learn_tokenizer(n_vocab, sources, options, work_dir):  # -> Encoder
-    """Learns from all of the text or, if it has more than 100 MB, from 100 MB taken all over it."""
+    """Learns from all of the text or, if it is over 100 MB, from 100 MB spread evenly over it."""
     if sources[0]["name"] == "-":
         raise ValueError(
             "--train_tokenizer reads the text twice, which standard input does not allow"
@@ -285,7 +288,7 @@ def main(
 ):
     """Turn text into token shards for train_jax.py.
 
-    Run again after an interruption, the same command goes on where it was.
+    After an interruption, run the same command again: it goes on where it stopped.
 
     Args:
         inputs: files, folders, patterns, - for standard input, or shakespeare (downloaded once).
@@ -293,14 +296,14 @@ def main(
         tokenizer: 124M (GPT-2's), a folder in models_dir, or a path; bytes by default.
         train_tokenizer: learn a tokenizer of this many entries from the text itself.
         separator: the line that separates the documents of a text; empty for blank lines.
-        field: where JSON lines and Parquet have the text; "text" by default. Naming it makes files
-            of unknown kinds, and standard input, JSON lines.
-        val_fraction: share of the documents for validation, 0.01 by default; where that would be
-            fewer than ten documents, the last part of the text, a tenth by default.
+        field: the field or column with the text, in JSON lines and Parquet; "text" by default. If
+            it is given, standard input and files of unknown kinds are read as JSON lines.
+        val_fraction: share of the documents for validation, 0.01 by default; if that would be fewer
+            than ten documents, the last part of the text instead, a tenth of it by default.
         seed: the same seed draws the same documents for validation.
         shard_mb: megabytes of text in a shard.
         workers: processes; by default, one per processor.
-        ray: local, auto or an address: use a Ray cluster, whose machines all see the files.
+        ray: local, auto or an address; use a Ray cluster, whose machines must all see the files.
         models_dir: the folder that holds the models.
     """
     from model_files.download import download_shakespeare

@@ -5,9 +5,9 @@
 
 Two threads. The first is asyncio's: it reads requests, checks them and sends answers (the routes,
 below). The second is the engine's, which does all the arithmetic. Each text that is asked for is a
-row, as in kv_cache.py, whose loop this is: between two passes, rows that wait join the batch, rows
-that have ended leave it, and rows whose client has gone are taken out; a pass then writes a token
-of each. So nobody waits for another's text to end, and all share each reading of the weights.
+row, and the loop is kv_cache.py's: between two passes, rows that wait join the batch, rows that
+have ended leave it, and rows whose client has gone are taken out; a pass then writes a token of
+each. So nobody waits for another's text to end, and one reading of the weights serves all.
 
 What passes between the threads: rows into a deque, events out by call_soon_threadsafe.
 """
@@ -79,7 +79,7 @@ class Engine:
         self.thread.join(timeout=5)
 
     def submit(self, rows):
-        """New rows; Refusal where too many wait already. row["deliver"] gets what they write."""
+        """Queues new rows; Refusal if too many wait. row["deliver"] is given what they write."""
         if self.n_waiting() >= self.max_waiting:
             words = f"{self.n_waiting()} texts wait already (--max_waiting): try again later"
             raise Refusal(words, 429, code="queue_full", headers={"retry-after": "1"})
@@ -102,7 +102,7 @@ class Engine:
         return await answer
 
     def run(self):
-        """The thread's life. Whatever goes wrong ends the rows concerned, and nothing else."""
+        """The thread's loop. Whatever goes wrong ends the rows it concerns, and nothing else."""
         self.warm_up()
         while not self.is_stopped:
             self.wake.clear()
@@ -114,7 +114,7 @@ class Engine:
                 self.fail(error)
 
     def warm_up(self):
-        """A pass of two rows, so that libraries and threads are there when the first client is."""
+        """A pass of two rows, so that libraries and threads are ready for the first client."""
         caches = [kv_cache.new_cache(self.params, self.n_head) for _ in "ab"]
         kv_cache.step(caches, [0, 0], self.params, self.n_head)
 
@@ -122,7 +122,7 @@ class Engine:
         """Jobs; then a pass of all rows; then what they wrote goes to those who wait for it."""
         while self.jobs:
             self.do(*self.jobs.popleft())
-        self.let_go()
+        self.sort_out()
         n_rows, n_begun, start = len(self.rows), len(self.begun), time.perf_counter()
         written = kv_cache.turn(
             self.rows, self.arrivals(), self.batch_size, self.params, self.n_head, kept=self.kept
@@ -139,8 +139,8 @@ class Engine:
         self.send(events)
         self.begun = [row for row in self.begun if not row["end"]]
 
-    def let_go(self):
-        """Takes in what has arrived, and leaves out those whose client has gone."""
+    def sort_out(self):
+        """Takes in the rows that have arrived; takes out those whose client has gone."""
         while self.inbox:
             self.waiting.append(self.inbox.popleft())
         if any(row["is_dropped"] for row in (*self.rows, *self.waiting)):
@@ -210,7 +210,7 @@ def resolve(answer, result, error):
 async def completions(request):
     """POST /v1/completions"""
     state, body = request.app.state, await request.body()
-    # In a thread, for a large body takes a while, in which the loop could do nothing else.
+    # In a thread: a large body takes a while, and the loop could do nothing else meanwhile.
     asked = await asyncio.to_thread(read_completion, body, state.name, state.encoder, state.n_ctx)
     return await begin(request, asked, new_answer(state.name))
 
@@ -229,7 +229,8 @@ async def chats(request):
 async def begin(request, asked, answer, shape=choice_of, opening=()):  # -> the response
     """Submits the rows that a checked request asks for.
 
-    answer is what each part repeats, shape makes its choices, opening is what a stream sends first.
+    answer: what each part of the answer repeats; shape: what makes its choices; opening: what a
+    stream sends first.
     """
     engine, events = request.app.state.engine, asyncio.Queue()
     rows = rows_of(asked, request.app.state, events.put_nowait)
@@ -349,15 +350,15 @@ def main(
     Args:
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. What is not here yet is downloaded once.
-        host: the address to listen on; 0.0.0.0 for all of this machine's.
-        port: 0 takes any that is free.
+        host: the address to listen on; 0.0.0.0 for all addresses of this machine.
+        port: the port to listen on; 0 takes any that is free.
         models_dir: the folder that holds the models.
         batch_size: how many texts to write at the same time; each needs memory for its cache.
         max_waiting: with this many texts waiting, a request is refused (429).
         timeout: seconds that a request may take (408).
-        allow: a further Host, or an Origin such as https://example.org, to take requests from; may
-            be repeated.
-        api_key: ask every client for this key.
+        allow: another Host to accept, or an Origin such as https://example.org to accept requests
+            from; may be repeated.
+        api_key: a key that every client must send.
     """
     from utils import load_encoder_hparams_and_params
 
@@ -376,7 +377,7 @@ def main(
 def listen(host, port):  # -> a socket
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.create_server((host, port), family=family, backlog=2048)
-    # Its connections inherit this. Without, a short answer waits 40 ms for a reader's delayed ACK.
+    # Connections inherit this. Without it, a short answer waits 40 ms for a reader's delayed ACK.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
 

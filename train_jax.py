@@ -9,14 +9,14 @@
     python gpt2.py "It was" --model_size novel                 # then write with it, in NumPy
 
 There is no second model here: `losses` calls `gpt2.hidden_state` on JAX arrays, `jax.jit` compiles
-it and `jax.grad` differentiates it. A training step is a pure function, state in, state out, and
-the state is three things: the parameters, the optimizer's moments, and the number of steps done,
-from which everything random follows (which stretches of text, which weights to drop). A checkpoint
+it and `jax.grad` differentiates it. A training step is a pure function, state in, state out. The
+state is three things: the parameters, the optimizer's moments, and the number of steps done, which
+decides everything random (which stretches of text, which weights to drop). A checkpoint
 is this state and the flags: a resumed run ends with the same bits as one that never stopped.
 
 Several devices, or machines, share the work only through the sharding of the arrays: each step's
-sequences are spread over them, and with --fsdp the parameters and moments, too. From that JAX's
-compiler derives what to send where; no function below knows how many devices there are.
+sequences are spread over them, and with --fsdp so are the parameters and moments. From that, JAX's
+compiler works out what to send where; no function below knows how many devices there are.
 """
 
 import contextlib
@@ -95,9 +95,9 @@ def losses(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None, packed
     """[n_batch, n_seq + 1] -> [n_batch], nats per token: each predicted from the tokens before it.
 
     The mean of -log p(next token). Most options do not change the result, up to rounding. n_vocab:
-    how many rows of wte are tokens, if others only pad it. The logits are made in n_chunks parts,
-    one held at a time and made again for the gradient. `attend` replaces gpt2.attention. Logits and
-    everything after are float32, whatever the parameters are.
+    how many rows of wte are tokens, if the rest are padding. The logits are computed in n_chunks
+    parts, of which one is held at a time, and computed again for the gradient. `attend` replaces
+    gpt2.attention. Logits and everything after are float32, whatever the parameters are.
 
     If the rows are packed examples (corpus/examples.py), targets not to be learned count as 0.
     """
@@ -128,7 +128,8 @@ def losses(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None, packed
 def narrow(params, dtype):
     """A copy with the blocks' weights in `dtype`; embeddings and norms stay float32.
 
-    The stream x that the blocks add to stays float32, too, and so layer_norm's means and variances.
+    The stream x that the blocks add to stays float32, too, and so do layer_norm's means and
+    variances.
     """
 
     def convert(path, x):
@@ -139,12 +140,12 @@ def narrow(params, dtype):
 
 
 def is_matrix(params):
-    """A tree like params, True at the matrices: not at biases and gains."""
+    """A tree like params: True for matrices, False for biases and gains."""
     return jax.tree.map(lambda x: x.ndim == 2, params)
 
 
 def is_hidden_matrix(params):
-    """True at the blocks' matrices only: not at the embeddings."""
+    """A tree like params: True only for the blocks' matrices, not for the embeddings."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "w", params)
 
 
@@ -228,8 +229,8 @@ def make_optimizer(schedule, optimizer, weight_decay, grad_clip, adam_b2, **_):
 def make_train_steps(optimizer, drop_rate=0.0, seed=0, dtype="float32", shardings=None, **how):
     """The compiled function (state, batches, n) -> (state after n more steps, their mean loss).
 
-    batches: [n or more, n_accumulate, batch_size, n_ctx + 1]. The old state must not be used again:
-    the new one takes over its memory. shardings: a tree like the state, or None for one device.
+    batches: [n or more, n_accumulate, batch_size, n_ctx + 1]. Do not use the old state again: the
+    new one takes over its memory. shardings: a tree like the state, or None for one device.
     how: the options of `losses`.
 
     If the parameters hold adapters, only these have gradients and moments, and only they change.
@@ -283,7 +284,7 @@ def make_train_steps(optimizer, drop_rate=0.0, seed=0, dtype="float32", sharding
 def validation_loss(params, windows, counts, dtype="float32", **how):  # -> [], nats per token
     """The loss on all of the validation text, [n, batch_size, n_ctx + 1], a batch at a time.
 
-    counts: [n, batch_size], 1 for a window, 0 for what fills the last batch up.
+    counts: [n, batch_size], 1 for a window, 0 for what only fills the last batch.
     """
     weights = narrow(params, dtype)
     nats = jax.lax.map(lambda w: losses(weights, w, **how), windows)
@@ -355,7 +356,8 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
         n_params, n_frozen = (sum(x.size for x in jax.tree.leaves(p)) for p in split(params))
         beside = f" beside {n_frozen} frozen ones" if n_frozen else ""
         print(f"{n_params} parameters{beside}, {describe(text, windows)}")
-    each, n_done = 4 if "lora_rank" in flags else 6, saved["step"] if saved else 0
+    n_done = saved["step"] if saved else 0
+    each = 4 if "lora_rank" in flags else 6  # operations per parameter and token
     flops = progress.flops_per_token(hparams, flags["n_ctx"], each)
     state, train_steps, validate = set_up(flags, mesh, optimizer, params, moments, n_done, windows)
     model = params = moments = None  # their memory is free again
@@ -447,8 +449,8 @@ def make_measure(flags, mesh, encoder, hparams, quiet):
 def make_savers(flags, encoder, hparams, text, run, place):
     """-> keep(params, is_best) and checkpoint(state, best), as `train` takes them.
 
-    text: what a checkpoint says of the text; run: the run's number; place: the checkpoint that the
-    run goes on from, or None. Every process calls both, for its share; the first process writes.
+    text: what a checkpoint says about the text; run: the run's number; place: the checkpoint that
+    the run goes on from, or None. Every process calls both, for its share; the first one writes.
     """
     out, n_vocab, is_main = flags["out"], hparams["n_vocab"], jax.process_index() == 0
     places = [place] if place else []

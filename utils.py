@@ -83,7 +83,7 @@ def load_base_and_adapter(model_dir, models_dir="models"):
 
 
 def check_base(model_dir):
-    """ValueError if peft would compute something else with an adapter of this model."""
+    """ValueError if an adapter of this model would not do the same here as in peft."""
     if is_adapter(model_dir):
         raise ValueError(f"{model_dir} is an adapter, too: utils.py merge makes a model")
     if any(scale != 1 for scale in query_scales(model_dir, read_hparams(model_dir))):
@@ -91,7 +91,7 @@ def check_base(model_dir):
 
 
 def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an absolute path
-    """The folder `model_size` means; a released size is downloaded if any of its files is missing.
+    """The folder that `model_size` means; a released size is downloaded if a file is missing.
 
     owner/name is fetched from the Hugging Face Hub, unless a folder has that path. If the default
     `models_dir` is not in this directory, the project's own `models` is used. Hugging Face's names
@@ -144,7 +144,8 @@ def load_params(model_dir, hparams):
         if found != shape:
             raise ValueError(f"{source}: {key} is {found}, but its sizes ask for {shape}")
         arrays[name] = to_float32(dtype, data, f"{source}: {key}").reshape(shape)
-    for key, (_, shape, _) in tensors.items():  # a mask is harmless, a thirteenth layer is not
+    # Of what is left, a mask or a copy of wte is harmless, a thirteenth layer is not.
+    for key, (_, shape, _) in tensors.items():
         head = key == "lm_head.weight" and shape != arrays["wte"].shape
         if head or (key.startswith("h.") and not key.endswith((".attn.bias", ".attn.masked_bias"))):
             raise ValueError(f"{source}: {key} {shape} does not belong in a model of its sizes")
@@ -156,7 +157,7 @@ def load_params(model_dir, hparams):
 
 
 def read_weights(model_dir):
-    """({Hugging Face's key: (dtype, shape, bytes)}, the path to name in complaints)."""
+    """({Hugging Face's key: (dtype, shape, bytes)}, the path to name in error messages)."""
     path, index = (os.path.join(model_dir, name) for name in (WEIGHTS, WEIGHTS_INDEX))
     checkpoint = os.path.join(model_dir, "model.ckpt")
     if os.path.isfile(path):
@@ -230,9 +231,9 @@ def main(command: str, adapter: str, out: str, models_dir: str = "models", dtype
     Args:
         command: merge.
         adapter: a folder in models_dir, or a path, with a LoRA adapter in peft's layout.
-        out: the folder to write, a new one: a model like any other, with no need of its base.
+        out: the new folder to write; what it gets is a model like any other, which needs no base.
         models_dir: the folder that holds the models.
-        dtype: float32 or float16, of the weights on the disk.
+        dtype: float32 or float16, of the weights on disk.
     """
     if command != "merge":
         raise ValueError(f"no command {command!r}: merge is the only one")

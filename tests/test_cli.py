@@ -221,13 +221,18 @@ def test_a_letter_means_the_same_flag_everywhere(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["gpt2", "gpt2_pico", "kv_cache", "explain", "evaluate", "prepare", "train_jax", "serve"],
+    ["gpt2", "gpt2_pico", "kv_cache", "explain", "evaluate", "prepare", "serve", "utils"]
+    + ["train_jax", "backprop"],
 )
 def test_every_command_has_a_version_and_shows_what_letters_mean(name):
     code, out, err = run(f"{name}.py", "--version")
     assert (code, out, err) == (0, f"sixtyGPT {cli.VERSION}\n", "")
-    parameters = inspect.signature(importlib.import_module(name).main, eval_str=True).parameters
+    main = importlib.import_module(name).main
+    parameters = inspect.signature(main, eval_str=True).parameters
     help_ = run(f"{name}.py", "--help")[1]
+    *_, about = (inspect.getdoc(main) or "").partition("Args:")
+    for text in re.split(r"^ {4}\w+: ", about, flags=re.MULTILINE):  # fire drops "word: " in a line
+        assert " ".join(text.split()) in " ".join(help_.split())
     for letter in "abcdefghijklmnopqrstuvwxyz":
         shown = re.findall(rf"^ +-{letter}, --(\w+)=", help_, re.MULTILINE)
         assert len(shown) < 2

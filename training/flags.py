@@ -56,33 +56,36 @@ def read_flags(
     """Train a GPT-2 on a text or on token shards, and save it as a model folder.
 
     The last tenth of a text is kept for validation. Losses, in nats per token, are printed as they
-    are measured, with a sample, and whenever the validation loss is the best so far the model is
-    saved to `out`, in place of what was there: whatever happens later, the best one is kept. Ctrl-C
-    and SIGTERM end a run after the current steps, with a checkpoint. Beside the model are
-    metrics.jsonl and loss.png, which show how it went.
+    are measured, with a sample. Whenever the validation loss is the best so far, the model is saved
+    to `out`, in place of the one before: whatever happens later, the best one is kept. Ctrl-C and
+    SIGTERM end a run after the current steps, with a checkpoint. Beside the model are metrics.jsonl
+    and loss.png, which show how it went.
 
-    A recipe has a value for each of the flags from n_layer to seed except eval_tasks, and maybe for
-    data. A flag that is typed replaces the recipe's. The recipes are in training/recipes.py.
+    A recipe sets each of the flags from n_layer to seed except eval_tasks, and may set data. A flag
+    that you type replaces the recipe's value. The recipes are in training/recipes.py.
 
     Args:
-        data: a text file, shakespeare (downloaded once), python-docs (on every machine), a folder
-            of token shards (prepare.py's, nanoGPT's or llm.c's), or a file NAME.jsonl of examples,
-            {"prompt": text, "completion": text} or {"messages": [...]} a line, of which only the
+        data: a text file, shakespeare (downloaded once), python-docs (it comes with Python), a
+            folder of token shards (prepare.py's, nanoGPT's or llm.c's), or a file NAME.jsonl of
+            examples. Each line of that has either a prompt and a completion, or messages; only the
             completions and the assistant's messages are learned.
         out: the folder to write, a new one; `python gpt2.py "..." --model_size mine` then reads
             models/mine.
         recipe: shakespeare-cpu, shakespeare (the default on a GPU or TPU), tinystories, finetune
             (the default with init_from), gpt2-124M, -355M, -774M, -1558M, or gpt3-125M to -175B.
         init_from: start with this model, a name or a folder as in gpt2.py, and with its tokenizer.
-        lora_rank: train no more than adapters of this rank for that model (LoRA), at 3e-4 at most;
-            `out` gets them alone, in peft's layout, and reads like a model's folder.
-        lora_alpha: their update is multiplied by lora_alpha / lora_rank (16).
-        lora_targets: the matrices that get one: some of c_attn, c_proj (both of a block's), c_fc,
-            attn.c_proj and mlp.c_proj, with commas between them (c_attn,c_proj,c_fc).
-        resume: the `out` of a run: go on where it stopped, with its flags. The only one that may
-            be added is n_steps: with more of them, the learning rate goes on along their cosine.
-        overwrite: put the model in place of another one in `out`, with its checkpoints.
-        tokenizer: 124M (GPT-2's), a folder in models_dir, or a path; by default that of the shards,
+        lora_rank: train only adapters of this rank for that model (LoRA), by default with
+            3e-4 as the highest learning rate; `out` gets just the adapters, in peft's layout, and
+            can be used like any model's folder.
+        lora_alpha: the adapters' update is multiplied by lora_alpha / lora_rank; 16 by default.
+        lora_targets: the matrices that get an adapter, with commas between them; any of c_attn,
+            c_proj (both of them in a block), c_fc, attn.c_proj and mlp.c_proj; by default
+            c_attn,c_proj,c_fc.
+        resume: the `out` of an earlier run, which then goes on where it stopped, with its flags.
+            Only n_steps may be given again, to go on for longer, with a learning rate that follows
+            the cosine of the longer run.
+        overwrite: replace another model in `out`, and its checkpoints.
+        tokenizer: 124M (GPT-2's), a folder in models_dir, or a path; by default the shards' own,
             and bytes for a text.
         models_dir: the folder that holds the models.
         n_layer: transformer blocks.
@@ -94,26 +97,26 @@ def read_flags(
         n_steps: steps in all.
         optimizer: adamw, or muon for the matrices in the blocks and Adam for the rest.
         learning_rate: the highest, reached after n_warmup steps.
-        min_learning_rate: the last, to which it goes down along a cosine.
+        min_learning_rate: the last, reached at the end along a cosine.
         n_warmup: steps of linear warmup, at most half of all.
-        weight_decay: of the matrices (with muon: of those in the blocks).
+        weight_decay: decay of the matrices (with muon, only of those in the blocks).
         grad_clip: longest gradient allowed.
         adam_b2: Adam's second decay rate.
         drop_rate: share of the blocks' weights left out at random in every step, in 256ths.
         dtype: float32 (the default on CPUs) or bfloat16, of the products; the rest is float32.
         fsdp: spread parameters and moments over the devices, too, for models too large for one.
-        eval_every: steps between two looks at the validation text.
+        eval_every: steps between two measurements of the validation loss.
         checkpoint_every: steps between two checkpoints in out/checkpoints; the last two are kept.
-        eval_tasks: hellaswag, lambada, or both with a comma between them: how much of each the
-            model gets right, as evaluate.py measures it. hellaswag=FILE takes a file of JSON lines
+        eval_tasks: hellaswag, lambada, or both with a comma between them; measures how much of each
+            the model gets right, as evaluate.py does. hellaswag=FILE takes a file of JSON lines
             instead of the one downloaded once.
         eval_tasks_every: steps between two such measurements, eval_every by default.
         seed: the same seed gives the same run.
-        saved_dtype: float32 or float16, of the best model's weights on the disk.
+        saved_dtype: float32 or float16, of the best model's weights on disk.
         tensorboard: also write the losses to out/tensorboard (needs pip install tensorboard).
-        coordinator: HOST:PORT of process 0, of a run in several processes. Each one is started
-            with the same flags; on Slurm, Kubernetes, TPU and Open MPI they find each other.
-        num_processes: how many there are.
+        coordinator: HOST:PORT of process 0, for a run in several processes. Start each with the
+            same flags; on Slurm, Kubernetes, TPU and Open MPI they find each other without this.
+        num_processes: how many processes there are.
         process_id: which one this is, from 0.
     """
     given = {name: value for name, value in locals().items() if value is not None}
