@@ -98,7 +98,7 @@ def test_predictions_are_served(client, models):
     [
         ({}, "ids"),
         ({"text": 3}, "text"),
-        ({"ids": [257]}, "prompt"),
+        ({"ids": [257]}, "ids"),
         ({"ids": []}, "ids"),
         ({"text": "a" * 49}, "text"),
         ({"text": "a" * 4900000}, None),
