@@ -234,12 +234,12 @@ def rows_of(asked, state, deliver):  # -> a row for each of n texts of each prom
 
 
 async def explain_text(request):
-    """GET /explain?text=: explain.py's page of it, in which heads can be switched off."""
-    state, text = request.app.state, request.query_params.get("text", "")
+    """GET /explain?text= or ?ids=: explain.py's page of it, in which heads can be switched off."""
+    state = request.app.state
     play.check_link(request)
 
     def write():
-        ids = state.encoder.encode_prompt(text, state.n_ctx)
+        ids = play.read_link(request.query_params, state.encoder, state.n_ctx)
         with own_threads(len(ids)):
             model = state.encoder, state.hparams, state.engine.params, state.name
             return explain(ids, *model, is_served=True)

@@ -72,6 +72,17 @@ def read_ids(data, encoder, n_ctx):
     return ids
 
 
+def read_link(asked, encoder, n_ctx):  # a link's "text", or "ids" with commas between -> ids
+    if "ids" not in asked:
+        return read_ids({"text": asked.get("text", "")}, encoder, n_ctx)
+    words = asked["ids"].split(",")
+    ids = [
+        int(word) if word.isascii() and word.isdigit() and len(word) < 10 else word
+        for word in words
+    ]
+    return read_ids({"ids": ids}, encoder, n_ctx)
+
+
 def read_heads(pairs, hparams):  # -> a list of (block, head)
     words = "without must be a list of [block, head], such as [[0, 1]]"
     if not isinstance(pairs, list) or not all(is_whole(pair, 2) for pair in pairs):

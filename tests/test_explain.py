@@ -725,7 +725,7 @@ def test_every_call_shows_its_lines(opened, written):
 def test_the_heading_and_what_is_chosen(opened):
     shapes = dict(weights.tensor_shapes(TINY | {"n_ctx": 128})).values()
     n = sum(int(np.prod(shape)) for shape in shapes)
-    wanted = "Model wide: 2 layers of 2 heads, 16 numbers per token, 257 tokens in the vocabulary, "
+    wanted = "Model wide: 2 blocks of 2 heads, 16 numbers per token, 257 tokens in the vocabulary, "
     assert every(opened, "#model") == [f"{wanted}128 positions, {n:,} parameters."]
     assert opened.title == "What GPT-2 (wide) did"
     for kind in ("#tokens .token", "#heads .map", ".cell", "#strip button"):

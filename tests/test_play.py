@@ -157,7 +157,14 @@ def test_a_text_is_explained(client):
     data = response.text.split('<script id="data" type="application/json">')[1].split("<")[0]
     assert Encoder([]).decode(json.loads(data)["ids"]) == "O <script>alert(1)</script> né"
     assert json.loads(data)["model"] == "tiny" and json.loads(data)["is_served"]
+    data = client.get("/explain", params={"ids": "256,65,195"}).text
+    assert '"ids":[256,65,195]' in data  # no text has these ids
+    for ids in ("", "1,,2", "1,x", "-1", "257", "1" * 5000, "٣", ",".join(49 * ["1"])):
+        response = client.get("/explain", params={"ids": ids})
+        assert response.status_code == 400 and response.json()["error"]["param"] == "ids"
     foreign = {"sec-fetch-site": "cross-site"}
     assert client.get("/explain", params={"text": "a"}, headers=foreign).status_code == 403
     response = client.get("/explain", params={"text": "a" * 49})
-    assert response.status_code == 400 and "shows 48 at most" in response.json()["error"]["message"]
+    assert (
+        response.status_code == 400 and "only 48 positions" in response.json()["error"]["message"]
+    )
