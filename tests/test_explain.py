@@ -125,6 +125,13 @@ def written(models):
     return path, explain.record(ids, params, 2), ids, params
 
 
+def test_a_block_may_have_an_attention_of_its_own(models):
+    _, params = models
+    blocks = [b | {"attend": lambda q, k, v: gpt2.attention(q, k, -v)} for b in params["blocks"]]
+    text = explain.explain([65, 66, 67], Encoder([]), TINY, params | {"blocks": blocks}, "own")
+    assert "blocks.1.attn.c_attn.w" in text
+
+
 def test_the_page_holds_the_arrays(written):
     path, r, ids, params = written
     data = read_page(path)

@@ -60,6 +60,16 @@ def test_predictions_are_gpt2s_with_those_heads_mute(rng, heads, n_seq):
     assert "attend" not in params["blocks"][0]
 
 
+def test_a_head_is_switched_off_in_a_block_with_an_attention_of_its_own(rng):
+    params = random_params(rng, TINY)
+    backwards = {"attend": lambda q, k, v: gpt2.attention_in_blocks(q, k, -v)}
+    own = params | {"blocks": [block | backwards for block in params["blocks"]]}
+    ids, heads = rng.integers(257, size=9).tolist(), [(0, 1)]
+    logits = gpt2.gpt2(ids, **silenced(own, heads, N_HEAD), n_head=N_HEAD)
+    found = predictions(ids, own, N_HEAD, heads)
+    np.testing.assert_allclose(found["top_logits"], -np.sort(-logits)[:, :50], atol=1e-3)
+
+
 def test_a_large_vocabularys_tail_keeps_its_sum_under_any_temperature(rng):
     params = random_params(rng, TINY | {"n_vocab": 20000})
     ids = rng.integers(20000, size=40).tolist()
