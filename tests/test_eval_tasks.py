@@ -92,7 +92,7 @@ def test_a_run_goes_on_measuring_from_anywhere(out, data, tmp_path):
     assert [line["step"] for line in lines if "lambada_acc_last_word" in line] == [2, 4]
 
 
-def test_the_picture_has_a_curve_for_each(out, tmp_path, monkeypatch):
+def test_the_picture_has_a_curve_for_each(out, monkeypatch):
     axes = pytest.importorskip("matplotlib.axes", reason="matplotlib is not installed")
     drawn, plot = {}, axes.Axes.plot
 
