@@ -190,7 +190,7 @@ def names_of(params):  # -> {id of a parameter's array: "blocks.0.attn.c_attn.w"
         for key, child in items:
             if isinstance(child, np.ndarray):
                 names[id(child)] = f"{way}{key}"
-            else:
+            elif isinstance(child, dict | list):  # not a block's own attend
                 walk(child, f"{way}{key}.")
 
     walk(params, "")

@@ -58,12 +58,12 @@ DRAIN_SECONDS = 10  # after SIGTERM, for what runs and waits
 
 
 class Engine:
-    """The thread that owns the arithmetic. Other threads call submit, ask, drop and stop only."""
+    """The thread that owns the arithmetic. Other threads call submit, drop and stop only."""
 
     def __init__(self, params, n_head, batch_size=64, max_waiting=256):
         self.params, self.n_head = products.wrap(params), n_head
         self.batch_size, self.max_waiting = batch_size, max_waiting
-        self.inbox, self.jobs, self.wake = deque(), deque(), threading.Event()  # what others touch
+        self.inbox, self.wake = deque(), threading.Event()  # what others touch
         self.waiting, self.rows, self.begun, self.kept = deque(), [], [], []
         self.is_stopped, self.loop = False, None
         self.metrics = figures.new_metrics()
@@ -94,19 +94,12 @@ class Engine:
         for row in rows:
             row["is_dropped"] = True
 
-    async def ask(self, function, *args):
-        """function(*args), run by the engine's thread between two passes."""
-        answer = self.loop.create_future()
-        self.jobs.append((partial(function, *args), answer))
-        self.wake.set()
-        return await answer
-
     def run(self):
         """The thread's loop. Whatever goes wrong ends the rows it concerns, and nothing else."""
         self.warm_up()
         while not self.is_stopped:
             self.wake.clear()
-            if not (self.rows or self.n_waiting() or self.jobs):
+            if not (self.rows or self.n_waiting()):
                 self.wake.wait()
             try:
                 self.turn()
@@ -119,9 +112,7 @@ class Engine:
         kv_cache.step(caches, [0, 0], self.params, self.n_head)
 
     def turn(self):
-        """Jobs; then a pass of all rows; then what they wrote goes to those who wait for it."""
-        while self.jobs:
-            self.do(*self.jobs.popleft())
+        """A pass of all rows; then what they wrote goes to those who wait for it."""
         self.sort_out()
         n_rows, n_begun, start = len(self.rows), len(self.begun), time.perf_counter()
         written = kv_cache.turn(
@@ -164,13 +155,6 @@ class Engine:
         self.kept.clear()  # memory may be what is missing
         self.send([(row["deliver"], error) for row in rows])
 
-    def do(self, job, answer):
-        try:
-            result, error = job(), None
-        except Exception as raised:
-            result, error = None, raised
-        self.send([(partial(resolve, answer, result), error)])
-
     def send(self, events):
         """All events of a pass, handed to asyncio's thread at once."""
         if events:
@@ -192,14 +176,6 @@ def event_of(row, why):  # -> (index, new text, new entries, why it ended, token
 def deliver(events):
     for receive, event in events:
         receive(event)
-
-
-def resolve(answer, result, error):
-    if not answer.done():  # cancelled, where the client has gone
-        if error is None:
-            answer.set_result(result)
-        else:
-            answer.set_exception(error)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -259,12 +235,12 @@ def rows_of(asked, state, deliver):  # -> a row for each of n texts of each prom
 
 
 async def explain_text(request):
-    """GET /explain?text=: explain.py's page of it, in which heads can be switched off."""
-    state, text = request.app.state, request.query_params.get("text", "")
+    """GET /explain?text= or ?ids=: explain.py's page of it, in which heads can be switched off."""
+    state = request.app.state
     play.check_link(request)
 
     def write():
-        ids = state.encoder.encode_prompt(text, state.n_ctx)
+        ids = play.read_link(request.query_params, state.encoder, state.n_ctx)
         with own_threads(len(ids)):
             model = state.encoder, state.hparams, state.engine.params, state.name
             return explain(ids, *model, is_served=True)

@@ -19,7 +19,6 @@ sequences are spread over them, and with --fsdp so are the parameters and moment
 compiler works out what to send where; no function below knows how many devices there are.
 """
 
-import contextlib
 import functools
 import math
 import operator
@@ -48,15 +47,7 @@ from training import progress
 from training.adapters import base_name
 from training.attention import fused_attention
 from training.batches import batches_shape, fill_batches, read_batches, step_keys
-from training.checkpoints import (
-    check_out,
-    clear_away,
-    find_checkpoint,
-    find_out,
-    from_anywhere,
-    save_checkpoint,
-    save_params,
-)
+from training.checkpoints import check_out, clear_away, find_checkpoint, find_out
 from training.devices import (
     any_process,
     check_agreement,
@@ -69,7 +60,7 @@ from training.devices import (
     to_host,
 )
 from training.flags import check_saved, choose, extend, read_flags, read_tasks
-from training.loop import load_start, sample, train
+from training.loop import load_start, make_savers, train
 from training.packed import learned_share, unpack
 from training.scoring import make_scorer, score_items
 from training.state import (
@@ -373,7 +364,10 @@ def run_training(flags, tensorboard=False, model=None, place=None, saved=None, m
             print(f"going on after step {n_done} of {flags['n_steps']}: ", end="")
             print(f"the learning rate is {now:.2g} now and {last:.2g} at the end")
         clear_away(flags["out"])  # no other run is at work there, or make_log would have refused
-    keep, checkpoint = make_savers(flags, encoder, hparams, text, run, place)
+    write = functools.partial(generate, n_vocab=hparams["n_vocab"])  # without the padding's rows
+    about = text, run, place, write, {"jax": jax.__version__, "optax": optax.__version__}
+    whole = make_whole(hparams["n_vocab"])
+    keep, checkpoint = make_savers(flags, encoder, hparams, *about, *whole, quiet=not is_main)
 
     def read(n_done):
         spec = make_sharding(mesh, None, None, "data")
@@ -446,39 +440,18 @@ def make_measure(flags, mesh, encoder, hparams, quiet):
     return measure
 
 
-def make_savers(flags, encoder, hparams, text, run, place):
-    """-> keep(params, is_best) and checkpoint(state, best), as `train` takes them.
+def make_whole(n_vocab):
+    """-> what brings home the parameters, and the state: make_savers' last two functions."""
 
-    text: what a checkpoint says about the text; run: the run's number; place: the checkpoint that
-    the run goes on from, or None. Every process calls both, for its share; the first one writes.
-    """
-    out, n_vocab, is_main = flags["out"], hparams["n_vocab"], jax.process_index() == 0
-    places = [place] if place else []
-    flags = from_anywhere(flags)
-    write = functools.partial(generate, n_vocab=n_vocab)
+    def whole_model(params):
+        return resize_vocab(to_host(split(params)[0]), n_vocab)
 
-    def keep(params, is_best):
-        whole = resize_vocab(to_host(split(params)[0]), n_vocab)
-        if is_main and is_best:
-            save_params(out, encoder, hparams, whole, flags, flags["saved_dtype"])
-        written = sample(write, params, encoder, hparams, flags["seed"])  # on the devices
-        if is_main:
-            tqdm.write(written)
+    def whole_state(state):
+        params, moments, n_done = state
+        params, moments = resize_vocab(to_host((split(params)[0], moments)), n_vocab)
+        return params, name_leaves(moments), int(n_done)
 
-    def checkpoint(state, best):
-        params, moments = resize_vocab(to_host((split(state[0])[0], state[1])), n_vocab)
-        if not is_main:
-            return out
-        about = {"run": run, "flags": flags, "text": text}
-        about |= {"best": best if best < math.inf else None}
-        about |= {"versions": {"jax": jax.__version__, "optax": optax.__version__}}
-        step, moments = int(state[2]), name_leaves(moments)
-        save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
-        with contextlib.suppress(ImportError, OSError):  # a run must not fail for a picture
-            progress.draw(out)
-        return places[-1]
-
-    return keep, checkpoint
+    return whole_model, whole_state
 
 
 def loss_options(flags, n_vocab, n_batch):

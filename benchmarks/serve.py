@@ -223,7 +223,7 @@ def serve_transformers(folder):
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
-    _, hparams, params = utils.load_encoder_hparams_and_params(folder)
+    _, _, params = utils.load_encoder_hparams_and_params(folder)
     model, waiting = hugging_face(params, HPARAMS), asyncio.Queue()
 
     @torch.inference_mode()

@@ -30,7 +30,7 @@ BLOCK = 2**20  # bytes that are read at a time
 MOST_LINE = 2**28  # bytes of a line of JSON: it is parsed whole, in several times its size
 NEWLINE = ord("\n")
 SHORTER = "the file became shorter while it was read"
-FORMATS = {
+FORMATS = {  # endings of names. A new format also has a line in cut_source and one in read_span
     "text": [".txt", ".text", ".md"],
     "json": [".jsonl", ".ndjson", ".json"],
     "parquet": [".parquet"],
@@ -76,12 +76,12 @@ def find_files(inputs, leave_out):  # words of the command line -> [paths]
     if not files:
         kinds = " ".join(itertools.chain(*FORMATS.values()))
         raise ValueError(
-            f"nothing to prepare: name files, or folders that hold {kinds} [.gz, .zst]"
+            f"nothing to prepare: name files, or folders that hold {kinds} [{', '.join(PACKED)}]"
         )
     return files
 
 
-def format_of(path):  # -> "text", "json" or "parquet" by the name's ending, or None
+def format_of(path):  # -> a key of FORMATS by the name's ending, or None
     path = path.lower()
     plain = Path(path).stem if Path(path).suffix in PACKED else path
     return next((name for name, ends in FORMATS.items() if Path(plain).suffix in ends), None)
@@ -117,11 +117,12 @@ def cut_source(number, source, options, work_dir):  # yields spans
     span |= {"format": source["format"]}
     span |= {"offset": 0, "line": 0, "temporary": False, "ends": True}
     span |= {"split": None, "val_from": None}  # which of its documents are for validation
-    separator = b"" if source["format"] == "json" else b"\n" + options["separator"].encode()
-    boundary = re.compile(re.escape(separator) + rb"\r?\n")  # what a span ends with
     if source["format"] == "parquet":
         yield from cut_parquet(span, n_bytes, n_most)
-    elif name == "-" or Path(name).suffix.lower() in PACKED:
+        return
+    border = {"text": b"\n" + options["separator"].encode(), "json": b""}[source["format"]]
+    boundary = re.compile(re.escape(border) + rb"\r?\n")  # what a span ends with
+    if name == "-" or Path(name).suffix.lower() in PACKED:
         yield from unpack(span, boundary, n_most, work_dir)
     else:
         start = 0

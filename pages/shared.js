@@ -68,7 +68,7 @@ function nameOfBytes(bytes, before = []) {  // before: those of a character that
   const hex = [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join(" ");
   return rest.length ? "‹" + hex + "›" : visible(text) || "‹" + hex + "›";
 }
-const quote = (name) => "“" + name + "”";
+const quote = (name) => "“\u2068" + name + "\u2069”";  // Hebrew or Arabic turns nothing around it
 const percent = (p) => p === 0 ? "0" : p < 0.00001 ? "< 0.001 %" :
   (100 * p).toFixed(p < 0.001 ? 3 : p < 0.0995 ? 1 : 0) + " %";
 const short = (x) => x >= 99.5 ? x.toFixed(0) : x.toPrecision(2);

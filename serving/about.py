@@ -48,7 +48,7 @@ async def detokenize(request):
     state, ids = request.app.state, read_object(await request.body()).get("tokens")
     if not isinstance(ids, list):
         raise Refusal("tokens must be a list of ids", param="tokens")
-    text = state.encoder.decode(read_prompt(ids, state.encoder, state.n_ctx))
+    text = state.encoder.decode(read_prompt(ids, state.encoder, state.n_ctx, "tokens"))
     return JSONResponse({"prompt": text})
 
 

@@ -8,6 +8,7 @@ from corpus.chat import NEXT_TURN, check_messages, encode_conversation
 from serving.answers import REASONS
 from serving.protocol import (
     MOST_LOGPROBS,
+    TOO_LONG,
     Refusal,
     check_model,
     flag,
@@ -64,7 +65,7 @@ def read_messages(messages, encoder, room):  # -> at most `room` ids
         return encode_conversation(messages, encoder, room)
     except ValueError as error:
         words = f"{error} beside the answer (max_tokens)"
-        raise Refusal(words, param="messages", code="context_length_exceeded") from None
+        raise Refusal(words, param="messages", code=TOO_LONG) from None
 
 
 # --- The shapes of answers ------------------------------------------------------------------------

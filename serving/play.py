@@ -7,10 +7,9 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
 
 from engine.threads import own_threads
-from gpt2 import check_length
 from plumbing.pages import template
 from serving.predictions import bytes_of, predictions
-from serving.protocol import Refusal, number, read_object, read_prompt
+from serving.protocol import Refusal, check_room, number, read_object, read_prompt
 
 MOST_SHOWN = 257  # all, of a byte model
 # Whatever got into a page could load nothing, send nothing away, and be shown in no other page.
@@ -68,12 +67,20 @@ def read_ids(data, encoder, n_ctx):
     name = "text" if "text" in data else "ids"
     if not isinstance(asked, str if name == "text" else list):
         raise Refusal("text must be a string, or ids a list of token ids", param=name)
-    ids = read_prompt(asked, encoder, n_ctx)
-    try:
-        check_length(len(ids), 0, n_ctx)
-    except ValueError as error:
-        raise Refusal(str(error), param=name, code="context_length_exceeded") from None
+    ids = read_prompt(asked, encoder, n_ctx, name)
+    check_room(ids, 0, n_ctx, name)
     return ids
+
+
+def read_link(asked, encoder, n_ctx):  # a link's "text", or "ids" with commas between -> ids
+    if "ids" not in asked:
+        return read_ids({"text": asked.get("text", "")}, encoder, n_ctx)
+    words = asked["ids"].split(",")
+    ids = [
+        int(word) if word.isascii() and word.isdigit() and len(word) < 10 else word
+        for word in words
+    ]
+    return read_ids({"ids": ids}, encoder, n_ctx)
 
 
 def read_heads(pairs, hparams):  # -> a list of (block, head)

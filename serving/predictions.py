@@ -34,13 +34,14 @@ def mute(params, n_head, heads):  # the parameters, with an `attend` where a hea
     for block in {block for block, _ in heads}:
         voices = np.ones((n_head, 1, 1), np.float32)
         voices[[head for b, head in heads if b == block]] = 0
-        blocks[block] = blocks[block] | {"attend": attend_with(voices)}
+        attend = blocks[block].get("attend", gpt2.attention_in_blocks)
+        blocks[block] = blocks[block] | {"attend": attend_with(voices, attend)}
     return params | {"blocks": blocks}
 
 
-def attend_with(voices):  # [n_head, 1, 1] -> a function for a block
+def attend_with(voices, attend):  # [n_head, 1, 1] -> a function for a block
     """A head's answer is a mean of its values: where these are 0, so is the answer."""
-    return lambda q, k, v: gpt2.attention_in_blocks(q, k, v * voices)
+    return lambda q, k, v: attend(q, k, v * voices)
 
 
 def foreseen(following, logits):  # [n] ids, [n, n_vocab] -> bits [n], rank [n]

@@ -14,6 +14,7 @@ from gpt2 import check_length
 MOST_CHOICES = 1024  # texts that one request may ask for
 MOST_LOGPROBS = 20
 MOST_N = 128
+TOO_LONG = "context_length_exceeded"
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
 KINDS |= {404: "invalid_request_error", 405: "invalid_request_error", 408: "timeout_error"}
 KINDS |= {413: "invalid_request_error", 429: "rate_limit_error"}
@@ -51,10 +52,7 @@ def read_completion(body, name, encoder, n_ctx):  # bytes -> dict, every field t
     if len(asked["prompts"]) * asked["n"] > MOST_CHOICES:
         raise Refusal(f"at most {MOST_CHOICES} texts a request: prompts times n", param="prompt")
     for ids in asked["prompts"]:
-        try:
-            check_length(len(ids), asked["max_tokens"], n_ctx)
-        except ValueError as error:
-            raise Refusal(str(error), param="prompt", code="context_length_exceeded") from None
+        check_room(ids, asked["max_tokens"], n_ctx, "prompt")
     return asked
 
 
@@ -154,18 +152,30 @@ def read_prompts(prompt, encoder, n_ctx):  # a string, strings, ids or lists of 
     return [read_prompt(prompt, encoder, n_ctx) for prompt in prompts]
 
 
-def read_prompt(prompt, encoder, n_ctx):  # str or ids -> ids
+def read_prompt(prompt, encoder, n_ctx, name="prompt"):  # str or ids -> ids
+    """name: the field that it comes from, for what a Refusal says."""
     if isinstance(prompt, str):
         try:
             return encoder.encode_prompt(prompt, n_ctx)
         except ValueError as error:
-            raise Refusal(str(error), param="prompt", code="context_length_exceeded") from None
+            raise Refusal(str(error), param=name, code=TOO_LONG) from None
     if not isinstance(prompt, list) or not all(type(id) is int for id in prompt):
-        words = "prompt must be a string, a list of strings, token ids, or lists of token ids"
-        raise Refusal(words, param="prompt")
+        words = f"{name} must be a string, a list of strings, token ids, or lists of token ids"
+        raise Refusal(words, param=name)
     if prompt and not 0 <= min(prompt) <= max(prompt) < encoder.n_vocab:
-        raise Refusal(f"prompt: an id is not in 0 .. {encoder.n_vocab - 1}", param="prompt")
+        raise Refusal(f"{name}: an id is not in 0 .. {encoder.n_vocab - 1}", param=name)
     return prompt
+
+
+def check_room(ids, n_new, n_ctx, name):
+    """Refusal for no ids, and where these and n_new more do not fit. name: their field's."""
+    if not n_new and len(ids) > n_ctx:
+        words = f"{len(ids)} tokens, but this model has only {n_ctx} positions (n_ctx)"
+        raise Refusal(words, param=name, code=TOO_LONG)
+    try:
+        check_length(len(ids), n_new, n_ctx)
+    except ValueError as error:
+        raise Refusal(str(error), param=name, code=TOO_LONG) from None
 
 
 # --- The shapes of answers ------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 import conftest
 import numpy as np
 import pytest
+import runs
 from conftest import REPO, hugging_face, on_linux, random_params, tree_map
 
 import backprop
@@ -523,16 +524,7 @@ def test_too_little_text_and_a_folder_in_use_are_refused(tmp_path):
     assert "holds notes.txt" in err and "--overwrite" in err
 
 
-def begin(*args):
-    command = [sys.executable, str(REPO / "backprop.py"), *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_step(out, step, process):
-    end = time.monotonic() + 120
-    while process.poll() is None and not (out / f"checkpoints/{step:08d}/run.json").exists():
-        assert time.monotonic() < end
-        time.sleep(0.002)
+begin = functools.partial(runs.begin, "backprop.py")
 
 
 def ends(out):
@@ -561,7 +553,7 @@ def never_stopped(tmp_path_factory):
 def test_a_stopped_run_goes_on_to_the_same_bits(never_stopped, sign):
     out = never_stopped.parent / sign
     process = begin(*TINY_RUN, "--out", out)
-    wait_for_step(out, 50, process)
+    runs.wait_for_step(out, 50, process)
     process.send_signal(getattr(signal, sign))
     printed, err = process.communicate(timeout=120)
     assert (process.returncode, err) == ({"SIGINT": 130, "SIGTERM": 143}[sign], "")
@@ -576,7 +568,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(never_stopped, sign):
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(never_stopped):
     out, rng = never_stopped.parent / "killed", np.random.default_rng()
     process = begin(*TINY_RUN, "--out", out)
-    wait_for_step(out, 100, process)
+    runs.wait_for_step(out, 100, process)
     time.sleep(rng.uniform(0, 0.1))
     process.kill()
     process.communicate()
@@ -601,7 +593,7 @@ def test_what_it_trains_opens_in_transformers_and_in_gpt2(never_stopped):
     assert abs(theirs.item() - validation) < 1e-4 and validation < 4.5
 
 
-def test_a_run_of_the_other_trainers_is_not_gone_on_with(never_stopped, tmp_path):
+def test_a_run_of_the_other_trainers_is_not_gone_on_with(never_stopped):
     pytest.importorskip("jax", reason="jax is not installed")
     code, out, err = conftest.run("train_jax.py", "--resume", never_stopped, "--n_steps", 400)
     assert code == 2 and err.count("\n") == 1 and "is of another optimizer" in err

@@ -93,7 +93,7 @@ def test_a_run_goes_on_measuring_from_anywhere(out, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_picture_has_a_curve_for_each(out, tmp_path, monkeypatch):
+def test_the_picture_has_a_curve_for_each(out, monkeypatch):
     axes = pytest.importorskip("matplotlib.axes", reason="matplotlib is not installed")
     drawn, plot = {}, axes.Axes.plot
 

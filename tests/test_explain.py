@@ -125,6 +125,13 @@ def written(models):
     return path, explain.record(ids, params, 2), ids, params
 
 
+def test_a_block_may_have_an_attention_of_its_own(models):
+    _, params = models
+    blocks = [b | {"attend": lambda q, k, v: gpt2.attention(q, k, -v)} for b in params["blocks"]]
+    text = explain.explain([65, 66, 67], Encoder([]), TINY, params | {"blocks": blocks}, "own")
+    assert "blocks.1.attn.c_attn.w" in text
+
+
 def test_the_page_holds_the_arrays(written):
     path, r, ids, params = written
     data = read_page(path)
@@ -726,7 +733,7 @@ def test_every_call_shows_its_lines(opened, written):
 def test_the_heading_and_what_is_chosen(opened):
     shapes = dict(weights.tensor_shapes(TINY | {"n_ctx": 128})).values()
     n = sum(int(np.prod(shape)) for shape in shapes)
-    wanted = "Model wide: 2 layers of 2 heads, 16 numbers per token, 257 tokens in the vocabulary, "
+    wanted = "Model wide: 2 blocks of 2 heads, 16 numbers per token, 257 tokens in the vocabulary, "
     assert every(opened, "#model") == [f"{wanted}128 positions, {n:,} parameters."]
     assert opened.title == "What GPT-2 (wide) did"
     for kind in ("#tokens .token", "#heads .map", ".cell", "#strip button"):

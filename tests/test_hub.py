@@ -19,7 +19,6 @@ hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not inst
 from huggingface_hub import constants  # noqa: E402
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-OLDER = "89abcdef0123456789abcdef0123456789abcdef"
 LARGE = (".safetensors", ".bin")
 API = re.compile(r"/api/models/([^/]+/[^/]+?)(?:/(revision|tree)/([^/]+))?(?:/.*)?")
 RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")

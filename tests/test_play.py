@@ -60,6 +60,16 @@ def test_predictions_are_gpt2s_with_those_heads_mute(rng, heads, n_seq):
     assert "attend" not in params["blocks"][0]
 
 
+def test_a_head_is_switched_off_in_a_block_with_an_attention_of_its_own(rng):
+    params = random_params(rng, TINY)
+    backwards = {"attend": lambda q, k, v: gpt2.attention_in_blocks(q, k, -v)}
+    own = params | {"blocks": [block | backwards for block in params["blocks"]]}
+    ids, heads = rng.integers(257, size=9).tolist(), [(0, 1)]
+    logits = gpt2.gpt2(ids, **silenced(own, heads, N_HEAD), n_head=N_HEAD)
+    found = predictions(ids, own, N_HEAD, heads)
+    np.testing.assert_allclose(found["top_logits"], -np.sort(-logits)[:, :50], atol=1e-3)
+
+
 def test_a_large_vocabularys_tail_keeps_its_sum_under_any_temperature(rng):
     params = random_params(rng, TINY | {"n_vocab": 20000})
     ids = rng.integers(20000, size=40).tolist()
@@ -98,7 +108,7 @@ def test_predictions_are_served(client, models):
     [
         ({}, "ids"),
         ({"text": 3}, "text"),
-        ({"ids": [257]}, "prompt"),
+        ({"ids": [257]}, "ids"),
         ({"ids": []}, "ids"),
         ({"text": "a" * 49}, "text"),
         ({"text": "a" * 4900000}, None),
@@ -157,7 +167,14 @@ def test_a_text_is_explained(client):
     data = response.text.split('<script id="data" type="application/json">')[1].split("<")[0]
     assert Encoder([]).decode(json.loads(data)["ids"]) == "O <script>alert(1)</script> né"
     assert json.loads(data)["model"] == "tiny" and json.loads(data)["is_served"]
+    data = client.get("/explain", params={"ids": "256,65,195"}).text
+    assert '"ids":[256,65,195]' in data  # no text has these ids
+    for ids in ("", "1,,2", "1,x", "-1", "257", "1" * 5000, "٣", ",".join(49 * ["1"])):
+        response = client.get("/explain", params={"ids": ids})
+        assert response.status_code == 400 and response.json()["error"]["param"] == "ids"
     foreign = {"sec-fetch-site": "cross-site"}
     assert client.get("/explain", params={"text": "a"}, headers=foreign).status_code == 403
     response = client.get("/explain", params={"text": "a" * 49})
-    assert response.status_code == 400 and "shows 48 at most" in response.json()["error"]["message"]
+    assert (
+        response.status_code == 400 and "only 48 positions" in response.json()["error"]["message"]
+    )

@@ -104,10 +104,6 @@ def drawn(params, ids, n_tokens, bias=None, **sampling):
     return new
 
 
-def until_end(ids):
-    return ids[: ids.index(END)] if END in ids else ids
-
-
 def log_probs(params, ids):  # [n_seq, n_vocab], float64
     logits = gpt2.gpt2(ids, **params, n_head=N_HEAD).astype(np.float64)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -713,7 +709,8 @@ def test_texts_become_ids_and_ids_texts(client):
     }
     for path, data in (("/tokenize", {}), ("/detokenize", {"tokens": 3}), ("/tokenize", [])):
         assert client.post(path, json=data).status_code == 400
-    assert client.post("/detokenize", json={"tokens": [257]}).status_code == 400
+    response = client.post("/detokenize", json={"tokens": [257]})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "tokens"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -800,17 +797,20 @@ def test_a_large_body_is_refused(client):
 def held_up(client):
     """Inside, the engine's thread waits, so that nothing is written."""
     engine, gate, has_begun = client.app.state.engine, threading.Event(), threading.Event()
+    let_go = engine.let_go
 
     def wait():
         has_begun.set()
         gate.wait(60)
+        let_go()
 
-    client.portal.start_task_soon(engine.ask, wait)
-    assert has_begun.wait(60)
-    try:
-        yield engine
-    finally:
-        gate.set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "let_go", wait)
+        until(lambda: engine.wake.set() or has_begun.is_set())  # it may be warming up
+        try:
+            yield engine
+        finally:
+            gate.set()
 
 
 def until(condition, seconds=30):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 import safetensors.numpy
 import torch
 from conftest import REPO, SHAKESPEARE, TINY, hugging_face, random_params, slow
@@ -618,16 +619,7 @@ TINY_RUN = ["--data", "python-docs", "--n_layer", 1, "--n_embd", 8, "--n_ctx", 1
 TINY_RUN += ["--eval_every", 100, "--checkpoint_every", 40, "--drop_rate", 0.1]
 
 
-def begin(*args):
-    command = [sys.executable, str(REPO / "train_jax.py"), *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_step(out, step, process):
-    end = time.monotonic() + 120
-    while process.poll() is None and not list(out.glob(f"checkpoints/{step:08d}/run.json")):
-        assert time.monotonic() < end
-        time.sleep(0.002)
+begin = functools.partial(runs.begin, "train_jax.py")
 
 
 def ends(out):
@@ -667,7 +659,7 @@ def finished(tmp_path_factory):
 def test_a_stopped_run_goes_on_to_the_same_bits(never_stopped, sign):
     out = never_stopped.parent / sign
     process = begin(*TINY_RUN, "--out", out)
-    wait_for_step(out, 120, process)
+    runs.wait_for_step(out, 120, process)
     process.send_signal(getattr(signal, sign))
     printed, err = process.communicate(timeout=120)
     assert (process.returncode, err) == ({"SIGINT": 130, "SIGTERM": 143}[sign], "")
@@ -684,7 +676,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bits(never_stopp
     out, rng = never_stopped.parent / f"killed{len(steps)}", np.random.default_rng()
     process = begin(*TINY_RUN, "--out", out)
     for step in steps:
-        wait_for_step(out, step, process)
+        runs.wait_for_step(out, step, process)
         time.sleep(rng.uniform(0, 0.1))
         process.kill()
         process.communicate()

@@ -1,6 +1,5 @@
 """A training run in NumPy alone, from the flags to the best model, for backprop.py."""
 
-import contextlib
 import functools
 import math
 import secrets
@@ -17,17 +16,10 @@ from engine.threads import in_threads, own_threads
 from gpt2 import gpt2
 from model_files.weights import leaves, nest, tensor_shapes
 from training import progress
-from training.checkpoints import (
-    check_out,
-    clear_away,
-    find_checkpoint,
-    find_out,
-    from_anywhere,
-    save_checkpoint,
-)
+from training.checkpoints import check_out, clear_away, find_checkpoint, find_out
 from training.flags import check_saved, choose, extend
-from training.loop import load_start, sample, train
-from utils import load_encoder_hparams_and_params, save_model
+from training.loop import load_start, make_savers, train
+from utils import load_encoder_hparams_and_params
 
 ONLY = {"optimizer": "adamw", "dtype": "float32", "drop_rate": 0.0, "fsdp": False}
 ALONE = ("coordinator", "num_processes", "process_id")
@@ -102,7 +94,8 @@ def run_training(
     speed = ("NumPy", flops, peak, "measured")
     log = progress.make_log(out, run, n_done, *speed, schedule, how["tensorboard"])
     clear_away(out)  # no other run is at work there, or make_log would have refused
-    keep, checkpoint = make_savers(flags, encoder, hparams, text, run, place, generate)
+    about = text, run, place, generate, {"numpy": np.__version__}
+    keep, checkpoint = make_savers(flags, encoder, hparams, *about)
     shape = flags["n_accumulate"], flags["batch_size"], n_ctx + 1
     seconds = math.prod(shape) * flops / peak  # per step, at best
     n_steps = next((n for n in STEPS_PER_CALL if n * seconds < 0.5), 1)
@@ -179,30 +172,3 @@ def measure_peak():  # -> the FLOP/s of one large product
         x @ x
         seconds.append(time.perf_counter() - began)
     return 2 * n**3 / min(seconds)
-
-
-def make_savers(flags, encoder, hparams, text, run, place, generate):
-    """-> keep(params, is_best) and checkpoint(state, best), as `train` takes them.
-
-    text: what a checkpoint says of the text; run: the run's number; place: the checkpoint that the
-    run goes on from, or None.
-    """
-    out, places = flags["out"], [place] if place else []
-    flags = from_anywhere(flags)
-
-    def keep(params, is_best):
-        if is_best:
-            save_model(out, encoder, hparams, params, flags["saved_dtype"])
-        tqdm.write(sample(generate, params, encoder, hparams, flags["seed"]))
-
-    def checkpoint(state, best):
-        params, moments, n_done = state
-        about = {"run": run, "flags": flags, "text": text}
-        about |= {"best": best if best < math.inf else None}
-        about |= {"versions": {"numpy": np.__version__}}
-        save_checkpoint(out, places, n_done, params, moments, about, encoder, hparams)
-        with contextlib.suppress(ImportError, OSError):  # a run must not fail for a picture
-            progress.draw(out)
-        return places[-1]
-
-    return keep, checkpoint

@@ -1,5 +1,6 @@
 """What both trainers share: how a run starts, and its loop. No JAX here."""
 
+import contextlib
 import math
 import time
 
@@ -7,8 +8,9 @@ from tqdm import tqdm
 
 from encoder import get_encoder
 from plumbing.cli import note_signals
+from training import progress
 from training.adapters import adapt, base_fingerprint, new_adapters
-from training.checkpoints import load_checkpoint
+from training.checkpoints import from_anywhere, load_checkpoint, save_checkpoint, save_params
 from training.text import open_text
 from utils import find_model
 
@@ -117,3 +119,39 @@ def sample(generate, params, encoder, hparams, seed):  # -> some lines of text, 
     ids = generate(prompts, params, hparams["n_head"], n, endoftext=encoder.endoftext, **how)[0]
     lines = [line for line in encoder.decode(ids).splitlines() if line.strip()]
     return "\n".join("    " + line for line in lines)
+
+
+def make_savers(
+    flags, encoder, hparams, text, run, place, generate, versions,
+    whole_model=lambda params: params, whole_state=lambda state: state, quiet=False,
+):  # fmt: skip
+    """-> keep(params, is_best) and checkpoint(state, best), as `train` takes them.
+
+    text: what a checkpoint says of the text; run: the run's number; place: the checkpoint that the
+    run goes on from, or None. whole_model(params) and whole_state(state) bring home what devices
+    share: NumPy's arrays, moments by name. Every process calls all of it; one that is quiet writes
+    nothing.
+    """
+    out, places = flags["out"], [place] if place else []
+    flags = from_anywhere(flags)
+
+    def keep(params, is_best):
+        whole = whole_model(params)
+        if is_best and not quiet:
+            save_params(out, encoder, hparams, whole, flags, flags["saved_dtype"])
+        written = sample(generate, params, encoder, hparams, flags["seed"])  # where they are
+        if not quiet:
+            tqdm.write(written)
+
+    def checkpoint(state, best):
+        params, moments, step = whole_state(state)
+        if quiet:
+            return out
+        about = {"run": run, "flags": flags, "text": text}
+        about |= {"best": best if best < math.inf else None, "versions": versions}
+        save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
+        with contextlib.suppress(ImportError, OSError):  # a run must not fail for a picture
+            progress.draw(out)
+        return places[-1]
+
+    return keep, checkpoint
