@@ -30,10 +30,19 @@ explain: .venv/generate
 serve: .venv/serve
 	@.venv/bin/python serve.py --model_size shakespeare
 
-# XLA's optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
+# Two halves at the same time: what needs JAX, and the rest, whose report comes first. XLA's
+# optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
+ON_JAX = backprop devices eval_tasks examples gpt2 gpu gpu_report kv_cache_jax lora progress scoring \
+	shards train
+JAX_TESTS = $(ON_JAX:%=tests/test_%.py)
+OTHER_TESTS = encoder.py evaluate.py $(filter-out $(JAX_TESTS),$(wildcard tests/test_*.py))
+QUICK = JAX_DISABLE_MOST_OPTIMIZATIONS=1 MALLOC_TRIM_THRESHOLD_=131072 \
+	.venv/bin/python -m pytest -m "not slow"
+
 test: .venv/test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 MALLOC_TRIM_THRESHOLD_=131072 \
-		.venv/bin/python -m pytest -m "not slow"
+	@$(QUICK) $(JAX_TESTS) >.venv/jax.log 2>&1 & jax=$$!; \
+	$(QUICK) $(OTHER_TESTS); others=$$?; \
+	wait $$jax; jax=$$?; cat .venv/jax.log; exit $$((others | jax))
 
 test-slow: .venv/test
 	.venv/bin/python -m pytest -m slow

@@ -23,14 +23,6 @@ from encoder import Encoder
 from model_files import config, weights
 from plumbing import cli
 
-with contextlib.suppress(ImportError):
-    import jax
-
-    jax.config.update("jax_num_cpu_devices", 8)  # for test_devices.py, before JAX starts
-    cache = tempfile.TemporaryDirectory()  # what two tests compile is compiled once
-    jax.config.update("jax_compilation_cache_dir", cache.name)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
 REPO = Path(__file__).resolve().parent.parent
 # GPT-2's own tokenizer files and tiny Shakespeare are not part of the project. Tests that want them
 # look here, then where the project's own downloads land, and skip where there are none.
@@ -47,6 +39,17 @@ SHAKESPEARE = first_there(DATA / "shakespeare" / "input.txt", REPO / "data" / "s
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)  # one of a test's cases
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux, by /proc or prlimit")
+
+
+def pytest_collection_finish():
+    """Eight devices for test_devices.py; and what two tests compile is compiled once."""
+    if jax := sys.modules.get("jax"):
+        jax.config.update("jax_num_cpu_devices", 8)  # before JAX starts
+        jax.config.update("jax_compilation_cache_dir", compiled.name)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+compiled = tempfile.TemporaryDirectory()
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -70,7 +73,7 @@ def memory_given_back():
     """XLA keeps what it compiled, and the C library what was freed: gigabytes, in the end."""
     yield
     if sys.platform == "linux" and resident() > most_memory["bytes"]:
-        if "jax" in sys.modules:
+        if jax := sys.modules.get("jax"):
             jax.clear_caches()
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
@@ -120,6 +123,8 @@ def call(script, *args, models_dir=None, cwd=".", input=b""):
 
 def call_trainer(*args, **options):
     """`call` for train_jax.py, on one device: JAX has started here with the tests' eight."""
+    import jax
+
     from training import devices
 
     precision = jax.config.jax_default_matmul_precision

@@ -505,7 +505,7 @@ def test_the_shipped_model_writes_like_a_play():
         "--model_size",
         "shakespeare",
         "--n_tokens_to_generate",
-        "150",
+        "100",
         "--temperature",
         "0.8",
         "--seed",

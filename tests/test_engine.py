@@ -11,7 +11,7 @@ import weakref
 
 import numpy as np
 import pytest
-from conftest import REPO
+from conftest import REPO, slow
 
 from engine import kernels, products, threads
 
@@ -41,7 +41,7 @@ def close(y, x, w):
 
 
 @pytest.mark.parametrize("order", ["C", "F", "neither"])
-@pytest.mark.parametrize("n_rows", [0, 1, 2, 7, 16, 64, 65, 161])
+@pytest.mark.parametrize("n_rows", [0, 1, 2, 7, 16, slow(64), 65, slow(161)])
 def test_every_product_equals_the_plain_one(rng, n_threads, library, n_rows, order):
     sizes = [(512, 300), (257, 1031), (2048, 65), (64, 2049), (131073, 1), (1, 131072)]
     for n_in, n_out in sizes[: 4 if n_rows > 64 else 6]:  # many rows of 131072 are memory, no news

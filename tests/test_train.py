@@ -42,7 +42,6 @@ from training.state import init_params, moment_shapes, name_leaves, resize_vocab
 from training.text import cut_windows, load_text
 from utils import load_encoder_hparams_and_params
 
-ONE_DEVICE = make_sharding(make_mesh(1))
 SIZES = {"n_vocab": 257, "n_ctx": 16, "n_embd": 24, "n_layer": 2}
 
 
@@ -329,7 +328,8 @@ def test_muon_steps_along_the_nearest_orthogonal_matrix(rng):
 
 
 def read_batches(text, seed, n_done, shape, n_ctx):
-    return np.asarray(batches.read_batches(text, seed, n_done, shape, n_ctx, ONE_DEVICE))
+    one = make_sharding(make_mesh(1))
+    return np.asarray(batches.read_batches(text, seed, n_done, shape, n_ctx, one))
 
 
 def test_batches_are_stretches_of_the_text_from_anywhere_in_it(seed):
