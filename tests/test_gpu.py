@@ -20,10 +20,15 @@ from training.attention import fused_attention
 from training.devices import make_mesh
 from training.state import init_params, start_state
 
-HAS_GPU = jax.default_backend() == "gpu"
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="JAX finds no GPU here")]
+pytestmark = pytest.mark.gpu
 HPARAMS = {"n_vocab": 1000, "n_ctx": 256, "n_embd": 256, "n_head": 4, "n_layer": 4}
 SIZES = {name: HPARAMS[name] for name in ("n_vocab", "n_ctx", "n_embd", "n_layer")}
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu():
+    if jax.default_backend() != "gpu":
+        pytest.skip("JAX finds no GPU here")
 
 
 def distance(ours, theirs):  # as a share of theirs' length
