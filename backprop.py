@@ -39,14 +39,14 @@ from training.host import run
 
 def gelu_backward(dy, x, y):  # [...] each, y = gelu(x) -> dx
     """y = x s with s = (1 + tanh u) / 2 has the slope s + x s', and tanh' = 1 - tanh^2 makes
-    s' = 2 s (1 - s) u'. Since x s is y: s + 2 y (1 - s) u'. s is y / x, so tanh is not computed
+    s' = s (1 - s) 2u'. Since x s is y: s + y (1 - s) 2u'. s is y / x, so tanh is not computed
     again; only at x = 0 that is 0 / 0, and s is 1/2.
     """
     with np.errstate(invalid="ignore"):
         s = y / x
     s[x == 0] = 0.5
-    du = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * (x * x))
-    return dy * (s + 2 * y * (1 - s) * du)
+    c = 2 * math.sqrt(2 / math.pi)
+    return dy * (s + y * (1 - s) * (c + 3 * 0.044715 * c * (x * x)))
 
 
 def softmax_backward(dy, y):  # [..., n] each, y = softmax(x) -> dx
@@ -63,15 +63,14 @@ def layer_norm_backward(dy, x, g, b, eps=1e-5):  # [n_tokens, n_embd] twice -> d
     dx has three terms: dn = dy g, scaled as x was; less its mean, because adding a number to all x
     changes no n; less its part along n, because stretching x changes no n either.
     """
-    n = x - x.mean(-1, keepdims=True)
-    scale = (np.vecdot(n, n)[:, None] / x.shape[-1] + eps) ** -0.5
-    n *= scale
+    n, n_embd = x - x.mean(-1, keepdims=True), x.shape[-1]  # n but for the scale
+    scale = (np.vecdot(n, n) / n_embd + eps) ** -0.5
     dx = dy * g
-    dx -= (dy @ g)[:, None] / x.shape[-1]  # its mean
-    dx -= n * (np.vecdot(dx, n)[:, None] / x.shape[-1])
-    dx *= scale
+    dx -= (dy @ g / n_embd)[:, None]  # its mean
+    dx -= n * (np.vecdot(dx, n) / n_embd * scale * scale)[:, None]
+    dx *= scale[:, None]
     n *= dy
-    return dx, {"g": n.sum(0), "b": dy.sum(0)}
+    return dx, {"g": scale @ n, "b": np.ones_like(scale) @ dy}
 
 
 def linear_backward(dy, x, w, b):  # [n_tokens, n_out], [n_tokens, n_in] -> dx, {"w", "b"}
@@ -79,7 +78,7 @@ def linear_backward(dy, x, w, b):  # [n_tokens, n_out], [n_tokens, n_in] -> dx, 
 
     w_ij acts in every token, by its x_i: dw_ij is the sum over tokens of x_i dy_j, so x^T dy.
     """
-    return dy @ w.T, {"w": x.T @ dy, "b": dy.sum(0)}
+    return dy @ w.T, {"w": x.T @ dy, "b": np.ones_like(dy[:, 0]) @ dy}  # faster than dy.sum(0)
 
 
 def ffn_forward(x, c_fc, c_proj):  # [n_tokens, n_embd] -> y, backward
@@ -102,8 +101,7 @@ def attention_forward(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_hea
     p = attention_weights(q, k)
 
     def backward(dy):  # -> dq, dk, dv
-        d_scores = softmax_backward(dy @ v.swapaxes(-1, -2), p)
-        d_scores /= math.sqrt(q.shape[-1])
+        d_scores = softmax_backward(dy / math.sqrt(q.shape[-1]) @ v.swapaxes(-1, -2), p)
         return d_scores @ k, d_scores.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ dy
 
     return p @ v, backward
@@ -148,7 +146,8 @@ def mha_forward(x, c_attn, c_proj, n_head, n_seq):  # [n_tokens, n_embd] -> y, b
 
     def backward(dy):  # -> dx, {"c_attn", "c_proj"}
         d, d_proj = linear_backward(dy, kept["y"], **c_proj)
-        d = np.concat([merge(x) for x in kept["backward"](split(d))], axis=-1)
+        d = np.stack(kept["backward"](split(d)))  # [3, n_head, n_batch, n_seq, d_head]
+        d = d.transpose(2, 3, 0, 1, 4).reshape(len(x), -1)
         dx, d_attn = linear_backward(d, x, **c_attn)
         return dx, {"c_attn": d_attn, "c_proj": d_proj}
 
@@ -267,12 +266,13 @@ def adamw(params, gradients, moments, n_done, grad_clip, weight_decay, adam_b2, 
     """
     rate, b1, b2, pieces = learning_rate(n_done, **schedule), 0.9, adam_b2, []
     c1, c2, gradients = 1 - b1 ** (n_done + 1), 1 - b2 ** (n_done + 1), leaves(gradients)
-    for name, p in leaves(params).items():  # pieces of 2^14 numbers fit a core's cache
+    for name, p in leaves(params).items():  # pieces of 2^17 numbers stay in the cache meanwhile
         four = p, gradients[name], moments["m." + name], moments["v." + name]
         four, kept = [x.reshape(-1) for x in four], 1 - rate * weight_decay * (p.ndim == 2)
-        pieces += [(kept, *(x[i : i + 2**14] for x in four)) for i in range(0, p.size, 2**14)]
-    squares = in_threads(lambda i: sum(float(g @ g) for _, _, g, *_ in pieces[i]), len(pieces))
-    clip = min(1, grad_clip / (math.sqrt(sum(squares)) or 1))
+        pieces += [(kept, *(x[i : i + 2**17] for x in four)) for i in range(0, p.size, 2**17)]
+    with own_threads(len(pieces)):
+        squares = sum(float(g @ g) for _, _, g, *_ in pieces)
+    clip = min(1, grad_clip / (math.sqrt(squares) or 1))
 
     def work(mine):
         for kept, p, g, m, v in pieces[mine]:

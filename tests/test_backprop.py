@@ -396,7 +396,7 @@ def test_200_steps_have_the_losses_of_train_jaxs_adamw(rng):
 def test_adamw_is_pytorchs(rng):
     """Matrices decay, the others do not; leaves of more than one piece; the moments are float32."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    params, _, hparams = make(rng, (1, 1, 401, 9, 48, 3, 1))
+    params, _, hparams = make(rng, (1, 1, 2801, 9, 48, 3, 1))
     twins = {name: torch.nn.Parameter(torch.tensor(x)) for name, x in leaves(params).items()}
     groups = [
         {"params": [x for x in twins.values() if x.ndim == 2], "weight_decay": 0.1},
