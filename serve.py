@@ -293,7 +293,8 @@ async def refused(request, refusal):
 
 
 async def not_found(request, error):
-    refusal = Refusal(f"{request.method} {request.url.path}: {error.detail}", error.status_code)
+    path = request.scope["path"]  # request.url fails where the query is no UTF-8
+    refusal = Refusal(f"{request.method} {path}: {error.detail}", error.status_code)
     return JSONResponse(refusal.body, refusal.status, error.headers)
 
 
