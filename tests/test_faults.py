@@ -165,9 +165,11 @@ for n in faults.at_every_change(folder, fault, lambda: save(folder, 3, 80, saved
     save(folder, 1, 100, saved[1:])
     assert found() == (100, 1) and len(os.listdir(folder + "/checkpoints")) == 2
 begin(before, 9)  # from here on, the two in there are an earlier run's
+olds = faults.files(before).items()
 for step in (20, 60):
     for n in faults.at_every_change(folder, fault, lambda: save(folder, 3, step, run=9), before):
         assert found() in [None, (step, 3)]
+        assert found() or all(old in faults.files(folder).items() for old in olds)
         save(folder, 1, 20, run=9)
 for n in faults.at_every_change(folder, fault, lambda: save(folder, 3, 20, run=9), before):
     save(folder, 1, 20, run=9)
@@ -202,7 +204,7 @@ shapes = {name: list(array.shape) for name, array in variables.items()}
 reader = types.SimpleNamespace(
     get_variable_to_shape_map=lambda: shapes, get_tensor=variables.__getitem__
 )
-train = types.SimpleNamespace(load_checkpoint=lambda path: reader)
+train = types.SimpleNamespace(load_checkpoint=lambda path: path.encode() and reader)
 errors = types.SimpleNamespace(OpError=ZeroDivisionError)
 """
 CONVERTING = """
@@ -240,6 +242,41 @@ def test_a_conversion_survives_a_fault_at_every_step(tmp_path, fault):
     *lines, n = python(MODELS + CONVERTING, tmp_path / "124M", fault, also=tmp_path)
     assert lines == []
     assert int(n) >= 2
+
+
+LEFT_OVER = """
+import subprocess
+from pathlib import Path
+folder = Path(os.fsdecode(b"\\xff124M"))
+folder.mkdir()
+for name, text in {
+    "model.ckpt.index": "", "vocab.bpe": "#version: 0.2\\na b\\n",
+    "encoder.json": json.dumps(encoders[1].vocab), "hparams.json": json.dumps(hparams),
+}.items():
+    (folder / name).write_text(text)
+ended = subprocess.Popen(["true"])
+ended.wait()
+left = [f"model.safetensors.{pid}.tmp" for pid in (os.getpid(), ended.pid, "9" * 30, "x")]
+for name in [*left, f"other.{ended.pid}.tmp"]:
+    (folder / name).write_text("half of it")
+before = set(os.listdir(folder))
+assert which(folder) == 1
+assert set(os.listdir(folder)) == before - {left[1]} | {"model.safetensors"}
+(folder / "model.safetensors").unlink()
+(folder / "hparams.json").write_text(json.dumps(hparams | {"n_layer": 2}))
+try:
+    utils.load_encoder_hparams_and_params(str(folder), ".")
+except ValueError as error:
+    print(str(error).encode(errors="surrogateescape"))
+"""
+
+
+def test_a_conversion_clears_what_a_killed_one_left_in_a_folder_of_any_name(tmp_path):
+    """Not what a process still writes. The folder's name is no UTF-8, which TensorFlow wants."""
+    (tmp_path / "tensorflow.py").write_text(TENSORFLOW)
+    code = f"import os; os.chdir({str(tmp_path)!r})\n" + MODELS + LEFT_OVER
+    [line] = python(code, "-", "-", also=tmp_path)
+    assert line.startswith(repr(os.fsencode(tmp_path) + b"/\xff124M/model.ckpt: model/h1/")[:-1])
 
 
 PREPARING = """
@@ -473,7 +510,7 @@ def test_two_trainings_into_one_folder(training, tmp_path):
     wait_until((out / "metrics.jsonl").exists, first)
     second = begin("train_jax.py", *flags, "--out", out, "--overwrite")
     _, err = second.communicate(timeout=120)
-    held = (second.returncode, err) == (2, f"error: {out}: another train_jax.py is at work there\n")
+    held = (second.returncode, err) == (2, f"error: {out}: another trainer is at work there\n")
     assert held or second.returncode == 0 and first.poll() == 0, err  # or the first had ended
     finish(first)
     assert trained(out) == whole
