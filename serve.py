@@ -385,8 +385,8 @@ def listen(host, port):  # -> a socket
 def server_of(app):
     return uvicorn.Server(
         uvicorn.Config(
-            app, http=Connection, log_level="warning", access_log=False, server_header=False,
-            lifespan="on", timeout_graceful_shutdown=DRAIN_SECONDS,
+            app, http=Connection, ws="none", log_level="warning", access_log=False,
+            server_header=False, lifespan="on", timeout_graceful_shutdown=DRAIN_SECONDS,
         )
     )  # fmt: skip
 
