@@ -270,7 +270,8 @@ async def refused(request, refusal):
 
 
 async def not_found(request, error):
-    refusal = Refusal(f"{request.method} {request.url.path}: {error.detail}", error.status_code)
+    path = request.scope["path"]  # request.url fails where the query is no UTF-8
+    refusal = Refusal(f"{request.method} {path}: {error.detail}", error.status_code)
     return JSONResponse(refusal.body, refusal.status, error.headers)
 
 
@@ -361,8 +362,8 @@ def listen(host, port):  # -> a socket
 def server_of(app):
     return uvicorn.Server(
         uvicorn.Config(
-            app, http=Connection, log_level="warning", access_log=False, server_header=False,
-            lifespan="on", timeout_graceful_shutdown=DRAIN_SECONDS,
+            app, http=Connection, ws="none", log_level="warning", access_log=False,
+            server_header=False, lifespan="on", timeout_graceful_shutdown=DRAIN_SECONDS,
         )
     )  # fmt: skip
 

@@ -1,9 +1,11 @@
-"""Does anything grow in a long run? Memory, open files and threads of the engine and the trainer.
+"""Does anything grow in a long run? Memory, open files and threads of the engine and the trainers.
 
 usage: python benchmarks/endurance.py generate [GENERATIONS]     # 10000, of changing batches
        python benchmarks/endurance.py train [MINUTES]            # 20, a checkpoint every 50 steps
+       python benchmarks/endurance.py backprop [MINUTES]         # the same by backprop.py
 
-Prints a line at every tenth. Linux only: it reads /proc.
+Prints a line at every tenth. Linux only: it reads /proc. For the server, benchmarks/serve.py does
+the same: python benchmarks/serve.py load 1200 32
 """
 
 import os
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
 import numpy as np
 from common import ROOT, random_params
@@ -49,10 +52,10 @@ def generate(n):
             report(f"{done} generations")
 
 
-def train(minutes):
+def train(minutes, script="train_jax.py"):
     """The default recipe, as a process of its own, from python-docs; SIGTERM ends it."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "train_jax.py", "--data", "python-docs", "--out", folder]
+        command = [sys.executable, ROOT / script, "--data", "python-docs", "--out", folder]
         command += ["--n_steps", "1000000", "--eval_every", "100", "--checkpoint_every", "50"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for tenth in range(1, 11):
@@ -64,6 +67,7 @@ def train(minutes):
 
 if __name__ == "__main__":
     works = {"generate": (generate, 10_000), "train": (train, 20)}
+    works["backprop"] = partial(train, script="backprop.py"), 20
     if sys.argv[1:2] not in [[what] for what in works]:
         sys.exit(__doc__)
     work, amount = works[sys.argv[1]]

@@ -1,7 +1,7 @@
 """How does the server do under load, beside kv_cache.py alone and beside transformers?
 
-usage: python benchmarks/serve.py load [SECONDS]   # the shipped model, 64 clients for a minute
-       python benchmarks/serve.py peers            # GPT-2 124M's shape, beside transformers
+usage: python benchmarks/serve.py load [SECONDS [CLIENTS]]   # the shipped model; 60 and 64
+       python benchmarks/serve.py peers                      # 124M's shape, beside transformers
 
 load: a crowd of clients with prompts of all lengths, of which many begin alike, whole answers and
 streams, and some that go away half-way. Every text is compared with gpt2.generate's. Then the same
@@ -22,7 +22,7 @@ from statistics import median
 
 import numpy as np
 from common import HPARAMS, ROOT, alternate, hugging_face, machine, model_folder, print_table
-from endurance import usage
+from endurance import report
 from threadpoolctl import threadpool_limits
 
 import gpt2
@@ -79,7 +79,7 @@ def request(prompt, n_tokens, **others):
 # --- The shipped model under load -----------------------------------------------------------------
 
 
-def load(seconds):
+def load(seconds=60.0, n_clients=N_CLIENTS):
     encoder, hparams, params = utils.load_encoder_hparams_and_params("shakespeare")
     rng = np.random.default_rng(0)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def load(seconds):
     print(machine())
     process, port = start(ROOT / "serve.py", "--model_size", "shakespeare", "--port", 0)
     try:
-        answers = asyncio.run(crowd(port, process.pid, prompts, seconds))
+        answers = asyncio.run(crowd(port, process.pid, prompts, seconds, n_clients))
         compare(answers, encoder, hparams, params)
         many = [prompt_of(text, rng) for _ in range(4 * N_CLIENTS)]
         throughput(port, many, encoder, hparams, params)
@@ -103,7 +103,7 @@ def prompt_of(text, rng):  # of 1 to 190 characters; half of them begin alike
     return (text[:40] if rng.random() < 0.5 else "") + text[start : start + n]
 
 
-async def crowd(port, pid, prompts, seconds):
+async def crowd(port, pid, prompts, seconds, n_clients):
     """{prompt: the longest text} of all answers; how many there were is printed."""
     rng, answers, counts = np.random.default_rng(1), [], {"whole": 0, "streamed": 0, "left": 0}
     end = time.perf_counter() + seconds
@@ -120,12 +120,11 @@ async def crowd(port, pid, prompts, seconds):
                 answers.append((prompt, n, answer))
 
     async def watch():
-        for _ in range(6):
-            memory, files, threads = usage(pid)
-            print(f"  {memory:.1f} MiB, {files} files, {threads} threads", flush=True)
-            await asyncio.sleep(seconds / 6)
+        for tenth in range(11):
+            report(f"  {tenth * seconds / 10:g} s", pid)
+            await asyncio.sleep(seconds / 10 if tenth < 10 else 0)
 
-    await asyncio.gather(watch(), *(client() for _ in range(N_CLIENTS)))
+    await asyncio.gather(watch(), *(client() for _ in range(n_clients)))
     n_tokens = sum(n for _, n, _ in answers)
     print(f"{len(answers)} answers {counts}, {n_tokens / seconds:.0f} tokens a second")
     return answers
@@ -265,7 +264,7 @@ def serve_transformers(folder):
 
 
 if __name__ == "__main__":
-    works = {"load": lambda: load(float(sys.argv[2]) if sys.argv[2:] else 60), "peers": peers}
+    works = {"load": lambda: load(*map(int, sys.argv[2:])), "peers": peers}
     works["transformers"] = lambda: serve_transformers(sys.argv[2])  # what `peers` starts
     if sys.argv[1:2] not in [[what] for what in works]:
         sys.exit(__doc__)

@@ -17,7 +17,7 @@ import numpy as np
 
 from corpus.documents import cut_source, read_span
 from encoder import CHAR_OF_BYTE, get_encoder
-from plumbing.files import parse_json, write_whole
+from plumbing.files import read_json, write_whole
 
 SPLITS = ["train", "val"]
 FEW_DRAWN = 10  # with fewer documents for validation, they are not drawn
@@ -107,7 +107,7 @@ encoders = {}  # a worker reads the tokenizer once
 def read_or_empty(path):
     """The JSON object in a file, or an empty one if the file is missing or broken."""
     with contextlib.suppress(FileNotFoundError, ValueError):
-        return parse_json(Path(path).read_bytes(), path)
+        return read_json(path, n_most=2**30)  # it may name many files
     return {}
 
 

@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import regex
 
 from model_files.weights import (
     hugging_face_name,
@@ -42,6 +43,7 @@ KNOWN = {"alpha_pattern", "base_model_name_or_path", "lora_alpha", "r", "rank_pa
 KNOWN |= {"auto_mapping", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"}
 KNOWN |= {"layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version"}
 KNOWN |= {"qalora_group_size", "target_modules", "task_type", "use_rslora"}
+MOST = 1000  # patterns, and characters of each
 KEY = re.compile(
     r"base_model\.model\.((?:transformer\.)?h\.([0-9]{1,9})\.([a-z]+\.c_[a-z]+))\.lora_[AB]\.weight"
 )
@@ -71,8 +73,11 @@ def read_config(folder):  # -> what adapter_config.json says
         config[pattern] = config[pattern] or {}
         if not isinstance(config[pattern], dict):
             raise ValueError(f"{path}: {pattern} is not an object")
+        if max([len(config[pattern]), *map(len, config[pattern])]) > MOST:
+            raise ValueError(f"{path}: {pattern} is longer than any model needs")
+        kinds = (int,) if one == "r" else (int, float)
         for number in (config.get(one), *config[pattern].values()):
-            if type(number) not in (int, float) or not 0 < number < 2**24:
+            if type(number) not in kinds or not 0 < number < 2**24:
                 raise ValueError(f"{path}: {one} is {number!r}, not a sensible number")
     return config
 
@@ -121,11 +126,14 @@ def read_factors(tensors, module, shape, config, path):  # -> lora_A, lora_B, sc
 
 
 def find_pattern(patterns, module, default, path):
-    """As in peft: the value whose key, a regular expression, matches the end of the name."""
+    """As in peft: the value whose key, a regular expression, matches the end of the name.
+
+    Those of a stranger may take longer than the sun will shine: (.|.)*! on a name of 30 letters.
+    """
     try:
-        matching = (p for p in patterns if re.match(rf"(.*\.)?({p})$", module))
+        matching = (p for p in patterns if regex.match(rf"(.*\.)?({p})$", module, timeout=0.1))
         return patterns.get(next(matching, None), default)
-    except re.error as error:
+    except (regex.error, RecursionError, TimeoutError) as error:
         raise ValueError(f"{path}: a pattern in {CONFIG}: {error}") from None
 
 

@@ -6,6 +6,7 @@ TensorFlow's reader aborts its process on some damaged files. In a separate proc
 abort ours.
 """
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -25,6 +26,7 @@ from model_files.weights import (
     write_safetensors,
 )
 from plumbing.cli import one_line, run_cli
+from plumbing.files import remove_left_over
 
 
 def quiet_tensorflow():
@@ -50,14 +52,21 @@ def convert_checkpoint(model_dir, path):
         print(f"notice: converting {checkpoint}, which is needed once ...", file=sys.stderr)
     project = str(Path(__file__).resolve().parent.parent)
     python_path = os.pathsep.join([project, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with contextlib.suppress(OSError):  # of a folder that we may only read
+        remove_left_over(path)
     with tempfile.TemporaryDirectory() as folder:
-        spare = os.path.join(folder, "model.safetensors")
-        command = [sys.executable, "-P", "-m", "model_files.convert", model_dir, path, spare]
+        spare, place = os.path.join(folder, "model.safetensors"), model_dir
+        if not is_utf8(model_dir):  # TensorFlow opens no such path, but follows a link to it
+            place = os.path.join(folder, "model")
+            os.symlink(os.path.abspath(model_dir), place)
+        there = os.path.join(place, os.path.basename(path))
+        command = [sys.executable, "-P", "-m", "model_files.convert", place, there, spare]
         environment = os.environ | {"PYTHONPATH": python_path}
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, env=environment
         )
         *_, said = done.stderr.decode(errors="replace").strip().split("\n")
+        said = said.replace(place, model_dir)
         if done.returncode < 0:
             name = signal.Signals(-done.returncode).name
             said = f"{checkpoint}: damaged, or too large: TensorFlow's reader died of {name}"
@@ -66,6 +75,13 @@ def convert_checkpoint(model_dir, path):
         if said.startswith("notice: ") and sys.stderr.isatty():
             print(said, file=sys.stderr)
         return read_safetensors(path if os.path.isfile(path) else spare)  # a map outlives its file
+
+
+def is_utf8(path):
+    try:
+        return bool(path.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def main(model_dir: str, path: str, spare: str | None = None):

@@ -7,6 +7,7 @@ HF_HUB_OFFLINE are its own. What is in the cache is used as it is, without askin
 the files of a model that we can open are fetched: never a pickle, which can run programs.
 """
 
+import json
 import os
 import re
 
@@ -46,6 +47,12 @@ def fetch_repository(name, only_tokenizer=False):  # -> a folder
         if getattr(error, "errno", None) is not None:  # an error of our own disk, which may be full
             raise
         raise ConnectionError(reason(error, name)) from None
+    except Exception as error:  # the library takes the Hub's answers as they come
+        is_nonsense = isinstance(error, (UnicodeError, json.JSONDecodeError))
+        if isinstance(error, (ValueError, ImportError, MemoryError)) and not is_nonsense:
+            raise
+        what = f"its answer is not the Hub's ({type(error).__name__})"
+        raise ConnectionError(f"fetching {name} from {constants.ENDPOINT} failed: {what}") from None
 
 
 def find_cached(repo, revision, only_tokenizer):  # -> a folder, or None where anything is missing

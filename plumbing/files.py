@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -69,6 +70,25 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         remove(temporary)
+
+
+def remove_left_over(path):
+    """Deletes what `replacing` left half-written where it was killed: the files of dead processes.
+
+    If another machine is still writing one, its os.replace fails: an error, but no broken file.
+    """
+    if os.name == "nt":  # there os.kill would end the process
+        return
+    name = re.compile(re.escape(os.path.basename(path)) + r"\.([0-9]{1,9})\.tmp")
+    folder = os.path.dirname(path) or "."
+    for other, found in ((n, name.fullmatch(n)) for n in os.listdir(folder)):
+        try:
+            if found:
+                os.kill(int(found[1]), 0)  # only asks whether there is such a process
+        except ProcessLookupError:
+            remove(os.path.join(folder, other))
+        except PermissionError:  # there is, and it is somebody else's
+            pass
 
 
 def remove(*paths):

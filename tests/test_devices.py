@@ -56,10 +56,9 @@ def train(seed, n_devices, fsdp, optimizer, dtype="float32"):
     return state, float(loss), float(train_jax.validation_loss(state[0], *windows, **how))
 
 
-@pytest.mark.parametrize(
-    "fsdp, optimizer",
-    [slow(True, "muon"), slow(False, "muon"), (True, "adamw"), slow(False, "adamw")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("fsdp", [True, False])
 def test_eight_devices_compute_what_one_does(seed, fsdp, optimizer):
     one, *wanted = train(seed, 1, False, optimizer)
     state, *losses = train(seed, 8, fsdp, optimizer)

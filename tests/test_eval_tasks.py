@@ -142,13 +142,14 @@ def test_tasks_are_read():
 @pytest.mark.parametrize(
     "change", [{"eval_tasks": 1}, {"eval_tasks": "x"}, {"eval_tasks_every": "5"}]
 )
-def test_a_run_json_with_other_tasks_is_refused(out, change):
-    place = out / "checkpoints" / "00000040"
-    saved = json.loads((place / "run.json").read_text())
-    assert training.flags.check_saved(saved, place)["eval_tasks_every"] == 15
+def test_a_run_json_with_other_tasks_is_refused(change):
+    flags = {"data": "x", "out": "y", "eval_tasks": "lambada", "eval_tasks_every": 15}
+    saved = {"flags": training.flags.choose({"saved_dtype": "float32"} | flags, "cpu")}
+    saved |= {"step": 0, "run": 1, "best": None, "text": {}}
+    assert training.flags.check_saved(saved, "place")["eval_tasks_every"] == 15
     saved["flags"] |= change
-    with pytest.raises(ValueError, match=r"run.json: damaged"):
-        training.flags.check_saved(saved, place)
+    with pytest.raises(ValueError, match=r"place/run.json: damaged"):
+        training.flags.check_saved(saved, "place")
 
 
 def test_items_that_are_not_there_end_a_run_before_its_first_step(tmp_path):

@@ -5,8 +5,10 @@ SIGXTYGPT_KILLS raises the number of kills at random times: SIXTYGPT_KILLS=50 py
 """
 
 import contextlib
+import functools
 import gzip
 import hashlib
+import http.client
 import json
 import os
 import pty
@@ -19,13 +21,19 @@ import subprocess
 import sys
 import termios
 import time
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 
 import faults
+import numpy as np
 import pytest
 import test_download
-from conftest import REPO, on_linux
+from conftest import REPO, TINY, on_linux, random_params
 
+import gpt2
 import utils
+from encoder import Encoder
+from model_files import adapters
 from training import checkpoints
 
 KILLS = int(os.environ.get("SIXTYGPT_KILLS", 2))
@@ -165,9 +173,11 @@ for n in faults.at_every_change(folder, fault, lambda: save(folder, 3, 80, saved
     save(folder, 1, 100, saved[1:])
     assert found() == (100, 1) and len(os.listdir(folder + "/checkpoints")) == 2
 begin(before, 9)  # from here on, the two in there are an earlier run's
+olds = faults.files(before).items()
 for step in (20, 60):
     for n in faults.at_every_change(folder, fault, lambda: save(folder, 3, step, run=9), before):
         assert found() in [None, (step, 3)]
+        assert found() or all(old in faults.files(folder).items() for old in olds)
         save(folder, 1, 20, run=9)
 for n in faults.at_every_change(folder, fault, lambda: save(folder, 3, 20, run=9), before):
     save(folder, 1, 20, run=9)
@@ -203,7 +213,7 @@ shapes = {name: list(array.shape) for name, array in variables.items()}
 reader = types.SimpleNamespace(
     get_variable_to_shape_map=lambda: shapes, get_tensor=variables.__getitem__
 )
-train = types.SimpleNamespace(load_checkpoint=lambda path: reader)
+train = types.SimpleNamespace(load_checkpoint=lambda path: path.encode() and reader)
 errors = types.SimpleNamespace(OpError=ZeroDivisionError)
 """
 CONVERTING = """
@@ -241,6 +251,41 @@ def test_a_conversion_survives_a_fault_at_every_step(tmp_path, fault):
     *lines, n = python(MODELS + CONVERTING, tmp_path / "124M", fault, also=tmp_path)
     assert lines == []
     assert int(n) >= 2
+
+
+LEFT_OVER = """
+import subprocess
+from pathlib import Path
+folder = Path(os.fsdecode(b"\\xff124M"))
+folder.mkdir()
+for name, text in {
+    "model.ckpt.index": "", "vocab.bpe": "#version: 0.2\\na b\\n",
+    "encoder.json": json.dumps(encoders[1].vocab), "hparams.json": json.dumps(hparams),
+}.items():
+    (folder / name).write_text(text)
+ended = subprocess.Popen(["true"])
+ended.wait()
+left = [f"model.safetensors.{pid}.tmp" for pid in (os.getpid(), ended.pid, "9" * 30, "x")]
+for name in [*left, f"other.{ended.pid}.tmp"]:
+    (folder / name).write_text("half of it")
+before = set(os.listdir(folder))
+assert which(folder) == 1
+assert set(os.listdir(folder)) == before - {left[1]} | {"model.safetensors"}
+(folder / "model.safetensors").unlink()
+(folder / "hparams.json").write_text(json.dumps(hparams | {"n_layer": 2}))
+try:
+    utils.load_encoder_hparams_and_params(str(folder), ".")
+except ValueError as error:
+    print(str(error).encode(errors="surrogateescape"))
+"""
+
+
+def test_a_conversion_clears_what_a_killed_one_left_in_a_folder_of_any_name(tmp_path):
+    """Not what a process still writes. The folder's name is no UTF-8, which TensorFlow wants."""
+    (tmp_path / "tensorflow.py").write_text(TENSORFLOW)
+    code = f"import os; os.chdir({str(tmp_path)!r})\n" + MODELS + LEFT_OVER
+    [line] = python(code, "-", "-", also=tmp_path)
+    assert line.startswith(repr(os.fsencode(tmp_path) + b"/\xff124M/model.ckpt: model/h1/")[:-1])
 
 
 PREPARING = """
@@ -354,12 +399,42 @@ TRAINING = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--n_ctx", 16, "--n_s
 TRAINING += ["--eval_every", 20, "--checkpoint_every", 40]
 
 
-def start_training(*args):
+def start_training(*args, script="train_jax.py"):
     """-> the process, when it begins to write into its folder: what comes before is JAX's start."""
-    process = begin("train_jax.py", *args)
+    process = begin(script, *args)
     process.stdout.readline()
     process.stdout.readline()
     return process
+
+
+OTHERS = {  # the other trainers, and how many bytes are too few for a model, and for its moments
+    "train_jax.py": (
+        ["--lora_rank", 16, "--lora_targets", ",".join(adapters.LAYERS)],
+        12_000,
+        25_000,
+    ),
+    "backprop.py": ([], 20_000, 40_000),
+}
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def other_training(request, tmp_path_factory):
+    """As `training`, of LoRA adapters and by backprop.py. -> script, flags, and what it makes."""
+    seed = secrets.randbits(32)
+    print("seed", seed)
+    script, folder = request.param, tmp_path_factory.mktemp("other")
+    (folder / "text").write_text(text_of(random.Random(seed), 300))
+    flags = ["--data", folder / "text", *TRAINING, *OTHERS[script][0]]
+    if script == "train_jax.py":
+        hparams = {"n_vocab": 257, "n_ctx": 16, "n_embd": 16, "n_head": 2, "n_layer": 1}
+        params = random_params(np.random.default_rng(seed), hparams)
+        utils.save_model(folder / "base", Encoder([]), hparams, params)
+        sizes = ("--n_layer", "--n_head", "--n_embd")  # the base's
+        at = [flags.index(name) for name in sizes]
+        flags = [word for i, word in enumerate(flags) if i not in at and i - 1 not in at]
+        flags += ["--init_from", folder / "base"]
+    finish(begin(script, *flags, "--out", folder / "whole"))
+    return script, flags, trained(folder / "whole")
 
 
 def trained(out):
@@ -395,8 +470,16 @@ def wait_until(condition, process):  # or it has ended
 
 @pytest.mark.slow
 def test_training_killed_at_random_times_comes_to_the_same_bits(training, tmp_path, rng):
-    flags, whole = training
-    out, n_killed, n_finished = tmp_path / "out", 0, 0
+    kill_at_random_times("train_jax.py", *training, tmp_path / "out", rng)
+
+
+@pytest.mark.slow
+def test_other_training_killed_at_random_times_does_so_too(other_training, tmp_path, rng):
+    kill_at_random_times(*other_training, tmp_path / "out", rng)
+
+
+def kill_at_random_times(script, flags, whole, out, rng):
+    n_killed, n_finished = 0, 0
     fresh = again = [*flags, "--out", out, "--overwrite"]  # it may be killed before a checkpoint
 
     def n_lines():
@@ -404,7 +487,7 @@ def test_training_killed_at_random_times_comes_to_the_same_bits(training, tmp_pa
         return log.read_bytes().count(b"\n") if log.exists() else 0
 
     while n_killed < KILLS:
-        process, n = start_training(*again), rng.randrange(len(whole[1]))
+        process, n = start_training(*again, script=script), rng.randrange(len(whole[1]))
         wait_until(lambda n=n: n_lines() >= n, process)
         time.sleep(rng.uniform(0, 0.3))  # of a look at the validation text, a save, a picture
         process.kill()
@@ -421,18 +504,28 @@ def test_training_killed_at_random_times_comes_to_the_same_bits(training, tmp_pa
             again = ["--resume", out]
         except FileNotFoundError:  # there is none yet
             again = fresh
-        if (out / "model.safetensors").exists():
+        if any(out.glob("*model.safetensors")):
             utils.load_encoder_hparams_and_params(str(out), ".")
-    finish(begin("train_jax.py", *again))
+    finish(begin(script, *again))
     assert trained(out) == whole
-    print(f"training: {n_killed} kills, {n_finished + 1} runs that finished, all alike")
+    print(f"{script}: {n_killed} kills, {n_finished + 1} runs that finished, all alike")
 
 
 @pytest.mark.slow
 @on_linux
 def test_training_survives_full_disks_and_a_folder_that_is_lost(training, tmp_path):
     """One after the other, and then goes on to the same bits as if nothing had been."""
-    flags, whole = training
+    meet_full_disks("train_jax.py", *training, tmp_path, 20_000, 40_000)
+
+
+@pytest.mark.slow
+@on_linux
+def test_other_training_survives_full_disks_too(other_training, tmp_path):
+    meet_full_disks(*other_training, tmp_path, *OTHERS[other_training[0]][1:])
+
+
+def meet_full_disks(script, flags, whole, tmp_path, n_less, n_more):
+    """n_less: bytes that are too few for the best model; n_more: and for the moments."""
     out, away = tmp_path / "out", tmp_path / "away"
 
     def ends(process, *refused):
@@ -444,16 +537,18 @@ def test_training_survives_full_disks_and_a_folder_that_is_lost(training, tmp_pa
     def fill_disk(process, n_bytes):  # no file may be larger now
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
 
-    process = start_training(*flags, "--out", out)
+    start = functools.partial(start_training, script=script)
+    process = start(*flags, "--out", out)
     wait_until((out / "checkpoints" / "00000040").exists, process)
-    fill_disk(process, 20_000)  # no room for the best model, nor for a checkpoint's
+    fill_disk(process, n_less)  # no room for the best model, nor for a checkpoint's
     places = [out / "checkpoints" / f"{step:08d}" for step in range(40, 241, 40)]
     assert ends(process, out, *places).endswith(": File too large\n")
-    process = start_training("--resume", out)
-    fill_disk(process, 40_000)  # for a model, but not for the moments
+    process = start("--resume", out)
+    fill_disk(process, n_more)  # for a model, but not for the moments
     assert ends(process, *places).endswith(": File too large\n")
-    process = start_training("--resume", out)
-    assert process.stdout.readline().startswith("going on after step ")
+    process = start("--resume", out)
+    if script == "train_jax.py":
+        assert process.stdout.readline().startswith("going on after step ")
     process.stdout.readline()  # a look at the validation text
     process.send_signal(signal.SIGSTOP)
     os.rename(out, away)
@@ -463,19 +558,26 @@ def test_training_survives_full_disks_and_a_folder_that_is_lost(training, tmp_pa
     assert out.read_text() == "a file"
     out.unlink()
     os.rename(away, out)
-    finish(begin("train_jax.py", "--resume", out))
+    finish(begin(script, "--resume", out))
     assert trained(out) == whole
 
 
 @pytest.mark.slow
 def test_two_trainings_into_one_folder(training, tmp_path):
-    flags, whole = training
-    out = tmp_path / "out"
-    first = start_training(*flags, "--out", out)
+    begin_twice("train_jax.py", *training, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_two_other_trainings_into_one_folder(other_training, tmp_path):
+    begin_twice(*other_training, tmp_path / "out")
+
+
+def begin_twice(script, flags, whole, out):
+    first = start_training(*flags, "--out", out, script=script)
     wait_until((out / "metrics.jsonl").exists, first)
-    second = begin("train_jax.py", *flags, "--out", out, "--overwrite")
+    second = begin(script, *flags, "--out", out, "--overwrite")
     _, err = second.communicate(timeout=120)
-    held = (second.returncode, err) == (2, f"error: {out}: another train_jax.py is at work there\n")
+    held = (second.returncode, err) == (2, f"error: {out}: another trainer is at work there\n")
     assert held or second.returncode == 0 and first.poll() == 0, err  # or the first had ended
     finish(first)
     assert trained(out) == whole
@@ -530,6 +632,76 @@ def test_a_page_that_a_full_disk_refuses_leaves_the_old_one(tmp_path):
     assert faults.files(tmp_path) == {"explain.html": b"an older page"}
 
 
+# A server, killed under load and started again
+
+N_CLIENTS, N_PROMPTS, N_NEW = 8, 12, 20
+
+
+def start_server(*args):  # -> the process, its port
+    process = begin("serve.py", *args)
+    return process, int(process.stdout.readline().rpartition(":")[2])
+
+
+def ask(port, prompt, is_stream):  # -> (the text so far, whether all of it has come)
+    data = {"prompt": prompt, "max_tokens": N_NEW, "temperature": 0, "ignore_eos": True}
+    text, client = "", http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(client):
+        client.request("POST", "/v1/completions", json.dumps(data | {"stream": is_stream}))
+        answer = client.getresponse()
+        assert answer.status == 200
+        if not is_stream:
+            return json.loads(answer.read())["choices"][0]["text"], True
+        for line in answer:
+            event = line.removeprefix(b"data: ").strip()
+            if event == b"[DONE]":
+                return text, True
+            if event and line.endswith(b"\n"):
+                text += json.loads(event)["choices"][0]["text"]
+    return text, False
+
+
+@pytest.mark.slow
+def test_a_server_killed_under_load_answers_rightly_when_it_is_back(tmp_path, rng):
+    params = random_params(np.random.default_rng(rng.randrange(2**32)), TINY)
+    utils.save_model(tmp_path / "tiny", Encoder([]), TINY, params)
+    prompts = [[rng.randrange(256) for _ in range(rng.randrange(1, 25))] for _ in range(N_PROMPTS)]
+    ids = [gpt2.generate(prompt, params, TINY["n_head"], N_NEW) for prompt in prompts]
+    texts, counts, answers = list(map(Encoder([]).decode, ids)), Counter(), deque()
+    port, deadline = 0, None
+
+    def client(seed):
+        rng = random.Random(seed)
+        while time.monotonic() < deadline:
+            i = rng.randrange(N_PROMPTS)
+            answers.append((i, *ask(port, prompts[i], rng.random() < 0.5)))
+
+    while counts["kills"] < KILLS:
+        process, port = start_server("--model_size", tmp_path / "tiny", "--port", port)
+        wait = rng.uniform(0, 1)
+        deadline = time.monotonic() + wait + 0.2  # some ask when there is nobody
+        with ThreadPoolExecutor() as pool:
+            asked = [pool.submit(client, rng.random()) for _ in range(N_CLIENTS)]
+            time.sleep(wait)
+            process.kill()
+            counts["kills"] += 1
+            for one in asked:
+                one.result()
+        assert process.communicate()[1] == ""
+    process, port = start_server("--model_size", tmp_path / "tiny", "--port", port)
+    for i, prompt in enumerate(prompts):
+        answers.append((i, *ask(port, prompt, i % 2 == 0)))
+    second = begin("serve.py", "--model_size", tmp_path / "tiny", "--port", port)
+    taken = "error: Address already in use"
+    assert second.communicate(timeout=60)[1].startswith(taken) and second.returncode == 2
+    process.terminate()
+    process.communicate(timeout=60)
+    for i, text, is_whole in answers:
+        assert text == texts[i] if is_whole else texts[i].startswith(text.rstrip("\ufffd"))
+        counts["whole" if is_whole else "cut off"] += 1
+    assert counts["whole"] >= N_PROMPTS
+    print(dict(counts))
+
+
 # A clock that goes back, or stands still
 
 BACKWARDS = """
@@ -540,9 +712,8 @@ time.time_ns = lambda: int(next(clock) * 1e9)
 if "still" in sys.argv:
     sys.argv.remove("still")
     time.monotonic = time.perf_counter = lambda: 1000.0
-import prepare, train_jax; from plumbing import cli
-program = {"prepare.py": prepare, "train_jax.py": train_jax}[sys.argv.pop(1)]
-cli.run_cli(program.main)
+import importlib; from plumbing import cli
+cli.run_cli(importlib.import_module(sys.argv.pop(1).removesuffix(".py")).main)
 """
 
 
@@ -591,6 +762,13 @@ def test_training_does_not_trust_the_clock(training, tmp_path):
     out = tmp_path / "out"
     assert b"tok/s" in run_backwards("train_jax.py", *flags, "--out", out)
     assert trained(out) == whole
+
+
+@pytest.mark.slow
+def test_other_training_does_not_trust_the_clock_either(other_training, tmp_path):
+    script, flags, whole = other_training
+    assert b"tok/s" in run_backwards(script, *flags, "--out", tmp_path / "out")
+    assert trained(tmp_path / "out") == whole
 
 
 def test_the_last_checkpoint_is_that_of_the_last_step_not_of_the_latest_date(tmp_path):

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+import time
 
 import pytest
 from conftest import TINY, call, call_trainer, run
@@ -58,6 +59,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.send_file(files, *found.groups()[1:], on_cdn=path.startswith("/cdn/"))
         if found[3] not in (None, "main", COMMIT, "v1"):
             return self.answer(404, X_Error_Code="RevisionNotFound")
+        if self.server.listing:
+            return self.answer(200, self.server.listing, Content_Type="application/json")
         listing = {"id": found[1], "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]}
         return self.answer(200, json.dumps(listing).encode(), Content_Type="application/json")
 
@@ -67,6 +70,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         data, fault = files.get(name), self.server.faults.get(name, "")
         if fault == "gated":
             return self.answer(403, X_Error_Code="GatedRepo")
+        if fault == "leads away":
+            return self.answer(302, Location=self.server.elsewhere)
         if data is None:
             return self.answer(404, X_Error_Code="EntryNotFound")
         about = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X_Repo_Commit": COMMIT}
@@ -91,6 +96,7 @@ def server(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.repositories, server.faults, server.seen, server.status = {}, {}, [], 0
+    server.listing = None
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
@@ -307,6 +313,43 @@ def test_no_network_and_a_server_in_trouble(server, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     code, _, complaint = gpt2("some/tiny")
     assert code == 2 and complaint.count("\n") == 1 and "HF_HUB_OFFLINE is set" in complaint
+
+
+NONSENSE = {  # what the Hub says of a repository, where it lists its files
+    "no JSON": b"<html>",
+    "no UTF-8": b'{"\xff',
+    "a list": b"[]",
+    "files without names": b'{"id": "some/tiny", "siblings": [{}]}',
+    "files that are none": b'{"id": "some/tiny", "siblings": [null]}',
+    "no id": b'{"siblings": []}',
+    "names that lead away": b'{"id": "x", "siblings": [{"rfilename": "../config.json"}]}',
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_a_server_that_is_not_the_hub(server, tiny, what):
+    server.repositories["some/tiny"], server.listing = tiny[0], NONSENSE[what]
+    code, out, complaint = gpt2("some/tiny")
+    assert (code, out, complaint.count("\n")) == (2, "", 1) and "some/tiny" in complaint
+
+
+@pytest.mark.parametrize("status", [403, 404, 429, 503])
+def test_a_status_that_is_no_answer(server, status, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the library tries again
+    server.status = status
+    code, out, complaint = gpt2("some/tiny")
+    assert (code, out, complaint.count("\n")) == (2, "", 1)
+    assert complaint.startswith("error: no folder at some/tiny, and ")
+
+
+@pytest.mark.parametrize("place", ["http://127.0.0.1:9/x", "ftp://x"])
+def test_a_redirection_to_elsewhere(server, tiny, place):
+    """Of a small file: nothing is taken from there."""
+    server.repositories["some/tiny"] = tiny[0]
+    server.faults["config.json"] = "leads away"
+    server.elsewhere = place
+    code, out, complaint = gpt2("some/tiny")
+    assert (code, out, complaint.count("\n")) == (2, "", 1) and "fetching" in complaint
 
 
 def test_a_line_that_breaks_off_is_taken_up_again(server, tiny, monkeypatch):

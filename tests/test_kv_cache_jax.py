@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params, slow
+from conftest import random_params
 
 import gpt2
 import kv_cache

@@ -503,6 +503,13 @@ BAD_FOLDERS = {  # what adapter_config.json says, what becomes of the tensors, w
     "alphas": ({"alpha_pattern": {"c_attn": None}}, None, "lora_alpha is None"),
     "a list": ({"rank_pattern": [1]}, None, "rank_pattern is not an object"),
     "no pattern": ({"alpha_pattern": {"(": 3}}, None, "a pattern in adapter_config.json: "),
+    "a pattern that never ends": (
+        {"rank_pattern": {"(?R)": 3}}, None, "a pattern in adapter_config.json: regex timed out",
+    ),
+    "a long pattern": (
+        {"alpha_pattern": {"a" * 1001: 3}}, None, "alpha_pattern is longer than any model needs",
+    ),
+    "half a rank": ({"r": 0.5}, None, "r is 0.5, not a sensible number"),
     "half": ({}, without(B), f"{B} is missing"),
     "none": ({}, lambda tensors: {}, "no adapters in it"),
     "a thirteenth block": ({}, renamed(".h.1.", ".h.12."), "its base has only 2 blocks"),

@@ -542,6 +542,16 @@ def test_a_killed_worker_ends_the_run_with_one_line(corpus, tmp_path):
     assert tree(out) == whole
 
 
+@pytest.mark.parametrize("name", ["meta.json", ".work/plan.json"])
+def test_a_pipe_among_what_an_earlier_run_left_is_not_waited_for(tmp_path, name):
+    (tmp_path / "a.txt").write_text("some words")
+    (tmp_path / "out" / ".work").mkdir(parents=True)
+    os.mkfifo(tmp_path / "out" / name)
+    command = ["prepare.py", tmp_path / "a.txt", "--out", tmp_path / "out"]
+    code, _, err = conftest.run(*command, timeout=60)
+    assert code == 0 or (code, err.count("\n")) == (2, 1) and str(tmp_path) in err
+
+
 @pytest.mark.slow
 def test_two_runs_into_one_folder(corpus, tmp_path):
     flags, whole = corpus

@@ -1,5 +1,6 @@
 """serve.py: gpt2.py's texts and probabilities for every client, whatever the others do."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -658,6 +659,31 @@ def test_surrogates_and_odd_names_are_no_trouble(client):
     assert client.post("/v1/completions", content=body).status_code == 404
     body = rb'{"prompt": "\ud800", "stop": "\udfff", "max_tokens": 1, "echo": true}'
     assert client.post("/v1/completions", content=body).status_code == 200
+
+
+def test_a_query_that_is_no_utf_8(client):
+    """TestClient would quote it, and a stranger does not."""
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/nowhere", "query_string": b"\xce"}
+    asyncio.run(client.app(scope | {"headers": [(b"host", b"localhost")]}, receive, send))
+    assert sent[0]["status"] == 404
+
+
+def test_nobody_gets_a_web_socket(address, capfd):
+    """Even where a package for them is installed: its errors would be tracebacks in the log."""
+    asked = b"Upgrade: websocket\r\nConnection: upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    for host, status in ((b"\x86", b"403"), (b"localhost", b"200")):
+        with socket.create_connection(address, timeout=30) as line:
+            line.sendall(b"GET /health HTTP/1.1\r\nHost: " + host + b"\r\n" + asked + b"\r\n")
+            assert line.recv(2**16).split()[1] == status
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_what_is_not_there_has_the_same_shape(client):

@@ -236,6 +236,7 @@ def test_a_model_is_trained_from_shards(prepared, tmp_path):
     assert (code, err) == (0, "")
 
 
+@pytest.mark.slow
 def test_the_same_ids_train_alike_from_every_kind(prepared, tmp_path):
     split, encoder = shards.open_shards(prepared)
     train, val = (np.concatenate(split[name]) for name in ("train", "val"))

@@ -46,7 +46,8 @@ def save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
     params: the model's tree; moments: {name: array}; about: what run.json says besides the step.
     """
     folder = os.path.join(out, "checkpoints")
-    place, stage = os.path.join(folder, f"{step:08d}"), None
+    plain, stage = os.path.join(folder, f"{step:08d}"), None
+    place = plain
     try:
         os.makedirs(folder, exist_ok=True)
         names = os.listdir(folder)
@@ -58,8 +59,8 @@ def save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
         save_params(stage, encoder, hparams, params, about.get("flags", {}))
         write_safetensors(os.path.join(stage, "optimizer.safetensors"), moments)
         write_whole(Path(stage, "run.json"), json.dumps({"step": step} | about, indent=1))
-        if place in older:
-            put_away(place)  # an earlier run's checkpoint of the same name
+        while place in older:  # an earlier run's: until that is deleted, ours is 000000400
+            place = os.path.join(folder, "0" + os.path.basename(place))
         os.rename(stage, place)
     except OSError as error:
         why = error.strerror.rpartition(": ")[2]  # save_model's message would name the stage
@@ -70,6 +71,9 @@ def save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
     for old in [*places[:-1], *(older - {*places, place})]:  # `older` are an earlier run's
         with contextlib.suppress(OSError):
             put_away(old)
+    with contextlib.suppress(OSError):
+        os.rename(place, plain)
+        place = plain
     places[:] = [*places[-1:], place]
     return place
 

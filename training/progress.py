@@ -86,7 +86,7 @@ def open_log(out, run, n_done):  # -> an open file
             write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         return open_locked(path, wait=False)
     except BlockingIOError:
-        raise ValueError(f"{out}: another train_jax.py is at work there") from None
+        raise ValueError(f"{out}: another trainer is at work there") from None
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from None
 
