@@ -1,7 +1,6 @@
 """train_jax.py --eval_tasks: the figures of evaluate.py, in the log, on all devices."""
 
 import functools
-import json
 import os
 
 import conftest
