@@ -3,16 +3,14 @@
     python backprop.py --data shakespeare                # from text to a model, and no framework
     python gpt2.py "It was" --model_size mine            # then write with it
 
-gpt2.py computes the loss; this file says how the loss changes if anything in there does. If dy is
-the gradient with respect to a function's result y (how the loss changes with y), the chain rule
-gives dx, the gradient with respect to its input x. So every function of gpt2.py has a counterpart
-here, in its order:
+gpt2.py computes the loss; this file says how it changes if anything in there does. If dy is the
+gradient by a function's result y (how the loss changes with y), the chain rule gives dx, the
+gradient by its input x. So every function of gpt2.py has a counterpart here, in its order:
 
 *  A small function f has f_backward(dy, ...), which takes dy and f's arguments, or f's result where
    that saves work. It returns dx, and the gradients of f's parameters under their names.
-*  A function made of others has f_forward(...), which calls gpt2.py's functions as they are and
-   returns y and `backward`, a function that takes dy and returns the same as above. What it needs
-   until then is kept inside it.
+*  One made of others has f_forward(...), which calls gpt2.py's functions as they are. It returns y
+   and `backward`, which takes dy, returns the same as above, and keeps what it needs until then.
 
 A batch's tokens stand one after the other, [n_tokens, n_embd], because a few large products are
 faster than many small ones; only attention sees the sequences. Memory: 4 bytes for each parameter,
@@ -221,9 +219,8 @@ def loss_and_gradients(params, tokens, n_head, n_parts=1):  # [n_batch, n_seq + 
     """-> nats per token, a float, the mean of -ln p[next token]; its gradient, a tree like params.
 
     Both are divided by n_parts, so that the sum over n_parts batches is their mean. Threads share
-    the sequences, each with OpenBLAS to itself, so that all of the work runs in parallel, not only
-    the products. What they return is added up in the batch's order: the same bits each time, on one
-    machine.
+    the sequences, each with OpenBLAS to itself, so that all of the work runs in parallel, not just
+    the products. Their sums are made in the batch's order: the same bits each time, on one machine.
     """
 
     def work(mine):
