@@ -29,7 +29,7 @@ from itertools import islice
 import numpy as np
 
 from corpus.chat import NEXT_TURN, converse
-from engine import products, slices, threads
+from engine import products, slices
 from engine.rows import admit, choose, drawing, n_read, n_to_copy, new_row, write
 from engine.stops import up_to
 from gpt2 import (
@@ -161,7 +161,7 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
 
 def next_logits(x, params):  # [n_rows, n_embd] -> [n_rows, n_vocab]
     """The logits of the token after each row's last."""
-    with threads.own_threads(len(x)):
+    with products.own_threads(len(x)):
         return x @ products.wrap(params)["wte"].swapaxes(0, 1)
 
 

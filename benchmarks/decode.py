@@ -23,7 +23,7 @@ from common import HPARAMS, alternate, hugging_face, machine, model_folder, prin
 import gpt2
 import kv_cache
 import utils
-from engine import kernels, products, threads
+from engine import kernels, products
 from model_files import weights
 
 N_HEAD, N_VOCAB = HPARAMS["n_head"], HPARAMS["n_vocab"]
@@ -105,7 +105,7 @@ def time_products(params):
         x = {n_in: np.ones((n_rows, n_in), np.float32) for n_in in {len(w) for w in arrays}}
 
         def fast(x=x, n_rows=n_rows):
-            with threads.own_threads(n_rows):
+            with products.own_threads(n_rows):
                 for w in matrices * 10:
                     x[len(w)] @ w
 

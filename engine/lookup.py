@@ -7,7 +7,7 @@ at once. Saxena 2023, "Prompt Lookup Decoding"; checking guesses in one pass is 
 2023, arXiv:2211.17192, whose guesses come from a smaller model.
 """
 
-N_MATCHED = 3  # last tokens that must stand earlier in the text
+N_MATCHED = 2  # last tokens that must stand earlier in the text
 MOST_TRUST, REGAINED = 4, 1 / 16  # a text that repeats nothing loses half a step in 16 at the most
 
 

@@ -2,16 +2,19 @@
 
 To write one token for each of 8 texts, 8 rows are multiplied by every matrix of the model. That is
 little arithmetic: the time should be that of reading the weights once. But OpenBLAS, which makes
-NumPy's products, first rearranges ("packs") each matrix, which only pays for hundreds of rows. Two
-things help:
+NumPy's products, first rearranges ("packs") each matrix, which only pays for hundreds of rows.
+Three things help:
 
+*  for two rows, two products of a vector (GEMV), which never pack. They take turns on parts of the
+   matrix that are small enough to stay in the processor's cache for the second one;
 *  a library that packs faster, see kernels.py; and
 *  for a matrix with contiguous columns, such as wte.T: the AVX-512 kernels do not pack when a
    product takes at most a million multiplications. So such a matrix is cut into slabs of columns
    that are small enough.
 
-Either way our own threads share a product's columns, and OpenBLAS uses one thread. Nothing is
-copied, and weights mapped from a file stay there.
+For the first, OpenBLAS uses its own threads, as it does for a single row. Else our own share a
+product's columns, and OpenBLAS uses one thread. Nothing is copied, and weights mapped from a file
+stay there.
 
 `wrap(params)` views the matrices as `Matrix`, whose `@` works like that; no function of gpt2.py
 changes.
@@ -23,7 +26,9 @@ from engine import kernels, threads
 
 MOST_ROWS_IN_SLABS = 160  # of x; with more, packing pays
 MIN_SIZE = 1 << 17  # a smaller matrix is not worth waking a thread
+MOST_ROWS_OF_GEMV = 2  # multiplied one at a time; three take as long as by few_rows
 UNIT = 16  # columns that stay together
+SLAB = 3 << 20  # bytes of a matrix that the cache still holds when the second row needs them
 
 
 class Matrix(np.ndarray):
@@ -51,17 +56,38 @@ def wrap(params):
     return params.view(Matrix) if getattr(params, "ndim", None) == 2 else params
 
 
+def own_threads(n_rows):
+    """threads.own_threads for products of n_rows, unless those leave the work to OpenBLAS's own."""
+    return threads.own_threads(1 if n_rows <= MOST_ROWS_OF_GEMV else n_rows)
+
+
 def product(x, w):  # [rows, n_in], [n_in, n_out] -> [rows, n_out]
     """x @ w by whichever way is fastest; the same numbers up to float32's rounding."""
     by_rows, by_columns = w.flags.c_contiguous, w.flags.f_contiguous  # the layout of w
     plain = x.dtype != np.float32 or w.dtype != np.float32 or not (by_rows or by_columns)
     if plain or w.size < MIN_SIZE or len(x) < 2:
         return x @ w
+    if len(x) <= MOST_ROWS_OF_GEMV and threads.blas() and not threads.n_users:
+        return row_by_row(x, w)
     if by_columns and len(x) <= MOST_ROWS_IN_SLABS and kernels.has_avx512():
         return split_columns(x, w, slabs_of_columns)
     if len(x) <= kernels.most_rows() and (few_rows := kernels.few_rows()):
         return split_columns(kernels.pad(x), w, few_rows)[: len(x)]
     return split_columns(x, w, np.matmul) if threads.n_users else x @ w
+
+
+def row_by_row(x, w):  # [rows, n_in], [n_in, n_out] -> [rows, n_out]: a GEMV a row, slab by slab
+    y = np.zeros((len(x), w.shape[1]), np.float32)
+    by_rows = w.flags.c_contiguous
+    step = max(UNIT, SLAB // w.strides[0 if by_rows else 1])
+    for start in range(0, w.shape[0 if by_rows else 1], step):
+        part = slice(start, start + step)
+        for x_row, y_row in zip(x, y, strict=True):
+            if by_rows:
+                y_row += x_row[part] @ w[part]
+            else:
+                np.matmul(x_row, w[:, part], out=y_row[part])
+    return y
 
 
 def split_columns(x, w, multiply):  # each thread multiplies some of w's columns

@@ -70,6 +70,21 @@ def test_the_parts_themselves(rng, n_threads, order):
             assert close(y, x, w), (way.__name__, n_rows, n_in, n_out)
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("slab", [64, 4096, 1 << 20])
+def test_two_rows_are_multiplied_one_at_a_time(rng, order, slab, monkeypatch):
+    """Slab by slab, the last one smaller; OpenBLAS keeps its threads."""
+    monkeypatch.setattr(products, "SLAB", slab)
+    for n_rows, n_in, n_out in [(2, 300, 517), (2, 517, 300), (3, 1, 40), (2, 40, 1), (0, 9, 9)]:
+        w = np.asarray(rng.standard_normal((n_in, n_out), dtype=np.float32), order=order)
+        x = rng.standard_normal((n_rows, n_in), dtype=np.float32)
+        assert close(products.row_by_row(x, w), x, w), (n_rows, n_in, n_out)
+    with products.own_threads(2):
+        assert threads.n_users == 0
+    with products.own_threads(3):
+        assert threads.n_users == 1
+
+
 def test_padding_adds_rows_of_zeros_up_to_a_multiple_of_four(rng):
     for n_rows, n_padded in [(0, 0), (1, 4), (3, 4), (4, 4), (5, 8), (64, 64)]:
         x = rng.standard_normal((n_rows, 7), dtype=np.float32)
