@@ -64,7 +64,7 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.line(f"{n:4} {reason}")
 
 
-MOST_GROWTH = 400 << 20  # bytes, until what is kept is given back
+MOST_GROWTH = 200 << 20  # bytes, until what is kept is given back
 most_memory = {"bytes": 0}
 
 

@@ -199,6 +199,7 @@ def test_a_signal_to_one_process_stops_both_and_one_alone_can_go_on(tmp_path):
     assert code == 0 and f"step {plan['step'] + 10}: " in printed, err
 
 
+@pytest.mark.slow
 def test_a_batch_that_no_two_processes_can_share_is_refused(tmp_path):
     flags = [*RUN, "--batch_size", 3, "--out", tmp_path / "out"]
     for code, _, err in finish(begin(*flags, n_processes=2)):
