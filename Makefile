@@ -40,7 +40,7 @@ QUICK = JAX_DISABLE_MOST_OPTIMIZATIONS=1 MALLOC_TRIM_THRESHOLD_=131072 \
 	.venv/bin/python -m pytest -m "not slow"
 
 test: .venv/test
-	@$(QUICK) $(JAX_TESTS) >.venv/jax.log 2>&1 & jax=$$!; \
+	@$(QUICK) $(JAX_TESTS) >.venv/jax.log 2>&1 & jax=$$!; trap "kill $$jax" INT TERM; \
 	$(QUICK) $(OTHER_TESTS); others=$$?; \
 	wait $$jax; jax=$$?; cat .venv/jax.log; exit $$((others | jax))
 

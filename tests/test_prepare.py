@@ -27,7 +27,6 @@ from encoder import ENDOFTEXT, Encoder, get_encoder
 
 OPTIONS = {"separator": ENDOFTEXT, "field": "text", "seed": 1, "dtype": "<u2"}
 OPTIONS |= {"val_fraction": 0.0, "last_fraction": 0.0}
-slow = pytest.mark.slow
 fuzz = settings(max_examples=150, deadline=None, database=None, print_blob=True)
 small = encoder_module.train(Path(encoder_module.__file__).read_text("utf-8"), 600)
 FILES = {"meta.json", "vocab.json", "merges.txt", "tokenizer_config.json"}
