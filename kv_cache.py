@@ -159,9 +159,9 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
     return x
 
 
-def next_logits(x, params):  # [n_rows, n_embd] -> [n_rows, n_vocab]
-    """The logits of the token after each row's last."""
-    with products.own_threads(len(x)):
+def next_logits(x, params, n_run=1):  # [n_rows, n_embd] -> [n_rows, n_vocab]
+    """The logits of the token after each row's last, in a pass that ran n_run tokens."""
+    with products.own_threads(max(len(x), n_run)):  # the same threads as in the pass
         return x @ products.wrap(params)["wte"].swapaxes(0, 1)
 
 
@@ -181,7 +181,7 @@ def prefill(cache, ids, params, n_head, chunk=CHUNK):  # one row's prompt -> [n_
     make_room(cache, cache["n_seq"] + len(ids), n_ctx=len(params["wpe"]))
     for start in range(0, max(1, len(ids)), chunk):
         x = extend([cache], [ids[start : start + chunk]], params, n_head)
-    return next_logits(x, params)[0]
+    return next_logits(x, params, len(ids))[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def advance(rows, params, n_head, chunk=CHUNK):  # -> [(row, its ids so far, Non
             row["read"](x[end - len(ids) : end])
     writers = [(row, end) for (row, _), end in zip(batch, ends, strict=True) if not row["to_run"]]
     last = [np.arange(end - 1 - len(row["guesses"]), end) for row, end in writers]
-    logits = next_logits(x[np.concatenate([*last, ends[:0]])], params)
+    logits = next_logits(x[np.concatenate([*last, ends[:0]])], params, len(x))
     written = []
     for (row, _), n in zip(writers, map(len, last), strict=True):
         written += write(row, logits[:n])

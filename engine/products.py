@@ -12,9 +12,9 @@ Three things help:
    product takes at most a million multiplications. So such a matrix is cut into slabs of columns
    that are small enough.
 
-For the first, OpenBLAS uses its own threads, as it does for a single row. Else our own share a
-product's columns, and OpenBLAS uses one thread. Nothing is copied, and weights mapped from a file
-stay there.
+For the first, NumPy's OpenBLAS uses its own threads, as it does for a single row. Else it uses one:
+the second library has its own, and for slabs ours share the columns. Nothing is copied, and weights
+mapped from a file stay there.
 
 `wrap(params)` views the matrices as `Matrix`, whose `@` works like that; no function of gpt2.py
 changes.
@@ -25,7 +25,7 @@ import numpy as np
 from engine import kernels, threads
 
 MOST_ROWS_IN_SLABS = 160  # of x; with more, packing pays
-MIN_SIZE = 1 << 17  # a smaller matrix is not worth waking a thread
+MIN_SIZE = 1 << 20  # multiplications; a product of fewer is done before another thread wakes
 MOST_ROWS_OF_GEMV = 2  # multiplied one at a time; three take as long as by few_rows
 UNIT = 16  # columns that stay together
 SLAB = 3 << 20  # bytes of a matrix that the cache still holds when the second row needs them
@@ -57,23 +57,25 @@ def wrap(params):
 
 
 def own_threads(n_rows):
-    """threads.own_threads for products of n_rows, unless those leave the work to OpenBLAS's own."""
-    return threads.own_threads(1 if n_rows <= MOST_ROWS_OF_GEMV else n_rows)
+    """threads.own_threads for products of n_rows, unless NumPy's own way to multiply is best."""
+    return threads.own_threads(n_rows if n_rows > MOST_ROWS_OF_GEMV and kernels.few_rows() else 1)
 
 
 def product(x, w):  # [rows, n_in], [n_in, n_out] -> [rows, n_out]
     """x @ w by whichever way is fastest; the same numbers up to float32's rounding."""
     by_rows, by_columns = w.flags.c_contiguous, w.flags.f_contiguous  # the layout of w
     plain = x.dtype != np.float32 or w.dtype != np.float32 or not (by_rows or by_columns)
-    if plain or w.size < MIN_SIZE or len(x) < 2:
+    if plain or len(x) * w.size < MIN_SIZE:
         return x @ w
-    if len(x) <= MOST_ROWS_OF_GEMV and threads.blas() and not threads.n_users:
-        return row_by_row(x, w)
-    if by_columns and len(x) <= MOST_ROWS_IN_SLABS and kernels.has_avx512():
+    if not threads.n_users:  # NumPy's OpenBLAS has its threads
+        return row_by_row(x, w) if 2 <= len(x) <= MOST_ROWS_OF_GEMV and threads.blas() else x @ w
+    if by_columns and 2 <= len(x) <= MOST_ROWS_IN_SLABS and kernels.has_avx512():
         return split_columns(x, w, slabs_of_columns)
     if len(x) <= kernels.most_rows() and (few_rows := kernels.few_rows()):
-        return split_columns(kernels.pad(x), w, few_rows)[: len(x)]
-    return split_columns(x, w, np.matmul) if threads.n_users else x @ w
+        y = np.empty((len(padded := kernels.pad(x)), w.shape[1]), np.float32)
+        few_rows(padded, w, y)
+        return y[: len(x)]
+    return split_columns(x, w, np.matmul)
 
 
 def row_by_row(x, w):  # [rows, n_in], [n_in, n_out] -> [rows, n_out]: a GEMV a row, slab by slab

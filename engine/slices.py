@@ -60,7 +60,7 @@ def run(tokens, positions, params, n_head, n_rows, attend):  # -> [n_tokens, n_e
         changed = {"wpe": params["wpe"][positions[span]], "blocks": blocks}
         return hidden_state(tokens[span], **params | changed, n_head=n_head)
 
-    with products.own_threads(n_tokens):
+    with (products if n_slices == 1 else threads).own_threads(n_tokens):
         if n_slices == 1:
             return run_with(alone, slice(None))
         return np.concatenate(threads.in_step(run_slice, n_tokens, n_slices))

@@ -85,8 +85,8 @@ def test_two_rows_are_multiplied_one_at_a_time(rng, order, slab, monkeypatch):
         assert threads.n_users == 1
 
 
-def test_padding_adds_rows_of_zeros_up_to_a_multiple_of_four(rng):
-    for n_rows, n_padded in [(0, 0), (1, 4), (3, 4), (4, 4), (5, 8), (64, 64)]:
+def test_padding_adds_rows_of_zeros_up_to_a_multiple_of_eight(rng):
+    for n_rows, n_padded in [(0, 0), (1, 1), (2, 8), (8, 8), (9, 16), (64, 64)]:
         x = rng.standard_normal((n_rows, 7), dtype=np.float32)
         padded = kernels.pad(x)
         assert padded.shape == (n_padded, 7) and padded.dtype == np.float32
