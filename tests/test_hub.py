@@ -88,7 +88,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if fault == "lies" and self.command == "GET":
             return self.answer(status, body + b"more", **about)
         if fault == "breaks off" and self.command == "GET":
-            self.server.faults.pop(name)
+            self.server.n_breaks -= 1
+            if not self.server.n_breaks:
+                self.server.faults.pop(name)
             body = body[: len(body) // 2]
         return self.answer(status, body, len(data) - start, **about)
 
@@ -99,7 +101,7 @@ def server(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.repositories, server.faults, server.seen, server.status = {}, {}, [], 0
-    server.listing, server.names = None, {}
+    server.listing, server.names, server.n_breaks = None, {}, 1
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
@@ -384,6 +386,17 @@ def test_a_line_that_breaks_off_is_taken_up_again(server, tiny, monkeypatch):
     assert gpt2("some/tiny") == (0, tiny[1], "")
     asked = [headers["Range"] for _, path, headers in server.seen if path.endswith(".safetensors")]
     assert asked[-1] == f"bytes={len(tiny[0]['model.safetensors']) // 2 // 1000 * 1000}-"
+
+
+def test_a_line_that_always_breaks_off(server, tiny, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the library tries again
+    server.repositories["some/tiny"] = tiny[0]
+    server.faults["model.safetensors"], server.n_breaks = "breaks off", 1000
+    code, out, complaint = gpt2("some/tiny")
+    assert (code, out, complaint.count("\n")) == (2, "", 1)
+    assert complaint.startswith("error: no folder at some/tiny, and fetching it from ")
+    server.faults.clear()
+    assert gpt2("some/tiny") == (0, tiny[1], "")
 
 
 def test_a_server_that_lies_about_a_size(server, tiny):
