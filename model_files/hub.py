@@ -114,9 +114,9 @@ def fetch(repo, revision, only_tokenizer):  # -> a folder
     from huggingface_hub import HfApi, hf_hub_download
 
     found = ask(HfApi().model_info, repo, revision=revision)
-    if not re.fullmatch(r"\w+", found.sha or ""):  # it, too, becomes a file's name
+    if not re.fullmatch("[0-9a-f]+", str(found.sha)):  # it, too, becomes a file's name
         raise ConnectionError("it names no commit")
-    names = {file.rfilename for file in found.siblings or ()}
+    names = {str(file.rfilename) for file in found.siblings or ()}
     config = next((name for name in ("config.json", ADAPTER[0]) if name in names), None)
     if config is None:
         raise ValueError(f"{repo}: not a model that transformers could open: it has no config.json")

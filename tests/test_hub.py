@@ -330,6 +330,8 @@ NONSENSE = {  # what the Hub says of a repository, where it lists its files
     "names that lead away": b'{"id": "x", "siblings": [{"rfilename": "../config.json"}]}',
     "a commit that leads away": b'{"id": "x", "sha": "../../../../x", "siblings": [{"rfilename": '
     b'"config.json"}]}',
+    "a commit that is a number": b'{"id": "x", "sha": 0.5}',
+    "names that are numbers": b'{"id": "some/tiny", "sha": "01", "siblings": [{"rfilename": []}]}',
 }
 
 
