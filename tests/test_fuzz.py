@@ -228,8 +228,8 @@ def request_of(documents):  # -> an ASGI scope, and the body
     request = json.loads(documents["request"])
     headers = [(k.encode("ascii"), str(v).encode()) for k, v in request["headers"].items()]
     scope = {"type": "http", "method": request["method"].upper(), "path": str(request["path"])}
-    scope |= {"query_string": request["query"].encode(), "headers": headers}
-    scope["path"].encode()  # an error, for what is no text
+    scope |= {"query_string": request["query"].encode(errors="surrogateescape"), "headers": headers}
+    scope["method"].encode("ascii"), scope["path"].encode()  # an error for what cannot come
     return scope, documents.get(scope["path"], b"")
 
 
