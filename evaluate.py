@@ -350,14 +350,14 @@ def score_all(items, params, n_head):  # -> (item, score_items' answer) of each
         yield from zip(group, score_items(group, params, n_head), strict=True)
 
 
-def accuracy(items, mark, params, n_head, scored=None, **shown):  # of encode_item -> dict
+def accuracy(items, mark, scored, **shown):  # of encode_item -> dict
     """The share of items that get each mark; n_cut counts those that lost some of their context.
 
-    scored: pairs like score_all's, in any order, by default score_all's; shown: options of the bar.
+    scored: score_all's pairs, in any order; shown: options of the bar.
     """
     totals, n_done = Counter(), 0
     with tqdm(total=len(items), unit="item", **{"disable": None} | shown) as bar:
-        for item, scores in scored or score_all(items, params, n_head):
+        for item, scores in scored:
             totals.update(mark(scores, item["label"]))
             n_done += 1
             bar.set_postfix({k: f"{n / n_done:.4f}" for k, n in totals.items()}, refresh=False)
@@ -441,7 +441,7 @@ def main(
     if task == "perplexity":
         result = perplexity(*load_ids(data, encoder), *model, stride, score_rows)
     else:
-        result = accuracy(items, TASKS[task][1], *model, scored)
+        result = accuracy(items, TASKS[task][1], scored or score_all(items, *model))
     print(json.dumps(result, allow_nan=False))
 
 

@@ -141,7 +141,7 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
     places = [slice(end - len(ids), end) for end, ids in zip(ends, new_ids, strict=True)]
 
     def attend(layer, head_groups, q, k, v, out):  # [n_head, n_tokens, d_head] each
-        work = []
+        work = []  # a group: some heads of a row, or all
         for row, heads in head_groups:
             new = heads, places[row]
             keys, values = remember(caches[row], layer, heads, k[new], v[new])
@@ -210,7 +210,8 @@ def advance(rows, params, n_head, chunk=CHUNK):  # -> [(row, its ids so far, Non
             row["read"](x[end - len(ids) : end])
     writers = [(row, end) for (row, _), end in zip(batch, ends, strict=True) if not row["to_run"]]
     last = [np.arange(end - 1 - len(row["guesses"]), end) for row, end in writers]
-    logits = next_logits(x[np.concatenate([*last, ends[:0]])], params, len(x))
+    few = x[np.concatenate(last or [ends[:0]])]  # none, if no row may write yet
+    logits = next_logits(few, params, len(x))
     written = []
     for (row, _), n in zip(writers, map(len, last), strict=True):
         written += write(row, logits[:n])
@@ -400,7 +401,7 @@ def main(
             n_samples, batch_size,
         )  # fmt: skip
 
-    def write(prompts):
+    def show(prompts):
         rows = rows_of(encode_prompts(prompts, encoder, None if slide else hparams["n_ctx"]))
         if len(prompts) * n_samples == 1 and not jsonl:
             print_stream(rows, prompts[0] if echo else "", encoder, stops)
@@ -414,14 +415,14 @@ def main(
         room = hparams["n_ctx"] - n_tokens_to_generate
         interact(converse(lambda ids: texts_of(rows_of([ids]), encoder, stops), encoder, room))
     elif prompts is None:
-        interact(write)
+        interact(show)
     else:
-        write(prompts)
+        show(prompts)
 
 
 def check_chat(**asked):  # {a flag that excludes --chat: was it given?}
-    for name in (name for name, is_asked in asked.items() if is_asked):
-        raise ValueError(f"--chat gives one answer to each line: leave out --{name}")
+    if given := [name for name, is_asked in asked.items() if is_asked]:
+        raise ValueError(f"--chat gives one answer to each line: leave out --{given[0]}")
 
 
 def choose_stream(backend, **options):  # -> generate_stream, NumPy's or JAX's, with the options

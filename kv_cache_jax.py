@@ -27,7 +27,7 @@ STEPS_PER_CALL = 32  # Python sees the new tokens only between calls
 STATIC = ("n_head", "n_vocab", "sampling")  # each new value is compiled anew
 
 
-def keep(logits, temperature, top_k=0, top_p=1.0):  # [..., n_vocab] -> the same
+def mask(logits, temperature, top_k=0, top_p=1.0):  # [..., n_vocab] -> the same
     """The logits whose softmax is gpt2.probabilities: -inf for a token that must not be drawn.
 
     All in float32, so a token on top_p's very border may fall on the other side of it.
@@ -53,7 +53,7 @@ def draw(logits, keys, n_drawn, temperature=0.0, top_k=0, top_p=1.0):  # -> [n_r
     tokens = logits.argmax(-1)
     if temperature > 0:
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, n_drawn)
-        tokens = jax.vmap(jax.random.categorical)(keys, keep(logits, temperature, top_k, top_p))
+        tokens = jax.vmap(jax.random.categorical)(keys, mask(logits, temperature, top_k, top_p))
     return jnp.where(jnp.isfinite(logits.max(-1)), tokens, -1)
 
 
@@ -62,7 +62,7 @@ def draw(logits, keys, n_drawn, temperature=0.0, top_k=0, top_p=1.0):  # -> [n_r
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", *STATIC))
-def read(params, ids, n_seq, seed, rows, n_head, n_vocab, capacity, sampling):
+def read_prompts(params, ids, n_seq, seed, rows, n_head, n_vocab, capacity, sampling):
     """Prompts [n_rows, n_longest] -> a batch. A row's first n_seq [n_rows] ids are tokens.
 
     The seed and a row's number in rows [n_rows] decide what is drawn for it.
@@ -74,9 +74,9 @@ def read(params, ids, n_seq, seed, rows, n_head, n_vocab, capacity, sampling):
         kv.append([jnp.pad(x.swapaxes(1, 2), room) for x in (k, v)])
         return attention(q, k, v)
 
-    here = {"blocks": [block | {"attend": attend} for block in params["blocks"]]}
+    model = params | {"blocks": [block | {"attend": attend} for block in params["blocks"]]}
     with jax.default_matmul_precision("float32"):  # else a GPU would round to 10 bits
-        x = hidden_state(ids, **params | here, n_head=n_head)[jnp.arange(len(ids)), n_seq - 1]
+        x = hidden_state(ids, **model, n_head=n_head)[jnp.arange(len(ids)), n_seq - 1]
         logits = (x @ params["wte"].T)[:, :n_vocab]  # the trainer pads wte
     tokens = draw(logits, keys, 0, *sampling)
     return {"kv": kv, "n_seq": n_seq, "tokens": tokens, "keys": keys, "n_drawn": 1}
@@ -86,29 +86,29 @@ def step(params, batch, n_head, n_vocab, sampling):  # -> the batch, each row lo
     kv, n_seq = [], batch["n_seq"]
 
     def attend(q, k, v, pair):  # [n_rows, n_head, 1, d_head] each -> the same
-        at = jnp.arange(len(n_seq)), n_seq
-        kv.append([x.at[at].set(new[:, :, 0]) for x, new in zip(pair, (k, v), strict=True)])
+        ends = jnp.arange(len(n_seq)), n_seq
+        kv.append([x.at[ends].set(new[:, :, 0]) for x, new in zip(pair, (k, v), strict=True)])
         seen = {"key_value_seq_lengths": n_seq + 1}
         return jax.nn.dot_product_attention(q.swapaxes(1, 2), *kv[-1], **seen).swapaxes(1, 2)
 
     attends = [functools.partial(attend, pair=pair) for pair in batch["kv"]]
     blocks = [b | {"attend": a} for b, a in zip(params["blocks"], attends, strict=True)]
-    here = {"wpe": params["wpe"][n_seq][:, None], "blocks": blocks}
+    model = params | {"wpe": params["wpe"][n_seq][:, None], "blocks": blocks}
     with jax.default_matmul_precision("float32"):
-        x = hidden_state(batch["tokens"][:, None], **params | here, n_head=n_head)[:, 0]
+        x = hidden_state(batch["tokens"][:, None], **model, n_head=n_head)[:, 0]
         logits = (x @ params["wte"].T)[:, :n_vocab]
     new = {"tokens": draw(logits, batch["keys"], batch["n_drawn"], *sampling)}
     return batch | new | {"kv": kv, "n_seq": n_seq + 1, "n_drawn": batch["n_drawn"] + 1}
 
 
 @functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="batch")
-def write(params, batch, alive, n, endoftext, n_head, n_vocab, sampling):
+def write_steps(params, batch, alive, n, endoftext, n_head, n_vocab, sampling):
     """n steps, fewer if no row is left alive -> the batch, [STEPS_PER_CALL, n_rows] tokens.
 
     alive: [n_rows]. Only the first n tokens of a row count, and only those up to the id endoftext.
     """
 
-    def one(carry):
+    def one_step(carry):
         i, batch, alive, tokens = carry
         batch = step(params, batch, n_head, n_vocab, sampling)
         new = batch["tokens"]
@@ -116,7 +116,7 @@ def write(params, batch, alive, n, endoftext, n_head, n_vocab, sampling):
 
     tokens = jnp.zeros((STEPS_PER_CALL, len(alive)), batch["tokens"].dtype)
     _, batch, _, tokens = jax.lax.while_loop(
-        lambda carry: (carry[0] < n) & carry[2].any(), one, (0, batch, alive, tokens)
+        lambda carry: (carry[0] < n) & carry[2].any(), one_step, (0, batch, alive, tokens)
     )
     return batch, tokens
 
@@ -150,14 +150,14 @@ def generate_stream(
     batch_size, seed = min(batch_size, len(texts)), seed.generate_state(1)[0]
     for first in range(0, len(texts), batch_size):
         rows = np.arange(first, first + batch_size)
-        some = texts[first : first + batch_size]
-        begun = {row: [] for row in rows[: len(some)].tolist()}
-        some += [[0]] * (batch_size - len(some))  # dummy rows fill the last batch
-        n_seq = [len(ids) for ids in some]
+        group = texts[first : first + batch_size]
+        begun = {row: [] for row in rows[: len(group)].tolist()}
+        group += [[0]] * (batch_size - len(group))  # dummy rows fill the last batch
+        n_seq = [len(ids) for ids in group]
         n_longest = round_up(max(n_seq), n_ctx)
-        ids = np.array([ids + [0] * (n_longest - len(ids)) for ids in some])
+        ids = np.array([ids + [0] * (n_longest - len(ids)) for ids in group])
         room = {"capacity": round_up(max(n_seq) + n_tokens_to_generate, n_ctx)}
-        batch = read(params, ids, np.array(n_seq), seed, rows, **room, **how)
+        batch = read_prompts(params, ids, np.array(n_seq), seed, rows, **room, **how)
         yield from write_all(params, batch, rows, begun, n_tokens_to_generate, endoftext, stop, how)
 
 
@@ -177,7 +177,7 @@ def write_all(params, batch, rows, begun, n_tokens, endoftext, stop, how):
         n_done += n
         n, alive = min(STEPS_PER_CALL, n_tokens - n_done), np.isin(rows, list(begun))
         end = -1 if endoftext is None else endoftext
-        batch, tokens = write(params, batch, alive, n, end, **how)
+        batch, tokens = write_steps(params, batch, alive, n, end, **how)
 
 
 def add_token(ids, token, n_tokens, endoftext, stop):  # -> why the row ends with it, or None

@@ -430,7 +430,7 @@ def make_measure(flags, mesh, encoder, hparams, quiet):
         for task, some in items.items():
             scored = score_items(some, functools.partial(score_rows, params))
             shown = {"desc": task, "leave": False, "disable": quiet or None}
-            found = accuracy(some, TASKS[task][1], None, None, scored, **shown)
+            found = accuracy(some, TASKS[task][1], scored, **shown)
             figures |= {f"{task}_{name}": found[name] for name in found if name.startswith("acc")}
         log({"step": step} | figures)
         if not quiet:

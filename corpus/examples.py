@@ -9,6 +9,7 @@ only reads the rest. Many examples fit into a row. None sees the others: marks t
 the ids say where each begins.
 """
 
+import math
 from bisect import bisect_left, insort
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from corpus.chat import check_messages, encode_answer, encode_messages
 from encoder import MOST_IDS
 from plumbing.cli import count
-from plumbing.files import parse_json
+from plumbing.files import check_file, parse_json
 
 # Marks that are added to an id, which is smaller than both.
 READ = MOST_IDS  # only read: the model need not predict it
@@ -32,6 +33,7 @@ def load_examples(path, encoder, n_most):  # -> examples, and a line about them 
 
     A bad line is a ValueError, which names the file and the line's number.
     """
+    check_file(path, math.inf)
     examples, n_cut, n_apart, n_empty = [], 0, 0, 0
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):

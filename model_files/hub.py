@@ -7,7 +7,7 @@ HF_HUB_OFFLINE are its own. What is in the cache is used as it is, without askin
 the files of a model that we can open are fetched: never a pickle, which can run programs.
 """
 
-import json
+import functools
 import os
 import re
 
@@ -47,12 +47,38 @@ def fetch_repository(name, only_tokenizer=False):  # -> a folder
         if getattr(error, "errno", None) is not None:  # an error of our own disk, which may be full
             raise
         raise ConnectionError(reason(error, name)) from None
-    except Exception as error:  # the library takes the Hub's answers as they come
-        is_nonsense = isinstance(error, (UnicodeError, json.JSONDecodeError))
-        if isinstance(error, (ValueError, ImportError, MemoryError)) and not is_nonsense:
-            raise
-        what = f"its answer is not the Hub's ({type(error).__name__})"
-        raise ConnectionError(f"fetching {name} from {constants.ENDPOINT} failed: {what}") from None
+
+
+def ask(function, *args, **kwargs):
+    """Calls the library, which takes the Hub's answers as they come: they may be nonsense."""
+    from huggingface_hub import errors
+
+    guard_names()
+    try:
+        return function(*args, **kwargs)
+    except (errors.HTTPError, errors.HFValidationError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ConnectionError(f"its answer is not the Hub's ({type(error).__name__})") from None
+
+
+@functools.cache
+def guard_names():
+    """Every client that the library makes from now on looks at its answers with check_names."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import get_session
+
+    client = get_session()
+    hooks = client.event_hooks | {"response": [check_names]}
+    how = {"event_hooks": hooks, "follow_redirects": client.follow_redirects}
+    set_client_factory(lambda: type(client)(**how, timeout=client.timeout))
+
+
+def check_names(answer):
+    """The library names files of its cache after these headers, which could say ../../.bashrc"""
+    for header in ("ETag", "X-Linked-ETag", "X-Repo-Commit"):
+        if re.search(r"[/\\]", answer.headers.get(header, "").removeprefix("W/")):
+            raise ConnectionError(f"its {header} would be a path")
 
 
 def find_cached(repo, revision, only_tokenizer):  # -> a folder, or None where anything is missing
@@ -87,13 +113,15 @@ def fetch(repo, revision, only_tokenizer):  # -> a folder
     """
     from huggingface_hub import HfApi, hf_hub_download
 
-    found = HfApi().model_info(repo, revision=revision)
-    names = {file.rfilename for file in found.siblings or ()}
+    found = ask(HfApi().model_info, repo, revision=revision)
+    if not re.fullmatch("[0-9a-f]+", str(found.sha)):  # it, too, becomes a file's name
+        raise ConnectionError("it names no commit")
+    names = {str(file.rfilename) for file in found.siblings or ()}
     config = next((name for name in ("config.json", ADAPTER[0]) if name in names), None)
     if config is None:
         raise ValueError(f"{repo}: not a model that transformers could open: it has no config.json")
     for name in (*sorted(names.intersection(TEXTS)), config):
-        path = hf_hub_download(repo, name, revision=found.sha)
+        path = ask(hf_hub_download, repo, name, revision=found.sha)
     folder = os.path.dirname(path)
     try:
         if config == "config.json":
@@ -102,8 +130,8 @@ def fetch(repo, revision, only_tokenizer):  # -> a folder
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(str(error).replace(folder, repo)) from None
     for name in () if only_tokenizer else list_weights(repo, names, config, folder):
-        hf_hub_download(repo, name, revision=found.sha)
-    hf_hub_download(repo, config, revision=revision)
+        ask(hf_hub_download, repo, name, revision=found.sha)
+    ask(hf_hub_download, repo, config, revision=revision)
     if find_cached(repo, revision, only_tokenizer) != folder:
         raise ConnectionError("it changed in the meantime: try again")
     return folder

@@ -7,6 +7,7 @@ should be. What we write is complete or absent, whenever we are killed.
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -105,6 +106,8 @@ def open_locked(part, wait=True):
     no locks: there, two processes can have the file at once.
     """
     while True:
+        with contextlib.suppress(FileNotFoundError):
+            check_file(part, math.inf)
         f = open(part, "ab+", opener=open_no_link)  # noqa: SIM115
         try:
             if fcntl:

@@ -6,7 +6,7 @@ import os
 import conftest
 import pytest
 from test_devices import begin, finish
-from test_evaluate import write_lines
+from test_evaluate import accuracy, write_lines
 
 import evaluate
 import training.flags
@@ -54,7 +54,7 @@ def measured(place, data):  # -> {name: share}, by evaluate.py in NumPy
         mark = evaluate.TASKS[task][1]
         items = evaluate.load_items(task, data / f"{task}.jsonl")
         items = [evaluate.encode_item(*item, Encoder([]), hparams["n_ctx"]) for item in items]
-        found = evaluate.accuracy(items, mark, params, hparams["n_head"])
+        found = accuracy(items, mark, params, hparams["n_head"])
         shares |= {f"{task}_{name}": found[name] for name in found if name.startswith("acc")}
     return shares
 

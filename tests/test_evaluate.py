@@ -43,6 +43,10 @@ def write_lines(path, items):
     return write(path, "".join(json.dumps(item) + "\n" for item in items))
 
 
+def accuracy(items, mark, params, n_head):
+    return evaluate.accuracy(items, mark, evaluate.score_all(items, params, n_head))
+
+
 def token_log_probs(model, ids):
     """Of every id but the first: its log p in float64, and which id is likeliest in its place."""
     import torch
@@ -316,7 +320,7 @@ def test_hellaswags_accuracies_are_those_of_hugging_faces_model(rng, params, mon
     expected = {name: n / len(items) for name, n in expected.items()} | sizes
     for limit in (1, 500, evaluate.CACHED_TOKENS):
         monkeypatch.setattr(evaluate, "CACHED_TOKENS", limit)
-        assert evaluate.accuracy(items, evaluate.mark_hellaswag, params, N_HEAD) == expected
+        assert accuracy(items, evaluate.mark_hellaswag, params, N_HEAD) == expected
 
 
 def test_choices_are_those_of_hugging_faces_model_by_sum_and_by_byte(rng):
@@ -340,7 +344,7 @@ def test_choices_are_those_of_hugging_faces_model_by_sum_and_by_byte(rng):
         shares["acc"] += chosen[0] == raw["answer"]
         shares["acc_norm"] += chosen[1] == raw["answer"]
         items.append(evaluate.encode_item("", *evaluate.read_choices(raw, ""), tokenizer, N_CTX))
-    found = evaluate.accuracy(items, evaluate.mark_choices, params, N_HEAD)
+    found = accuracy(items, evaluate.mark_choices, params, N_HEAD)
     assert not all(labels)
     assert found == {k: n / len(items) for k, n in shares.items()} | {
         "n_items": len(items),
@@ -359,7 +363,7 @@ def test_lambadas_accuracies_are_those_of_hugging_faces_model(rng, params):
             ids.append((likeliest + (wrong is not None and n == wrong % n_word)) % 257)
         items.append(item | {"endings": [ids[-n_word:]]})
     hits = [reference(model, item)[0][1] for item in items]
-    ours = evaluate.accuracy(items, evaluate.mark_lambada, params, N_HEAD)
+    ours = accuracy(items, evaluate.mark_lambada, params, N_HEAD)
     assert ours["acc_last_word"] == sum(h.all() for h in hits) / 24 == 0.5
     assert 0.5 <= ours["acc_last_token"] == sum(h[-1] for h in hits) / 24 <= 0.75
 
@@ -427,7 +431,7 @@ def test_two_items_by_hand(monkeypatch):
             {"label": label, "cut": cut, "n_seq": 1, "endings": []}
             for label, cut in zip(labels, (True, False), strict=True)
         ]
-        assert evaluate.accuracy(items, evaluate.mark_hellaswag, None, None) == {
+        assert accuracy(items, evaluate.mark_hellaswag, None, None) == {
             "acc": acc, "acc_norm": acc_norm, "n_items": 2, "n_cut": 1
         }  # fmt: skip
 
@@ -681,7 +685,7 @@ def test_hellaswag_from_a_file(models, tmp_path, rng):
     path = write_lines(tmp_path / "f", raw)
     items = evaluate.load_items("hellaswag", path)
     items = [evaluate.encode_item(*item, Encoder([]), N_CTX) for item in items]
-    expected = evaluate.accuracy(items, evaluate.mark_hellaswag, params, N_HEAD)
+    expected = accuracy(items, evaluate.mark_hellaswag, params, N_HEAD)
     assert result(folder, "hellaswag", "--data", path) == expected
     assert list(expected) == ["acc", "acc_norm", "n_items", "n_cut"] and expected["n_items"] == 12
     n_cut = 0
@@ -785,6 +789,6 @@ def test_a_bar_shows_the_running_figure_on_a_terminal_only(params, monkeypatch):
     ours = evaluate.perplexity(ids, 99, 9, params, N_HEAD)
     assert shown[0].figures == {"nats_per_token": f"{ours['nats_per_token']:.4f}"}
     items = [{"context": [1], "endings": [[0]], "label": None, "n_seq": 1, "cut": False}] * 3
-    evaluate.accuracy(items, evaluate.mark_lambada, constant_params(0), N_HEAD)
+    accuracy(items, evaluate.mark_lambada, constant_params(0), N_HEAD)
     assert shown[1].figures == {"acc_last_word": "1.0000", "acc_last_token": "1.0000"}
     assert [bar.total for bar in shown] == [99, 3]

@@ -1,6 +1,7 @@
 """Learning from examples: what is learned of them, that none sees another, and whole runs."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -158,6 +159,9 @@ def test_too_few_examples_and_the_other_trainer(tmp_path):
     assert code == 2 and complaint.startswith(f"error: {path}: 1 example: at least 2 are needed")
     code, _, complaint = call("backprop.py", "--data", path, "--out", tmp_path / "out")
     assert (code, complaint) == (2, f"error: --data {path} is train_jax.py's\n")
+    os.mkfifo(tmp_path / "pipe.jsonl")  # which would have us wait
+    code, _, complaint = call_trainer("--data", tmp_path / "pipe.jsonl", "--out", tmp_path / "out")
+    assert (code, complaint) == (2, f"error: {tmp_path}/pipe.jsonl: not an ordinary file\n")
 
 
 # --- Conversations that go on --------------------------------------------------------------------

@@ -27,6 +27,7 @@ from serving.predictions import N_GROUPS, group, likeliest
 HOSTILE = (
     """<script>alert(1)</script> "quotes" 'and' &amp; <!-- </script><img src=x onerror=alert(2)>"""
 )
+NAME = "--><img src=x onerror=alert(3)>{{data}}"  # a folder's
 
 
 @pytest.fixture(params=[1, 5, 48, 200], ids=lambda n: f"{n} tokens")
@@ -110,14 +111,14 @@ def read_page(path):  # -> the page's data, its arrays unpacked
 
 @pytest.fixture(scope="module")
 def written(models):
-    """(the path of a page about HOSTILE with the model "wide", its recording, ids and params)."""
+    """(the path of a page about HOSTILE with the model NAME, its recording, ids and params)."""
     folder, _ = models
     path = folder / "page.html"
     hparams = TINY | {"n_ctx": 128}
     rng = np.random.default_rng(secrets.randbits(32))
     params = random_params(rng, hparams)
-    utils.save_model(folder / "wide", Encoder([]), hparams, params)
-    command = [sys.executable, str(REPO / "explain.py"), HOSTILE, "--model_size", "wide"]
+    utils.save_model(folder / NAME, Encoder([]), hparams, params)
+    command = [sys.executable, str(REPO / "explain.py"), HOSTILE, "--model_size", NAME]
     command += ["--models_dir", str(folder), "--out", str(path)]
     done = subprocess.run(command, capture_output=True, timeout=120, check=True)
     assert done.stdout.decode().startswith(f"{path}: {len(HOSTILE)} tokens, ")
@@ -366,6 +367,8 @@ def test_the_page_asks_for_no_other_file(opened):
 
 def test_a_text_full_of_html_is_shown_as_text(opened):
     assert "".join(every(opened, "#tokens .token")) == HOSTILE
+    assert every(opened, "#model")[0].startswith(f"Model {NAME}: 2 blocks")
+    assert js(opened, "document.title") == f"What GPT-2 ({NAME}) did"
     assert js(opened, "document.scripts.length") == 2
     assert js(opened, "document.images.length") == 0
 

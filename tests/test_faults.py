@@ -1,7 +1,7 @@
 """Kills, full disks, folders that turn read-only or vanish, clocks that go back: at any moment.
 
 What was complete is still there, what is not complete does not look it, and the next run goes on.
-SIGXTYGPT_KILLS raises the number of kills at random times: SIXTYGPT_KILLS=50 pytest -k random
+SIXTYGPT_KILLS raises the number of kills at random times: SIXTYGPT_KILLS=50 pytest -k random
 """
 
 import contextlib
@@ -28,7 +28,7 @@ import faults
 import numpy as np
 import pytest
 import test_download
-from conftest import REPO, TINY, on_linux, random_params
+from conftest import REPO, TINY, exclaiming, on_linux, random_params, slow
 
 import gpt2
 import utils
@@ -562,6 +562,43 @@ def meet_full_disks(script, flags, whole, tmp_path, n_less, n_more):
     assert trained(out) == whole
 
 
+READ_ONLY = """
+import importlib, sys, faults
+from plumbing import cli
+script, out, n = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
+faults.arm(out, "read-only", n)
+cli.run_cli(importlib.import_module(script.removesuffix(".py")).main)
+"""
+
+
+@pytest.mark.slow
+def test_other_training_survives_folders_that_turn_read_only(other_training, tmp_path, rng):
+    """At once, early and late: one line each, and then the same bits as if nothing had been."""
+    script, flags, whole = other_training
+    out = tmp_path / "out"
+    fresh = again = [*flags, "--out", out, "--overwrite"]
+    path = os.pathsep.join([str(REPO), str(REPO / "tests")])
+    for n in (0, rng.randrange(1, 10), rng.randrange(20, 40)):
+        command = [sys.executable, "-c", READ_ONLY, script, out, n, *again]
+        before = faults.files(out)
+        done = subprocess.run(
+            [*map(str, command)], env=os.environ | {"PYTHONPATH": path},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, (n, done.stderr)
+        assert done.stderr.startswith(f"error: cannot write {out}"), (n, done.stderr)
+        assert done.stderr.endswith(": Read-only file system\n")
+        assert n or faults.files(out) == before
+        try:
+            place, _ = checkpoints.find_checkpoint(out)
+            utils.load_encoder_hparams_and_params(place, ".")
+            again = ["--resume", out]
+        except FileNotFoundError:
+            again = fresh
+    finish(begin(script, *again))
+    assert trained(out) == whole
+
+
 @pytest.mark.slow
 def test_two_trainings_into_one_folder(training, tmp_path):
     begin_twice("train_jax.py", *training, tmp_path / "out")
@@ -702,29 +739,32 @@ def test_a_server_killed_under_load_answers_rightly_when_it_is_back(tmp_path, rn
     print(dict(counts))
 
 
-# A clock that goes back, or stands still
+# A clock that goes back or forward, or stands still
 
 BACKWARDS = """
 import itertools, sys, time
-clock = map(float, itertools.count(2e9, -3600))  # an hour less at every look
+hour = 3600 if "forward" in sys.argv else -3600
+clock = map(float, itertools.count(2e9, hour))  # at every look
 time.time = lambda: next(clock)
 time.time_ns = lambda: int(next(clock) * 1e9)
 if "still" in sys.argv:
-    sys.argv.remove("still")
     time.monotonic = time.perf_counter = lambda: 1000.0
+sys.argv = [word for word in sys.argv if word not in ("back", "forward", "still")]
 import importlib; from plumbing import cli
 cli.run_cli(importlib.import_module(sys.argv.pop(1).removesuffix(".py")).main)
 """
+
+
+def begin_backwards(program, *args, **pipes):
+    command = [sys.executable, "-c", BACKWARDS, program, *map(str, args)]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(REPO)}, **pipes)
 
 
 def run_backwards(program, *args):
     """With a terminal for stderr, so that there are bars, which look at the clock all the time."""
     screen, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 120))
-    command = [sys.executable, "-c", BACKWARDS, program, *map(str, args)]
-    path = {"PYTHONPATH": str(REPO)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": terminal, "env": os.environ | path}
-    process = subprocess.Popen(command, **pipes)
+    process = begin_backwards(program, *args, stdout=subprocess.PIPE, stderr=terminal)
     os.close(terminal)
     shown = b""
     with contextlib.suppress(OSError):  # which is how a terminal's end is told
@@ -736,12 +776,12 @@ def run_backwards(program, *args):
     return shown
 
 
-@pytest.mark.parametrize("still", [pytest.param([], marks=pytest.mark.slow), ["still"]])
-def test_preparation_does_not_trust_the_clock(tmp_path, rng, still):
+@pytest.mark.parametrize("clock", [slow("back"), slow("forward"), "still"])
+def test_preparation_does_not_trust_the_clock(tmp_path, rng, clock):
     (tmp_path / "a.txt").write_text(text_of(rng, 300))
     args = [tmp_path / "a.txt", "--workers", "1", "--shard_mb", "0.01", "--out"]
     finish(begin("prepare.py", *args, tmp_path / "whole"))
-    assert b"tokens/s" in run_backwards("prepare.py", *args, tmp_path / "out", *still)
+    assert b"tokens/s" in run_backwards("prepare.py", *args, tmp_path / "out", clock)
     whole = faults.files(tmp_path / "whole")
     assert faults.files(tmp_path / "out") == whole
     for name in whole:  # made in the future, or long ago: nothing is made again
@@ -756,19 +796,39 @@ def test_preparation_does_not_trust_the_clock(tmp_path, rng, still):
     assert process.returncode == 2 and "(other sources)" in err
 
 
+CLOCKS = pytest.mark.parametrize("clock", ["back", "forward"])
+
+
 @pytest.mark.slow
-def test_training_does_not_trust_the_clock(training, tmp_path):
+@CLOCKS
+def test_training_does_not_trust_the_clock(training, tmp_path, clock):
     flags, whole = training
     out = tmp_path / "out"
-    assert b"tok/s" in run_backwards("train_jax.py", *flags, "--out", out)
+    assert b"tok/s" in run_backwards("train_jax.py", *flags, "--out", out, clock)
     assert trained(out) == whole
 
 
 @pytest.mark.slow
-def test_other_training_does_not_trust_the_clock_either(other_training, tmp_path):
+@CLOCKS
+def test_other_training_does_not_trust_the_clock_either(other_training, tmp_path, clock):
     script, flags, whole = other_training
-    assert b"tok/s" in run_backwards(script, *flags, "--out", tmp_path / "out")
+    assert b"tok/s" in run_backwards(script, *flags, "--out", tmp_path / "out", clock)
     assert trained(tmp_path / "out") == whole
+
+
+@CLOCKS
+def test_the_server_does_not_trust_the_clock(tmp_path, clock):
+    """No request comes to its --timeout because of it, and every answer says when it was made."""
+    params = exclaiming(TINY)
+    utils.save_model(tmp_path / "tiny", Encoder([]), TINY, params)
+    args = ["serve.py", clock, "--model_size", tmp_path / "tiny", "--timeout", 100, "--port", 0]
+    process = begin_backwards(*args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    port = int(process.stdout.readline().rpartition(b":")[2])
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda i: ask(port, [i], i % 2 == 0), range(20)))
+    process.terminate()
+    assert process.communicate(timeout=60)[1] == b""
+    assert answers == [(N_NEW * "!", True)] * 20
 
 
 def test_the_last_checkpoint_is_that_of_the_last_step_not_of_the_latest_date(tmp_path):

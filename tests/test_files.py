@@ -22,6 +22,8 @@ def test_what_is_no_ordinary_file_is_not_opened(tmp_path):
     for path in (tmp_path / "pipe", tmp_path / "link", tmp_path):
         with pytest.raises(ValueError, match="not an ordinary file"):
             files.read_json(path)
+        with pytest.raises(ValueError, match=f"{path}: not an ordinary file"):
+            files.open_locked(path)
     with pytest.raises(FileNotFoundError):
         files.read_json(tmp_path / "nothing")
 

@@ -72,6 +72,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.answer(403, X_Error_Code="GatedRepo")
         if fault == "leads away":
             return self.answer(302, Location=self.server.elsewhere)
+        if fault == "names":
+            about = {"ETag": '"1"', "X_Repo_Commit": COMMIT}
+            return self.answer(200 if data else 404, data or b"", **about | self.server.names)
         if data is None:
             return self.answer(404, X_Error_Code="EntryNotFound")
         about = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X_Repo_Commit": COMMIT}
@@ -85,7 +88,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if fault == "lies" and self.command == "GET":
             return self.answer(status, body + b"more", **about)
         if fault == "breaks off" and self.command == "GET":
-            self.server.faults.pop(name)
+            self.server.n_breaks -= 1
+            if not self.server.n_breaks:
+                self.server.faults.pop(name)
             body = body[: len(body) // 2]
         return self.answer(status, body, len(data) - start, **about)
 
@@ -96,7 +101,7 @@ def server(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.repositories, server.faults, server.seen, server.status = {}, {}, [], 0
-    server.listing = None
+    server.listing, server.names, server.n_breaks = None, {}, 1
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
@@ -323,14 +328,19 @@ NONSENSE = {  # what the Hub says of a repository, where it lists its files
     "files that are none": b'{"id": "some/tiny", "siblings": [null]}',
     "no id": b'{"siblings": []}',
     "names that lead away": b'{"id": "x", "siblings": [{"rfilename": "../config.json"}]}',
+    "a commit that leads away": b'{"id": "x", "sha": "../../../../x", "siblings": [{"rfilename": '
+    b'"config.json"}]}',
+    "a commit that is a number": b'{"id": "x", "sha": 0.5}',
+    "names that are numbers": b'{"id": "some/tiny", "sha": "01", "siblings": [{"rfilename": []}]}',
 }
 
 
 @pytest.mark.parametrize("what", NONSENSE)
-def test_a_server_that_is_not_the_hub(server, tiny, what):
+def test_a_server_that_is_not_the_hub(server, tiny, tmp_path, what):
     server.repositories["some/tiny"], server.listing = tiny[0], NONSENSE[what]
     code, out, complaint = gpt2("some/tiny")
     assert (code, out, complaint.count("\n")) == (2, "", 1) and "some/tiny" in complaint
+    assert set(os.listdir(tmp_path)) <= {"cache"}
 
 
 @pytest.mark.parametrize("status", [403, 404, 429, 503])
@@ -342,14 +352,33 @@ def test_a_status_that_is_no_answer(server, status, monkeypatch):
     assert complaint.startswith("error: no folder at some/tiny, and ")
 
 
-@pytest.mark.parametrize("place", ["http://127.0.0.1:9/x", "ftp://x"])
+@pytest.mark.parametrize("header", ["ETag", "X_Linked_ETag", "X_Repo_Commit"])
+def test_no_file_is_named_after_what_the_hub_says(server, tiny, tmp_path, header):
+    """The library would write to any place that is named so, and makes folders on the way."""
+    server.repositories["some/tiny"] = tiny[0]
+    server.faults["config.json"] = "names"
+    before = set(tmp_path.rglob("*"))
+    for away in ("../../../../../away/x", str(tmp_path / "away" / "x"), 'W/"../../../../x"'):
+        server.names = {header: away}
+        code, out, complaint = gpt2("some/tiny")
+        assert (code, out, complaint.count("\n")) == (2, "", 1), complaint
+        assert complaint.startswith("error: no folder at some/tiny, and fetching it from ")
+        made = set(tmp_path.rglob("*")) - before
+        assert all(path.is_relative_to(tmp_path / "cache") for path in made)
+        assert not any(path.name.startswith("x") for path in made)
+    server.names = {header: 'W/"as-usual"'} if header == "ETag" else {}
+    assert gpt2("some/tiny") == (0, tiny[1], "")
+
+
+@pytest.mark.parametrize("place", ["http://127.0.0.1:9/x", "ftp://x", "http://[/"])
 def test_a_redirection_to_elsewhere(server, tiny, place):
     """Of a small file: nothing is taken from there."""
     server.repositories["some/tiny"] = tiny[0]
     server.faults["config.json"] = "leads away"
     server.elsewhere = place
     code, out, complaint = gpt2("some/tiny")
-    assert (code, out, complaint.count("\n")) == (2, "", 1) and "fetching" in complaint
+    assert (code, out, complaint.count("\n")) == (2, "", 1), complaint
+    assert complaint.startswith("error: no folder at some/tiny, and fetching it from ")
 
 
 def test_a_line_that_breaks_off_is_taken_up_again(server, tiny, monkeypatch):
@@ -359,6 +388,17 @@ def test_a_line_that_breaks_off_is_taken_up_again(server, tiny, monkeypatch):
     assert gpt2("some/tiny") == (0, tiny[1], "")
     asked = [headers["Range"] for _, path, headers in server.seen if path.endswith(".safetensors")]
     assert asked[-1] == f"bytes={len(tiny[0]['model.safetensors']) // 2 // 1000 * 1000}-"
+
+
+def test_a_line_that_always_breaks_off(server, tiny, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the library tries again
+    server.repositories["some/tiny"] = tiny[0]
+    server.faults["model.safetensors"], server.n_breaks = "breaks off", 1000
+    code, out, complaint = gpt2("some/tiny")
+    assert (code, out, complaint.count("\n")) == (2, "", 1)
+    assert complaint.startswith("error: no folder at some/tiny, and fetching it from ")
+    server.faults.clear()
+    assert gpt2("some/tiny") == (0, tiny[1], "")
 
 
 def test_a_server_that_lies_about_a_size(server, tiny):

@@ -79,7 +79,7 @@ def test_float32_all_through(params):
     how = {"n_head": N_HEAD, "n_vocab": N_VOCAB, "sampling": tuple(SAMPLED.values())}
     ids, n_seq, rows = np.zeros((2, 16), np.int32), np.ones(2, int), np.arange(2)
     tree = jax.tree.map(jnp.asarray, params)
-    batch = kv_cache_jax.read(tree, ids, n_seq, np.uint32(0), rows, capacity=16, **how)
+    batch = kv_cache_jax.read_prompts(tree, ids, n_seq, np.uint32(0), rows, capacity=16, **how)
     for keys, values in batch["kv"]:
         assert keys.shape == values.shape == (2, 16, N_HEAD, 12)
         assert keys.dtype == values.dtype == jnp.float32
@@ -151,7 +151,7 @@ SETTINGS = [
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_what_is_kept_has_gpt2s_probabilities(rng, setting):
     logits = rng.standard_normal((5, N_VOCAB), dtype=np.float32) * 3
-    kept = np.asarray(jax.nn.softmax(kv_cache_jax.keep(jnp.asarray(logits), *setting)))
+    kept = np.asarray(jax.nn.softmax(kv_cache_jax.mask(jnp.asarray(logits), *setting)))
     assert kept.dtype == np.float32
     for row, wanted in zip(kept, logits, strict=True):
         p = gpt2.probabilities(wanted, *setting)
@@ -167,7 +167,7 @@ def test_tokens_as_likely_as_the_last_one_kept_are_kept_too(rng, setting):
     """Equal logits at both borders: of these 0.4, 0.2, 0.2 and 0.2, top_k = 3 keeps all four."""
     logits = np.full(40, -50, np.float32)
     logits[rng.choice(40, 4, replace=False)] = np.log(np.float32([0.4, 0.2, 0.2, 0.2]))
-    kept = np.asarray(jax.nn.softmax(kv_cache_jax.keep(jnp.asarray(logits), *setting)))
+    kept = np.asarray(jax.nn.softmax(kv_cache_jax.mask(jnp.asarray(logits), *setting)))
     p = gpt2.probabilities(logits, *setting)
     np.testing.assert_allclose(kept, p, rtol=0, atol=1e-6)
     assert ((kept > 0) == (p > 0)).all()

@@ -8,6 +8,7 @@ import pytest
 from conftest import TINY, random_params
 
 import gpt2
+from encoder import Encoder, printable_bytes
 from serving.predictions import bytes_of
 
 pytest.importorskip("starlette", reason="starlette is not installed")
@@ -115,6 +116,43 @@ def test_a_text_streams_in_each_token_shaded_by_its_surprise(page, params):
     # Neither the text nor the model's name is ever anything but text.
     assert js(page, "[document.scripts.length, document.images.length]") == [1, 0]
     assert NAME in every(page, "#model")[0]
+
+
+def test_a_hostile_vocabulary_is_only_text(browser, params):  # noqa: F811
+    """Tokens that are whole elements: in the text, as alternatives, in branches, explained."""
+    words = ["<img src=x onerror=alert(2)>", "</script><script>alert(3)</script>"]
+    merges = {}
+    for word in words:
+        letters = [printable_bytes()[byte] for byte in word.encode()]
+        merges |= {("".join(letters[:i]), letters[i]): None for i in range(1, len(letters))}
+    encoder = Encoder(list(merges))
+    first, second = (encoder.vocab[word.replace(" ", "Ġ")] for word in words)
+    wte = np.zeros((encoder.n_vocab, TINY["n_embd"]), np.float32)
+    wte[first], wte[second] = 2, 1  # the likeliest, and the next
+    hostile = params | {"wte": wte, "ln_f": {"g": params["ln_f"]["g"], "b": np.ones_like(wte[0])}}
+    app = serve.make_app(NAME, encoder, HPARAMS | {"n_vocab": len(wte)}, hostile)
+
+    def check(n_scripts):
+        assert js(browser, "[document.scripts.length, document.images.length]") == [n_scripts, 0]
+        shown = js(browser, "document.body.textContent")
+        assert all(word in shown or word.replace(" ", "·") in shown for word in [*words, NAME])
+        assert browser.get_log("browser") == []
+
+    with on_a_port(app) as (host, port):
+        emulate(browser)
+        browser.get(f"http://{host}:{port}/")
+        wait(browser, "state.n_ctx > 0")
+        browser.get_log("browser")
+        write(browser, HOSTILE, 4)
+        assert js(browser, CHOSEN)[-4:] == [first] * 4
+        choose(browser, len(js(browser, CHOSEN)) - 2)
+        click(browser, f"#next [data-id='{second}']")
+        wait_for_end(browser)
+        assert second in js(browser, CHOSEN)
+        check(n_scripts=1)
+        browser.get(js(browser, "$('explain').href"))
+        click(browser, "#tokens .token", len(HOSTILE))
+        check(n_scripts=2)
 
 
 def test_sliders_act_at_once_as_gpt2_does(page, params, rng):

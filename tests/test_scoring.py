@@ -11,7 +11,16 @@ import jax
 import numpy as np
 import pytest
 from conftest import TINY, random_params, slow
-from test_evaluate import HELLASWAG, LAMBADA, N_CTX, N_HEAD, random_items, write, write_lines
+from test_evaluate import (
+    HELLASWAG,
+    LAMBADA,
+    N_CTX,
+    N_HEAD,
+    accuracy,
+    random_items,
+    write,
+    write_lines,
+)
 
 import evaluate
 from training import devices, scoring
@@ -78,15 +87,15 @@ def test_accuracies_are_numpys(rng, params, score_rows):
             items.append(
                 item | {"label": int(np.argmax(sums)) if len(items) % 2 else item["label"]}
             )
-    theirs = evaluate.accuracy(items, evaluate.mark_hellaswag, params, N_HEAD)
+    theirs = accuracy(items, evaluate.mark_hellaswag, params, N_HEAD)
     scored = scoring.score_items(items, score_rows)
-    assert evaluate.accuracy(items, evaluate.mark_hellaswag, None, None, scored) == theirs
+    assert evaluate.accuracy(items, evaluate.mark_hellaswag, scored) == theirs
     assert 0.5 <= theirs["acc"] < 1
 
     words = [item | {"endings": item["endings"][:1]} for item in items]
-    theirs = evaluate.accuracy(words, evaluate.mark_lambada, params, N_HEAD)
+    theirs = accuracy(words, evaluate.mark_lambada, params, N_HEAD)
     scored = scoring.score_items(words, score_rows)
-    assert evaluate.accuracy(words, evaluate.mark_lambada, None, None, scored) == theirs
+    assert evaluate.accuracy(words, evaluate.mark_lambada, scored) == theirs
 
 
 def test_few_shapes_are_compiled_and_their_size_is_bounded(rng, params, monkeypatch):
