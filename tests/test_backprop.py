@@ -20,6 +20,7 @@ import backprop
 import gpt2
 import utils
 from encoder import Encoder
+from engine import processes
 from model_files import weights
 from model_files.weights import leaves
 from training import host
@@ -421,8 +422,10 @@ def test_accumulated_batches_are_one_large_batch(rng):
     params, _, hparams = make(rng, (1, 1, 30, 9, 8, 2, 1))
     batches, flags = rng.integers(0, 30, (3, 2, 10)), ADAMW | {"n_head": 2}
     ours, whole = zeros(params), zeros(params)
-    a = backprop.train_step(tree_map(np.copy, params), ours, 0, batches, flags)
-    b = backprop.train_step(params, whole, 0, batches.reshape(1, 6, 10), flags)
+    work = functools.partial(backprop.share_of_mean, params=params, n_head=2)
+    share = functools.partial(processes.share_in_threads, work)
+    a = backprop.train_step(tree_map(np.copy, params), ours, 0, batches, flags, share)
+    b = backprop.train_step(params, whole, 0, batches.reshape(1, 6, 10), flags, share)
     assert math.isclose(a, b, rel_tol=1e-5)
     first = {name.removeprefix("m."): x for name, x in whole.items() if name.startswith("m.")}
     assert_close(weights.nest({name: ours["m." + name] for name in first}), weights.nest(first))
