@@ -208,8 +208,7 @@ def cross_entropy(logits, targets):  # [n, n_vocab], [n] -> nats [n], the gradie
     """-ln p[target], p = softmax(logits), is ln(sum of exp(logits)) less the target's logit.
 
     The first has the slope p, the second 1 at the target and 0 elsewhere; the gradient is their
-    difference. The ln of the sum comes from the likeliest token, whose p is never 0.
-    """
+    difference. The ln of the sum comes from the likeliest token, whose p is never 0."""
     p, rows, best = softmax(logits), np.arange(len(logits)), logits.argmax(-1)
     nats = logits[rows, best] - np.log(p[rows, best]) - logits[rows, targets]
     p[rows, targets] -= 1
@@ -219,9 +218,8 @@ def cross_entropy(logits, targets):  # [n, n_vocab], [n] -> nats [n], the gradie
 def loss_and_gradients(params, tokens, n_head):  # [n_batch, n_seq + 1] ids
     """-> nats per token, a float, the mean of -ln p[next token]; its gradient, a tree like params.
 
-    Threads share the sequences, each with OpenBLAS to itself, so that all of the work runs in
-    parallel, not just the products. Their sums are made in the batch's order: the same bits each
-    time, on one machine.
+    Threads share the sequences, each with OpenBLAS to itself, so that not just the products run in
+    parallel. Their sums are made in the batch's order: the same bits each time, on one machine.
     """
     work = functools.partial(share_of_mean, params=params, n_head=n_head)
     return add_up(share_in_threads(work, tokens, n=tokens[:, 1:].size))
@@ -259,8 +257,7 @@ def learning_rate(n_done, n_steps, learning_rate, min_learning_rate, n_warmup, *
 def adamw(params, gradients, moments, n_done, grad_clip, weight_decay, adam_b2, **schedule):
     """A step, in place: Adam (Kingma & Ba 2015, arXiv:1412.6980), with decay of the matrices alone
     (Loshchilov & Hutter 2019, arXiv:1711.05101). moments: {"m.wte": zeros, "v.wte": zeros, ...} at
-    first, means of the gradients and of their squares; c1 and c2 make up for these beginnings.
-    """
+    first, means of the gradients and of their squares; c1 and c2 make up for these beginnings."""
     rate, b1, b2, small, large = learning_rate(n_done, **schedule), 0.9, adam_b2, [], []
     c1, c2, gradients = 1 - b1 ** (n_done + 1), 1 - b2 ** (n_done + 1), leaves(gradients)
     for name, p in leaves(params).items():  # pieces of 2^16 numbers stay in the cache meanwhile
@@ -269,8 +266,7 @@ def adamw(params, gradients, moments, n_done, grad_clip, weight_decay, adam_b2, 
         pieces = ([kept, *(x[i : i + 2**16] for x in four)] for i in range(0, p.size, 2**16))
         (small if p.size < 2**13 else large).extend(pieces)
     with own_threads(len(large)):
-        squares = sum(float(g @ g) for _, _, g, *_ in small + large)
-    clip = min(1, grad_clip / (math.sqrt(squares) or 1))
+        clip = min(1, grad_clip / (sum(float(g @ g) for _, _, g, *_ in small + large) ** 0.5 or 1))
 
     def work(pieces):
         for kept, p, g, m, v in pieces:
@@ -286,10 +282,8 @@ def adamw(params, gradients, moments, n_done, grad_clip, weight_decay, adam_b2, 
 
 
 def train_step(params, moments, n_done, batches, flags, share):  # -> loss; the others in place
-    """batches: [n_accumulate, batch_size, n_ctx + 1], whose gradients are averaged.
-
-    share(tokens, n=n) has share_of_mean done by several threads or processes: -> all they return.
-    """
+    """batches: [n_accumulate, batch_size, n_ctx + 1], whose gradients are averaged. share: calls
+    share_of_mean in several threads or processes, and returns what each of them returns."""
     n = batches[..., 1:].size
     loss, gradients = add_up(add_up(share(tokens, n=n)) for tokens in batches)
     adamw(params, gradients, moments, n_done, **flags)

@@ -124,9 +124,8 @@ def hear(helper):
     try:
         pickled, ends = link.recv()
     except (EOFError, OSError):
-        raise ChildProcessError(
-            f"process {pid}, which had a part of the work, was killed"
-        ) from None
+        gone = f"process {pid}, which had a part of the work, is gone"
+        raise ChildProcessError(gone) from None
     result = pickle.loads(pickled, buffers=[room[a:b] for a, b in pairwise(ends)])
     if isinstance(result, Exception):
         raise result
