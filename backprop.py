@@ -15,7 +15,7 @@ gradient by its input x. So every function of gpt2.py has a counterpart here, in
 A batch's tokens stand one after the other, [n_tokens, n_embd], because a few large products are
 faster than many small ones; only attention sees the sequences. Memory: 4 bytes for each parameter,
 twice that for Adam, once more for each thread's gradient; and for each token of the batch
-4 * (n_layer * (16 * n_embd + n_head * n_seq) + 3 * n_vocab).
+4 * (n_layer * (16 * n_embd + n_head * n_seq) + 3 * n_vocab). Small models have processes instead.
 """
 
 import functools
