@@ -260,10 +260,10 @@ def adamw(params, gradients, moments, n_done, grad_clip, weight_decay, adam_b2, 
     first, means of the gradients and of their squares; c1 and c2 make up for these beginnings."""
     rate, b1, b2, small, large = learning_rate(n_done, **schedule), 0.9, adam_b2, [], []
     c1, c2, gradients = 1 - b1 ** (n_done + 1), 1 - b2 ** (n_done + 1), leaves(gradients)
-    for name, p in leaves(params).items():  # pieces of 2^16 numbers stay in the cache meanwhile
+    for name, p in leaves(params).items():  # pieces of 2^17 numbers stay in the cache meanwhile
         four = p, gradients[name], moments["m." + name], moments["v." + name]
         four, kept = [x.reshape(-1) for x in four], 1 - rate * weight_decay * (p.ndim == 2)
-        pieces = ([kept, *(x[i : i + 2**16] for x in four)] for i in range(0, p.size, 2**16))
+        pieces = ([kept, *(x[i : i + 2**17] for x in four)] for i in range(0, p.size, 2**17))
         (small if p.size < 2**13 else large).extend(pieces)
     with own_threads(len(large)):
         clip = min(1, grad_clip / (sum(float(g @ g) for _, _, g, *_ in small + large) ** 0.5 or 1))
