@@ -15,7 +15,7 @@ gradient by its input x. So every function of gpt2.py has a counterpart here, in
 A batch's tokens stand one after the other, [n_tokens, n_embd], because a few large products are
 faster than many small ones; only attention sees the sequences. Memory: 4 bytes for each parameter,
 twice that for Adam, once more for each thread's gradient; and for each token of the batch
-4 * (n_layer * (16 * n_embd + n_head * n_seq) + 3 * n_vocab).
+4 * (n_layer * (16 * n_embd + n_head * n_seq) + 3 * n_vocab). Small models have processes instead.
 """
 
 import functools
@@ -24,6 +24,7 @@ import math
 import numpy as np
 
 from engine import memory
+from engine.processes import share_in_threads
 from engine.threads import in_threads, own_threads
 from gpt2 import attention_weights, gelu, layer_norm, linear, mha, softmax
 from kv_cache import generate
@@ -207,32 +208,29 @@ def cross_entropy(logits, targets):  # [n, n_vocab], [n] -> nats [n], the gradie
     """-ln p[target], p = softmax(logits), is ln(sum of exp(logits)) less the target's logit.
 
     The first has the slope p, the second 1 at the target and 0 elsewhere; the gradient is their
-    difference. The ln of the sum comes from the likeliest token, whose p is never 0.
-    """
+    difference. The ln of the sum comes from the likeliest token, whose p is never 0."""
     p, rows, best = softmax(logits), np.arange(len(logits)), logits.argmax(-1)
     nats = logits[rows, best] - np.log(p[rows, best]) - logits[rows, targets]
     p[rows, targets] -= 1
     return nats, p
 
 
-def loss_and_gradients(params, tokens, n_head, n_parts=1):  # [n_batch, n_seq + 1] ids
+def loss_and_gradients(params, tokens, n_head):  # [n_batch, n_seq + 1] ids
     """-> nats per token, a float, the mean of -ln p[next token]; its gradient, a tree like params.
 
-    Both are divided by n_parts, so that the sum over n_parts batches is their mean. Threads share
-    the sequences, each with OpenBLAS to itself, so that all of the work runs in parallel, not just
-    the products. Their sums are made in the batch's order: the same bits each time, on one machine.
+    Threads share the sequences, each with OpenBLAS to itself, so that not just the products run in
+    parallel. Their sums are made in the batch's order: the same bits each time, on one machine.
     """
+    work = functools.partial(share_of_mean, params=params, n_head=n_head)
+    return add_up(share_in_threads(work, tokens, n=tokens[:, 1:].size))
 
-    def work(mine):
-        logits, backward = gpt2_forward(tokens[mine, :-1], **params, n_head=n_head)
-        nats, d_logits = cross_entropy(logits, tokens[mine, 1:].ravel())
-        d_logits /= n
-        return nats.sum(dtype=np.float64) / n, backward(d_logits)
 
-    n = tokens[:, 1:].size * n_parts
+def share_of_mean(tokens, params, n_head, n):  # -> what some sequences add to a mean over n tokens
     memory.keep()
-    with own_threads(len(tokens)):  # a single sequence is left to OpenBLAS's own threads
-        return add_up(in_threads(work, len(tokens)))
+    logits, backward = gpt2_forward(tokens[:, :-1], **params, n_head=n_head)
+    nats, d_logits = cross_entropy(logits, tokens[:, 1:].ravel())
+    d_logits /= n
+    return nats.sum(dtype=np.float64) / n, backward(d_logits)
 
 
 def add_up(parts):  # (number, tree), ... -> their sums, in the arrays of the first
@@ -259,41 +257,43 @@ def learning_rate(n_done, n_steps, learning_rate, min_learning_rate, n_warmup, *
 def adamw(params, gradients, moments, n_done, grad_clip, weight_decay, adam_b2, **schedule):
     """A step, in place: Adam (Kingma & Ba 2015, arXiv:1412.6980), with decay of the matrices alone
     (Loshchilov & Hutter 2019, arXiv:1711.05101). moments: {"m.wte": zeros, "v.wte": zeros, ...} at
-    first, means of the gradients and of their squares; c1 and c2 make up for these beginnings.
-    """
-    rate, b1, b2, pieces = learning_rate(n_done, **schedule), 0.9, adam_b2, []
+    first, means of the gradients and of their squares; c1 and c2 make up for these beginnings."""
+    rate, b1, b2, small, large = learning_rate(n_done, **schedule), 0.9, adam_b2, [], []
     c1, c2, gradients = 1 - b1 ** (n_done + 1), 1 - b2 ** (n_done + 1), leaves(gradients)
     for name, p in leaves(params).items():  # pieces of 2^17 numbers stay in the cache meanwhile
         four = p, gradients[name], moments["m." + name], moments["v." + name]
         four, kept = [x.reshape(-1) for x in four], 1 - rate * weight_decay * (p.ndim == 2)
-        pieces += [(kept, *(x[i : i + 2**17] for x in four)) for i in range(0, p.size, 2**17)]
-    with own_threads(len(pieces)):
-        squares = sum(float(g @ g) for _, _, g, *_ in pieces)
-    clip = min(1, grad_clip / (math.sqrt(squares) or 1))
+        pieces = ([kept, *(x[i : i + 2**17] for x in four)] for i in range(0, p.size, 2**17))
+        (small if p.size < 2**13 else large).extend(pieces)
+    with own_threads(len(large)):
+        clip = min(1, grad_clip / (sum(float(g @ g) for _, _, g, *_ in small + large) ** 0.5 or 1))
 
-    def work(mine):
-        for kept, p, g, m, v in pieces[mine]:
+    def work(pieces):
+        for kept, p, g, m, v in pieces:
             m *= b1
             m += g * ((1 - b1) * clip)
             v *= b2
-            v += g * g * ((1 - b2) * clip**2)
+            v += np.square(g) * ((1 - b2) * clip**2)
             p *= kept
-            p -= m * (rate / c1) / (np.sqrt(v / c2) + 1e-8)
+            p -= m / (np.sqrt(v) + 1e-8 * c2**0.5) * (rate * c2**0.5 / c1)
 
-    in_threads(work, len(pieces))
+    work(small)  # threads would wait for each other longer than these take
+    in_threads(lambda mine: work(large[mine]), len(large))
 
 
-def train_step(params, moments, n_done, batches, flags):  # -> the loss; the others in place
-    """batches: [n_accumulate, batch_size, n_ctx + 1], whose gradients are averaged."""
-    n = len(batches)
-    loss, gradients = add_up(loss_and_gradients(params, x, flags["n_head"], n) for x in batches)
+def train_step(params, moments, n_done, batches, flags, share):  # -> loss; the others in place
+    """batches: [n_accumulate, batch_size, n_ctx + 1], whose gradients are averaged. share: calls
+    share_of_mean in several threads or processes, and returns what each of them returns."""
+    n = batches[..., 1:].size
+    loss, gradients = add_up(add_up(share(tokens, n=n)) for tokens in batches)
     adamw(params, gradients, moments, n_done, **flags)
     return loss
 
 
 @functools.wraps(read_flags, assigned=["__doc__"])  # every flag is explained there
 def main(*args, **kwargs):
-    run(*read_flags(*args, **kwargs), train_step, cross_entropy, learning_rate, generate)
+    trainer = train_step, share_of_mean, cross_entropy, learning_rate, generate
+    run(*read_flags(*args, **kwargs), trainer)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,13 @@ from common import ROOT, random_params
 import kv_cache
 
 
-def usage(pid="self"):  # -> MiB in memory, open files, threads
+def usage(pid="self"):  # -> MiB in memory, open files, threads, of all its processes together
     with open(f"/proc/{pid}/status") as f:
         status = dict(line.split(":", 1) for line in f)
-    files = len(os.listdir(f"/proc/{pid}/fd"))
-    return int(status["VmRSS"].split()[0]) / 1024, files, int(status["Threads"])
+    files, own = len(os.listdir(f"/proc/{pid}/fd")), status["Pid"].strip()
+    total = int(status["VmRSS"].split()[0]) / 1024, files, int(status["Threads"])
+    with open(f"/proc/{own}/task/{own}/children") as f:  # what they share counts in each
+        return tuple(map(sum, zip(total, *map(usage, f.read().split()), strict=True)))
 
 
 def report(done, pid="self"):

@@ -47,8 +47,8 @@ def ours(flags, params, tokens, optimizer):  # -> a function that trains N_STEPS
     return train
 
 
-def by_hand(flags, params, tokens):
-    params = weights.nest({name: x.copy() for name, x in weights.leaves(params).items()})
+def by_hand(flags, params, tokens, stack):
+    params, share = stack.enter_context(host.start_sharing(backprop.share_of_mean, params, flags))
     moments = {name: np.zeros(*how) for name, how in host.moment_shapes(params).items()}
     n_done = 0
 
@@ -56,7 +56,7 @@ def by_hand(flags, params, tokens):
         nonlocal n_done
         total = 0.0
         for batches in tokens:
-            total += backprop.train_step(params, moments, n_done, batches, flags)
+            total += backprop.train_step(params, moments, n_done, batches, flags, share)
             n_done += 1
         return total / len(tokens)
 
@@ -95,10 +95,9 @@ def theirs(flags, params, tokens, compiled):
     return train
 
 
-def main():
+def main(stack):
     recipe = sys.argv[1] if len(sys.argv) > 1 else "shakespeare-cpu"
-    devices.start_jax(None, None, None)
-    flags = choose({"recipe": recipe, "data": ""}, jax.default_backend())
+    flags = choose({"recipe": recipe, "data": ""}, "cpu")
     n_steps, small = N_STEPS, sys.argv[2:]
     if small:
         batch_size, n_ctx = map(int, small[0].split("x"))
@@ -116,9 +115,12 @@ def main():
     shape = n_steps, flags["n_accumulate"], flags["batch_size"], flags["n_ctx"] + 1
     tokens = rng.integers(0, n_vocab, shape, dtype=np.int32)
 
+    numpy_s = by_hand(flags, params, tokens, stack)  # it forks, which must be before JAX starts
+    devices.start_jax(None, None, None)
+    flags["dtype"] = choose({"recipe": recipe, "data": ""}, jax.default_backend())["dtype"]
     sides = {"ours_AdamW": ours(flags, params, tokens, "adamw")}
     if jax.default_backend() == "cpu":
-        sides["NumPy_AdamW"] = by_hand(flags, params, tokens)
+        sides["NumPy_AdamW"] = numpy_s
     sides["PyTorch_eager"] = theirs(flags, params, tokens, compiled=False)
     if not small:
         sides["ours_Muon"] = ours(flags, params, tokens, "muon")
@@ -138,4 +140,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.ExitStack() as stack:
+        main(stack)

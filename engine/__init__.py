@@ -1,1 +1,1 @@
-"""What makes NumPy fast: products of a few rows, and the threads that share them."""
+"""What makes NumPy fast: products of a few rows, and the threads and processes that share work."""

@@ -75,12 +75,16 @@ def parts(n):
     return 1 if getattr(this_thread, "busy", False) else max(1, min(n_threads(), n))
 
 
+def cut(n, n_parts):
+    """0 .. n in slices. The first is a little longer, because whoever gets the others must wake."""
+    lead = 0.08
+    ends = [0, *(round(n * (i + lead) / (n_parts + lead)) for i in range(1, n_parts + 1))]
+    return [slice(*pair) for pair in pairwise(ends)]
+
+
 def in_threads(work, n):
     """[work(slice), ...]: 0 .. n cut into a slice for each thread, this one's first."""
-    n_parts = parts(n)
-    lead = 0.08  # this thread takes a little more, because the others must wake first
-    ends = [0, *(round(n * (i + lead) / (n_parts + lead)) for i in range(1, n_parts + 1))]
-    return share(work, [slice(*pair) for pair in pairwise(ends)])
+    return share(work, cut(n, parts(n)))
 
 
 def in_step(work, n, n_parts):

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import backprop
 import gpt2
 import utils
 from encoder import Encoder
+from engine import processes, threads
 from model_files import weights
 from model_files.weights import leaves
 from training import host
@@ -421,11 +423,39 @@ def test_accumulated_batches_are_one_large_batch(rng):
     params, _, hparams = make(rng, (1, 1, 30, 9, 8, 2, 1))
     batches, flags = rng.integers(0, 30, (3, 2, 10)), ADAMW | {"n_head": 2}
     ours, whole = zeros(params), zeros(params)
-    a = backprop.train_step(tree_map(np.copy, params), ours, 0, batches, flags)
-    b = backprop.train_step(params, whole, 0, batches.reshape(1, 6, 10), flags)
+    work = functools.partial(backprop.share_of_mean, params=params, n_head=2)
+    share = functools.partial(processes.share_in_threads, work)
+    a = backprop.train_step(tree_map(np.copy, params), ours, 0, batches, flags, share)
+    b = backprop.train_step(params, whole, 0, batches.reshape(1, 6, 10), flags, share)
     assert math.isclose(a, b, rel_tol=1e-5)
     first = {name.removeprefix("m."): x for name, x in whole.items() if name.startswith("m.")}
     assert_close(weights.nest({name: ours["m." + name] for name in first}), weights.nest(first))
+
+
+@on_linux
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")
+@pytest.mark.parametrize("n_batch, n_threads", [(12, 2), (7, 3), (2, 4)])
+def test_processes_have_the_bits_of_threads(rng, monkeypatch, n_batch, n_threads):
+    """Some steps, of two batches each: the loss, the parameters, the moments."""
+    monkeypatch.setattr(threads, "n_threads", lambda: n_threads)
+    threads.start_workers.cache_clear()
+    start, _, hparams = make(rng, (1, 1, 30, 9, 24, 3, 2))
+    flags, ends = ADAMW | {"n_head": 3, "batch_size": n_batch}, []
+    batches = rng.integers(0, 30, (4, 2, n_batch, 10))
+    for largest in (processes.LARGEST, 0):
+        monkeypatch.setattr(processes, "LARGEST", largest)
+        with host.start_sharing(backprop.share_of_mean, start, flags) as (params, share):
+            assert type(share) is (functools.partial if largest == 0 else type(make))
+            moments, losses = zeros(params), []
+            for n_done, step in enumerate(batches):
+                losses.append(backprop.train_step(params, moments, n_done, step, flags, share))
+        ends.append((losses, leaves(params) | moments))
+    (ours, arrays), (theirs, others) = ends
+    assert ours == theirs and len(set(ours)) == 4
+    assert all((x == others[name]).all() for name, x in arrays.items())
+    assert (params["wte"] != start["wte"]).any()  # a copy was trained
+    threads.start_workers.cache_clear()
 
 
 def test_the_beginning_has_gpt2s_deviations(rng):
@@ -562,6 +592,58 @@ def test_a_stopped_run_goes_on_to_the_same_bits(never_stopped, sign):
     code, printed, err = run("--resume", out)
     assert (code, err) == (0, "") and "step 300:" in printed
     assert ends(out) == ends(never_stopped)
+
+
+@on_linux
+@pytest.mark.slow
+def test_a_run_in_threads_comes_to_the_same_bits(never_stopped):
+    out = never_stopped.parent / "threads"
+    code = f"""if True:
+        import sys, backprop
+        from engine import processes
+        processes.LARGEST = 0
+        sys.argv = ["backprop.py", *{[str(x) for x in [*TINY_RUN, "--out", out]]}]
+        backprop.run_cli(backprop.main)
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True)
+    assert ends(out) == ends(never_stopped)
+
+
+def helpers(process):  # -> the processes that share its work
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in found]
+
+
+@on_linux
+@pytest.mark.skipif(threads.n_threads() == 1, reason="one core: nothing is shared")
+def test_a_helper_that_is_killed_ends_the_run_in_one_line(never_stopped):
+    out = never_stopped.parent / "helper"
+    process = begin(*TINY_RUN, "--out", out)
+    runs.wait_for_step(out, 50, process)
+    pid = helpers(process)[-1]
+    os.kill(pid, signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    line = f"error: process {pid}, which had a part of the work, is gone\n"
+    assert (process.returncode, err) == (2, line)
+    code, _, err = run("--resume", out)
+    assert (code, err) == (0, "") and ends(out) == ends(never_stopped)
+
+
+@on_linux
+def test_ctrl_c_in_a_terminal_reaches_all_processes_and_loses_nothing(never_stopped):
+    """A terminal sends it to each of them."""
+    out = never_stopped.parent / "terminal"
+    command = [sys.executable, REPO / "backprop.py", *map(str, TINY_RUN), "--out", out]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    runs.wait_for_step(out, 50, process)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, err = process.communicate(timeout=120)  # the helpers hold its output open, too
+    assert (process.returncode, err) == (130, "") and "which is saved in " in printed
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    code, _, err = run("--resume", out)
+    assert (code, err) == (0, "") and ends(out) == ends(never_stopped)
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ import weakref
 
 import numpy as np
 import pytest
-from conftest import REPO, slow
+from conftest import REPO, on_linux, slow
 
-from engine import kernels, products, threads
+from engine import kernels, processes, products, threads
 
 
 @pytest.fixture(params=[1, 2, 3, 5])
@@ -360,3 +360,97 @@ def test_ctrl_c_while_the_workers_start_ends_the_call(n_threads, monkeypatch):
     if n_threads > 1:
         with pytest.raises(KeyboardInterrupt):
             threads.in_threads(lambda mine: 1, n_threads)
+
+
+# --- Processes ------------------------------------------------------------------------------------
+
+
+def forking(test):
+    """Python and JAX warn of threads that a forked process lacks: ours does without."""
+    for category in ("DeprecationWarning", "RuntimeWarning"):
+        test = pytest.mark.filterwarnings(f"ignore:.*fork:{category}")(test)
+    return on_linux(test)
+
+
+@forking
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_processes_return_what_threads_do(rng, monkeypatch, n):
+    """Arrays of any kind, more than there is room for, and things that are no arrays."""
+    monkeypatch.setattr(threads, "n_threads", lambda: n)
+    threads.start_workers.cache_clear()
+    weights = rng.standard_normal((4, 3), dtype=np.float32)
+    seen = processes.shared(weights)
+    assert seen.dtype == weights.dtype and (seen == weights).all()
+
+    def work(rows, power):
+        y = (rows @ seen) ** power
+        return {"y": y, "turned": y.T[::-1], "n": len(rows), "whole": [y.sum(0), rows.astype(str)]}
+
+    with processes.sharing(work, n, 50) as share:
+        for round_ in range(5):
+            seen += 1  # what was written in one process, all know
+            rows = rng.standard_normal((n + 4 * round_, 4), dtype=np.float32)
+            ours = share(rows, power=round_)
+            theirs = processes.share_in_threads(work, rows, power=round_)
+            assert [str(x) for x in ours] == [str(x) for x in theirs] and len(ours) == n
+            for a, b in zip(ours, theirs, strict=True):
+                assert a["y"].dtype == np.float32 and (a["y"] == b["y"]).all()
+                assert (a["turned"] == b["turned"]).all()
+    threads.start_workers.cache_clear()
+
+
+@forking
+def test_processes_end_with_the_block_and_their_errors_are_raised():
+    def work(rows):
+        if rows.start > 0:
+            raise MemoryError(f"at {rows.start}")
+        return os.getpid()
+
+    with processes.sharing(work, 3, 8) as share, pytest.raises(MemoryError, match="at 3"):
+        share(range(9))
+    with processes.sharing(lambda rows: os.getpid(), 3, 8) as share:
+        pids = share(range(9))
+        assert pids[0] == os.getpid() and len(set(pids)) == 3
+        assert share(range(9)) == pids
+    for pid in pids[1:]:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@forking
+def test_a_killed_process_is_missed_and_a_ctrl_c_is_not_theirs():
+    with processes.sharing(lambda rows: os.getpid(), 3, 8) as share:
+        _, second, third = pids = share(range(9))
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            os.kill(second, sign)
+        assert share(range(9)) == pids
+        os.kill(third, signal.SIGKILL)
+        with pytest.raises(ChildProcessError, match=f"process {third}, which .* is gone"):
+            for _ in range(100):  # a moment may pass
+                share(range(9))
+
+
+@on_linux
+def test_processes_do_not_outlive_a_killed_one():
+    script = """
+import os, time
+from engine import processes
+with processes.sharing(lambda rows: os.getpid(), 4, 8) as share:
+    print(*share(range(8)), flush=True)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", script]
+    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    assert pids[0] == process.pid and len(pids) == 4
+    process.kill()
+    process.communicate(timeout=60)  # the others hold its output open until they end
+    assert not any(is_at_work(pid) for pid in pids)
+
+
+def is_at_work(pid):  # a process whose parent is gone may stay a zombie for a moment
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False

@@ -1,6 +1,7 @@
 """training/progress.py: what is counted, the log of a run that is resumed, and the picture."""
 
 import errno
+import gc
 import json
 import os
 
@@ -135,6 +136,20 @@ def test_the_picture_shows_both_losses(log, tmp_path):
     colours = {tuple(c) for c in (picture[..., :3].reshape(-1, 3) * 255).round().astype(int)}
     assert (255, 127, 14) in colours  # the second line's orange, matplotlib's "C1"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_pictures_do_not_pile_up_in_memory(log, tmp_path):
+    """Not even while Python's collector, which looks for circles now and then, has not come."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    log()
+    gc.disable()
+    try:
+        for _ in range(3):
+            progress.draw(tmp_path / "out")
+        left = [x for x in gc.get_objects() if type(x).__name__ in ("Figure", "FigureCanvasAgg")]
+    finally:
+        gc.enable()
+    assert not left
 
 
 @pytest.mark.slow

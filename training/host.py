@@ -1,5 +1,6 @@
 """A training run in NumPy alone, from the flags to the best model, for backprop.py."""
 
+import contextlib
 import functools
 import math
 import secrets
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from corpus.examples import is_examples
 from corpus.shards import count_ids, read_stretches
+from engine import processes
 from engine.threads import in_threads, own_threads
 from gpt2 import gpt2
 from model_files.weights import leaves, nest, tensor_shapes
@@ -26,12 +28,13 @@ ALONE = ("coordinator", "num_processes", "process_id")
 STEPS_PER_CALL = (10, 5, 1)  # Ctrl-C is seen only between calls: so about 1 s each at most
 
 
-def run(typed, how, train_step, cross_entropy, learning_rate, generate):
-    """Do what the flags ask (read_flags' two answers) with the trainer's own functions.
+def run(typed, how, trainer):
+    """Do what the flags ask (read_flags' two answers) with the trainer's own five functions.
 
-    train_step(params, moments, n_done, batches, flags): -> the loss; changes params and moments in
-    place. cross_entropy(logits, targets): -> nats, and something that is not used here.
-    learning_rate(n_done, **flags); generate: kv_cache.py's.
+    train_step(params, moments, n_done, batches, flags, share): -> the loss; changes params and
+    moments in place, with gradients from share(tokens, n=n), which has several processes call
+    share_of_mean(tokens, params, n_head, n). cross_entropy(logits, targets): -> nats, and something
+    that is not used here. learning_rate(n_done, **flags); generate: kv_cache.py's.
     """
     check_asked(typed, how)
     place = saved = model = None
@@ -45,8 +48,8 @@ def run(typed, how, train_step, cross_entropy, learning_rate, generate):
         place, saved = find_checkpoint(out)
         flags = extend(check_saved(saved, place), saved["step"], typed.get("n_steps"))
         flags |= {"out": out}
-    trainer = train_step, cross_entropy, learning_rate, generate
-    stopped = run_training(flags, how, model, place, saved, *trainer)
+    with contextlib.ExitStack() as stack:
+        stopped = run_training(flags, how, model, place, saved, trainer, stack)
     if stopped == signal.SIGTERM:
         sys.exit(143)
     if stopped:
@@ -72,19 +75,33 @@ def check_asked(typed, how):
         raise ValueError(f"--{name} {value} is train_jax.py's{only}")
 
 
-def run_training(
-    flags, how, model, place, saved, train_step, cross_entropy, learning_rate, generate
-):
+@contextlib.contextmanager
+def start_sharing(share_of_mean, params, flags):  # gives the parameters, and train_step's share
+    """Those are copies, writable, and where processes share the work, in memory that they share."""
+    arrays = leaves(params)
+    n_bytes = sum(x.nbytes for x in arrays.values())
+    n = processes.count(flags["batch_size"], n_bytes)
+    copy = processes.shared if n > 1 else np.array
+    params = nest({name: copy(x) for name, x in arrays.items()})
+    work = functools.partial(share_of_mean, params=params, n_head=flags["n_head"])
+    with processes.sharing(work, n, n_bytes) as share:
+        yield params, share
+
+
+def run_training(flags, how, model, place, saved, trainer, stack):
     """Train from the beginning, from (tokenizer, sizes, parameters), or from a checkpoint.
 
-    place, saved: find_checkpoint's answers. -> the signal that ended the run early, or 0.
+    place, saved: find_checkpoint's answers. stack: ends the other processes when it is closed.
+    -> the signal that ended the run early, or 0.
     """
+    train_step, share_of_mean, cross_entropy, learning_rate, generate = trainer
     out, n_ctx, n_head = flags["out"], flags["n_ctx"], flags["n_head"]
     shards, windows, text, (encoder, hparams, params), moments = load_start(
         flags, moment_shapes, new_model, model, place, saved, how["models_dir"]
     )
-    params = nest({name: np.array(x) for name, x in leaves(params).items()})  # copies, writable
+    params, share = stack.enter_context(start_sharing(share_of_mean, params, flags))
     moments = moments or {n: np.zeros(*of) for n, of in moment_shapes(params).items()}
+    step = functools.partial(train_step, flags=flags, share=share)
     n_params, n_val = sum(x.size for x in leaves(params).values()), windows[:, 1:].size
     print(f"{n_params} parameters, {text['n_train']} training and {n_val} validation tokens")
     n_done, peak = saved["step"] if saved else 0, measure_peak()
@@ -106,7 +123,7 @@ def run_training(
 
     def train_steps(state, batches, n):
         params, moments, n_done = state
-        losses = [train_step(params, moments, n_done + i, batches[i], flags) for i in range(n)]
+        losses = [step(params, moments, n_done + i, batches[i]) for i in range(n)]
         return (params, moments, n_done + n), math.fsum(losses) / n
 
     def validate(params):  # -> nats per token

@@ -6,6 +6,7 @@ models/mine/loss.png         the same, drawn; `progress.draw("models/mine")` dra
 """
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -174,6 +175,8 @@ def draw(out):
         axes.legend()
     with replacing(Path(out, "loss.png")) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+    del figure, axes  # they refer to each other, with megabytes of pixels, and
+    gc.collect()  # Python would let dozens pile up before it looks for such
 
 
 def draw_shares(axes, lines):
