@@ -28,7 +28,7 @@ import faults
 import numpy as np
 import pytest
 import test_download
-from conftest import REPO, TINY, on_linux, random_params
+from conftest import REPO, TINY, on_linux, random_params, slow
 
 import gpt2
 import utils
@@ -736,7 +736,7 @@ def run_backwards(program, *args):
     return shown
 
 
-@pytest.mark.parametrize("still", [pytest.param([], marks=pytest.mark.slow), ["still"]])
+@pytest.mark.parametrize("still", [slow([]), ["still"]])
 def test_preparation_does_not_trust_the_clock(tmp_path, rng, still):
     (tmp_path / "a.txt").write_text(text_of(rng, 300))
     args = [tmp_path / "a.txt", "--workers", "1", "--shard_mb", "0.01", "--out"]
