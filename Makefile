@@ -30,14 +30,16 @@ explain: .venv/generate
 serve: .venv/serve
 	@.venv/bin/python serve.py --model_size shakespeare
 
-# Two halves at the same time: what needs JAX, and the rest, whose report comes first. In each, what
-# takes much memory for a while (trainers of the pages, TensorFlow) comes before what keeps it. XLA's
-# optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
-ON_JAX = docs gpt2 gpu gpu_report eval_tasks examples progress scoring shards kv_cache_jax devices \
-	backprop train lora
+# Two halves at the same time: what needs JAX, and the rest, whose report comes first. The latter
+# begins with TensorFlow and a browser, which the other half has room for as long as it is small.
+# XLA's optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
+ON_JAX = gpt2 progress examples gpu gpu_report shards eval_tasks scoring stress kv_cache_jax \
+	devices backprop lora train docs
+FIRST = tensorflow explain page
 JAX_TESTS = $(ON_JAX:%=tests/test_%.py)
-OTHER_TESTS = tests/test_tensorflow.py encoder.py evaluate.py \
-	$(filter-out $(JAX_TESTS) tests/test_tensorflow.py,$(sort $(wildcard tests/test_*.py)))
+FIRST_TESTS = $(FIRST:%=tests/test_%.py)
+OTHER_TESTS = $(FIRST_TESTS) encoder.py evaluate.py \
+	$(filter-out $(JAX_TESTS) $(FIRST_TESTS),$(wildcard tests/test_*.py))
 QUICK = JAX_DISABLE_MOST_OPTIMIZATIONS=1 MALLOC_TRIM_THRESHOLD_=131072 \
 	.venv/bin/python -m pytest -m "not slow"
 
