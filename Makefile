@@ -30,19 +30,24 @@ explain: .venv/generate
 serve: .venv/serve
 	@.venv/bin/python serve.py --model_size shakespeare
 
-# Two halves at the same time: what needs JAX, and the rest, whose report comes first. XLA's
-# optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
-ON_JAX = backprop devices eval_tasks examples gpt2 gpu gpu_report kv_cache_jax lora progress scoring \
-	shards train
-JAX_TESTS = $(ON_JAX:%=tests/test_%.py)
-OTHER_TESTS = encoder.py evaluate.py $(filter-out $(JAX_TESTS),$(wildcard tests/test_*.py))
+# What needs JAX runs beside the rest, and is reported last. The rest begins with TensorFlow and a
+# browser, while the other is small, and gives PyTorch's memory back before the other is largest.
+# XLA's optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
+ON_JAX = gpt2 progress examples gpu gpu_report stress scoring kv_cache_jax devices backprop lora \
+	train docs
+ON_TORCH = tensorflow page explain recording encoder evaluate kv_cache serve utils
+tests = $(1:%=tests/test_%.py)
+OTHER_TESTS = encoder.py evaluate.py \
+	$(filter-out $(call tests,$(ON_JAX) $(ON_TORCH)),$(wildcard tests/test_*.py))
 QUICK = JAX_DISABLE_MOST_OPTIMIZATIONS=1 MALLOC_TRIM_THRESHOLD_=131072 \
 	.venv/bin/python -m pytest -m "not slow"
 
 test: .venv/test
-	@$(QUICK) $(JAX_TESTS) >.venv/jax.log 2>&1 & jax=$$!; trap "kill $$jax" INT TERM; \
-	$(QUICK) $(OTHER_TESTS); others=$$?; \
-	wait $$jax; jax=$$?; cat .venv/jax.log; exit $$((others | jax))
+	@$(QUICK) $(call tests,$(ON_JAX)) >.venv/jax.log 2>&1 & jax=$$!; failed=0; \
+	trap "kill $$jax; exit 130" INT TERM; \
+	$(QUICK) $(call tests,$(ON_TORCH)) || failed=1; \
+	$(QUICK) $(OTHER_TESTS) || failed=1; \
+	wait $$jax || failed=1; cat .venv/jax.log; exit $$failed
 
 test-slow: .venv/test
 	.venv/bin/python -m pytest -m slow

@@ -46,7 +46,7 @@ def pytest_collection_finish():
     if jax := sys.modules.get("jax"):
         jax.config.update("jax_num_cpu_devices", 8)  # before JAX starts
         jax.config.update("jax_compilation_cache_dir", compiled.name)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 compiled = tempfile.TemporaryDirectory()
@@ -64,25 +64,32 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.line(f"{n:4} {reason}")
 
 
-MOST_GROWTH = 200 << 20  # bytes, until what is kept is given back
-most_memory = {"bytes": 0}
+MOST_FREED, MOST_KEPT = 20 << 20, 150 << 20  # bytes of growth, until they are given back
+memory = {"without what was freed": 0, "without what was compiled": 0}
 
 
 @pytest.fixture(autouse=True)
 def memory_given_back():
-    """XLA keeps what it compiled, and the C library what was freed: gigabytes, in the end."""
+    """The C library keeps what was freed, XLA what it compiled: gigabytes, in the end."""
     yield
-    if sys.platform == "linux" and resident() > most_memory["bytes"]:
-        if jax := sys.modules.get("jax"):
-            jax.clear_caches()
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
-            ctypes.CDLL(None).malloc_trim(0)
-        most_memory["bytes"] = resident() + MOST_GROWTH
+    if sys.platform == "linux" and resident() > memory["without what was freed"] + MOST_FREED:
+        trim()
+        if resident() > memory["without what was compiled"] + MOST_KEPT:
+            if jax := sys.modules.get("jax"):
+                jax.clear_caches()
+            gc.collect()
+            trim()
+            memory["without what was compiled"] = resident()
+        memory["without what was freed"] = resident()
 
 
 def resident():  # bytes of memory that this process has
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def trim():
+    with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO, SHAKESPEARE
+from conftest import REPO, SHAKESPEARE, slow
 from test_house import WINGS
 
 from model_files import weights
@@ -142,7 +142,7 @@ def jax_on_cpu():
 
 
 def page(name):  # two of them train for some time
-    return pytest.param(name, marks=[pytest.mark.slow] if name in ("12_lora.md", *LONG) else [])
+    return slow(name) if name in ("12_lora.md", *LONG) else name
 
 
 @pytest.mark.parametrize("name", [page(name) for name in [*PAGES, *LONG]])

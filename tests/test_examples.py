@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import TINY, call, call_trainer, hugging_face, random_params
+from conftest import TINY, call, call_trainer, hugging_face, random_params, slow
 
 from corpus.chat import (
     NEXT_TURN,
@@ -274,7 +274,7 @@ def theirs(model, examples):  # -> PyTorch's loss of examples, each by itself, a
     return nats.item() / n, grads
 
 
-@pytest.mark.parametrize("n_chunks", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_chunks", [1, slow(4)])
 def test_loss_and_gradients_are_those_of_each_example_by_itself(rng, n_chunks):
     params = random_params(rng, HPARAMS)
     examples = random_examples(rng, 12, 33)

@@ -1096,7 +1096,7 @@ def test_sampling_is_checked_before_a_model_is_looked_for():
     assert (code, out) == (2, "") and err.startswith("error: top_p must be")
 
 
-@pytest.mark.parametrize("jsonl", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("jsonl", [False, True])
 @pytest.mark.slow
 def test_ctrl_c_prints_what_there_is(models, jsonl):
     """The model is big enough to be slow."""

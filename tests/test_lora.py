@@ -6,6 +6,7 @@ import re
 import secrets
 import shutil
 import signal
+from importlib.util import find_spec
 
 import conftest
 import jax
@@ -28,7 +29,7 @@ from training.adapters import Adapted, adapt, base_name, find_adapters, new_adap
 from training.batches import read_batches
 from training.state import join, moment_shapes, split, start_state
 
-peft = pytest.importorskip("peft", reason="peft is not installed")
+pytestmark = pytest.mark.skipif(not find_spec("peft"), reason="peft is not installed")
 FLAGS = {"seed": 1, "lora_rank": 4, "lora_alpha": 6.0, "lora_targets": "c_attn,c_proj,c_fc"}
 TEXT = [np.random.default_rng(0).integers(0, 257, 5000, dtype=np.uint16)]
 RUN = ["--lora_rank", 2, "--n_ctx", 16, "--n_steps", 8, "--eval_every", 4, "--checkpoint_every", 2]
@@ -94,6 +95,8 @@ def test_a_bare_c_proj_means_both_as_in_peft(rng, targets, n_each):
 
 def peft_model(params, **settings):
     """peft's model on transformers' GPT-2, its factors random."""
+    import peft  # here: it takes 140 MiB
+
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn", "c_proj", "c_fc"]} | settings
     settings |= {"task_type": "CAUSAL_LM", "fan_in_fan_out": True}
     model = peft.get_peft_model(hugging_face(params, TINY), peft.LoraConfig(**settings))
@@ -123,7 +126,8 @@ def test_gradients_are_pefts(rng):
     tokens = rng.integers(0, 257, (3, 21))
     tree = jax.tree.map(jnp.asarray, adapt(params, adapters))
     ours, frozen = split(tree)
-    value, gradients = jax.value_and_grad(lambda t: losses(join(t, frozen), tokens))(ours)
+    function = jax.value_and_grad(lambda t: losses(join(t, frozen), tokens))
+    value, gradients = jax.jit(function)(ours)
 
     model = peft_model(params)
     theirs = load_into(model, adapters)
@@ -270,9 +274,11 @@ def run(models, tmp_path_factory):
 
 
 def test_peft_opens_what_the_trainer_writes(models, run, rng):
+    from peft import PeftModel
+
     folder, params = models
     out, _, printed = run
-    model = peft.PeftModel.from_pretrained(hugging_face(params, TINY), str(out)).eval()
+    model = PeftModel.from_pretrained(hugging_face(params, TINY), str(out)).eval()
     ids = rng.integers(0, 257, (2, 20))
     wanted = model(torch.from_numpy(ids)).logits.detach().numpy()
     _, _, ours = utils.load_encoder_hparams_and_params(str(out), folder)
@@ -394,6 +400,12 @@ def test_an_adapter_and_a_model_do_not_share_a_folder(run, models, tmp_path):
     shutil.copytree(folder / "tiny", tmp_path / "model")
     assert "has config.json" in refused(*args, "--out", tmp_path / "model", "--overwrite")
     assert written(out) == before
+
+
+@pytest.mark.slow
+def test_an_adapter_is_replaced_where_one_says_so(run, models, tmp_path):
+    out, args, _ = run
+    folder, _ = models
     shutil.copytree(out, tmp_path / "old")
     code, _, err = conftest.call_trainer(
         *args, "--lora_alpha", 3, "--out", tmp_path / "old", "--overwrite", models_dir=folder

@@ -37,7 +37,9 @@ def params():
     return random_params(np.random.default_rng(seed), TINY)
 
 
-@pytest.fixture(scope="module", params=["one device", slow("eight"), "eight, sharded and padded"])
+@pytest.fixture(
+    scope="module", params=[slow("one device"), slow("eight"), "eight, sharded and padded"]
+)
 def score_rows(request, params):
     """load_scorer's, and as the trainer has it: parameters spread, rows of wte that are no ids."""
     mesh = devices.make_mesh(1 if request.param == "one device" else 8)
