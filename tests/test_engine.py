@@ -2,6 +2,7 @@
 
 import io
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -371,6 +372,36 @@ def test_a_forked_process_has_no_users_and_free_locks(monkeypatch):
         held[1].set()
         holder.join()
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc, and Linux's /proc")
+@pytest.mark.parametrize("chosen", [{}, {"MALLOC_PERTURB_": "0"}])
+def test_freed_memory_is_kept_for_the_next_array_unless_the_user_has_chosen(chosen):
+    """In a new process: how much of some arrays' memory is given back as soon as they are freed."""
+    script = """
+import numpy as np
+from engine import memory
+def resident():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4096 >> 20
+def given_back(n_arrays, size):
+    arrays = [np.ones(size << 20, np.uint8) for _ in range(n_arrays)]
+    before = resident()
+    del arrays
+    return (before - resident()) / (n_arrays * size)
+memory.keep()
+print(given_back(1, 40), given_back(1, 30), given_back(8, 6), given_back(3, 30))
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | chosen
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, cwd=REPO, env=env, timeout=60, stdout=-1
+    )
+    too_large, one, several, too_many = map(float, done.stdout.split())
+    assert too_large > 0.9  # more than 32 MiB
+    if chosen:
+        assert one > 0.9
+    else:
+        assert max(one, several) < 0.1 and too_many > 0.9  # more than 64 MiB together
 
 
 def test_two_first_callers_at_once_lose_no_threads():
