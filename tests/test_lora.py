@@ -554,6 +554,8 @@ BAD_FOLDERS = {  # what adapter_config.json says, what becomes of the tensors, w
     "another start": ({"init_lora_weights": "pissa"}, None, "init_lora_weights 'pissa' is not"),
     "the future": ({"use_hyperlora": {"x": 1}}, None, "use_hyperlora {'x': 1} is not supported"),
     "no base": ({"base_model_name_or_path": None}, None, "base_model_name_or_path is None"),
+    "an empty base": ({"base_model_name_or_path": ""}, None, "base_model_name_or_path is ''"),
+    "a number for a base": ({"base_model_name_or_path": 7}, None, "base_model_name_or_path is 7"),
     "a missing base": (
         {"base_model_name_or_path": "gone"}, None, "its base is missing: no model 'gone'",
     ),
