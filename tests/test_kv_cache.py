@@ -692,6 +692,9 @@ def test_a_row_waits_for_its_source_no_longer_than_it_must():
         row = kv_cache.new_row([*range(n), 40], 1, np.argmax)
         kv_cache.admit([source | {"cache": {"n_seq": n_read}, "end": end}], row)
         assert row["n_shared"] == n and engine_rows.n_to_copy(row) == n_copied
+    row = kv_cache.new_row([*range(n), 40], 1, np.argmax)
+    kv_cache.admit([source | {"cache": None, "end": "dropped"}], row)  # before it read anything
+    assert engine_rows.n_to_copy(row) == 0
     source |= {"cache": {"n_seq": n + 3}, "end": None}
     for prompt, n_copied in [
         ([*range(n - 1), 40, 41], 0),  # one token less in common is not worth it

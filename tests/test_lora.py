@@ -355,6 +355,7 @@ def test_alpha_is_written_whole_where_it_is_as_peft_declares_it():
         assert found["lora_alpha"] == alpha and type(found["lora_alpha"]) is kind
         theirs = peft.LoraConfig(**found)  # takes all of it
         assert theirs.task_type == "CAUSAL_LM" and theirs.inference_mode and theirs.r == 4
+        assert theirs.fan_in_fan_out and theirs.bias == "none"
         assert theirs.lora_dropout == 0 and theirs.init_lora_weights is True
 
 
