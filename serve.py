@@ -60,7 +60,7 @@ DRAIN_SECONDS = 10  # after SIGTERM, for what runs and waits
 class Engine:
     """The thread that owns the arithmetic. Other threads call submit, drop and stop only."""
 
-    def __init__(self, params, n_head, batch_size=64, max_waiting=256):
+    def __init__(self, params, n_head, batch_size, max_waiting):
         self.params, self.n_head = products.wrap(params), n_head
         self.batch_size, self.max_waiting = batch_size, max_waiting
         self.inbox, self.wake = deque(), threading.Event()  # what others touch

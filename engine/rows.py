@@ -94,7 +94,7 @@ def write(row, logits):  # [1 + n_guesses, n_vocab] -> [(row, its ids so far, No
     """Draws the row's next token, and one more for every guess that turns out right."""
     if row["n_tokens"] == 0:
         row["end"] = "length"
-        return [(row, [], "length")]
+        return [(row, [], row["end"])]
     written, guesses = [], row["guesses"]
     for guess, scores in zip([*guesses, None], logits, strict=True):
         token = row["draw"](scores)

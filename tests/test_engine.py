@@ -2,6 +2,7 @@
 
 import io
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -303,6 +304,23 @@ def test_own_threads_gives_openblas_its_threads_back():
     assert counts() == before
 
 
+def test_ctrl_c_at_the_door_leaves_the_count_of_users_alone(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threads, "blas", interrupted)
+    with pytest.raises(KeyboardInterrupt), threads.own_threads(2):
+        raise AssertionError("nobody gets in")
+    assert threads.n_users == 0
+
+
+def test_without_an_openblas_there_is_one_thread(rng, monkeypatch):
+    monkeypatch.setattr(threads, "blas", lambda: [])
+    assert threads.n_threads() == threads.parts(100) == 1
+    x, w = (rng.standard_normal(n, dtype=np.float32) for n in [(2, 512), (512, 512)])
+    assert close(x @ w.view(products.Matrix), x, w)
+
+
 def test_several_callers_at_once(rng, n_threads):
     w = rng.standard_normal((768, 700), dtype=np.float32)
     xs = [rng.standard_normal((n, 768), dtype=np.float32) for n in (2, 5, 8, 16)]
@@ -329,6 +347,67 @@ def test_a_forked_process_starts_its_own_workers(n_threads):
         signal.alarm(20)  # ends a child that waits for workers it does not have
         os._exit(0 if threads.in_threads(lambda mine: 1, n_threads) == [1] * n_threads else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")  # JAX's: the child does not use it
+def test_a_forked_process_has_no_users_and_free_locks(monkeypatch):
+    """Whatever its parent's threads were doing: they are not there to leave, or to let go."""
+    monkeypatch.setattr(threads, "n_threads", lambda: 2)
+    before = [(lib.num_threads, n) for lib, n in threads.blas()]
+    held = threading.Event(), threading.Event()
+
+    def hold():
+        with threads.lock, threads.stepping:
+            held[0].set()
+            held[1].wait()
+
+    holder = threading.Thread(target=hold)
+    with threads.own_threads(2):
+        holder.start()
+        held[0].wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # ends a child that waits for a lock
+            parts = threads.in_step(lambda number, part, meet: part, 6, 2)
+            fine = threads.n_users == 0 and parts == [slice(0, 3), slice(3, 6)]
+            os._exit(
+                0 if fine and [(lib.num_threads, n) for lib, n in threads.blas()] == before else 1
+            )
+        held[1].set()
+        holder.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc, and Linux's /proc")
+@pytest.mark.parametrize("chosen", [{}, {"MALLOC_PERTURB_": "0"}])
+def test_freed_memory_is_kept_for_the_next_array_unless_the_user_has_chosen(chosen):
+    """In a new process: how much of some arrays' memory is given back as soon as they are freed."""
+    script = """
+import numpy as np
+from engine import memory
+def resident():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4096 >> 20
+def given_back(n_arrays, size):
+    arrays = [np.ones(size << 20, np.uint8) for _ in range(n_arrays)]
+    before = resident()
+    del arrays
+    return (before - resident()) / (n_arrays * size)
+memory.keep()
+print(given_back(1, 40), given_back(1, 30), given_back(8, 6), given_back(3, 30))
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | chosen
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, cwd=REPO, env=env, timeout=60, stdout=-1
+    )
+    too_large, one, several, too_many = map(float, done.stdout.split())
+    assert too_large > 0.9  # more than 32 MiB
+    if chosen:
+        assert one > 0.9
+    else:
+        assert max(one, several) < 0.1 and too_many > 0.9  # more than 64 MiB together
 
 
 def test_two_first_callers_at_once_lose_no_threads():

@@ -24,6 +24,7 @@ import kv_cache
 import utils
 from encoder import Encoder
 from engine import lookup, slices, threads
+from engine import rows as engine_rows
 from model_files import weights
 from plumbing import prompts as typed
 
@@ -680,6 +681,32 @@ def test_rows_join_and_leave_between_passes(rng, params):
         kv_cache.advance(rows, params, N_HEAD, chunk=5)
     assert [row["ids"] for row in made[1:]] == expected[1:] and made[0]["ids"] == []
     assert [row["end"] for row in made] == ["cancelled", "length", "length"]
+
+
+def test_a_row_waits_for_its_source_no_longer_than_it_must():
+    n = engine_rows.MIN_SHARED
+    source = {"prompt": [*range(n), 50, 51, 52], "ids": [53], "has_slid": False}
+    for n_read, end, n_copied in [
+        (n - 1, None, None), (n, None, n), (n + 2, None, n), (n - 1, "stop", n - 1), (0, "stop", 0),
+    ]:  # fmt: skip
+        row = kv_cache.new_row([*range(n), 40], 1, np.argmax)
+        kv_cache.admit([source | {"cache": {"n_seq": n_read}, "end": end}], row)
+        assert row["n_shared"] == n and engine_rows.n_to_copy(row) == n_copied
+    row = kv_cache.new_row([*range(n), 40], 1, np.argmax)
+    kv_cache.admit([source | {"cache": None, "end": "dropped"}], row)  # before it read anything
+    assert engine_rows.n_to_copy(row) == 0
+    source |= {"cache": {"n_seq": n + 3}, "end": None}
+    for prompt, n_copied in [
+        ([*range(n - 1), 40, 41], 0),  # one token less in common is not worth it
+        ([*range(n)], 0),  # its last one must run, whatever others have read
+        ([*range(n), 50], n),
+        ([*range(n), 50, 51, 52, 60], n + 3),
+        ([*range(n), 50, 51, 52, 53, 60], None),  # 53 is written, but runs in the next pass
+    ]:
+        row = kv_cache.new_row(prompt, 1, np.argmax)
+        kv_cache.admit([source], row)
+        assert engine_rows.n_to_copy(row) == n_copied
+        assert row["source"] is (None if n_copied == 0 else source)
 
 
 @settings(max_examples=40, deadline=None)

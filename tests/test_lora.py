@@ -317,6 +317,71 @@ def peft_config(**settings):
     return peft_config("tiny", 4, 6.0, ["c_attn", "c_proj", "c_fc"]) | settings
 
 
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_settings_that_concern_the_training_alone_change_nothing(models, tmp_path, rng, start):
+    adapters = trained(rng, models[1])
+    write_adapter(tmp_path, peft_config(), adapters)
+    config = peft_config(
+        init_lora_weights=start, lora_dropout=0.5, inference_mode=False, task_type=None,
+        auto_mapping={"base_model_class": "GPT2LMHeadModel"}, eva_config={"rho": 2.0},
+        exclude_modules=["wte"], layers_pattern="h", layers_to_transform=[0, 1],
+        megatron_core="megatron.core", peft_version="0.1", qalora_group_size=16, revision="main",
+    )  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = read_adapter(tmp_path, read_config(tmp_path), TINY)
+    assert found.keys() == adapters.keys()
+    for name, (A, B, scale) in adapters.items():
+        assert np.array_equal(found[name][0], A) and np.array_equal(found[name][1], B)
+        assert found[name][2] == scale
+
+
+def test_numbers_and_patterns_have_limits(tmp_path):
+    def read(**settings):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(peft_config(**settings)))
+        return read_config(tmp_path)
+
+    patterns = {f"{i:01000}": 1 for i in range(1000)}  # a thousand, each of a thousand letters
+    assert read(r=2**24 - 1, rank_pattern=patterns)["rank_pattern"] == patterns
+    assert read(r=1, lora_alpha=0.5, alpha_pattern=None)["alpha_pattern"] == {}
+    for wrong, words in [
+        ({"r": 2**24}, "r is 16777216, not a sensible number"),
+        ({"lora_alpha": 2.0**24}, "lora_alpha is 16777216.0, not a sensible number"),
+        ({"lora_alpha": True}, "lora_alpha is True, not a sensible number"),
+        ({"rank_pattern": patterns | {"h": 1}}, "rank_pattern is longer than any model needs"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            read(**wrong)
+
+
+def test_alpha_is_written_whole_where_it_is_as_peft_declares_it():
+    from model_files.adapters import peft_config
+
+    for alpha, kind in (6.0, int), (1.5, float):
+        found = peft_config("tiny", 4, alpha, ["c_fc", "c_attn"])
+        assert found["lora_alpha"] == alpha and type(found["lora_alpha"]) is kind
+        theirs = peft.LoraConfig(**found)  # takes all of it
+        assert theirs.task_type == "CAUSAL_LM" and theirs.inference_mode and theirs.r == 4
+        assert theirs.fan_in_fan_out and theirs.bias == "none"
+        assert theirs.lora_dropout == 0 and theirs.init_lora_weights is True
+
+
+@pytest.mark.parametrize("rank", [4, 2])
+def test_old_weights_do_not_stay_beside_other_settings(models, tmp_path, rng, monkeypatch, rank):
+    """Where the new ones cannot be written: then the old ones are right for their own alone."""
+    adapters = trained(rng, models[1])
+    write_adapter(tmp_path / "a", peft_config(), adapters)
+    before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("model_files.adapters.write_safetensors", full)
+    with pytest.raises(OSError, match="cannot write .*: No space left"):
+        write_adapter(tmp_path / "a", peft_config(r=rank), adapters)
+    left = {p.name: p.read_bytes() for p in (tmp_path / "a").glob("*.safetensors")}
+    assert left == ({"adapter_model.safetensors": before} if rank == 4 else {})
+
+
 @pytest.mark.parametrize(
     "script", ["gpt2.py", "kv_cache.py", "explain.py", "utils.py", "evaluate.py"]
 )
@@ -502,6 +567,8 @@ BAD_FOLDERS = {  # what adapter_config.json says, what becomes of the tensors, w
     "another start": ({"init_lora_weights": "pissa"}, None, "init_lora_weights 'pissa' is not"),
     "the future": ({"use_hyperlora": {"x": 1}}, None, "use_hyperlora {'x': 1} is not supported"),
     "no base": ({"base_model_name_or_path": None}, None, "base_model_name_or_path is None"),
+    "an empty base": ({"base_model_name_or_path": ""}, None, "base_model_name_or_path is ''"),
+    "a number for a base": ({"base_model_name_or_path": 7}, None, "base_model_name_or_path is 7"),
     "a missing base": (
         {"base_model_name_or_path": "gone"}, None, "its base is missing: no model 'gone'",
     ),

@@ -46,6 +46,7 @@ def serving(params, hparams=TINY, **options):
     app = serve.make_app("tiny", ENCODER, hparams, params, **options)
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
         yield client
+    assert not app.state.engine.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,18 @@ def test_samples_are_kv_caches_samples(client, params):
     assert [c["text"] for c in answer["choices"]] == [ENCODER.decode(row) for row in rows]
     assert answer["usage"]["prompt_tokens"] == sum(map(len, prompts))
     assert ask(client, "One", seed=-3) | {"id": 0} == ask(client, "One", seed=-3) | {"id": 0}
+
+
+def test_a_seed_is_any_whole_number(client, params):
+    """A negative one stands for the one that has the same 64 bits."""
+    seeds = [5, 5 + 128, 5 + 2**32, 2**63 - 1, -1, 1 - 2**63]
+    how = {"max_tokens": 20, "ignore_eos": True}
+    texts = [ask(client, "One", seed=seed, **how)["choices"][0]["text"] for seed in seeds]
+    ids = ENCODER.encode("One")
+    for seed, text in zip(seeds, texts, strict=True):
+        one = drawn(params, ids, 20, temperature=1.0, seed=seed if seed > 0 else 2**64 + seed)
+        assert text == ENCODER.decode(one), seed
+    assert len(set(texts)) == len(seeds)
 
 
 def test_the_end_of_text_ends_a_text_unless_it_is_ignored(client):
@@ -706,6 +719,7 @@ def test_the_model_is_listed_and_the_server_well(client):
 
 def test_the_figures_are_prometheus(params):
     parser = pytest.importorskip("prometheus_client.parser", reason="prometheus is not installed")
+    start = time.perf_counter()
     with serving(params) as client:
         ask(client, ["One", "Three"], max_tokens=7, ignore_eos=True)
         client.post("/v1/completions", content=b"{")
@@ -722,6 +736,7 @@ def test_the_figures_are_prometheus(params):
     kinds = {f.name: f.type for f in families}
     assert kinds["sixtygpt_seconds_per_token"] == "histogram"
     assert found["sixtygpt_passes_total",] >= 7
+    assert 0 < found["sixtygpt_pass_seconds_total",] < time.perf_counter() - start
 
 
 def test_texts_become_ids_and_ids_texts(client):
