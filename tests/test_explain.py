@@ -672,9 +672,10 @@ def test_every_call_shows_its_lines(opened, written):
 def test_the_heading_and_what_is_chosen(opened):
     shapes = dict(weights.tensor_shapes(TINY | {"n_ctx": 128})).values()
     n = sum(int(np.prod(shape)) for shape in shapes)
-    wanted = "Model wide: 2 blocks of 2 heads, 16 numbers per token, 257 tokens in the vocabulary, "
-    assert every(opened, "#model") == [f"{wanted}128 positions, {n:,} parameters."]
-    assert opened.title == "What GPT-2 (wide) did"
+    wanted = f"Model {NAME}: 2 blocks of 2 heads, 16 numbers per token, "
+    wanted += f"257 tokens in the vocabulary, 128 positions, {n:,} parameters."
+    assert every(opened, "#model") == [wanted]
+    assert opened.title == f"What GPT-2 ({NAME}) did"
     for kind in ("#tokens .token", "#heads .map", ".cell", "#strip button"):
         assert len(every(opened, f"{kind}[aria-pressed=true]")) == 1
         assert len(every(opened, f"{kind}[tabindex='0']")) == 1
