@@ -38,7 +38,8 @@ def run(tokens, positions, params, n_head, n_rows, attend):  # -> [n_tokens, n_e
         def work(part):
             attend(layer, head_groups[part], q, k, v, out)
 
-        if n_tokens + positions.sum() > 64 * len(head_groups):  # else waking costs more
+        n_seen = (1 + positions.mean()) * n_rows  # keys that are read, about
+        if n_seen > 400 * len(head_groups):  # else waking the threads costs more
             threads.in_threads(work, len(head_groups))
         else:
             work(slice(None))
