@@ -33,7 +33,7 @@ serve: .venv/serve
 # What needs JAX runs beside the rest, and is reported last. The rest begins with TensorFlow and a
 # browser, while the other is small, and gives PyTorch's memory back before the other is largest.
 # XLA's optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
-ON_JAX = gpt2 progress examples gpu gpu_report stress scoring devices backprop lora \
+ON_JAX = gpt2 progress examples gpu gpu_report stress scoring kv_cache_jax devices backprop lora \
 	train docs
 ON_TORCH = tensorflow page explain recording encoder evaluate kv_cache serve utils
 tests = $(1:%=tests/test_%.py)

@@ -615,6 +615,7 @@ def helpers(process):  # -> the processes that share its work
     return [int(pid) for pid in found]
 
 
+@pytest.mark.slow
 @on_linux
 @pytest.mark.skipif(threads.n_threads() == 1, reason="one core: nothing is shared")
 def test_a_helper_that_is_killed_ends_the_run_in_one_line(never_stopped):
@@ -630,6 +631,7 @@ def test_a_helper_that_is_killed_ends_the_run_in_one_line(never_stopped):
     assert (code, err) == (0, "") and ends(out) == ends(never_stopped)
 
 
+@pytest.mark.slow
 @on_linux
 def test_ctrl_c_in_a_terminal_reaches_all_processes_and_loses_nothing(never_stopped):
     """A terminal sends it to each of them."""
