@@ -2,7 +2,7 @@
 
     python prepare.py stories/*.txt --out shards/stories                    # byte-level
     python prepare.py corpus.jsonl.gz --tokenizer 124M --out shards/corpus  # GPT-2's tokens
-    python prepare.py corpus/ --train_tokenizer 8192 --out shards/corpus    # tokens of its own
+    python prepare.py corpus/ --train_tokenizer 8192 --out shards/learned   # tokens of its own
 
 The parent process cuts the files into spans of some 32 MB that end where a document ends, reading
 little of them. Spans make tasks. A worker seeks to the start of a span, and then reads, encodes and
@@ -20,7 +20,7 @@ nothing else changes. A folder of shards holds:
 
     train_000000.bin ..., val_000000.bin ...   ids, little-endian uint16 (uint32 above 65535 ids)
     meta.json                                  what is in them and where from; written last of all
-    vocab.json, merges.txt                     the tokenizer
+    vocab.json, merges.txt, ...                the tokenizer
 """
 
 import contextlib

@@ -73,7 +73,7 @@ from training.state import (
     split,
     start_state,
 )
-from training.text import describe
+from training.text import check_data, describe
 from utils import check_base, find_model, load_encoder_hparams_and_params
 
 LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
@@ -296,6 +296,7 @@ def main(*args, **kwargs):
         is_adapter = "lora_rank" in typed
         check_out(typed["out"], how["overwrite"], is_adapter)  # fail before any steps
         if "init_from" in typed:
+            check_data(typed.get("data", "shakespeare"))  # before a download in vain
             folder = find_model(typed["init_from"], models_dir)
             if is_adapter:
                 check_base(folder)  # before its weights are read

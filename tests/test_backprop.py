@@ -527,6 +527,7 @@ BAD = {
     "fsdp": (["--fsdp"], "--fsdp True is train_jax.py's: here it is False"),
     "processes": (["--num_processes", 2], "--num_processes 2 is train_jax.py's"),
     "no text": (["--data", "nowhere.txt"], "no text at nowhere.txt"),
+    "no text for it": (["--init_from", "9M", "--data", "nowhere.txt"], "no text at nowhere.txt"),
     "no model": (["--init_from", "9M"], "no model '9M'"),
     "out": (["--out", "/dev/null/model"], "cannot write /dev/null/model"),
     "nothing there": (["--resume", "nowhere"], "nowhere: nothing to resume"),

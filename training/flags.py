@@ -61,6 +61,9 @@ def read_flags(
     SIGTERM end a run after the current steps, with a checkpoint. Beside the model are metrics.jsonl
     and loss.png, which show how it went.
 
+    backprop.py computes all of it with NumPy: it takes AdamW and float32 alone, and refuses
+    lora_rank, examples, drop_rate, fsdp, eval_tasks and several processes of one run.
+
     A recipe sets each of the flags from n_layer to seed except eval_tasks, and may set data. A flag
     that you type replaces the recipe's value. The recipes are in training/recipes.py.
 

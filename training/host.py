@@ -21,6 +21,7 @@ from training import progress
 from training.checkpoints import check_out, clear_away, find_checkpoint, find_out
 from training.flags import check_saved, choose, extend
 from training.loop import load_start, make_savers, train
+from training.text import check_data
 from utils import load_encoder_hparams_and_params
 
 ONLY = {"optimizer": "adamw", "dtype": "float32", "drop_rate": 0.0, "fsdp": False}
@@ -41,6 +42,7 @@ def run(typed, how, trainer):
     if how["resume"] is None:
         check_out(typed["out"], how["overwrite"])  # fail now rather than after the first steps
         if "init_from" in typed:
+            check_data(typed.get("data", "shakespeare"))  # before a download in vain
             model = load_encoder_hparams_and_params(typed["init_from"], how["models_dir"])
         flags = choose(ONLY | typed, "cpu", model and model[1])
     else:

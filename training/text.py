@@ -15,6 +15,14 @@ MOST_VALIDATION = 2**20  # tokens that one look at the validation text takes
 MOST_FINGERPRINT = 2**24  # tokens that are compared when a run is resumed
 
 
+def check_data(data):  # the --data flag
+    """FileNotFoundError if it is no file, no folder and no name: before a model is downloaded."""
+    if data not in NAMED_TEXTS and not (os.path.isfile(data) or os.path.isdir(data)):
+        raise FileNotFoundError(
+            f"no text at {data}: --data takes a text file's path, shakespeare or python-docs"
+        )
+
+
 def load_text(data):  # the --data flag -> str
     """`shakespeare` (1.1 MB, downloaded once), `python-docs`, or the text file of that path."""
     if data == "python-docs":  # the language reference, part of every Python: no network needed
@@ -27,10 +35,7 @@ def load_text(data):  # the --data flag -> str
             path = download_shakespeare()
         except ConnectionError as error:
             raise ConnectionError(f"{error}; --data python-docs needs no network") from None
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"no text at {path}: --data takes a text file's path, shakespeare or python-docs"
-        )
+    check_data(path)
     with open(path, encoding="utf-8", errors="replace") as f:
         return f.read()
 
