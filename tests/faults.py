@@ -32,9 +32,9 @@ def arm(folder, fault, n):
     changes, fired = [], []
 
     def is_change(event, args):
-        path = args[0]
         if event not in kinds or event == "open" and not args[2] & WRITING:
             return False
+        path = args[0]
         if not isinstance(path, str | bytes | os.PathLike):
             return False
         if event in ("os.remove", "os.rmdir") and args[1] != -1:  # by shutil.rmtree, by name alone
