@@ -296,7 +296,7 @@ def main(*args, **kwargs):
         is_adapter = "lora_rank" in typed
         check_out(typed["out"], how["overwrite"], is_adapter)  # fail before any steps
         if "init_from" in typed:
-            check_data(typed.get("data", "shakespeare"))  # before a download in vain
+            check_data(typed.get("data"))  # before a download in vain
             folder = find_model(typed["init_from"], models_dir)
             if is_adapter:
                 check_base(folder)  # before its weights are read

@@ -6,10 +6,10 @@ to 1.6 times faster, on the same processor. One library cannot have both. So whe
 scipy-openblas64 is installed (NumPy's own wheels are built with it), its library is loaded beside
 NumPy's, and told to choose Haswell's.
 
-It has threads of its own. They wait for the next product without sleeping, which waking ours would
-cost more time than a small product takes, but not for long: two libraries' threads that wait like
-that slow each other down. So NumPy's library is held to one thread meanwhile, see threads.py.
-Without the package everything works the same, and takes longer.
+It has threads of its own. Between products they do not sleep, because waking a thread can take
+longer than a small product. But two libraries' waiting threads slow each other down: so these give
+up soon, and NumPy's library is held to one thread meanwhile, see threads.py. Without the package
+everything works the same, and takes longer.
 """
 
 import contextlib

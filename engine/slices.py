@@ -33,12 +33,12 @@ def run(tokens, positions, params, n_head, n_rows, attend):  # -> [n_tokens, n_e
     head_groups = share_heads(n_rows, n_head, whole_rows(params, n_tokens, n_rows, n_slices))
     shared = np.empty((4, n_tokens, n_head, n_embd // n_head), np.float32)  # q, k, v and out
     out = shared[3].swapaxes(0, 1)  # stored token by token, so that mha need not copy it
+    n_seen = (1 + positions.mean()) * n_rows  # keys that a layer reads, about
 
     def alone(q, k, v, layer):  # [n_head, n_tokens, d_head] each -> the same
         def work(part):
             attend(layer, head_groups[part], q, k, v, out)
 
-        n_seen = (1 + positions.mean()) * n_rows  # keys that are read, about
         if n_seen > 400 * len(head_groups):  # else waking the threads costs more
             threads.in_threads(work, len(head_groups))
         else:

@@ -41,6 +41,13 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)  # one of a test'
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux, by /proc or prlimit")
 
 
+def forks(test):
+    """Marks a test. Python and JAX warn of threads that a forked process lacks: ours need none."""
+    for category in ("DeprecationWarning", "RuntimeWarning"):
+        test = pytest.mark.filterwarnings(f"ignore:.*fork:{category}")(test)
+    return test
+
+
 def pytest_collection_finish():
     """Eight devices for test_devices.py; and what two tests compile is compiled once."""
     if jax := sys.modules.get("jax"):

@@ -15,7 +15,7 @@ import conftest
 import numpy as np
 import pytest
 import runs
-from conftest import REPO, hugging_face, on_linux, random_params, tree_map
+from conftest import REPO, forks, hugging_face, on_linux, random_params, tree_map
 
 import backprop
 import gpt2
@@ -434,8 +434,7 @@ def test_accumulated_batches_are_one_large_batch(rng):
 
 
 @on_linux
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")
+@forks
 @pytest.mark.parametrize("n_batch, n_threads", [(12, 2), (7, 3), (2, 4)])
 def test_processes_have_the_bits_of_threads(rng, monkeypatch, n_batch, n_threads):
     """Some steps, of two batches each: the loss, the parameters, the moments."""

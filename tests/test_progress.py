@@ -254,6 +254,6 @@ def test_a_log_that_is_no_file_is_refused(log, tmp_path, what):
     (tmp_path / "precious").write_text("precious")
     path = tmp_path / "out" / "metrics.jsonl"
     path.symlink_to("../precious") if what == "a link" else os.mkfifo(path)
-    with pytest.raises((OSError, ValueError), match=r"metrics\.jsonl: [^N]"):
+    with pytest.raises(OSError, match=r"^cannot write .*metrics\.jsonl: [^N]"):
         log(n_done=40)
     assert (tmp_path / "precious").read_text() == "precious"

@@ -42,7 +42,7 @@ def run(typed, how, trainer):
     if how["resume"] is None:
         check_out(typed["out"], how["overwrite"])  # fail now rather than after the first steps
         if "init_from" in typed:
-            check_data(typed.get("data", "shakespeare"))  # before a download in vain
+            check_data(typed.get("data"))  # before a download in vain
             model = load_encoder_hparams_and_params(typed["init_from"], how["models_dir"])
         flags = choose(ONLY | typed, "cpu", model and model[1])
     else:

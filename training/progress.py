@@ -88,6 +88,8 @@ def open_log(out, run, n_done):  # -> an open file
         return open_locked(path, wait=False)
     except BlockingIOError:
         raise ValueError(f"{out}: another trainer is at work there") from None
+    except ValueError as error:  # the path, and why: it is no ordinary file
+        raise OSError(f"cannot write {error}") from None
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from None
 

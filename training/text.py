@@ -15,9 +15,9 @@ MOST_VALIDATION = 2**20  # tokens that one look at the validation text takes
 MOST_FINGERPRINT = 2**24  # tokens that are compared when a run is resumed
 
 
-def check_data(data):  # the --data flag
+def check_data(data):  # the --data flag, or None
     """FileNotFoundError if it is no file, no folder and no name: before a model is downloaded."""
-    if data not in NAMED_TEXTS and not (os.path.isfile(data) or os.path.isdir(data)):
+    if data not in (None, *NAMED_TEXTS) and not (os.path.isfile(data) or os.path.isdir(data)):
         raise FileNotFoundError(
             f"no text at {data}: --data takes a text file's path, shakespeare or python-docs"
         )
