@@ -23,6 +23,7 @@ from encoder import Encoder
 from model_files import config, weights
 from plumbing import cli
 
+collect_ignore = ["fuzz.py"]  # a command, and atheris is not among what the tests install
 REPO = Path(__file__).resolve().parent.parent
 # GPT-2's own tokenizer files and tiny Shakespeare are not part of the project. Tests that want them
 # look here, then where the project's own downloads land, and skip where there are none.
