@@ -35,7 +35,7 @@ serve: .venv/serve
 # XLA's optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
 ON_JAX = gpt2 progress examples gpu gpu_report stress scoring kv_cache_jax devices backprop lora \
 	train docs
-ON_TORCH = tensorflow page explain recording encoder evaluate kv_cache serve utils
+ON_TORCH = tensorflow page explain recording encoder evaluate kv_cache serve utils backprop_run
 tests = $(1:%=tests/test_%.py)
 OTHER_TESTS = encoder.py evaluate.py \
 	$(filter-out $(call tests,$(ON_JAX) $(ON_TORCH)),$(wildcard tests/test_*.py))

@@ -237,7 +237,8 @@ def test_any_text_makes_a_page(models, tmp_path, text):
 
 FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run
 --disable-background-networking --disable-component-update --disable-sync --app=data:,
---disable-features=BackForwardCache,SpareRendererForSitePerProcess"""  # what takes memory
+--disable-features=BackForwardCache,SpareRendererForSitePerProcess
+--js-flags=--lite-mode"""  # what takes memory
 
 
 @pytest.fixture(scope="module")

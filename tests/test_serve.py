@@ -975,6 +975,7 @@ def test_kept_caches_stay_within_their_bound(params, rng):
 # --------------------------------------------------------------------------------------------------
 
 SLOW = TINY | {"n_ctx": 16384, "n_embd": 128, "n_layer": 6}
+ENDLESS = {"prompt": "One", "max_tokens": 16000, "temperature": 0}  # half a minute of "!"
 
 
 @pytest.fixture(scope="module")
@@ -1012,7 +1013,7 @@ def answers(address, prompt="One", **fields):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_row(slow, stream):
     address, engine = slow
-    fields = {"prompt": "One", "max_tokens": 16000, "stream": stream}  # for half a minute
+    fields = ENDLESS | {"stream": stream}
     connections = [post(address, fields) for _ in range(8)]  # 4 run, 4 wait
     until(lambda: len(engine.rows) == 4 and engine.n_waiting() == 4)
     if stream:
@@ -1025,7 +1026,7 @@ def test_a_client_that_goes_away_frees_its_row(slow, stream):
 
 def test_one_who_does_not_read_holds_nobody_up(slow):
     address, engine = slow
-    with contextlib.closing(post(address, {"prompt": "One", "max_tokens": 4000, "stream": True})):
+    with contextlib.closing(post(address, ENDLESS | {"stream": True})):
         until(lambda: engine.rows)
         assert answers(address)
     until(lambda: not engine.rows, seconds=10)

@@ -692,6 +692,17 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bits(never_stopp
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["00000560", "00000600"]
 
 
+def test_jax_arrays_save(rng, tmp_path):
+    params = random_params(rng, TINY)
+    arrays = jax.tree.map(jnp.asarray, params)
+    arrays["wpe"] = arrays["wpe"].astype(jnp.bfloat16)
+    utils.save_model(tmp_path, Encoder([]), TINY, arrays)
+    _, _, loaded = load_encoder_hparams_and_params(str(tmp_path), ".")
+    params["wpe"] = np.asarray(arrays["wpe"]).astype(np.float32)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert {x.dtype for x in jax.tree.leaves(loaded)} == {np.dtype("float32")}
+
+
 def test_a_checkpoint_opens_in_transformers(finished):
     place = finished / "checkpoints" / "00000060"
     assert GPT2LMHeadModel.from_pretrained(place).config.n_embd == 8

@@ -108,16 +108,6 @@ def test_float16_on_disk_is_float32_in_memory(rng, tmp_path):
     assert size < os.path.getsize(tmp_path / "model.safetensors") < size + 10_000
 
 
-def test_jax_arrays_save(rng, tmp_path):
-    jnp = pytest.importorskip("jax.numpy", reason="jax is not installed")
-    params = random_params(rng, HPARAMS)
-    arrays = {name: jnp.asarray(a) for name, a in leaves(params, HPARAMS).items()}
-    arrays["wpe"] = arrays["wpe"].astype(jnp.bfloat16)
-    utils.save_model(tmp_path, Encoder([]), HPARAMS, weights.nest(arrays))
-    params["wpe"] = np.asarray(arrays["wpe"]).astype(np.float32)
-    assert_same(load(tmp_path)[2], params, HPARAMS)
-
-
 @on_linux
 def test_loading_maps_the_file_and_copies_nothing(rng, tmp_path):
     hparams = HPARAMS | {"n_vocab": 100_000, "n_embd": 256}  # wte is 100 MB

@@ -1,0 +1,257 @@
+"""backprop.py as a person runs it: mistakes, runs that stop and go on, what they leave."""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import conftest
+import numpy as np
+import pytest
+import runs
+from conftest import REPO, on_linux
+
+import backprop
+import gpt2
+import utils
+from encoder import Encoder
+from engine import threads
+from training.text import open_text
+
+run = functools.partial(conftest.run, "backprop.py")
+TINY_RUN = ["--data", REPO / "gpt2.py", "--n_layer", 1, "--n_embd", 8, "--n_ctx", 16]
+TINY_RUN += ["--n_steps", 300, "--eval_every", 100, "--checkpoint_every", 50]
+
+
+def test_it_imports_nothing_of_jax_and_no_other_framework(tmp_path):
+    """Not even to train: the modules of a process that has done so."""
+    code = f"""if True:
+        import sys
+        sys.argv = ["backprop.py", *{[str(x) for x in [*TINY_RUN, "--n_steps", 2]]}]
+        sys.argv += ["--out", {str(tmp_path / "out")!r}]
+        import backprop
+        backprop.run_cli(backprop.main)
+        print("loaded", *sorted({{name.split(".")[0] for name in sys.modules}}))
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split("loaded")[-1].split())
+    assert "numpy" in loaded
+    assert not loaded & {"jax", "jaxlib", "optax", "torch", "tensorflow", "transformers"}
+
+
+BAD = {
+    "heads": (["--n_embd", 100, "--n_head", 3], "multiple of n_head"),
+    "no steps": (["--n_steps", 0], "n_steps must be from 1 to"),
+    "rate": (["--learning_rate", "nan"], "learning_rate must be more than 0"),
+    "optimizer": (["--optimizer", "muon"], "--optimizer muon is train_jax.py's: here it is adamw"),
+    "dtype": (["--dtype", "bfloat16"], "--dtype bfloat16 is train_jax.py's: here it is float32"),
+    "drop": (["--drop_rate", 0.1], "--drop_rate 0.1 is train_jax.py's: here it is 0.0"),
+    "fsdp": (["--fsdp"], "--fsdp True is train_jax.py's: here it is False"),
+    "processes": (["--num_processes", 2], "--num_processes 2 is train_jax.py's"),
+    "no text": (["--data", "nowhere.txt"], "no text at nowhere.txt"),
+    "no text for it": (["--init_from", "9M", "--data", "nowhere.txt"], "no text at nowhere.txt"),
+    "no model": (["--init_from", "9M"], "no model '9M'"),
+    "out": (["--out", "/dev/null/model"], "cannot write /dev/null/model"),
+    "nothing there": (["--resume", "nowhere"], "nowhere: nothing to resume"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_ends_in_one_line_before_any_training(tmp_path, case):
+    args, words = BAD[case]
+    if "--resume" not in args:
+        args = [*args, *([] if "--data" in args else ["--data", "python-docs"])]
+        args += [] if "--out" in args else ["--out", tmp_path / "out"]
+    code, out, err = conftest.call("backprop.py", *args)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and words in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_text_and_a_folder_in_use_are_refused(tmp_path):
+    (tmp_path / "text").write_text("too short")
+    code, out, err = run("--data", tmp_path / "text", "--out", tmp_path / "out")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "too few" in err
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    code, out, err = run("--data", "python-docs", "--out", tmp_path / "used")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "holds notes.txt" in err and "--overwrite" in err
+
+
+begin = functools.partial(runs.begin, "backprop.py")
+
+
+def ends(out):
+    """All that a run leaves, but for the folder's own name, the run's number and the clock."""
+    files = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    lines = files.pop(Path("metrics.jsonl")).splitlines()
+    del files[Path("loss.png")]
+    lines = [line for line in map(json.loads, lines) if "validation" in line]
+    losses = [(line["step"], line["validation"]) for line in lines]
+    plans = [json.loads(files.pop(name)) for name in sorted(files) if name.name == "run.json"]
+    for plan in plans:
+        plan["flags"]["out"] = plan["run"] = None
+    return files, plans, losses
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "never_stopped"
+    code, printed, err = run(*TINY_RUN, "--out", out)
+    assert (code, err) == (0, "") and "step 300:" in printed
+    return out
+
+
+@pytest.mark.parametrize("sign", ["SIGINT", "SIGTERM"])
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_to_the_same_bits(never_stopped, sign):
+    out = never_stopped.parent / sign
+    process = begin(*TINY_RUN, "--out", out)
+    runs.wait_for_step(out, 50, process)
+    process.send_signal(getattr(signal, sign))
+    printed, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == ({"SIGINT": 130, "SIGTERM": 143}[sign], "")
+    step = int(re.search(r"stopped after step (\d+), which is saved in ", printed)[1])
+    assert 50 <= step < 300 and (out / "checkpoints" / f"{step:08d}" / "run.json").exists()
+    code, printed, err = run("--resume", out)
+    assert (code, err) == (0, "") and "step 300:" in printed
+    assert ends(out) == ends(never_stopped)
+
+
+@on_linux
+@pytest.mark.slow
+def test_a_run_in_threads_comes_to_the_same_bits(never_stopped):
+    out = never_stopped.parent / "threads"
+    code = f"""if True:
+        import sys, backprop
+        from engine import processes
+        processes.LARGEST = 0
+        sys.argv = ["backprop.py", *{[str(x) for x in [*TINY_RUN, "--out", out]]}]
+        backprop.run_cli(backprop.main)
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True)
+    assert ends(out) == ends(never_stopped)
+
+
+def helpers(process):  # -> the processes that share its work
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in found]
+
+
+@pytest.mark.slow
+@on_linux
+@pytest.mark.skipif(threads.n_threads() == 1, reason="one core: nothing is shared")
+def test_a_helper_that_is_killed_ends_the_run_in_one_line(never_stopped):
+    out = never_stopped.parent / "helper"
+    process = begin(*TINY_RUN, "--out", out)
+    runs.wait_for_step(out, 50, process)
+    pid = helpers(process)[-1]
+    os.kill(pid, signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    line = f"error: process {pid}, which had a part of the work, is gone\n"
+    assert (process.returncode, err) == (2, line)
+    code, _, err = run("--resume", out)
+    assert (code, err) == (0, "") and ends(out) == ends(never_stopped)
+
+
+@pytest.mark.slow
+@on_linux
+def test_ctrl_c_in_a_terminal_reaches_all_processes_and_loses_nothing(never_stopped):
+    """A terminal sends it to each of them."""
+    out = never_stopped.parent / "terminal"
+    command = [sys.executable, REPO / "backprop.py", *map(str, TINY_RUN), "--out", out]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    runs.wait_for_step(out, 50, process)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, err = process.communicate(timeout=120)  # the helpers hold its output open, too
+    assert (process.returncode, err) == (130, "") and "which is saved in " in printed
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    code, _, err = run("--resume", out)
+    assert (code, err) == (0, "") and ends(out) == ends(never_stopped)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(never_stopped):
+    out, rng = never_stopped.parent / "killed", np.random.default_rng()
+    process = begin(*TINY_RUN, "--out", out)
+    runs.wait_for_step(out, 100, process)
+    time.sleep(rng.uniform(0, 0.1))
+    process.kill()
+    process.communicate()
+    code, _, err = run("--resume", out)
+    assert (code, err) == (0, "") and ends(out) == ends(never_stopped)
+
+
+def test_what_it_trains_opens_in_transformers_and_in_gpt2(never_stopped):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch = pytest.importorskip("torch")
+    encoder, hparams, params = utils.load_encoder_hparams_and_params(str(never_stopped), ".")
+    model = transformers.GPT2LMHeadModel.from_pretrained(never_stopped)
+    ids = encoder.encode("The if stat")
+    theirs = model(torch.tensor([ids])).logits[0].detach().numpy()
+    assert np.allclose(gpt2.gpt2(ids, **params, n_head=hparams["n_head"]), theirs, atol=1e-3)
+    _, windows, *_ = open_text(str(REPO / "gpt2.py"), encoder, 16)
+    windows = torch.from_numpy(windows).long()
+    with torch.inference_mode():
+        logits = model(windows[:, :-1]).logits
+    theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    *_, (_, validation) = ends(never_stopped)[2]
+    assert abs(theirs.item() - validation) < 1e-4 and validation < 4.5
+
+
+def test_a_run_of_the_other_trainers_is_not_gone_on_with(never_stopped):
+    if importlib.util.find_spec("jax") is None:
+        pytest.skip("jax is not installed")
+    code, out, err = conftest.run("train_jax.py", "--resume", never_stopped, "--n_steps", 400)
+    assert code == 2 and err.count("\n") == 1 and "is of another optimizer" in err
+
+
+def test_finetuning_starts_at_the_models_own_loss(models, tmp_path):
+    """With gradients of several batches, and 16 of its 48 positions."""
+    folder, params = models
+    (tmp_path / "text").write_text((REPO / "gpt2.py").read_text())
+    flags = ["--data", tmp_path / "text", "--out", tmp_path / "out", "--n_ctx", 16, "--n_steps", 4]
+    code, out, err = run("--init_from", "tiny", *flags, "--eval_every", 2, models_dir=folder)
+    assert (code, err) == (0, "")
+    losses = [float(x) for x in re.findall(r"validation (\d\S+)", out)]
+    encoder = Encoder([])
+    _, windows, *_ = open_text(str(tmp_path / "text"), encoder, 16)
+    wanted, _ = backprop.loss_and_gradients(params, windows, conftest.TINY["n_head"])
+    assert abs(losses[0] - wanted) < 1e-3 and losses[-1] < losses[0]
+    _, hparams, tuned = utils.load_encoder_hparams_and_params(str(tmp_path / "out"), ".")
+    assert (tuned["wpe"][16:] == params["wpe"][16:]).all()  # positions that no text reached
+    assert (tuned["wpe"][:16] != params["wpe"][:16]).any()
+
+
+def test_a_loss_that_explodes_ends_the_run_and_names_the_last_checkpoint(tmp_path):
+    flags = ["--learning_rate", 1e9, "--n_warmup", 10**9, "--n_steps", 10**6, "--grad_clip", 1e30]
+    flags += ["--checkpoint_every", 1, "--eval_every", 10**6]
+    code, out, err = run(*TINY_RUN[:8], *flags, "--out", tmp_path / "out")
+    found = re.fullmatch(r"error: the loss is (\S+) at step (\d+): the last .* is (\S+)\n", err)
+    assert code == 2 and found, err
+    step = int(found[2])
+    assert not float(found[1]) < 2 * np.log(257) and step > 1
+    assert found[3] == str(tmp_path / "out" / "checkpoints" / f"{step - 1:08d}")
+    utils.load_encoder_hparams_and_params(found[3], ".")
+
+
+@on_linux
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path):
+    """Files of at most 20 kB, by prlimit: the first checkpoint cannot be written."""
+    limit = ["prlimit", "--fsize=20000"]
+    command = [*limit, sys.executable, str(REPO / "backprop.py"), *map(str, TINY_RUN)]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "cannot write" in done.stderr and "File too large" in done.stderr
+    assert not list((tmp_path / "out").glob("checkpoints/*"))
