@@ -76,6 +76,16 @@ MOST_FREED, MOST_KEPT = 20 << 20, 150 << 20  # bytes of growth, until they are g
 memory = {"without what was freed": 0, "without what was compiled": 0}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def memory_of_a_file_given_back():
+    """What its fixtures held."""
+    yield
+    if sys.platform == "linux":
+        gc.collect()
+        trim()
+        memory["without what was freed"] = resident()
+
+
 @pytest.fixture(autouse=True)
 def memory_given_back():
     """The C library keeps what was freed, XLA what it compiled: gigabytes, in the end."""

@@ -77,13 +77,13 @@ def need_gpt2_files():
         pytest.skip(f"GPT-2's tokenizer files are not in {GPT2_FILES} (set SIXTYGPT_DATA)")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def gpt2():
     need_gpt2_files()
     return get_encoder(GPT2_FILES.name, GPT2_FILES.parent)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiktoken_gpt2():
     """tiktoken from OpenAI's files, read here rather than by the module under test."""
     need_gpt2_files()
@@ -99,7 +99,7 @@ def tiktoken_gpt2():
     return tiktoken.Encoding("g", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hugging_face_gpt2(tmp_path_factory):
     need_gpt2_files()
     transformers = pytest.importorskip("transformers")

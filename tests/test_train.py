@@ -402,8 +402,18 @@ def start(optimizer, seed, n_rows=257):
     return start_state(params, None, 0, optimizer, n_rows, make_mesh(1), False)[0]
 
 
-@pytest.mark.parametrize("name, drop_rate", [("adamw", 0.1), slow("muon", 0.1), slow("muon", 0.0)])
-def test_many_steps_a_call_are_the_same_as_one_a_call(seed, name, drop_rate):
+def same_bits(a, b):
+    return jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), a, b))
+
+
+@pytest.mark.parametrize(
+    "name, drop_rate, same",
+    [
+        ("adamw", 0.1, functools.partial(close, tolerance=1e-3)),  # XLA's flags of `make test`
+        *(slow(*how, same_bits) for how in [("adamw", 0.1), ("muon", 0.1), ("muon", 0.0)]),
+    ],
+)
+def test_many_steps_a_call_are_the_same_as_one_a_call(seed, name, drop_rate, same):
     batches = jax.random.randint(jax.random.key(seed), (8, 2, 4, 17), 0, 257)
     optimizer = make_optimizer(name)
     steps = train_jax.make_train_steps(optimizer, drop_rate, seed, n_head=3)
@@ -413,7 +423,7 @@ def test_many_steps_a_call_are_the_same_as_one_a_call(seed, name, drop_rate):
     for i in range(6):
         alone, value = steps(alone, batches[i : i + 1], 1)
         losses.append(float(value))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), together, alone))
+    assert same(together, alone)
     assert np.isclose(mean, np.mean(losses), rtol=1e-6) and len(set(losses)) == 6
     assert {x.dtype.name for x in jax.tree.leaves(together)} == {"float32", "int32"}
 
