@@ -105,7 +105,7 @@ def time_products(params):
         x = {n_in: np.ones((n_rows, n_in), np.float32) for n_in in {len(w) for w in arrays}}
 
         def fast(x=x, n_rows=n_rows):
-            with products.own_threads(n_rows):
+            with products.own_threads(n_rows, HPARAMS["n_embd"]):
                 for w in matrices * 10:
                     x[len(w)] @ w
 

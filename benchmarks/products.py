@@ -19,7 +19,7 @@ import kv_cache
 from engine import kernels, products, slices
 
 SHAPES = {
-    "shakespeare": {"n_vocab": 512, "n_ctx": 256, "n_embd": 128, "n_head": 4, "n_layer": 4},
+    "shakespeare": {"n_vocab": 257, "n_ctx": 256, "n_embd": 192, "n_head": 6, "n_layer": 6},
     "30M": HPARAMS | {"n_ctx": 256, "n_embd": 384, "n_head": 6, "n_layer": 6},
     "124M": HPARAMS | {"n_ctx": 256},
 }
@@ -31,7 +31,7 @@ def plain_numpy():
     """Products by NumPy, with its threads; and no slices of tokens, which have threads of ours."""
     with (
         mock.patch.object(products, "product", np.matmul),
-        mock.patch.object(products, "own_threads", lambda _: contextlib.nullcontext()),
+        mock.patch.object(products, "own_threads", lambda *_: contextlib.nullcontext()),
         mock.patch.object(slices, "MIN_TOKENS", 10**9),
     ):
         yield

@@ -16,6 +16,9 @@ For the first, NumPy's OpenBLAS uses its own threads, as it does for a single ro
 the second library has its own, and for slabs ours share the columns. Nothing is copied, and weights
 mapped from a file stay there.
 
+The matrices of a small model stay in the processor's cache. There NumPy's own way is the fastest,
+for fewer rows the larger the model, and everything is left to it: see own_threads.
+
 `wrap(params)` views the matrices as `Matrix`, whose `@` works like that; no function of gpt2.py
 changes.
 """
@@ -27,6 +30,8 @@ from engine import kernels, threads
 MOST_ROWS_IN_SLABS = 160  # of x; with more, packing pays
 MIN_SIZE = 1 << 20  # multiplications; a product of fewer is done before another thread wakes
 MOST_ROWS_OF_GEMV = 2  # multiplied one at a time; three take as long as by few_rows
+NARROWEST = 256  # numbers a token, n_embd: NumPy's way is best for a narrower model
+SIZE_OF_A_ROW = 8192  # rows are few if they are at most n_embd**2 // this: measured on Zen 4
 UNIT = 16  # columns that stay together
 SLAB = 3 << 20  # bytes of a matrix that the cache still holds when the second row needs them
 
@@ -47,18 +52,21 @@ class Matrix(np.ndarray):
 
 def wrap(params):
     """The same tree with every matrix viewed as a Matrix. A second call changes nothing."""
-    if isinstance(params, dict) and isinstance(params.get("wte"), Matrix):
-        return params
     if isinstance(params, dict):
+        wte = params.get("wte")
+        if isinstance(wte, Matrix) or wte is not None and wte.shape[1] < NARROWEST:
+            return params
         return {name: wrap(value) for name, value in params.items()}
     if isinstance(params, list):
         return [wrap(value) for value in params]
     return params.view(Matrix) if getattr(params, "ndim", None) == 2 else params
 
 
-def own_threads(n_rows):
-    """threads.own_threads for products of n_rows, unless NumPy's own way to multiply is best."""
-    return threads.own_threads(n_rows if n_rows > MOST_ROWS_OF_GEMV and kernels.few_rows() else 1)
+def own_threads(n_rows, n_embd):
+    """threads.own_threads for a pass of n_rows, unless NumPy's own way to multiply is best."""
+    most = min(kernels.most_rows(), n_embd**2 // SIZE_OF_A_ROW) if n_embd >= NARROWEST else 0
+    are_few = MOST_ROWS_OF_GEMV < n_rows <= most and kernels.few_rows()
+    return threads.own_threads(n_rows if are_few else 1)
 
 
 def product(x, w):  # [rows, n_in], [n_in, n_out] -> [rows, n_out]

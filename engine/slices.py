@@ -7,7 +7,7 @@ tokens, and there the threads meet: each brings its slice's queries, keys and va
 part of the work for all tokens, and each goes on with what its own tokens got.
 
 This does not pay for a few tokens, because each thread reads all the weights. Then one thread runs
-the model, and the threads share the columns of each product instead.
+the model, and only the products are shared among several, see products.py.
 """
 
 import math
@@ -19,6 +19,7 @@ from engine import memory, products, threads
 from gpt2 import hidden_state, softmax
 
 MIN_TOKENS = 64  # in a slice
+MIN_SIZE = 192 * 768  # tokens * n_embd, all slices together
 
 
 def run(tokens, positions, params, n_head, n_rows, attend):  # -> [n_tokens, n_embd]
@@ -29,7 +30,7 @@ def run(tokens, positions, params, n_head, n_rows, attend):  # -> [n_tokens, n_e
     """
     memory.keep()
     params, n_tokens, n_embd = products.wrap(params), len(tokens), params["wpe"].shape[1]
-    n_slices = threads.parts(n_tokens // MIN_TOKENS)
+    n_slices = threads.parts(n_tokens // MIN_TOKENS) if n_tokens * n_embd >= MIN_SIZE else 1
     head_groups = share_heads(n_rows, n_head, whole_rows(params, n_tokens, n_rows, n_slices))
     shared = np.empty((4, n_tokens, n_head, n_embd // n_head), np.float32)  # q, k, v and out
     out = shared[3].swapaxes(0, 1)  # stored token by token, so that mha need not copy it
@@ -39,7 +40,8 @@ def run(tokens, positions, params, n_head, n_rows, attend):  # -> [n_tokens, n_e
         def work(part):
             attend(layer, head_groups[part], q, k, v, out)
 
-        if n_seen > 400 * len(head_groups):  # else waking the threads costs more
+        are_free = threads.n_users or n_tokens == 1  # NumPy's own threads do nothing meanwhile
+        if are_free and n_seen > 400 * len(head_groups):  # else waking ours costs more
             threads.in_threads(work, len(head_groups))
         else:
             work(slice(None))
@@ -61,9 +63,10 @@ def run(tokens, positions, params, n_head, n_rows, attend):  # -> [n_tokens, n_e
         changed = {"wpe": params["wpe"][positions[span]], "blocks": blocks}
         return hidden_state(tokens[span], **params | changed, n_head=n_head)
 
-    with (products if n_slices == 1 else threads).own_threads(n_tokens):
-        if n_slices == 1:
+    if n_slices == 1:
+        with products.own_threads(n_tokens, n_embd):
             return run_with(alone, slice(None))
+    with threads.own_threads(n_tokens):
         return np.concatenate(threads.in_step(run_slice, n_tokens, n_slices))
 
 

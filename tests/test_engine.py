@@ -86,10 +86,21 @@ def test_two_rows_are_multiplied_one_at_a_time(rng, order, slab, monkeypatch):
         w = np.asarray(rng.standard_normal((n_in, n_out), dtype=np.float32), order=order)
         x = rng.standard_normal((n_rows, n_in), dtype=np.float32)
         assert close(products.row_by_row(x, w), x, w), (n_rows, n_in, n_out)
-    with products.own_threads(2):
+
+
+@pytest.mark.parametrize(
+    "n_rows, n_embd, ours",
+    [(2, 768, 0), (3, 768, 1), (64, 768, 1), (65, 768, 0), (32, 512, 1), (33, 512, 0), (8, 256, 1)]
+    + [(9, 256, 0), (3, 255, 0), (64, 64, 0)],
+)
+def test_a_pass_has_our_threads_for_few_rows_of_a_wide_model(n_rows, n_embd, ours, monkeypatch):
+    monkeypatch.setattr(kernels, "few_rows", lambda: True)
+    monkeypatch.setattr(kernels, "most_rows", lambda: 64)
+    with products.own_threads(n_rows, n_embd):
+        assert threads.n_users == ours
+    monkeypatch.setattr(kernels, "few_rows", lambda: None)
+    with products.own_threads(n_rows, n_embd):
         assert threads.n_users == 0
-    with products.own_threads(3):
-        assert threads.n_users == 1
 
 
 def test_padding_adds_rows_of_zeros_up_to_a_multiple_of_eight(rng):
@@ -195,7 +206,9 @@ def test_other_dtypes_are_left_to_numpy(rng, n_threads, order):
 
 
 def test_wrap_copies_nothing_and_leaks_nothing(rng):
-    params = {"wte": rng.standard_normal((9, 4)), "blocks": [{"b": np.ones(3), "w": np.eye(4)}]}
+    params = {"wte": rng.standard_normal((9, 256)), "blocks": [{"b": np.ones(3), "w": np.eye(4)}]}
+    narrow = params | {"wte": params["wte"][:, 1:]}
+    assert products.wrap(narrow) is narrow
     wrapped = products.wrap(params)
     assert type(params["wte"]) is np.ndarray
     for before, after in [(params["wte"], wrapped["wte"]), *zip(
@@ -204,7 +217,7 @@ def test_wrap_copies_nothing_and_leaks_nothing(rng):
         assert np.shares_memory(before, after) and before.strides == after.strides
     wte = wrapped["wte"]
     assert type(wte) is type(wte.swapaxes(0, 1)) is products.Matrix
-    for plain in (wte[1], wte[[1, 2]], wte[2:], wte @ np.ones(4), np.ones(9) @ wte):
+    for plain in (wte[1], wte[[1, 2]], wte[2:], wte @ np.ones(256), np.ones(9) @ wte):
         assert type(plain) is np.ndarray
     assert type(wrapped["blocks"][0]["b"]) is np.ndarray
 

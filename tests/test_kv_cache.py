@@ -37,6 +37,13 @@ N_HEAD = 2
 HPARAMS = {"n_vocab": 61, "n_ctx": 37, "n_embd": 24, "n_head": N_HEAD, "n_layer": 3}
 
 
+@pytest.fixture(autouse=True)
+def our_products(monkeypatch):
+    """Where NumPy's own would serve such small models better."""
+    monkeypatch.setattr(kv_cache.products, "NARROWEST", 1)
+    monkeypatch.setattr(kv_cache.products, "SIZE_OF_A_ROW", 1)
+
+
 @pytest.fixture
 def params(rng):
     return random_params(rng, HPARAMS)
@@ -207,7 +214,7 @@ def test_wide_rows_and_long_prompts_take_the_fast_paths(rng, monkeypatch):
     wrapped = kv_cache.products.wrap(params)
     caches = [kv_cache.new_cache(params, 4) for _ in prompts]
     for cache, ids in zip(caches, prompts, strict=True):
-        logits = kv_cache.prefill(cache, ids, wrapped, 4, chunk=100)
+        logits = kv_cache.prefill(cache, ids, wrapped, 4, chunk=290)
         assert_same_logits(logits, gpt2.gpt2(ids, **params, n_head=4)[-1])
     tokens = rng.integers(0, 401, len(prompts)).tolist()
     logits = kv_cache.step(caches, tokens, wrapped, 4)
@@ -221,6 +228,7 @@ def test_slices_of_tokens_give_the_same_numbers(rng, n_threads, monkeypatch):
     """Threads that meet in attention, beside the plain function; rows of all lengths in a pass."""
     monkeypatch.setattr(threads, "n_threads", lambda: n_threads)
     monkeypatch.setattr(slices, "MIN_TOKENS", 4)
+    monkeypatch.setattr(slices, "MIN_SIZE", 0)
     threads.start_workers.cache_clear()
     params, kinds, plain = random_params(rng, HPARAMS), [], slices.hidden_state
     monkeypatch.setattr(
@@ -249,6 +257,7 @@ def test_slices_of_tokens_give_the_same_numbers(rng, n_threads, monkeypatch):
 def test_an_error_in_one_slice_ends_all(rng, monkeypatch):
     monkeypatch.setattr(threads, "n_threads", lambda: 3)
     monkeypatch.setattr(slices, "MIN_TOKENS", 4)
+    monkeypatch.setattr(slices, "MIN_SIZE", 0)
     threads.start_workers.cache_clear()
     params, plain = random_params(rng, HPARAMS), slices.hidden_state
     for where in (0, 1, 2):
@@ -275,6 +284,7 @@ def test_a_blocks_own_attention_works_with_a_cache(rng, params, n_threads, monke
     """It sees a row's queries, and all its keys and values; every head of them."""
     monkeypatch.setattr(threads, "n_threads", lambda: n_threads)
     monkeypatch.setattr(slices, "MIN_TOKENS", 4)
+    monkeypatch.setattr(slices, "MIN_SIZE", 0)
     threads.start_workers.cache_clear()
 
     def own(q, k, v):  # heads looked at in another order: all must be there
