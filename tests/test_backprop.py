@@ -413,9 +413,10 @@ def test_accumulated_batches_are_one_large_batch(rng):
     ours, whole = zeros(params), zeros(params)
     work = functools.partial(backprop.share_of_mean, params=params, n_head=2)
     share = functools.partial(processes.share_in_threads, work)
+    wanted, _ = backprop.loss_and_gradients(params, batches.reshape(6, 10), 2)
     a = backprop.train_step(tree_map(np.copy, params), ours, 0, batches, flags, share)
     b = backprop.train_step(params, whole, 0, batches.reshape(1, 6, 10), flags, share)
-    assert math.isclose(a, b, rel_tol=1e-5)
+    assert math.isclose(a, b, rel_tol=1e-5) and math.isclose(a, wanted, rel_tol=1e-5)
     first = {name.removeprefix("m."): x for name, x in whole.items() if name.startswith("m.")}
     assert_close(weights.nest({name: ours["m." + name] for name in first}), weights.nest(first))
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -1022,6 +1023,17 @@ def test_a_client_that_goes_away_frees_its_row(slow, stream):
         connection.close()
     until(lambda: not engine.rows and not engine.n_waiting(), seconds=10)
     assert answers(address)
+
+
+def test_rows_whose_client_has_gone_leave_and_no_others(params):
+    engine = serve.Engine(params, N_HEAD, batch_size=4, max_waiting=9)
+    rows = [{"index": i, "is_dropped": i % 2 == 1, "end": None} for i in range(8)]
+    engine.rows, engine.begun, engine.waiting = rows[:4], rows[:4], deque(rows[4:6])
+    engine.inbox.extend(rows[6:])
+    engine.sort_out()
+    assert engine.rows == engine.begun == [rows[0], rows[2]]
+    assert list(engine.waiting) == [rows[4], rows[6]] and not engine.inbox
+    assert [row["end"] for row in rows[:4]] == [None, "dropped", None, "dropped"]
 
 
 def test_one_who_does_not_read_holds_nobody_up(slow):
