@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import REPO, forks, on_linux, slow
 
-from engine import kernels, processes, products, threads
+from engine import kernels, lookup, processes, products, threads
 
 
 @pytest.fixture(params=[1, 2, 3, slow(5)])
@@ -75,6 +75,54 @@ def test_the_parts_themselves(rng, n_threads, order):
         for way in ways:
             y = products.split_columns(x, w, way)
             assert close(y, x, w), (way.__name__, n_rows, n_in, n_out)
+
+
+WAYS = {  # (rows, order of w): the way with our threads, and that with NumPy's
+    (1, "C"): ("few rows", "NumPy"),
+    (2, "C"): ("few rows", "row by row"),
+    (3, "C"): ("few rows", "NumPy"),
+    (64, "C"): ("few rows", "NumPy"),
+    (65, "C"): ("columns", "NumPy"),
+    (1, "F"): ("few rows", "NumPy"),
+    (2, "F"): ("slabs", "row by row"),
+    (160, "F"): ("slabs", "NumPy"),
+    (161, "F"): ("columns", "NumPy"),
+}
+
+
+@pytest.mark.parametrize("n_rows, order", WAYS)
+def test_each_product_goes_its_way(n_rows, order, monkeypatch):
+    """And what is too small, or not float32, or neither by rows nor by columns, goes NumPy's."""
+    (way, theirs), ways = WAYS[n_rows, order], []
+
+    def by(name):
+        return lambda x, w, *_: ways.append(name) or np.zeros((len(x), w.shape[1]), x.dtype)
+
+    monkeypatch.setattr(kernels, "has_avx512", lambda: True)
+    monkeypatch.setattr(kernels, "most_rows", lambda: 64)
+    monkeypatch.setattr(kernels, "few_rows", lambda: by("few rows"))
+    monkeypatch.setattr(products, "row_by_row", by("row by row"))
+    split = {np.matmul: "columns", products.slabs_of_columns: "slabs"}
+    monkeypatch.setattr(products, "split_columns", lambda x, w, how: by(split[how])(x, w))
+    x, w = np.zeros((n_rows, 1024), np.float32), np.zeros((1024, 1024), np.float32, order)
+    for n_users in (1, 0):
+        monkeypatch.setattr(threads, "n_users", n_users)
+        for dtypes in (("f4", "f4"), ("f8", "f4"), ("f4", "f8")):
+            products.product(*(a.astype(t) for a, t in zip((x, w), dtypes, strict=True)))
+        products.product(x, np.zeros((1024, 2048), np.float32)[:, ::2])
+        products.product(x, np.zeros((1024, 1024 // n_rows - 1), np.float32, order))
+        if n_users == 0 and theirs == "NumPy":
+            ways.append("NumPy")
+    assert ways == [way, theirs]
+
+
+def test_guesses_go_on_after_the_last_place_like_the_end(rng):
+    """Against the plainest search, from ids so few that much comes again."""
+    for _ in range(300):
+        ids, n = rng.integers(0, 4, rng.integers(2, 12)).tolist(), int(rng.integers(1, 6))
+        ends = [i for i in range(2, len(ids)) if ids[i - 2 : i] == ids[-2:]]
+        wanted = [(ids[ends[-1] :] * 5)[i] for i in range(n)] if ends else []
+        assert lookup.guess(ids, n) == wanted
 
 
 @pytest.mark.parametrize("order", ["C", "F"])

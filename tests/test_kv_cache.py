@@ -254,6 +254,26 @@ def test_slices_of_tokens_give_the_same_numbers(rng, n_threads, monkeypatch):
     threads.start_workers.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "n_tokens, n_embd, n_slices",
+    [(191, 768, 1), (192, 768, 3), (383, 384, 1), (384, 384, 3), (127, 2048, 1), (128, 2048, 2)],
+)
+def test_only_long_texts_of_wide_models_are_cut_into_slices(
+    n_tokens, n_embd, n_slices, monkeypatch
+):
+    monkeypatch.setattr(threads, "n_threads", lambda: 3)
+    threads.start_workers.cache_clear()
+    ones, lengths, plain = np.ones(n_embd, np.float32), [], slices.hidden_state
+    monkeypatch.setattr(
+        slices, "hidden_state", lambda ids, **rest: lengths.append(len(ids)) or plain(ids, **rest)
+    )
+    params = {"wte": np.ones((2, n_embd), np.float32), "wpe": np.ones((400, n_embd), np.float32)}
+    params |= {"blocks": [], "ln_f": {"g": ones, "b": ones}}
+    kv_cache.extend([kv_cache.new_cache(params, 2)], [[1] * n_tokens], params, 2)
+    assert (len(lengths), sum(lengths)) == (n_slices, n_tokens)
+    threads.start_workers.cache_clear()
+
+
 def test_an_error_in_one_slice_ends_all(rng, monkeypatch):
     monkeypatch.setattr(threads, "n_threads", lambda: 3)
     monkeypatch.setattr(slices, "MIN_TOKENS", 4)
