@@ -258,9 +258,7 @@ def test_slices_of_tokens_give_the_same_numbers(rng, n_threads, monkeypatch):
     "n_tokens, n_embd, n_slices",
     [(191, 768, 1), (192, 768, 3), (383, 384, 1), (384, 384, 3), (127, 2048, 1), (128, 2048, 2)],
 )
-def test_only_long_texts_of_wide_models_are_cut_into_slices(
-    n_tokens, n_embd, n_slices, monkeypatch
-):
+def test_only_long_texts_of_wide_models_are_cut(n_tokens, n_embd, n_slices, monkeypatch):
     monkeypatch.setattr(threads, "n_threads", lambda: 3)
     threads.start_workers.cache_clear()
     ones, lengths, plain = np.ones(n_embd, np.float32), [], slices.hidden_state
