@@ -34,7 +34,7 @@ serve: .venv/serve
 # TensorFlow and a browser, each in processes of its own, while the other is small.
 # XLA's optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
 ON_JAX = recording encoder evaluate kv_cache gpt2 progress examples gpu gpu_report \
-	stress scoring kv_cache_jax devices backprop lora train docs
+	stress scoring kv_cache_jax devices docs backprop lora train
 ON_OTHERS = tensorflow page explain serve utils backprop_run
 tests = $(1:%=tests/test_%.py)
 THE_REST = encoder.py evaluate.py \
