@@ -30,8 +30,8 @@ explain: .venv/generate
 serve: .venv/serve
 	@.venv/bin/python serve.py --model_size shakespeare
 
-# What needs JAX or PyTorch runs beside the rest, and is reported last. The rest begins with
-# TensorFlow and a browser, each in processes of its own, while the other is small.
+# What needs JAX, and most of what needs PyTorch, runs beside the rest, and is reported last. The
+# rest begins with TensorFlow and a browser, in processes of their own, while the other is small.
 # XLA's optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
 ON_JAX = recording encoder evaluate kv_cache gpt2 progress examples gpu gpu_report \
 	stress scoring kv_cache_jax devices docs backprop lora train
