@@ -161,7 +161,8 @@ def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_emb
 
 def next_logits(x, params, n_run=1):  # [n_rows, n_embd] -> [n_rows, n_vocab]
     """The logits of the token after each row's last, in a pass that ran n_run tokens."""
-    with products.own_threads(max(len(x), n_run), x.shape[1]):  # the same threads as in the pass
+    # The threads of such a pass, so that others do not wake now; one in slices has its own.
+    with products.own_threads(max(len(x), n_run), x.shape[1]):
         return x @ products.wrap(params)["wte"].swapaxes(0, 1)
 
 

@@ -1,10 +1,12 @@
 """Trainers that run as processes of their own, for tests that stop them half-way."""
 
+import re
+import signal
 import subprocess
 import sys
 import time
 
-from conftest import REPO
+from conftest import REPO, run
 
 
 def begin(script, *args):
@@ -17,3 +19,17 @@ def wait_for_step(out, step, process):
     while process.poll() is None and not (out / f"checkpoints/{step:08d}/run.json").exists():
         assert time.monotonic() < end
         time.sleep(0.002)
+
+
+def stop_and_go_on(script, args, out, sign, step, n_steps):
+    """A run that gets a signal after that step, and is then resumed to its last one."""
+    process = begin(script, *args, "--out", out)
+    wait_for_step(out, step, process)
+    process.send_signal(getattr(signal, sign))
+    printed, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == ({"SIGINT": 130, "SIGTERM": 143}[sign], "")
+    stopped = int(re.search(r"stopped after step (\d+), which is saved in ", printed)[1])
+    assert step <= stopped < n_steps
+    assert (out / "checkpoints" / f"{stopped:08d}" / "run.json").exists()
+    code, printed, err = run(script, "--resume", out)
+    assert (code, err) == (0, "") and f"step {n_steps}:" in printed

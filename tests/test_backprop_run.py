@@ -113,15 +113,7 @@ def never_stopped(tmp_path_factory):
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits(never_stopped, sign):
     out = never_stopped.parent / sign
-    process = begin(*TINY_RUN, "--out", out)
-    runs.wait_for_step(out, 50, process)
-    process.send_signal(getattr(signal, sign))
-    printed, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == ({"SIGINT": 130, "SIGTERM": 143}[sign], "")
-    step = int(re.search(r"stopped after step (\d+), which is saved in ", printed)[1])
-    assert 50 <= step < 300 and (out / "checkpoints" / f"{step:08d}" / "run.json").exists()
-    code, printed, err = run("--resume", out)
-    assert (code, err) == (0, "") and "step 300:" in printed
+    runs.stop_and_go_on("backprop.py", TINY_RUN, out, sign, step=50, n_steps=300)
     assert ends(out) == ends(never_stopped)
 
 

@@ -223,13 +223,18 @@ def test_wide_rows_and_long_prompts_take_the_fast_paths(rng, monkeypatch):
     threads.start_workers.cache_clear()
 
 
-@pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
-def test_slices_of_tokens_give_the_same_numbers(rng, n_threads, monkeypatch):
-    """Threads that meet in attention, beside the plain function; rows of all lengths in a pass."""
+def cut_short_texts(monkeypatch, n_threads):
+    """From now on into slices of four tokens, or more, for so many threads."""
     monkeypatch.setattr(threads, "n_threads", lambda: n_threads)
     monkeypatch.setattr(slices, "MIN_TOKENS", 4)
     monkeypatch.setattr(slices, "MIN_SIZE", 0)
     threads.start_workers.cache_clear()
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
+def test_slices_of_tokens_give_the_same_numbers(rng, n_threads, monkeypatch):
+    """Threads that meet in attention, beside the plain function; rows of all lengths in a pass."""
+    cut_short_texts(monkeypatch, n_threads)
     params, kinds, plain = random_params(rng, HPARAMS), [], slices.hidden_state
     monkeypatch.setattr(
         slices,
@@ -273,10 +278,7 @@ def test_only_long_texts_of_wide_models_are_cut(n_tokens, n_embd, n_slices, monk
 
 
 def test_an_error_in_one_slice_ends_all(rng, monkeypatch):
-    monkeypatch.setattr(threads, "n_threads", lambda: 3)
-    monkeypatch.setattr(slices, "MIN_TOKENS", 4)
-    monkeypatch.setattr(slices, "MIN_SIZE", 0)
-    threads.start_workers.cache_clear()
+    cut_short_texts(monkeypatch, 3)
     params, plain = random_params(rng, HPARAMS), slices.hidden_state
     for where in (0, 1, 2):
 
@@ -300,10 +302,7 @@ def test_an_error_in_one_slice_ends_all(rng, monkeypatch):
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_a_blocks_own_attention_works_with_a_cache(rng, params, n_threads, monkeypatch):
     """It sees a row's queries, and all its keys and values; every head of them."""
-    monkeypatch.setattr(threads, "n_threads", lambda: n_threads)
-    monkeypatch.setattr(slices, "MIN_TOKENS", 4)
-    monkeypatch.setattr(slices, "MIN_SIZE", 0)
-    threads.start_workers.cache_clear()
+    cut_short_texts(monkeypatch, n_threads)
 
     def own(q, k, v):  # heads looked at in another order: all must be there
         return gpt2.attention(q, k, v)[::-1] * 0.5

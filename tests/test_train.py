@@ -24,6 +24,7 @@ import runs
 import safetensors.numpy
 import torch
 from conftest import REPO, SHAKESPEARE, TINY, hugging_face, random_params, slow
+from test_utils import assert_same
 from transformers import GPT2LMHeadModel
 
 import train_jax
@@ -671,15 +672,7 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize("sign", ["SIGINT", "SIGTERM"])
 def test_a_stopped_run_goes_on_to_the_same_bits(never_stopped, sign):
     out = never_stopped.parent / sign
-    process = begin(*TINY_RUN, "--out", out)
-    runs.wait_for_step(out, 120, process)
-    process.send_signal(getattr(signal, sign))
-    printed, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == ({"SIGINT": 130, "SIGTERM": 143}[sign], "")
-    step = int(re.search(r"stopped after step (\d+), which is saved in ", printed)[1])
-    assert 120 <= step < 600 and (out / "checkpoints" / f"{step:08d}" / "run.json").exists()
-    code, printed, err = run("--resume", out)
-    assert (code, err) == (0, "") and "step 600:" in printed
+    runs.stop_and_go_on("train_jax.py", TINY_RUN, out, sign, step=120, n_steps=600)
     assert ends(out) == ends(never_stopped)
 
 
@@ -709,8 +702,7 @@ def test_jax_arrays_save(rng, tmp_path):
     utils.save_model(tmp_path, Encoder([]), TINY, arrays)
     _, _, loaded = load_encoder_hparams_and_params(str(tmp_path), ".")
     params["wpe"] = np.asarray(arrays["wpe"]).astype(np.float32)
-    jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    assert {x.dtype for x in jax.tree.leaves(loaded)} == {np.dtype("float32")}
+    assert_same(loaded, params, TINY)
 
 
 def test_a_checkpoint_opens_in_transformers(finished):
