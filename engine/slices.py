@@ -37,14 +37,14 @@ def run(tokens, positions, params, n_head, n_rows, attend):  # -> [n_tokens, n_e
     n_seen = (1 + positions.mean()) * n_rows  # keys that a layer reads, about
 
     def alone(q, k, v, layer):  # [n_head, n_tokens, d_head] each -> the same
-        def work(part):
-            attend(layer, head_groups[part], q, k, v, out)
+        def work(groups):
+            attend(layer, groups, q, k, v, out)
 
         are_free = threads.n_users or n_tokens == 1  # NumPy's own threads do nothing meanwhile
         if are_free and n_seen > 400 * len(head_groups):  # else waking ours costs more
-            threads.in_threads(work, len(head_groups))
+            threads.in_threads(lambda part: work(head_groups[part]), len(head_groups))
         else:
-            work(slice(None))
+            work(share_heads(n_rows, n_head, whole=True))  # fewer and larger products
         return out
 
     def run_slice(number, span, meet):  # span: the thread's slice of the tokens
