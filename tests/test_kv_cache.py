@@ -277,6 +277,45 @@ def test_only_long_texts_of_wide_models_are_cut(n_tokens, n_embd, n_slices, monk
     threads.start_workers.cache_clear()
 
 
+LEFT, RIGHT, ALL = slice(0, 2), slice(2, 4), slice(0, 4)  # of four heads
+BOTH, HALVES = [[(0, ALL), (1, ALL)]], [[(0, LEFT)], [(0, RIGHT)]]
+ROW_BY_ROW = [[(0, ALL)], [(1, ALL)]]
+ATTENTION = [  # positions of each row's new tokens, what is special, what each thread attends to
+    ([[799]], None, [[(0, ALL)]]),
+    ([[800]], None, HALVES),
+    ([[800]], "own attention", [[(0, ALL)]]),
+    ([[2000, 2001]], None, [[(0, ALL)]]),
+    ([[2000, 2001]], "our threads", HALVES),
+    ([[2000], [2001]], None, BOTH),
+    ([[399], [399]], "our threads", BOTH),
+    ([[400], [399]], "our threads", ROW_BY_ROW),
+    ([[400, 401], [399]], "our threads", ROW_BY_ROW),
+    ([range(8)], None, HALVES),  # from here in slices
+    ([range(4), range(5)], None, [[(0, half), (1, half)] for half in (LEFT, RIGHT)]),
+    ([range(4), range(5)], "own attention", ROW_BY_ROW),
+    ([[9]] * 8, None, [[(i, ALL) for i in range(first, 8, 2)] for first in (0, 1)]),
+]
+
+
+@pytest.mark.parametrize("rows, special, wanted", ATTENTION)
+def test_who_attends_to_which_heads(rng, rows, special, wanted, monkeypatch):
+    """Two threads share a long text's heads, or take whole rows; short texts are left to one."""
+    cut_short_texts(monkeypatch, 2)
+    monkeypatch.setattr(threads, "n_users", int(special == "our threads"))
+    params = random_params(rng, HPARAMS | {"n_layer": 1, "n_ctx": 2002})
+    if special == "own attention":
+        params["blocks"][0]["attend"] = gpt2.attention
+    seen, positions = [], np.concatenate(rows)
+
+    def attend(layer, groups, q, k, v, out):
+        seen.append([(row, slice(*heads.indices(4)[:2])) for row, heads in groups])
+        out[...] = v
+
+    slices.run(positions % 7, positions, params, 4, len(rows), attend)
+    assert sorted(seen, key=str) == wanted
+    threads.start_workers.cache_clear()
+
+
 def test_an_error_in_one_slice_ends_all(rng, monkeypatch):
     cut_short_texts(monkeypatch, 3)
     params, plain = random_params(rng, HPARAMS), slices.hidden_state
