@@ -63,11 +63,13 @@ def by_threads(ids, params):
     counts = [n for n in (1, 2, 4, 8, 16, 32) if n <= threads.n_threads()]
 
     def read(n):
+        threads.limit([(lib, n) for lib, _ in threads.blas()])
         with mock.patch.object(threads, "n_threads", lambda: n):
             read_once(ids, params, len(ids))
 
     read_once(ids, params, len(ids))  # starts the threads, all of them
     seconds = alternate(ROUNDS, **{str(n): lambda n=n: read(n) for n in counts})
+    threads.limit(threads.blas())
     print_table(f"{len(ids)} tokens, by the number of threads", seconds, str(counts[-1]))
 
 
