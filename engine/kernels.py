@@ -96,7 +96,7 @@ def sgemm(library):
         by_rows = w.strides[0] > 4  # else by columns, as is a single one: its sum loses less
         x_at, w_at, y_at = (a.ctypes.data for a in (x, w, y))
         (rows, n_in), n_out = x.shape, w.shape[1]
-        w_step = w.strides[0] // 4 if by_rows else max(w.strides[1] // 4, n_in)
+        w_step = w.strides[0] // 4 if by_rows else n_in
         set_threads(threads.parts(sys.maxsize))
         if rows == 1 and by_rows:
             gemv(101, 112, n_in, n_out, 1.0, w_at, w_step, x_at, 1, 0.0, y_at, 1)

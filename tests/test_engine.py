@@ -1,5 +1,6 @@
 """engine/: every way to multiply gives the product, on any number of threads."""
 
+import importlib.util
 import io
 import os
 import platform
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import weakref
 
 import numpy as np
@@ -15,6 +17,8 @@ import pytest
 from conftest import REPO, forks, on_linux, slow
 
 from engine import kernels, lookup, processes, products, threads
+
+X86_V4 = ["SkylakeX", "Cooperlake", "SapphireRapids"]  # OpenBLAS's processors with AVX-512
 
 
 @pytest.fixture(params=[1, 2, 3, slow(5)])
@@ -170,7 +174,7 @@ def test_padding_adds_rows_of_zeros_up_to_a_multiple_of_eight(rng):
 )
 def test_how_many_rows_are_few_depends_on_the_processor(cpu, most, monkeypatch):
     def read(path, **_):
-        if cpu is None:
+        if cpu is None or path != "/proc/cpuinfo":
             raise FileNotFoundError(path)
         return io.StringIO(cpu)
 
@@ -178,6 +182,19 @@ def test_how_many_rows_are_few_depends_on_the_processor(cpu, most, monkeypatch):
     kernels.most_rows.cache_clear()
     assert kernels.most_rows() == most
     kernels.most_rows.cache_clear()
+
+
+@pytest.mark.parametrize("name, has", [(name, True) for name in X86_V4] + [("Zen", False)])
+def test_avx512_kernels_are_known_by_name(name, has, monkeypatch):
+    lib = types.SimpleNamespace(architecture=name)
+    monkeypatch.setattr(threads, "blas", lambda: [(lib, 1)])
+    assert kernels.has_avx512() == has
+
+
+def test_the_second_library_is_used_where_it_is_installed():
+    installed = importlib.util.find_spec("scipy_openblas64") is not None
+    usable = installed and kernels.has_avx512() and "OPENBLAS_CORETYPE" not in os.environ
+    assert (kernels.few_rows() is not None) == usable
 
 
 NOT_USED = {
@@ -213,7 +230,6 @@ def test_the_second_library_is_loaded_apart(rng):
     if kernels.few_rows() is None:
         pytest.skip("no AVX-512 kernels here, or scipy-openblas64 is not installed")
     script = """
-import io
 import os
 before = dict(os.environ)
 from engine import kernels, threads
@@ -488,7 +504,6 @@ from threadpoolctl import ThreadpoolController
 print(counts, threads.n_users)
 assert all(now == first for now, first in counts) and threads.n_users == 0
 assert not counts or threads.n_threads() == max(n for _, n in counts)
-import io
 import os
 assert not counts or max(n for _, n in counts) == min(64, len(os.sched_getaffinity(0)))
 """
@@ -505,6 +520,31 @@ def test_ctrl_c_while_the_workers_start_ends_the_call(n_threads, monkeypatch):
     if n_threads > 1:
         with pytest.raises(KeyboardInterrupt):
             threads.in_threads(lambda mine: 1, n_threads)
+
+
+def test_ctrl_c_between_two_workers_does_not_wait_for_the_second(monkeypatch):
+    """Of three slices one is handed out, none of the others; nobody would ever do them."""
+    monkeypatch.setattr(threads, "n_threads", lambda: 3)
+    threads.start_workers.cache_clear()
+    tasks, done = threads.workers(), []
+
+    class Interrupted:
+        def put(self, task):
+            tasks.put(task)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threads, "workers", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        threads.in_threads(lambda mine: time.sleep(0.05) or done.append(mine.start), 3)
+    assert len(done) == 1
+    threads.start_workers.cache_clear()
+
+
+def test_waiting_workers_do_not_keep_a_process_alive():
+    script = "from engine import threads; threads.n_threads = lambda: 3; "
+    script += "print(sum(threads.in_threads(lambda mine: mine.stop - mine.start, 10)))"
+    command = [sys.executable, "-c", script]
+    assert subprocess.check_output(command, cwd=REPO, timeout=30) == b"10\n"
 
 
 # --- Processes ------------------------------------------------------------------------------------
@@ -536,6 +576,16 @@ def test_processes_return_what_threads_do(rng, monkeypatch, n):
                 assert a["y"].dtype == np.float32 and (a["y"] == b["y"]).all()
                 assert (a["turned"] == b["turned"]).all()
     threads.start_workers.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "platform_, n_bytes, n",
+    [("linux", 1 << 24, 5), ("linux", (1 << 24) + 1, 1), ("darwin", 1, 1), ("win32", 1, 1)],
+)
+def test_processes_are_for_small_models_on_linux(platform_, n_bytes, n, monkeypatch):
+    monkeypatch.setattr(sys, "platform", platform_)
+    monkeypatch.setattr(threads, "n_threads", lambda: 5)
+    assert [processes.count(n_rows, n_bytes) for n_rows in (12, 2)] == [n, min(n, 2)]
 
 
 @on_linux
