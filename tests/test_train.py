@@ -515,6 +515,11 @@ def test_a_mistake_ends_in_one_line_before_any_training(tmp_path, case):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_without_a_text_is_refused_before_its_download(tmp_path):
+    code, out, err = conftest.call_trainer("--init_from", "124M", "--out", tmp_path / "out")
+    assert (code, out) == (2, "") and err.startswith("error: recipe finetune needs --data: a text")
+
+
 @pytest.mark.parametrize("text", ["", "too short"])
 def test_too_little_text_is_refused(tmp_path, text):
     (tmp_path / "text").write_text(text)

@@ -134,7 +134,14 @@ def read_flags(
         raise ValueError(f"--resume takes the run's own flags: leave out --{min(more)}")
     if resume is not None and overwrite:
         raise ValueError("--resume goes on with a run: leave out --overwrite")
+    if init_from is not None:
+        check_has_data(data, recipe or "finetune")  # before a download in vain
     return given, how
+
+
+def check_has_data(data, recipe):
+    if data is None and RECIPES[recipe]["data"] is None:
+        raise ValueError(f"recipe {recipe} needs --data: a text file or a folder of token shards")
 
 
 def is_targets(text):
@@ -236,8 +243,7 @@ def choose(typed, backend, hparams=None):  # -> the flags of a run
         raise ValueError("--lora_rank needs --init_from: a model to adapt")
     elif not {"n_layer", "n_head", "n_embd"} <= flags.keys():
         raise ValueError(f"recipe {recipe} needs --init_from: a model to start with")
-    if flags["data"] is None:
-        raise ValueError(f"recipe {recipe} needs --data: a text file or a folder of token shards")
+    check_has_data(flags["data"], recipe)
     if flags["dtype"] is None:
         flags["dtype"] = "float32" if backend == "cpu" else "bfloat16"
     check_flags(flags)
