@@ -301,7 +301,6 @@ ATTENTION = [  # positions of each row's new tokens, what is special, what each 
 def test_who_attends_to_which_heads(rng, rows, special, wanted, monkeypatch):
     """Two threads share a long text's heads, or take whole rows; short texts are left to one."""
     cut_short_texts(monkeypatch, 2)
-    monkeypatch.setattr(threads, "n_users", int(special == "our threads"))
     params = random_params(rng, HPARAMS | {"n_layer": 1, "n_ctx": 2002})
     if special == "own attention":
         params["blocks"][0]["attend"] = gpt2.attention
@@ -311,7 +310,8 @@ def test_who_attends_to_which_heads(rng, rows, special, wanted, monkeypatch):
         seen.append([(row, slice(*heads.indices(4)[:2])) for row, heads in groups])
         out[...] = v
 
-    slices.run(positions % 7, positions, params, 4, len(rows), attend)
+    with threads.own_threads(2 if special == "our threads" else 1):
+        slices.run(positions % 7, positions, params, 4, len(rows), attend)
     assert sorted(seen, key=str) == wanted
     threads.start_workers.cache_clear()
 
