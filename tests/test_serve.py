@@ -413,6 +413,12 @@ def test_the_search_for_stops_finds_what_a_plain_one_finds(text, n_new, stops):
         assert len(held) == max(begun, default=0)
 
 
+def test_only_stops_that_end_among_the_new_characters_are_looked_for():
+    stops = sort_stops(["END"])
+    assert until_stop("END of", 3, stops) == ("END of", "", False)
+    assert until_stop("END of", 4, stops) == ("", "", True)
+
+
 def test_a_stop_ends_the_answer_and_never_shows(client, params):
     ids = drawn(params, ENCODER.encode("One"), 30, LETTERS, temperature=1.0, seed=3)
     text = ENCODER.decode(ids)
