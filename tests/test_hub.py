@@ -122,9 +122,10 @@ def files_of(folder):
 @pytest.fixture
 def tiny(models):
     """The files of a small model, and what it continues "It was" with."""
-    folder, params = models
-    ids = generate(Encoder([]).encode("It was"), params, TINY["n_head"], 12)
-    return files_of(folder / "tiny"), Encoder([]).decode(ids) + "\n"
+    (folder, params), encoder = models, Encoder([])
+    prompt, end = encoder.encode("It was"), encoder.endoftext
+    ids = generate(prompt, params, TINY["n_head"], 12, endoftext=end)
+    return files_of(folder / "tiny"), encoder.decode(ids) + "\n"
 
 
 def gpt2(name, *flags):
