@@ -32,6 +32,7 @@ def run(tokens, positions, params, n_head, n_rows, attend):  # -> [n_tokens, n_e
     params, n_tokens, n_embd = products.wrap(params), len(tokens), params["wpe"].shape[1]
     n_slices = threads.parts(n_tokens // MIN_TOKENS) if n_tokens * n_embd >= MIN_SIZE else 1
     head_groups = share_heads(n_rows, n_head, whole_rows(params, n_tokens, n_rows, n_slices))
+    all_heads = share_heads(n_rows, n_head, whole=True)  # for one thread: fewer, larger products
     shared = np.empty((4, n_tokens, n_head, n_embd // n_head), np.float32)  # q, k, v and out
     out = shared[3].swapaxes(0, 1)  # stored token by token, so that mha need not copy it
     n_seen = (1 + positions.mean()) * n_rows  # keys that a layer reads, about
@@ -44,7 +45,7 @@ def run(tokens, positions, params, n_head, n_rows, attend):  # -> [n_tokens, n_e
         if are_free and n_seen > 400 * len(head_groups):  # else waking ours costs more
             threads.in_threads(lambda part: work(head_groups[part]), len(head_groups))
         else:
-            work(share_heads(n_rows, n_head, whole=True))  # fewer and larger products
+            work(all_heads)
         return out
 
     def run_slice(number, span, meet):  # span: the thread's slice of the tokens

@@ -139,7 +139,8 @@ def read_flags(
     return given, how
 
 
-def check_has_data(data, recipe):
+def check_has_data(data, recipe):  # the --data flag, or None
+    """ValueError if none is given and the recipe has none of its own."""
     if data is None and RECIPES[recipe]["data"] is None:
         raise ValueError(f"recipe {recipe} needs --data: a text file or a folder of token shards")
 
