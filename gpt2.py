@@ -107,7 +107,8 @@ def attention_weights(q, k):  # [..., n_q, d_head], [..., n_seq, d_head] -> [...
     scores = (q / math.sqrt(d_head)) @ k.swapaxes(-1, -2)  # [..., n_q, n_seq]
     position = xp.arange(n_seq)
     future = position > position[n_seq - n_q :, None]  # [n_q, n_seq]: what a query may not see
-    return softmax(xp.where(future, -math.inf, scores))  # exp(-inf) is 0
+    scores += xp.where(future, -math.inf, 0).astype(scores.dtype)
+    return softmax(scores)  # exp(-inf) is 0
 
 
 def attention(q, k, v):  # q [..., n_q, d_head], k and v [..., n_seq, d_head] -> the shape of q
