@@ -145,8 +145,7 @@ def mha_forward(x, c_attn, c_proj, n_head, n_seq):  # [n_tokens, n_embd] -> y, b
 
     def backward(dy):  # -> dx, {"c_attn", "c_proj"}
         d, d_proj = linear_backward(dy, kept["y"], **c_proj)
-        d = np.stack(kept["backward"](split(d)))  # [3, n_head, n_batch, n_seq, d_head]
-        d = d.transpose(2, 3, 0, 1, 4).reshape(len(x), -1)
+        d = np.concat([merge(x) for x in kept["backward"](split(d))], axis=-1)
         dx, d_attn = linear_backward(d, x, **c_attn)
         return dx, {"c_attn": d_attn, "c_proj": d_proj}
 
