@@ -28,7 +28,7 @@ from engine.processes import share_in_threads
 from engine.threads import in_threads, own_threads
 from gpt2 import attention_weights, gelu, layer_norm, linear, mha, softmax
 from kv_cache import generate
-from model_files.weights import leaves
+from model_files.weights import leaves, nest
 from plumbing.cli import run_cli
 from training.flags import read_flags
 from training.host import run
@@ -221,7 +221,8 @@ def loss_and_gradients(params, tokens, n_head):  # [n_batch, n_seq + 1] ids
     parallel. Their sums are made in the batch's order: the same bits each time, on one machine.
     """
     work = functools.partial(share_of_mean, params=params, n_head=n_head)
-    return add_up(share_in_threads(work, tokens, n=tokens[:, 1:].size))
+    loss, gradients = add_up(share_in_threads(work, tokens, n=tokens[:, 1:].size))
+    return loss, nest(gradients)
 
 
 def share_of_mean(tokens, params, n_head, n):  # -> what some sequences add to a mean over n tokens
@@ -229,16 +230,16 @@ def share_of_mean(tokens, params, n_head, n):  # -> what some sequences add to a
     logits, backward = gpt2_forward(tokens[:, :-1], **params, n_head=n_head)
     nats, d_logits = cross_entropy(logits, tokens[:, 1:].ravel())
     d_logits /= n
-    return nats.sum(dtype=np.float64) / n, backward(d_logits)
+    return nats.sum(dtype=np.float64) / n, leaves(backward(d_logits))
 
 
-def add_up(parts):  # (number, tree), ... -> their sums, in the arrays of the first
-    total, tree = next(parts := iter(parts))
-    for number, other in parts:
-        total, sums = total + number, leaves(tree)
-        for name, x in leaves(other).items():
+def add_up(parts):  # (number, {name: array}), ... -> their sums, in the arrays of the first
+    total, sums = next(parts := iter(parts))
+    for number, arrays in parts:
+        total += number
+        for name, x in arrays.items():
             sums[name] += x
-    return float(total), tree
+    return float(total), sums
 
 
 # --- Training -----------------------------------------------------------------------------------
@@ -282,7 +283,7 @@ def adamw(params, gradients, moments, n_done, grad_clip, weight_decay, adam_b2, 
 
 def train_step(params, moments, n_done, batches, flags, share):  # -> loss; the others in place
     """batches: [n_accumulate, batch_size, n_ctx + 1], whose gradients are averaged. share: calls
-    share_of_mean in several threads or processes, and returns what each of them returns."""
+    share_of_mean in threads or processes, and returns what each returns, joined as params are."""
     n = batches[..., 1:].size
     loss, gradients = add_up(add_up(share(tokens, n=n)) for tokens in batches)
     adamw(params, gradients, moments, n_done, **flags)

@@ -48,15 +48,15 @@ def ours(flags, params, tokens, optimizer):  # -> a function that trains N_STEPS
 
 
 def by_hand(flags, params, tokens, stack):
-    params, share = stack.enter_context(host.start_sharing(backprop.share_of_mean, params, flags))
-    moments = {name: np.zeros(*how) for name, how in host.moment_shapes(params).items()}
+    sharing = host.start_sharing(backprop.share_of_mean, params, None, flags)
+    _, whole, share = stack.enter_context(sharing)
     n_done = 0
 
     def train():
         nonlocal n_done
         total = 0.0
         for batches in tokens:
-            total += backprop.train_step(params, moments, n_done, batches, flags, share)
+            total += backprop.train_step(*whole, n_done, batches, flags, share)
             n_done += 1
         return total / len(tokens)
 

@@ -2,19 +2,17 @@
 
 Python runs one thread at a time between NumPy's operations, and threads whose operations are short
 lose a tenth of their time by that. A process that is forked from this one has a Python of its own.
-It sees what happens to arrays made by `shared`, and its results come back in such memory, too; only
-some words go through a pipe. Elsewhere than on Linux forking is not safe, and the products of large
-models are so long that nobody waits: threads do the same there, with the same bits.
+It sees what happens to arrays made by `shared`, and its results are written to such arrays, too;
+only some words go through a pipe. Elsewhere than on Linux forking is not safe, and the products of
+large models are so long that nobody waits: threads do the same there, with the same bits.
 """
 
 import contextlib
 import functools
 import mmap
 import os
-import pickle
 import signal
 import sys
-from itertools import pairwise
 
 import numpy as np
 
@@ -42,32 +40,34 @@ def share_in_threads(work, rows, **options):
 
 
 @contextlib.contextmanager
-def sharing(work, n, n_bytes):
+def sharing(work, n, arrays):
     """Gives share(rows, **options): the same by n processes, this one included. n = 1: by threads.
 
-    The others know `work` and what it holds as they are now, and end with the `with`. What they
-    return is good until the next call. n_bytes: of the arrays in that.
+    Where n is more than 1, work(rows, out, **options) writes arrays like these ({name: array}) into
+    `out`, or makes them if that is None, and returns something small, and them. The other processes
+    know it and what it holds as they are now, and end with the `with`. Their arrays are good until
+    the next call.
     """
     with contextlib.ExitStack() as stack:
         helpers = []
         for _ in range(1, n):
-            helpers.append(stack.enter_context(fork(work, n_bytes, helpers)))
+            helpers.append(stack.enter_context(fork(work, arrays, helpers)))
 
         def share(rows, **options):
             mine, *others = cut(len(rows), n)
             with own_threads(n):
                 for helper, theirs in zip(helpers, others, strict=True):
                     ask(helper, rows[theirs], options)
-                return [work(rows[mine], **options), *map(hear, helpers)]
+                return [work(rows[mine], None, **options), *map(hear, helpers)]
 
         yield share if helpers else functools.partial(share_in_threads, work)
 
 
 @contextlib.contextmanager
-def fork(work, n_bytes, elder):  # gives a helper: pipe, room for results, process
+def fork(work, arrays, elder):  # gives a helper: pipe, room for its arrays, process
     from multiprocessing import Pipe  # only here: the import takes a while
 
-    (ours, theirs), room = Pipe(), memoryview(mmap.mmap(-1, n_bytes))
+    (ours, theirs), room = Pipe(), {name: shared(x) for name, x in arrays.items()}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     pid = os.fork()
     if pid == 0:  # here Ctrl-C stays blocked: the end of the pipe is what ends a helper
@@ -94,23 +94,10 @@ def serve(work, link, room):
         while True:
             rows, options = link.recv()
             try:
-                answer = put(work(rows, **options), room)
+                answer, _ = work(rows, room, **options)
             except Exception as error:  # raised again by the process that asked
-                answer = put(error, room)
+                answer = error
             link.send(answer)
-
-
-def put(result, room):  # -> the result's pickle, and where in the room its arrays begin and end
-    ends = [0]
-
-    def place(array):
-        bytes_ = array.raw()
-        if ends[-1] + bytes_.nbytes > len(room):
-            return True  # then it stays within the pickle
-        ends.append(ends[-1] + bytes_.nbytes)
-        room[ends[-2] : ends[-1]] = bytes_
-
-    return pickle.dumps(result, 5, buffer_callback=place), ends
 
 
 def ask(helper, rows, options):
@@ -122,11 +109,10 @@ def ask(helper, rows, options):
 def hear(helper):
     link, room, pid = helper
     try:
-        pickled, ends = link.recv()
+        answer = link.recv()
     except (EOFError, OSError):
         gone = f"process {pid}, which had a part of the work, is gone"
         raise ChildProcessError(gone) from None
-    result = pickle.loads(pickled, buffers=[room[a:b] for a, b in pairwise(ends)])
-    if isinstance(result, Exception):
-        raise result
-    return result
+    if isinstance(answer, Exception):
+        raise answer
+    return answer, room

@@ -421,6 +421,21 @@ def test_accumulated_batches_are_one_large_batch(rng):
     assert_close(weights.nest({name: ours["m." + name] for name in first}), weights.nest(first))
 
 
+def some_steps(start, flags, batches):
+    """-> the losses, the parameters and the moments by name, how many arrays train_step got."""
+    sharing = host.start_sharing(backprop.share_of_mean, start, None, flags)
+    with sharing as ((params, moments), whole, share):
+        steps = enumerate(batches)
+        losses = [backprop.train_step(*whole, n, batch, flags, share) for n, batch in steps]
+    assert list(moments) == list(zeros(start)) and len(set(losses)) == len(losses)
+    assert (params["wte"] != start["wte"]).any()  # a copy was trained
+    return losses, leaves(params) | moments, len(leaves(whole[0]))
+
+
+def alone(n_rows, n_bytes):
+    return 1
+
+
 @on_linux
 @forks
 @pytest.mark.parametrize("n_batch, n_threads", [(12, 2), (7, 3), (2, 4)])
@@ -429,21 +444,27 @@ def test_processes_have_the_bits_of_threads(rng, monkeypatch, n_batch, n_threads
     monkeypatch.setattr(threads, "n_threads", lambda: n_threads)
     threads.start_workers.cache_clear()
     start, _, hparams = make(rng, (1, 1, 30, 9, 24, 3, 2))
-    flags, ends = ADAMW | {"n_head": 3, "batch_size": n_batch}, []
+    flags = ADAMW | {"n_head": 3, "batch_size": n_batch}
     batches = rng.integers(0, 30, (4, 2, n_batch, 10))
-    for largest in (processes.LARGEST, 0):
-        monkeypatch.setattr(processes, "LARGEST", largest)
-        with host.start_sharing(backprop.share_of_mean, start, flags) as (params, share):
-            assert type(share) is (functools.partial if largest == 0 else type(make))
-            moments, losses = zeros(params), []
-            for n_done, step in enumerate(batches):
-                losses.append(backprop.train_step(params, moments, n_done, step, flags, share))
-        ends.append((losses, leaves(params) | moments))
-    (ours, arrays), (theirs, others) = ends
-    assert ours == theirs and len(set(ours)) == 4
-    assert all((x == others[name]).all() for name, x in arrays.items())
-    assert (params["wte"] != start["wte"]).any()  # a copy was trained
+    assert processes.count(n_batch, 1) == min(n_batch, n_threads)
+    ours, arrays, _ = some_steps(start, flags, batches)
+    monkeypatch.setattr(processes, "count", alone)
+    theirs, others, _ = some_steps(start, flags, batches)
+    assert ours == theirs and all((x == others[name]).all() for name, x in arrays.items())
     threads.start_workers.cache_clear()
+
+
+def test_arrays_that_stand_joined_are_trained_like_those_of_large_models(rng, monkeypatch):
+    """To the bit, where nothing is clipped: the norm's sum has another order."""
+    monkeypatch.setattr(processes, "count", alone)
+    start, _, hparams = make(rng, (1, 1, 30, 9, 24, 3, 2))
+    flags = ADAMW | {"n_head": 3, "batch_size": 4, "grad_clip": 1e9}
+    batches = rng.integers(0, 30, (4, 2, 4, 10))
+    ours, arrays, n_joined = some_steps(start, flags, batches)
+    monkeypatch.setattr(processes, "LARGEST", 0)
+    theirs, others, n_apart = some_steps(start, flags, batches)
+    assert (n_joined, n_apart) == (2, len(leaves(start)))
+    assert ours == theirs and all((x == others[name]).all() for name, x in arrays.items())
 
 
 def test_the_beginning_has_gpt2s_deviations(rng):

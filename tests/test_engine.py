@@ -554,27 +554,33 @@ def test_waiting_workers_do_not_keep_a_process_alive():
 @forks
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_processes_return_what_threads_do(rng, monkeypatch, n):
-    """Arrays of any kind, more than there is room for, and things that are no arrays."""
+    """The numbers, and the arrays in the room made for them; the first process makes new ones."""
     monkeypatch.setattr(threads, "n_threads", lambda: n)
     threads.start_workers.cache_clear()
     weights = rng.standard_normal((4, 3), dtype=np.float32)
     seen = processes.shared(weights)
     assert seen.dtype == weights.dtype and (seen == weights).all()
 
-    def work(rows, power):
+    def work(rows, out=None, power=1):
         y = (rows @ seen) ** power
-        return {"y": y, "turned": y.T[::-1], "n": len(rows), "whole": [y.sum(0), rows.astype(str)]}
+        out = out or {"y": np.empty((3, 3), np.float32), "sums": np.empty(3)}
+        out["y"][:], out["sums"][:] = y.T @ y, y.sum(0, dtype=float)
+        return len(rows) + power, out
 
-    with processes.sharing(work, n, 50) as share:
+    before = []
+    arrays = {"y": np.full((3, 3), np.nan, np.float32), "sums": np.full(3, np.nan)}
+    with processes.sharing(work, n, arrays) as share:
         for round_ in range(5):
             seen += 1  # what was written in one process, all know
             rows = rng.standard_normal((n + 4 * round_, 4), dtype=np.float32)
             ours = share(rows, power=round_)
             theirs = processes.share_in_threads(work, rows, power=round_)
-            assert [str(x) for x in ours] == [str(x) for x in theirs] and len(ours) == n
-            for a, b in zip(ours, theirs, strict=True):
-                assert a["y"].dtype == np.float32 and (a["y"] == b["y"]).all()
-                assert (a["turned"] == b["turned"]).all()
+            assert [number for number, _ in ours] == [number for number, _ in theirs]
+            for (_, a), (_, b) in zip(ours, theirs, strict=True):
+                assert a["y"].dtype == np.float32 and a["sums"].dtype == float
+                assert all((a[name] == b[name]).all() for name in ("y", "sums"))
+            before.append((ours[0][1], theirs[0][1]))
+    assert all((a["y"] == b["y"]).all() for a, b in before)  # the first one's stay as they were
     threads.start_workers.cache_clear()
 
 
@@ -588,20 +594,24 @@ def test_processes_are_for_small_models_on_linux(platform_, n_bytes, n, monkeypa
     assert [processes.count(n_rows, n_bytes) for n_rows in (12, 2)] == [n, min(n, 2)]
 
 
+def tell_pid(rows, out):
+    return os.getpid(), out
+
+
 @on_linux
 @forks
 def test_processes_end_with_the_block_and_their_errors_are_raised():
-    def work(rows):
+    def work(rows, out):
         if rows.start > 0:
             raise MemoryError(f"at {rows.start}")
-        return os.getpid()
+        return os.getpid(), out
 
-    with processes.sharing(work, 3, 8) as share, pytest.raises(MemoryError, match="at 3"):
+    with processes.sharing(work, 3, {}) as share, pytest.raises(MemoryError, match="at 3"):
         share(range(9))
-    with processes.sharing(lambda rows: os.getpid(), 3, 8) as share:
-        pids = share(range(9))
+    with processes.sharing(tell_pid, 3, {}) as share:
+        pids = [pid for pid, _ in share(range(9))]
         assert pids[0] == os.getpid() and len(set(pids)) == 3
-        assert share(range(9)) == pids
+        assert [pid for pid, _ in share(range(9))] == pids
     for pid in pids[1:]:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -610,11 +620,11 @@ def test_processes_end_with_the_block_and_their_errors_are_raised():
 @on_linux
 @forks
 def test_a_killed_process_is_missed_and_a_ctrl_c_is_not_theirs():
-    with processes.sharing(lambda rows: os.getpid(), 3, 8) as share:
-        _, second, third = pids = share(range(9))
+    with processes.sharing(tell_pid, 3, {}) as share:
+        _, (second, _), (third, _) = answers = share(range(9))
         for sign in (signal.SIGINT, signal.SIGTERM):
             os.kill(second, sign)
-        assert share(range(9)) == pids
+        assert share(range(9)) == answers
         os.kill(third, signal.SIGKILL)
         with pytest.raises(ChildProcessError, match=f"process {third}, which .* is gone"):
             for _ in range(100):  # a moment may pass
@@ -626,8 +636,8 @@ def test_processes_do_not_outlive_a_killed_one():
     script = """
 import os, time
 from engine import processes
-with processes.sharing(lambda rows: os.getpid(), 4, 8) as share:
-    print(*share(range(8)), flush=True)
+with processes.sharing(lambda rows, out: (os.getpid(), out), 4, {}) as share:
+    print(*[pid for pid, _ in share(range(8))], flush=True)
     time.sleep(60)
 """
     command = [sys.executable, "-c", script]

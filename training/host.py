@@ -78,16 +78,50 @@ def check_asked(typed, how):
 
 
 @contextlib.contextmanager
-def start_sharing(share_of_mean, params, flags):  # gives the parameters, and train_step's share
-    """Those are copies, writable, and where processes share the work, in memory that they share."""
-    arrays = leaves(params)
+def start_sharing(share_of_mean, params, moments, flags):  # moments: None for zeros
+    """Gives (params, moments) by name, the same memory as train_step takes it, and its share.
+
+    The parameters are copies. Small models stand in memory that processes can share, and joined for
+    train_step: AdamW needs less time for a few large arrays than for many small ones.
+    """
+    arrays, n_head = leaves(params), flags["n_head"]
     n_bytes = sum(x.nbytes for x in arrays.values())
-    n = processes.count(flags["batch_size"], n_bytes)
-    copy = processes.shared if n > 1 else np.array
-    params = nest({name: copy(x) for name, x in arrays.items()})
-    work = functools.partial(share_of_mean, params=params, n_head=flags["n_head"])
-    with processes.sharing(work, n, n_bytes) as share:
-        yield params, share
+    n, small = processes.count(flags["batch_size"], n_bytes), n_bytes <= processes.LARGEST
+    moments = moments or {name: np.zeros(*of) for name, of in moment_shapes(params).items()}
+    whole = state = {name: np.array(x) for name, x in arrays.items()}, moments
+    if small:
+        whole = [{kind: processes.shared(x) for kind, x in join(some).items()} for some in state]
+        state = [*map(split, whole, state)]
+    params, moments = nest(state[0]), state[1]
+
+    def work(tokens, out=None, **options):
+        number, gradients = share_of_mean(tokens, params, n_head, **options)
+        if small:
+            gradients = join({name: gradients[name] for name in arrays}, out)
+        return number, gradients
+
+    with processes.sharing(work, n, whole[0]) as share:
+        yield (params, moments), whole, share
+
+
+def join(arrays, out=None):  # {name: array} -> {"matrices": [n, 1], "vectors": [n]}
+    """Each kind's arrays end to end, in `out` or in new arrays. Of moments: {"m.matrices": ...}."""
+    kinds, out = {}, out or {}
+    for name, x in arrays.items():
+        kinds.setdefault(kind_of(name, x), []).append(x.reshape(-1, *[1] * (x.ndim - 1)))
+    return {kind: np.concat(some, out=out.get(kind)) for kind, some in kinds.items()}
+
+
+def split(whole, arrays):  # the reverse: -> {name: view}, for arrays of these names and shapes
+    rest, views = dict(whole), {}
+    for name, x in arrays.items():
+        kind = kind_of(name, x)
+        views[name], rest[kind] = rest[kind][: x.size].reshape(x.shape), rest[kind][x.size :]
+    return views
+
+
+def kind_of(name, x):  # ("m.wte", its array) -> "m.matrices"
+    return name[: 2 * name.startswith(("m.", "v."))] + ("vectors" if x.ndim == 1 else "matrices")
 
 
 def run_training(flags, how, model, place, saved, trainer, stack):
@@ -101,9 +135,9 @@ def run_training(flags, how, model, place, saved, trainer, stack):
     shards, windows, text, (encoder, hparams, params), moments = load_start(
         flags, moment_shapes, new_model, model, place, saved, how["models_dir"]
     )
-    params, share = stack.enter_context(start_sharing(share_of_mean, params, flags))
-    moments = moments or {n: np.zeros(*of) for n, of in moment_shapes(params).items()}
-    step = functools.partial(train_step, flags=flags, share=share)
+    sharing = start_sharing(share_of_mean, params, moments, flags)
+    (params, moments), whole, share = stack.enter_context(sharing)
+    step = functools.partial(train_step, *whole, flags=flags, share=share)
     n_params, n_val = sum(x.size for x in leaves(params).values()), windows[:, 1:].size
     print(f"{n_params} parameters, {text['n_train']} training and {n_val} validation tokens")
     n_done, peak = saved["step"] if saved else 0, measure_peak()
@@ -125,7 +159,7 @@ def run_training(flags, how, model, place, saved, trainer, stack):
 
     def train_steps(state, batches, n):
         params, moments, n_done = state
-        losses = [step(params, moments, n_done + i, batches[i]) for i in range(n)]
+        losses = [step(n_done + i, batches[i]) for i in range(n)]
         return (params, moments, n_done + n), math.fsum(losses) / n
 
     def validate(params):  # -> nats per token
