@@ -38,21 +38,23 @@ from training.host import run
 
 def gelu_backward(dy, x, y):  # [...] each, y = gelu(x) -> dx
     """y = x s with s = (1 + tanh u) / 2 has the slope s + x s', and tanh' = 1 - tanh^2 makes
-    s' = s (1 - s) 2u'. Since x s is y: s + y (1 - s) 2u'. s is y / x, so tanh is not computed
-    again; only at x = 0 that is 0 / 0, and s is 1/2.
-    """
+    s' = s (1 - s) 2u'. Since x s is y, that is s (1 + (x - y) 2u'). s is y / x, so tanh is not
+    computed again; only at x = 0 that is 0 / 0, and s is 1/2."""
     with np.errstate(invalid="ignore"):
         s = y / x
     s[x == 0] = 0.5
     c = 2 * math.sqrt(2 / math.pi)
-    return dy * (s + y * (1 - s) * (c + 3 * 0.044715 * c * (x * x)))
+    dx = x * x * (3 * 0.044715 * c) + c  # 2u'; from here in place, which saves a tenth
+    dx *= x - y
+    dx += 1
+    dx *= s
+    dx *= dy
+    return dx
 
 
 def softmax_backward(dy, y):  # [..., n] each, y = softmax(x) -> dx
     """A rising x_j lifts y_j by y_j and, as all share a sum of 1, lowers every y_i by y_i y_j.
-
-    So dx_j = y_j (dy_j - sum of all dy_i y_i): what j is worth above the average.
-    """
+    So dx_j = y_j (dy_j - sum of all dy_i y_i): what j is worth above the average."""
     return y * (dy - np.vecdot(dy, y)[..., None])
 
 
@@ -74,9 +76,7 @@ def layer_norm_backward(dy, x, g, b, eps=1e-5):  # [n_tokens, n_embd] twice -> d
 
 def linear_backward(dy, x, w, b):  # [n_tokens, n_out], [n_tokens, n_in] -> dx, {"w", "b"}
     """y_j = sum_i x_i w_ij + b_j. x_i acts on every y_j, by w_ij: dx = dy w^T.
-
-    w_ij acts in every token, by its x_i: dw_ij is the sum over tokens of x_i dy_j, so x^T dy.
-    """
+    w_ij acts in every token, by its x_i: dw_ij is the sum over tokens of x_i dy_j, so x^T dy."""
     return dy @ w.T, {"w": x.T @ dy, "b": np.ones_like(dy[:, 0]) @ dy}  # faster than dy.sum(0)
 
 
