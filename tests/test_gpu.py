@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 
 import conftest
@@ -21,6 +22,7 @@ from training.devices import make_mesh
 from training.state import init_params, start_state
 
 pytestmark = pytest.mark.gpu
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the trainer of a test needs room, too
 HPARAMS = {"n_vocab": 1000, "n_ctx": 256, "n_embd": 256, "n_head": 4, "n_layer": 4}
 SIZES = {name: HPARAMS[name] for name in ("n_vocab", "n_ctx", "n_embd", "n_layer")}
 
@@ -71,7 +73,7 @@ def train(seed, dtype, n_devices, fsdp=False, n_steps=30):  # -> the loss of eve
     rule = train_jax.make_optimizer(schedule, "adamw", 0.1, 1.0, 0.95)
     params = init_params(jax.random.key(seed), **SIZES)
     state, shardings = start_state(params, None, 0, rule, 1024, mesh, fsdp)
-    flags = {"n_ctx": HPARAMS["n_ctx"], "n_head": HPARAMS["n_head"], "dtype": dtype}
+    flags = {"n_ctx": HPARAMS["n_ctx"], "n_head": HPARAMS["n_head"], "dtype": dtype, "data": ""}
     how = train_jax.loss_options(flags, HPARAMS["n_vocab"], 16 // n_devices)
     with jax.default_matmul_precision("float32" if dtype == "float32" else None):
         steps = train_jax.make_train_steps(rule, 0.0, seed, shardings=shardings, **how)
