@@ -84,11 +84,10 @@ def start_sharing(share_of_mean, params, moments, flags):  # moments: None for z
     The parameters are copies. Small models stand in memory that processes can share, and joined for
     train_step: AdamW needs less time for a few large arrays than for many small ones.
     """
-    arrays, n_head = leaves(params), flags["n_head"]
-    n_bytes = sum(x.nbytes for x in arrays.values())
+    n_head, n_bytes = flags["n_head"], sum(x.nbytes for x in leaves(params).values())
     n, small = processes.count(flags["batch_size"], n_bytes), n_bytes <= processes.LARGEST
     moments = moments or {name: np.zeros(*of) for name, of in moment_shapes(params).items()}
-    whole = state = {name: np.array(x) for name, x in arrays.items()}, moments
+    whole = state = {name: np.array(x) for name, x in leaves(params).items()}, moments
     if small:
         whole = [{kind: processes.shared(x) for kind, x in join(some).items()} for some in state]
         state = [*map(split, whole, state)]
@@ -97,7 +96,7 @@ def start_sharing(share_of_mean, params, moments, flags):  # moments: None for z
     def work(tokens, out=None, **options):
         number, gradients = share_of_mean(tokens, params, n_head, **options)
         if small:
-            gradients = join({name: gradients[name] for name in arrays}, out)
+            gradients = join({name: gradients[name] for name in state[0]}, out)
         return number, gradients
 
     with processes.sharing(work, n, whole[0]) as share:
