@@ -120,7 +120,8 @@ def split(whole, arrays):  # the reverse: -> {name: view}, for arrays of these n
 
 
 def kind_of(name, x):  # ("m.wte", its array) -> "m.matrices"
-    return name[: 2 * name.startswith(("m.", "v."))] + ("vectors" if x.ndim == 1 else "matrices")
+    moment = name[:2] if name.startswith(("m.", "v.")) else ""
+    return moment + ("vectors" if x.ndim == 1 else "matrices")
 
 
 def run_training(flags, how, model, place, saved, trainer, stack):
