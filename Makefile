@@ -37,7 +37,7 @@ ON_JAX = recording encoder evaluate kv_cache gpt2 progress examples gpu gpu_repo
 	stress scoring kv_cache_jax devices docs backprop lora train
 ON_OTHERS = tensorflow page explain serve utils backprop_run
 tests = $(1:%=tests/test_%.py)
-THE_REST = encoder.py evaluate.py \
+THE_REST = encoder.py evaluate.py model_files \
 	$(filter-out $(call tests,$(ON_JAX) $(ON_OTHERS)),$(wildcard tests/test_*.py))
 QUICK = JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="$$(cat .venv/xla_flags)" \
 	MALLOC_TRIM_THRESHOLD_=131072 .venv/bin/python -m pytest -m "not slow"

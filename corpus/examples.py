@@ -15,7 +15,7 @@ from bisect import bisect_left, insort
 import numpy as np
 
 from corpus.chat import check_messages, encode_answer, encode_messages
-from encoder import MOST_IDS
+from model_files.vocabulary import MOST_IDS
 from plumbing.cli import count
 from plumbing.files import check_file, parse_json
 

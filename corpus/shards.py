@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from encoder import find_tokenizer, get_encoder
+from encoder import get_encoder
+from model_files.tokenizer import find_tokenizer
 from plumbing.files import read_json
 
 SHARD = re.compile(r"(train|val)_\d{6,}\.bin")  # prepare.py's names

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from corpus.documents import cut_source, read_span
-from encoder import CHAR_OF_BYTE, get_encoder
+from encoder import get_encoder
+from model_files.vocabulary import CHAR_OF_BYTE
 from plumbing.files import read_json, write_whole
 
 SPLITS = ["train", "val"]

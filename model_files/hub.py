@@ -11,8 +11,9 @@ import functools
 import os
 import re
 
-from encoder import TOKENIZER_FILES, get_encoder
+from encoder import get_encoder
 from model_files.config import read_hparams
+from model_files.tokenizer import TOKENIZER_FILES
 from model_files.weights import WEIGHTS, WEIGHTS_INDEX, read_index
 
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@.+)?")

@@ -1,6 +1,26 @@
-"""Hugging Face's tokenizer.json and added tokens, as far as they are of GPT-2's kind."""
+"""A tokenizer's files, in OpenAI's layout and in Hugging Face's: read, checked and written.
 
-OUR_MODEL = {  # the values of a tokenizer.json's settings that mean what encoder.py does
+    encoder.json + vocab.bpe     OpenAI's: {piece: id}, and a merge a line
+    vocab.json + merges.txt      Hugging Face's names for the same two files; beside them, added
+                                 tokens are in tokenizer_config.json
+    tokenizer.json               Hugging Face's newer format: all of it in one file
+
+encoder.py makes an Encoder of what is read. Only the second layout is written. After
+https://github.com/openai/gpt-2/blob/master/src/encoder.py and https://huggingface.co/docs/tokenizers.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from model_files.vocabulary import add_special, check_vocab
+from plumbing.files import check_file, naming, read_json, write_whole
+
+TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",)]
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+# The settings of a tokenizer.json, and the values with which its ids are encoder.py's.
+SUPPORTED = {
     "type": ("BPE",),
     "dropout": (None, 0.0),
     "continuing_subword_prefix": (None, ""),
@@ -8,32 +28,101 @@ OUR_MODEL = {  # the values of a tokenizer.json's settings that mean what encode
     "byte_fallback": (False, None),
     "ignore_merges": (False, None),
 }
-OUR_CUTTER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
-def parse_tokenizer(found):  # a tokenizer.json -> merges, vocab, {special text: id}
-    """Hugging Face's one file for a tokenizer, if it is of GPT-2's kind; ValueError for all others.
+class Tokenizer(NamedTuple):
+    """A tokenizer as its files describe it."""
 
-    Current transformers save this file alone. It can describe many kinds of tokenizers. We refuse
-    those for which our ids would be wrong. https://huggingface.co/docs/tokenizers
+    merges: list  # of (left piece, right piece), the first to be merged first
+    vocab: dict  # {piece: id}
+    special: dict  # {text: id} of the texts that can become a single id
+    merges_file: Path  # the file that the merges are in, for error messages
+
+
+# --- Reading ------------------------------------------------------------------------------------
+
+
+def find_tokenizer(folder):
+    """Return the paths of a folder's vocabulary and merges, or of the one file that has both.
+
+    Raises FileNotFoundError if the folder has neither.
     """
-    model = found.get("model") if isinstance(found.get("model"), dict) else {}
-    for key, same in OUR_MODEL.items():
-        if model.get(key, same[0]) not in same:
-            raise ValueError(f"model.{key} {model[key]!r} is not supported, only {same[0]!r} is")
-    if found.get("normalizer") is not None:
+    for names in TOKENIZER_FILES:
+        paths = [Path(folder, name) for name in names]
+        if all(path.is_file() for path in paths):
+            return paths
+    expected = " or ".join(" + ".join(names) for names in TOKENIZER_FILES)
+    raise FileNotFoundError(f"no tokenizer in {folder}: expected {expected}")
+
+
+def read_tokenizer(folder):  # -> Tokenizer
+    """Read the tokenizer of a folder, in the first of the three layouts that it has.
+
+    Raises FileNotFoundError if the folder has none of them. Raises ValueError, which names the
+    file, if one is malformed or not supported.
+    """
+    paths = find_tokenizer(folder)
+    if len(paths) == 1:
+        [file] = paths
+        with naming(file):
+            return Tokenizer(*parse_tokenizer(read_json(file)), file)
+    vocab_file, merges_file = paths
+    with naming(vocab_file):
+        vocab = check_vocab(read_json(vocab_file))
+    config_file = Path(folder, TOKENIZER_CONFIG)
+    with naming(config_file):
+        config = read_json(config_file) if config_file.is_file() else {}
+        special = parse_added(config.get("added_tokens_decoder") or {})
+        vocab = add_special(vocab, special)
+    with naming(merges_file):
+        check_file(merges_file)
+        merges = parse_merges(merges_file.read_text("utf-8"))
+    return Tokenizer(merges, vocab, special, merges_file)
+
+
+def parse_merges(text):
+    """Return the merges of a merges.txt or vocab.bpe: a pair of pieces a line, in rank order.
+
+    Only a first line can be a header; any other line that begins with "#" merges number signs.
+
+    >>> parse_merges("#version: 0.2\\nĠ t\\n# #\\n")
+    [('Ġ', 't'), ('#', '#')]
+    """
+    lines = text.removesuffix("\n").split("\n") if text else []
+    n_header = 1 if lines and lines[0].startswith("#version") else 0
+    merges = [tuple(line.split(" ")) for line in lines[n_header:]]
+    for number, pair in enumerate(merges, n_header + 1):
+        if len(pair) != 2 or "" in pair:
+            raise ValueError(f"line {number} is {' '.join(pair)!r}, not two pieces and a space")
+    return merges
+
+
+def parse_tokenizer(content):  # -> merges, vocab, special
+    """Read the content of a tokenizer.json.
+
+    Current versions of transformers save this file alone. It can describe many kinds of tokenizers;
+    those for which our ids would be wrong raise ValueError.
+    """
+    model = content.get("model") if isinstance(content.get("model"), dict) else {}
+    for key, values in SUPPORTED.items():
+        if model.get(key, values[0]) not in values:
+            raise ValueError(f"model.{key} {model[key]!r} is not supported, only {values[0]!r} is")
+    if content.get("normalizer") is not None:
         raise ValueError("a normalizer is not supported")
-    cutter = found.get("pre_tokenizer") if isinstance(found.get("pre_tokenizer"), dict) else {}
-    cutter = {"use_regex": True} | cutter  # older files do not have it
-    if any(cutter.get(key) != value for key, value in OUR_CUTTER.items()):
+    pre_tokenizer = content.get("pre_tokenizer")
+    if not isinstance(pre_tokenizer, dict):
+        pre_tokenizer = {}
+    pre_tokenizer = {"use_regex": True} | pre_tokenizer  # older files do not have it
+    if any(pre_tokenizer.get(key) != value for key, value in PRE_TOKENIZER.items()):
         raise ValueError("only GPT-2's pre_tokenizer is supported: ByteLevel, no prefix space")
-    after = found.get("post_processor")
-    if isinstance(after, dict) and after.get("special_tokens"):
+    post_processor = content.get("post_processor")
+    if isinstance(post_processor, dict) and post_processor.get("special_tokens"):
         raise ValueError("a post_processor that adds tokens is not supported")
-    added = found.get("added_tokens") or []
-    if not isinstance(added, list) or not all(isinstance(t, dict) for t in added):
+    added = content.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
         raise ValueError("added_tokens is not a list of objects")
-    added = parse_added({str(token.get("id")): token for token in added})
+    special = parse_added({str(token.get("id")): token for token in added})
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise ValueError("model.merges is not a list")
@@ -41,7 +130,7 @@ def parse_tokenizer(found):  # a tokenizer.json -> merges, vocab, {special text:
     for number, pair in enumerate(pairs, 1):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(is_text, pair)):
             raise ValueError(f"merge {number} is {merges[number - 1]!r}, not a pair of pieces")
-    return pairs, model.get("vocab"), added
+    return pairs, check_vocab(model.get("vocab")), special
 
 
 def is_text(value):
@@ -49,7 +138,10 @@ def is_text(value):
 
 
 def parse_added(tokens):  # {id as text: {"content": text, ...}} -> {text: id}
-    """Hugging Face's added tokens. ValueError for one that swallows the spaces beside it."""
+    """Read Hugging Face's added tokens.
+
+    Raises ValueError for a token that takes spaces or words beside it into account.
+    """
     if not isinstance(tokens, dict):
         raise ValueError("added_tokens_decoder is not an object")
     added = {}
@@ -61,3 +153,27 @@ def parse_added(tokens):  # {id as text: {"content": text, ...}} -> {text: id}
             raise ValueError(f"the added token {content!r} takes its surroundings into account")
         added[content] = int(id)
     return added
+
+
+# --- Writing ------------------------------------------------------------------------------------
+
+
+def write_tokenizer(folder, merges, vocab, special, end_token):
+    """Write Hugging Face's vocab.json, merges.txt and tokenizer_config.json.
+
+    end_token: the text that ends a document, None if the vocabulary has none. Each file appears
+    under its name only when it is complete.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": False}
+    config |= {f"{role}_token": end_token for role in ("bos", "eos", "unk")}
+    if special.keys() - {end_token}:
+        settings = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+        config["added_tokens_decoder"] = {
+            id: {"content": text, "special": True} | settings for text, id in special.items()
+        }
+    lines = [f"{left} {right}\n" for left, right in merges]
+    write_whole(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
+    write_whole(folder / "merges.txt", "#version: 0.2\n" + "".join(lines))
+    write_whole(folder / TOKENIZER_CONFIG, json.dumps(config, indent=2))

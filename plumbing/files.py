@@ -50,6 +50,18 @@ def parse_json(data, path):  # bytes -> dict
     return value
 
 
+@contextlib.contextmanager
+def naming(path):
+    """Put the path before the message of a ValueError that is raised inside, unless it is there."""
+    try:
+        yield
+    except ValueError as error:  # text that is not UTF-8 is one as well
+        message = str(error)
+        if not message.startswith(str(path)):
+            message = f"{path}: {message}"
+        raise ValueError(message) from None
+
+
 def write_whole(path, text):
     """Write a text file that is seen either complete or not at all."""
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:

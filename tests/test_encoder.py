@@ -23,21 +23,19 @@ from hypothesis import strategies as st
 
 import encoder as encoder_module
 from encoder import (
-    BYTE_OF_CHAR,
     CACHE_CHARS,
-    CHAR_OF_BYTE,
     ENDOFTEXT,
     PIECE,
     SOLID,
     SPACE,
     Encoder,
-    find_tokenizer,
     get_encoder,
     merge_long,
     merge_short,
-    parse_merges,
     train,
 )
+from model_files.tokenizer import find_tokenizer, parse_merges
+from model_files.vocabulary import BYTE_OF_CHAR, CHAR_OF_BYTE
 from plumbing.files import MOST_BYTES
 
 TEXTS = {

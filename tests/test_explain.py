@@ -20,8 +20,9 @@ from conftest import GPT2_FILES, REPO, TINY, random_params
 import explain
 import gpt2
 import utils
-from encoder import Encoder, get_encoder, printable_bytes
+from encoder import Encoder, get_encoder
 from model_files import weights
+from model_files.vocabulary import printable_bytes
 from serving.predictions import N_GROUPS, group, likeliest
 
 HOSTILE = (

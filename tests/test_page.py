@@ -8,7 +8,8 @@ import pytest
 from conftest import TINY, random_params
 
 import gpt2
-from encoder import Encoder, printable_bytes
+from encoder import Encoder
+from model_files.vocabulary import printable_bytes
 from serving.predictions import bytes_of
 
 pytest.importorskip("starlette", reason="starlette is not installed")
