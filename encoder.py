@@ -41,8 +41,8 @@ from plumbing.files import naming
 # GPT-2's pattern, letter for letter, because another one would give other ids. It lists what a
 # piece can be, and the first alternative that matches is taken: the ending of an English
 # contraction; letters; digits; other signs; white space. The last space before a word belongs to
-# the word, which is why most tokens begin with one. That is the purpose of \s+(?!\S): it takes a run
-# of white space, but not its last character if something follows. Two oddities must stay: only
+# the word, which is why most tokens begin with one. That is the purpose of \s+(?!\S): it takes a
+# run of white space, but not its last character if something follows. Two oddities must stay: only
 # lower-case endings count ("DON'T" is cut into "DON", "'", "T"), and they count even where no word
 # comes before them ("'tis" at the start of a line is cut into "'t", "is"). \p{L} is a letter of any
 # script and \p{N} any digit; Python's own `re` has neither. `re` also counts \x1c to \x1f as white

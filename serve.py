@@ -41,7 +41,7 @@ from engine import products
 from engine.kept import keep, touch
 from engine.rows import drawing, new_row
 from engine.threads import own_threads
-from explain import explain
+from pages.explanation import explain
 from serving import about, play
 from serving import metrics as figures
 from serving.answers import answer_stream, answer_whole, choice_of

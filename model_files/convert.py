@@ -27,12 +27,7 @@ from model_files.weights import (
 )
 from plumbing.cli import one_line, run_cli
 from plumbing.files import remove_left_over
-
-
-def quiet_tensorflow():
-    """Silence the messages that TensorFlow prints on import. Call this before importing it."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+from plumbing.quiet import quiet_tensorflow
 
 
 def convert_checkpoint(model_dir, path):

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from engine.stops import sort_stops, until_stop
-from serving.predictions import likeliest
+from pages.predictions import likeliest
 
 SCORED = 64  # positions whose logits are held at once, while a prompt is scored
 

@@ -7,8 +7,8 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
 
 from engine.threads import own_threads
-from plumbing.pages import template
-from serving.predictions import bytes_of, predictions
+from pages.predictions import bytes_of, predictions
+from pages.templates import template
 from serving.protocol import Refusal, check_room, number, read_object, read_prompt
 
 MOST_SHOWN = 257  # all, of a byte model

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from conftest import GPT2_FILES, REPO, TINY, random_params
 
-import explain
 import gpt2
 import utils
 from encoder import Encoder, get_encoder
 from model_files import weights
 from model_files.vocabulary import printable_bytes
-from serving.predictions import N_GROUPS, group, likeliest
+from pages.explanation import compress, explain, page, page_data
+from pages.predictions import N_GROUPS, group, likeliest
+from pages.recording import lens, record, watch
 
 HOSTILE = (
     """<script>alert(1)</script> "quotes" 'and' &amp; <!-- </script><img src=x onerror=alert(2)>"""
@@ -59,13 +60,13 @@ def written(models):
     done = subprocess.run(command, capture_output=True, timeout=120, check=True)
     assert done.stdout.decode().startswith(f"{path}: {len(HOSTILE)} tokens, ")
     ids = Encoder([]).encode(HOSTILE)
-    return path, explain.record(ids, params, 2), ids, params
+    return path, record(ids, params, 2), ids, params
 
 
 def test_a_block_may_have_an_attention_of_its_own(models):
     _, params = models
     blocks = [b | {"attend": lambda q, k, v: gpt2.attention(q, k, -v)} for b in params["blocks"]]
-    text = explain.explain([65, 66, 67], Encoder([]), TINY, params | {"blocks": blocks}, "own")
+    text = explain([65, 66, 67], Encoder([]), TINY, params | {"blocks": blocks}, "own")
     assert "blocks.1.attn.c_attn.w" in text
 
 
@@ -92,11 +93,11 @@ def test_the_page_holds_the_arrays(written):
     )
     assert data["tail_logits"].shape == (n_seq, 0)
     for layer, x in enumerate(r["stream"]):
-        lens = gpt2.softmax(explain.lens(x, params).astype(np.float64))
+        probs = gpt2.softmax(lens(x, params).astype(np.float64))
         best = data["lens_ids"][layer].astype(int)
-        assert np.array_equal(best[:, 0], lens.argmax(-1))
+        assert np.array_equal(best[:, 0], probs.argmax(-1))
         np.testing.assert_allclose(
-            data["lens_probs"][layer] / 65535, -np.sort(-lens)[:, :5], atol=1e-5
+            data["lens_probs"][layer] / 65535, -np.sort(-probs)[:, :5], atol=1e-5
         )
     assert np.array_equal(data["lens_ids"][-1], data["top_ids"][:, :5])
     for name, length in data["length"].items():
@@ -174,7 +175,7 @@ def test_likeliest_is_a_stable_sort(rng):
 
 def test_vectors_keep_zeros_signs_and_small_numbers():
     vectors = np.array([[0, 0], [-8, 8], [1, -0.01], [3e38, 1e-40]], np.float32)
-    q, scales = explain.compress(vectors)
+    q, scales = compress(vectors)
     assert np.array_equal(q, [[0, 0], [-127, 127], [127, -13], [127, 0]])
     assert np.array_equal(scales, np.float32([0, 8, 1, 3e38]))
 
@@ -186,8 +187,8 @@ def test_a_page_of_64_tokens_of_124m_is_below_5_megabytes(rng):
     hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
     params, encoder = random_params(rng, hparams), get_encoder(GPT2_FILES.name, GPT2_FILES.parent)
     inputs = rng.integers(50257, size=64).tolist()
-    r = explain.record(inputs, params, 12)
-    assert len(explain.page(explain.page_data(inputs, r, encoder, hparams, params))) < 5e6
+    r = record(inputs, params, 12)
+    assert len(page(page_data(inputs, r, encoder, hparams, params))) < 5e6
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -456,9 +457,9 @@ def test_a_large_vocabulary_is_reshaped_nearly_exactly(browser, tmp_path, rng):
     params, ids = random_params(rng, hparams), rng.integers(5000, size=12).tolist()
     chars = list(printable_bytes().values())
     encoder = Encoder(list(itertools.product(chars, chars))[: 5000 - 257])
-    r = explain.record(ids, params, 2)
-    data = {"model": "x"} | explain.page_data(ids, r, encoder, hparams, params)
-    (tmp_path / "page.html").write_text(explain.page(data), "utf-8")
+    r = record(ids, params, 2)
+    data = {"model": "x"} | page_data(ids, r, encoder, hparams, params)
+    (tmp_path / "page.html").write_text(page(data), "utf-8")
     browser.get((tmp_path / "page.html").as_uri())
     for temperature in (0.3, 1, 1.5, 2):
         for top_p in (0.5, 0.95, 1):
@@ -602,7 +603,7 @@ def test_the_maps(opened, written):
 
 def test_the_lens(opened, written):
     _, r, ids, params = written
-    exact = [gpt2.softmax(explain.lens(x, params).astype(np.float64)) for x in r["stream"]]
+    exact = [gpt2.softmax(lens(x, params).astype(np.float64)) for x in r["stream"]]
     exact = np.stack(exact)
     assert js(opened, "[state.lens, state.position]") == [2, len(ids) - 1]
     names = js(opened, "arguments[0].map(nameOf)", exact.argmax(-1).ravel().tolist())
@@ -688,8 +689,8 @@ def test_names_of_odd_tokens(browser, tmp_path, rng):
     encoder = Encoder([("Ã", "©"), ("Ģ", "Ĭ"), ("ï", "»"), ("ï»", "¿"), ("a", "b")])
     ids = [*encoder.encode("é \n\t\x07\u00a0ab"), 257, *encoder.encode("\ufeff")]
     params = random_params(rng, hparams)
-    data = explain.page_data(ids, explain.record(ids, params, 2), encoder, hparams, params)
-    (tmp_path / "page.html").write_text(explain.page({"model": "<!--<script>"} | data), "utf-8")
+    data = page_data(ids, record(ids, params, 2), encoder, hparams, params)
+    (tmp_path / "page.html").write_text(page({"model": "<!--<script>"} | data), "utf-8")
     browser.get_log("browser")
     browser.get((tmp_path / "page.html").as_uri())
     names = js(browser, "data.ids.map(nameOf)")
@@ -699,9 +700,9 @@ def test_names_of_odd_tokens(browser, tmp_path, rng):
 
 
 def open_page(browser, path, ids, encoder, params, hparams):
-    recording = explain.record(ids, params, hparams["n_head"])
-    data = {"model": "x"} | explain.page_data(ids, recording, encoder, hparams, params)
-    path.write_text(explain.page(data), "utf-8")
+    recording = record(ids, params, hparams["n_head"])
+    data = {"model": "x"} | page_data(ids, recording, encoder, hparams, params)
+    path.write_text(page(data), "utf-8")
     browser.get_log("browser")
     browser.get(path.as_uri())
     assert browser.get_log("browser") == []
@@ -768,8 +769,8 @@ def test_a_vocabulary_with_gaps_and_an_empty_piece(browser, tmp_path, rng):
     pieces = {piece: id if id < 100 else id + 5 for piece, id in Encoder([]).vocab.items()}
     encoder, hparams = Encoder([], pieces | {"": 101}), TINY | {"n_vocab": 262}
     params, ids = random_params(rng, hparams), encoder.encode("gaps")
-    data = explain.page_data(ids, explain.record(ids, params, 2), encoder, hparams, params)
-    (tmp_path / "page.html").write_text(explain.page({"model": "x"} | data), "utf-8")
+    data = page_data(ids, record(ids, params, 2), encoder, hparams, params)
+    (tmp_path / "page.html").write_text(page({"model": "x"} | data), "utf-8")
     browser.get_log("browser")
     browser.get((tmp_path / "page.html").as_uri())
     assert len(every(browser, "#next .name")) == 10 and len(every(browser, "#source span")) > 1
@@ -869,7 +870,7 @@ def test_a_profiler_that_was_there_is_there_again():
 
     sys.setprofile(profiler)
     try:
-        explain.watch(gpt2.gelu, np.ones(3))
+        watch(gpt2.gelu, np.ones(3))
         assert sys.getprofile() is profiler
     finally:
         sys.setprofile(None)

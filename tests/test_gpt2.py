@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from conftest import REPO, hugging_face, random_params, tree_map
 
-import explain
 import gpt2
 import gpt2_pico
 from model_files import weights
+from pages.recording import watch
 
 SMALL = {"n_vocab": 97, "n_ctx": 23, "n_embd": 30, "n_head": 3, "n_layer": 2}
 LONG = {"n_vocab": 61, "n_ctx": 150, "n_embd": 12, "n_head": 2, "n_layer": 2}  # > 64: halves
@@ -467,7 +467,7 @@ def every_function(ids, params, n_head, prepare=lambda x: x):
     }
 
 
-def everything(call):  # of explain.watch -> what the functions that were called returned
+def everything(call):  # of pages.recording.watch -> what the functions that were called returned
     yield call["out"]
     for inner in call["calls"]:
         yield from everything(inner)
@@ -479,7 +479,7 @@ def test_numpy_keeps_the_dtype(rng, dtype, n_seq):
     params = tree_map(lambda a: a.astype(dtype), random_params(rng, LONG))
     ids = random_ids(rng, n_seq, hparams=LONG)
     results = every_function(ids, params, 2)
-    inside = list(everything(explain.watch(gpt2.gpt2, ids, **params, n_head=2)))
+    inside = list(everything(watch(gpt2.gpt2, ids, **params, n_head=2)))
     assert len(inside) > 20 and {array.dtype.name for array in inside} == {dtype}
     assert {name: (type(r), r.dtype.name) for name, r in results.items()} == dict.fromkeys(
         results, (np.ndarray, dtype)

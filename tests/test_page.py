@@ -10,7 +10,7 @@ from conftest import TINY, random_params
 import gpt2
 from encoder import Encoder
 from model_files.vocabulary import printable_bytes
-from serving.predictions import bytes_of
+from pages.predictions import bytes_of
 
 pytest.importorskip("starlette", reason="starlette is not installed")
 pytest.importorskip("selenium", reason="selenium is not installed")

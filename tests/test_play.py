@@ -10,7 +10,7 @@ from conftest import TINY, exclaiming, random_params
 
 import gpt2
 from encoder import Encoder
-from serving.predictions import predictions
+from pages.predictions import predictions
 
 pytest.importorskip("starlette", reason="starlette is not installed")
 from test_serve import serving  # noqa: E402

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import TINY, hugging_face, random_params
 
-import explain
 import gpt2
+from pages.recording import lens, record, watch
 
 
 @pytest.fixture(params=[1, 5, 48, 200], ids=lambda n: f"{n} tokens")
@@ -19,13 +19,13 @@ def case(request, rng):
 
 def test_recording_changes_nothing(case):
     inputs, params, n_head = case
-    recording = explain.record(*case)
+    recording = record(*case)
     assert np.array_equal(recording["logits"], gpt2.gpt2(inputs, **params, n_head=n_head))
     assert {a.dtype for a in recording.values() if isinstance(a, np.ndarray)} == {np.dtype("f4")}
 
 
 def test_attention_rows_sum_to_one_and_see_no_future(case):
-    weights = explain.record(*case)["attention"]
+    weights = record(*case)["attention"]
     n_seq = len(case[0])
     assert weights.shape == (3, 2, n_seq, n_seq)
     assert np.all(weights >= 0)
@@ -35,7 +35,7 @@ def test_attention_rows_sum_to_one_and_see_no_future(case):
 
 def test_the_stream_is_the_sum_of_what_was_added(case):
     inputs, params, n_head = case
-    r = explain.record(*case)
+    r = record(*case)
     assert np.array_equal(r["stream"][0], params["wte"][inputs] + params["wpe"][: len(inputs)])
     assert np.array_equal(r["stream"][:-1] + r["mha"] + r["ffn"], r["stream"][1:])
     assert np.array_equal(r["final"], gpt2.hidden_state(inputs, **params, n_head=n_head))
@@ -43,11 +43,11 @@ def test_the_stream_is_the_sum_of_what_was_added(case):
 
 def test_the_lens_reads_a_model_cut_off_after_each_block(case):
     inputs, params, n_head = case
-    r = explain.record(*case)
+    r = record(*case)
     for i, x in enumerate(r["stream"]):
         cut = params | {"blocks": params["blocks"][:i]}
-        assert np.array_equal(explain.lens(x, params), gpt2.gpt2(inputs, **cut, n_head=n_head))
-    assert np.array_equal(explain.lens(r["stream"][-1], params), r["logits"])
+        assert np.array_equal(lens(x, params), gpt2.gpt2(inputs, **cut, n_head=n_head))
+    assert np.array_equal(lens(r["stream"][-1], params), r["logits"])
 
 
 def test_everything_equals_what_transformers_says(rng):
@@ -58,7 +58,7 @@ def test_everything_equals_what_transformers_says(rng):
     model.set_attn_implementation("eager")  # the only one that tells its weights
     with torch.no_grad():
         theirs = model(torch.tensor([inputs]), output_attentions=True, output_hidden_states=True)
-    r = explain.record(inputs, params, 2)
+    r = record(inputs, params, 2)
     np.testing.assert_allclose(r["logits"], theirs.logits[0], atol=1e-4)
     for layer, looks in enumerate(theirs.attentions):
         np.testing.assert_allclose(r["attention"][layer], looks[0], atol=1e-5)
@@ -71,5 +71,5 @@ def test_everything_equals_what_transformers_says(rng):
 def test_watching_ends_with_the_function(rng):
     before = sys.getprofile()
     with pytest.raises(IndexError):
-        explain.watch(gpt2.gpt2, np.array([99999]), **random_params(rng, TINY), n_head=2)
+        watch(gpt2.gpt2, np.array([99999]), **random_params(rng, TINY), n_head=2)
     assert sys.getprofile() is before

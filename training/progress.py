@@ -15,9 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from model_files.convert import quiet_tensorflow
 from model_files.weights import tensor_shapes
 from plumbing.files import open_locked, parse_json, replacing, write_whole
+from plumbing.quiet import quiet_tensorflow
 
 
 def flops_per_token(hparams, n_ctx, each=6):
