@@ -39,7 +39,7 @@ except ModuleNotFoundError as missing:  # generating needs neither, so they may 
     sys.exit(2)
 
 from corpus.examples import is_examples
-from evaluate import TASKS, accuracy, encode_item, load_items
+from evaluation.tasks import TASKS, accuracy, encode_item, load_items
 from gpt2 import hidden_state
 from kv_cache_jax import generate
 from plumbing.cli import run_cli

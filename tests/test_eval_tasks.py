@@ -8,9 +8,9 @@ import pytest
 from test_devices import begin, finish
 from test_evaluate import accuracy, write_lines
 
-import evaluate
 import training.flags
 from encoder import Encoder
+from evaluation import tasks
 from training import progress
 from utils import load_encoder_hparams_and_params
 
@@ -51,9 +51,9 @@ def measured(place, data):  # -> {name: share}, by evaluate.py in NumPy
     _, hparams, params = load_encoder_hparams_and_params(str(place), ".")
     shares = {}
     for task in ("hellaswag", "lambada"):
-        mark = evaluate.TASKS[task][1]
-        items = evaluate.load_items(task, data / f"{task}.jsonl")
-        items = [evaluate.encode_item(*item, Encoder([]), hparams["n_ctx"]) for item in items]
+        mark = tasks.TASKS[task].mark
+        items = tasks.load_items(task, data / f"{task}.jsonl")
+        items = [tasks.encode_item(*item, Encoder([]), hparams["n_ctx"]) for item in items]
         found = accuracy(items, mark, params, hparams["n_head"])
         shares |= {f"{task}_{name}": found[name] for name in found if name.startswith("acc")}
     return shares

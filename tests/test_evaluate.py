@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 
 import conftest
 import numpy as np
@@ -14,6 +15,8 @@ import evaluate
 import gpt2
 import utils
 from encoder import Encoder
+from evaluation import tasks
+from evaluation.tasks import Item
 from model_files import download, weights
 
 N_HEAD, N_CTX, ENDOFTEXT = TINY["n_head"], TINY["n_ctx"], 256
@@ -44,7 +47,7 @@ def write_lines(path, items):
 
 
 def accuracy(items, mark, params, n_head):
-    return evaluate.accuracy(items, mark, evaluate.score_all(items, params, n_head))
+    return tasks.accuracy(items, mark, evaluate.score_all(items, params, n_head))
 
 
 def token_log_probs(model, ids):
@@ -264,21 +267,23 @@ def random_items(rng, n_items, n_endings=4, longest=20):
         lengths = rng.integers(1, longest + 1, n_endings)
         room = N_CTX + 1 - lengths.max()
         n_context = [room, 1, rng.integers(1, room + 1)][i % 3]
-        items.append({
-            "context": rng.integers(0, 257, n_context).tolist(),
-            "endings": [rng.integers(0, 257, n).tolist() for n in lengths],
-            "label": int(rng.integers(n_endings)),
-            "n_seq": int(n_context + lengths.max() - 1),
-            "cut": bool(rng.integers(2)),
-        })  # fmt: skip
+        items.append(
+            Item(
+                context=rng.integers(0, 257, n_context).tolist(),
+                endings=[rng.integers(0, 257, n).tolist() for n in lengths],
+                label=int(rng.integers(n_endings)),
+                n_seq=int(n_context + lengths.max() - 1),
+                is_cut=bool(rng.integers(2)),
+            )
+        )
     return items
 
 
 def reference(model, item):
     """[(log-probabilities, hits) of each ending], a row at a time and nothing shared."""
     answers = []
-    for ending in item["endings"]:
-        ids = item["context"] + ending
+    for ending in item.endings:
+        ids = item.context + ending
         log_probs, best = token_log_probs(model, ids)
         hits = best == np.array(ids[1:])
         answers.append((log_probs[-len(ending) :], hits[-len(ending) :]))
@@ -296,7 +301,7 @@ def test_endings_are_scored_as_by_hugging_face_in_any_grouping(rng, params):
         ]
         assert len(ours) == 12
         for item, mine, theirs in zip(items, ours, expected, strict=True):
-            assert [len(p) for p, _ in mine] == [len(ending) for ending in item["endings"]]
+            assert [len(p) for p, _ in mine] == [len(ending) for ending in item.endings]
             for (log_probs, hits), (log_probs_there, hits_there) in zip(mine, theirs, strict=True):
                 np.testing.assert_allclose(log_probs, log_probs_there, rtol=0, atol=2e-4)
                 assert hits.tolist() == hits_there.tolist()
@@ -312,15 +317,15 @@ def test_hellaswags_accuracies_are_those_of_hugging_faces_model(rng, params, mon
         if min(margins) < 1e-2:  # float32 might choose the other
             continue
         chosen = int(np.argmax(sums)), int(np.argmax(means))
-        item["label"] = [*chosen, item["label"]][len(items) % 3]
-        expected["acc"] += chosen[0] == item["label"]
-        expected["acc_norm"] += chosen[1] == item["label"]
+        item = replace(item, label=[*chosen, item.label][len(items) % 3])
+        expected["acc"] += chosen[0] == item.label
+        expected["acc_norm"] += chosen[1] == item.label
         items.append(item)
-    sizes = {"n_items": len(items), "n_cut": sum(item["cut"] for item in items)}
+    sizes = {"n_items": len(items), "n_cut": sum(item.is_cut for item in items)}
     expected = {name: n / len(items) for name, n in expected.items()} | sizes
     for limit in (1, 500, evaluate.CACHED_TOKENS):
         monkeypatch.setattr(evaluate, "CACHED_TOKENS", limit)
-        assert accuracy(items, evaluate.mark_hellaswag, params, N_HEAD) == expected
+        assert accuracy(items, tasks.mark_hellaswag, params, N_HEAD) == expected
 
 
 def test_choices_are_those_of_hugging_faces_model_by_sum_and_by_byte(rng):
@@ -333,7 +338,7 @@ def test_choices_are_those_of_hugging_faces_model_by_sum_and_by_byte(rng):
     for i in range(60):
         texts = [" " + " ".join(rng.choice(words, n)) for n in (1, 2, 4)]
         raw = {"prompt": " ".join(rng.choice(words, 3)), "choices": texts, "answer": 0}
-        item = evaluate.encode_item("", *evaluate.read_choices(raw, ""), tokenizer, N_CTX)
+        item = tasks.encode_item("", *tasks.read_choices(raw, ""), tokenizer, N_CTX)
         sums = [log_probs.sum() for log_probs, _ in reference(model, item)]
         means = [nats / len(text.encode()) for nats, text in zip(sums, texts, strict=True)]
         if min(np.diff(np.sort(values))[-1] for values in (sums, means)) < 1e-3:
@@ -343,12 +348,12 @@ def test_choices_are_those_of_hugging_faces_model_by_sum_and_by_byte(rng):
         labels.append(chosen[0] == chosen[1])
         shares["acc"] += chosen[0] == raw["answer"]
         shares["acc_norm"] += chosen[1] == raw["answer"]
-        items.append(evaluate.encode_item("", *evaluate.read_choices(raw, ""), tokenizer, N_CTX))
-    found = accuracy(items, evaluate.mark_choices, params, N_HEAD)
+        items.append(tasks.encode_item("", *tasks.read_choices(raw, ""), tokenizer, N_CTX))
+    found = accuracy(items, tasks.mark_choices, params, N_HEAD)
     assert not all(labels)
     assert found == {k: n / len(items) for k, n in shares.items()} | {
         "n_items": len(items),
-        "n_cut": sum(item["cut"] for item in items),
+        "n_cut": sum(item.is_cut for item in items),
     }
 
 
@@ -357,13 +362,13 @@ def test_lambadas_accuracies_are_those_of_hugging_faces_model(rng, params):
     model, items = hugging_face(params, TINY), []
     for i, item in enumerate(random_items(rng, 24, n_endings=1, longest=5)):
         wrong = {2: 0, 3: -1}.get(i // 3 % 4)
-        ids, n_word = list(item["context"]), len(item["endings"][0])
+        ids, n_word = list(item.context), len(item.endings[0])
         for n in range(n_word):
             likeliest = int(gpt2.gpt2(ids, **params, n_head=N_HEAD)[-1].argmax())
             ids.append((likeliest + (wrong is not None and n == wrong % n_word)) % 257)
-        items.append(item | {"endings": [ids[-n_word:]]})
+        items.append(replace(item, endings=[ids[-n_word:]]))
     hits = [reference(model, item)[0][1] for item in items]
-    ours = accuracy(items, evaluate.mark_lambada, params, N_HEAD)
+    ours = accuracy(items, tasks.mark_lambada, params, N_HEAD)
     assert ours["acc_last_word"] == sum(h.all() for h in hits) / 24 == 0.5
     assert 0.5 <= ours["acc_last_token"] == sum(h[-1] for h in hits) / 24 <= 0.75
 
@@ -381,8 +386,8 @@ def test_a_context_runs_once_and_nothing_is_padded(params, monkeypatch):
     monkeypatch.setattr(evaluate, "extend", count(evaluate.extend))
     monkeypatch.setattr(evaluate, "extend_all", count(evaluate.extend_all))
     items = [
-        {"context": [1] * 9, "endings": [[2] * 3, [3]], "n_seq": 11},
-        {"context": [1], "endings": [[4] * 5, [5] * 2], "n_seq": 5},
+        Item(context=[1] * 9, endings=[[2] * 3, [3]], label=0, n_seq=11, is_cut=False),
+        Item(context=[1], endings=[[4] * 5, [5] * 2], label=0, n_seq=5, is_cut=False),
     ]
     evaluate.score_items(items, params, N_HEAD)
     assert passes == [[8], [3, 1, 5, 2]]
@@ -399,8 +404,8 @@ def test_no_cache_grows(rng, params, monkeypatch):
     for item in random_items(rng, 6):
         caches.clear()
         evaluate.score_items([item], params, N_HEAD)
-        assert {cache["kv"].shape[3] for cache in caches} == {item["n_seq"]}
-        assert max(cache["n_seq"] for cache in caches) == item["n_seq"]
+        assert {cache["kv"].shape[3] for cache in caches} == {item.n_seq}
+        assert max(cache["n_seq"] for cache in caches) == item.n_seq
 
 
 def test_groups_keep_their_order_and_the_limit(rng, monkeypatch):
@@ -409,7 +414,7 @@ def test_groups_keep_their_order_and_the_limit(rng, monkeypatch):
         items = random_items(rng, 20)
         groups = list(evaluate.group_items(items))
         assert [item for group in groups for item in group] == items
-        sizes = [[5 * item["n_seq"] for item in group] for group in groups]
+        sizes = [[5 * item.n_seq for item in group] for group in groups]
         assert all(sum(size) <= limit or len(size) == 1 for size in sizes)
         together = [sum(a) + b[0] for a, b in zip(sizes, sizes[1:], strict=False)]
         assert all(n > limit for n in together)  # no group ends early
@@ -428,23 +433,23 @@ def test_two_items_by_hand(monkeypatch):
         ((0, 0), 0, 0.5), ((1, 1), 1, 0), ((0, 2), 0, 1), ((2, 0), 0, 0), ((1, 2), 0.5, 0.5),
     ):  # fmt: skip
         items = [
-            {"label": label, "cut": cut, "n_seq": 1, "endings": []}
-            for label, cut in zip(labels, (True, False), strict=True)
+            Item(context=[], endings=[], label=label, n_seq=1, is_cut=is_cut)
+            for label, is_cut in zip(labels, (True, False), strict=True)
         ]
-        assert accuracy(items, evaluate.mark_hellaswag, None, None) == {
+        assert accuracy(items, tasks.mark_hellaswag, None, None) == {
             "acc": acc, "acc_norm": acc_norm, "n_items": 2, "n_cut": 1
         }  # fmt: skip
 
 
 def test_ties_go_to_the_first_and_sums_are_float64():
     tie = scores([-2, -2], [-4], [-2, -2])
-    assert evaluate.mark_hellaswag(tie, 0) == {"acc": True, "acc_norm": True}
+    assert tasks.mark_hellaswag(tie, 0) == {"acc": True, "acc_norm": True}
     for label in (1, 2):
-        assert evaluate.mark_hellaswag(tie, label) == {"acc": False, "acc_norm": False}
+        assert tasks.mark_hellaswag(tie, label) == {"acc": False, "acc_norm": False}
     near = scores([-(2.0**24), -1], [-(2.0**24)])  # float32 cannot tell these two sums apart
-    assert evaluate.mark_hellaswag(near, 1)["acc"]
+    assert tasks.mark_hellaswag(near, 1)["acc"]
     near = scores([-(2.0**24), -1], [-(2.0**23)])  # nor these two means
-    assert evaluate.mark_hellaswag(near, 1)["acc_norm"]
+    assert tasks.mark_hellaswag(near, 1)["acc_norm"]
 
 
 def test_the_last_word_is_all_of_its_tokens():
@@ -452,7 +457,7 @@ def test_the_last_word_is_all_of_its_tokens():
         ([True], True, True), ([False, True], False, True), ([True, False], False, False),
         ([True, True, True], True, True), ([True, False, True], False, True),
     ):  # fmt: skip
-        mark = evaluate.mark_lambada([(None, np.array(hits))], None)
+        mark = tasks.mark_lambada([(None, np.array(hits))], None)
         assert mark == {"acc_last_word": word, "acc_last_token": token}
 
 
@@ -460,7 +465,7 @@ def test_reading_hellaswag(tmp_path):
     item = {"ctx": "Ein Mann", "endings": ["läuft.", "", " 🙂"], "label": 2, "ind": 7}
     path = write(tmp_path / "f", json.dumps(item) + "\n\n  \n" + json.dumps(item | {"label": 0}))
     texts = "Ein Mann", [" läuft.", " ", "  🙂"]
-    assert evaluate.load_items("hellaswag", path) == [
+    assert tasks.load_items("hellaswag", path) == [
         (f"{path}, line 1", *texts, 2),
         (f"{path}, line 4", *texts, 0),
     ]
@@ -469,7 +474,7 @@ def test_reading_hellaswag(tmp_path):
 def test_reading_lambada(tmp_path):
     texts = ["She said: hello", " x", "a  b\u2028c", "two\nlines of text."]
     path = write_lines(tmp_path / "f", [{"text": text} for text in texts])
-    rest = [item[1:] for item in evaluate.load_items("lambada", path)]
+    rest = [item[1:] for item in tasks.load_items("lambada", path)]
     assert rest == [
         ("She said:", [" hello"], None),
         ("", [" x"], None),
@@ -480,10 +485,10 @@ def test_reading_lambada(tmp_path):
 
 def test_contexts_lose_what_does_not_fit_on_their_left():
     def encode(context, endings, n_ctx=48):
-        item = evaluate.encode_item("f, line 1", context, endings, 0, Encoder([]), n_ctx)
-        assert [Encoder([]).decode(ending) for ending in item["endings"]] == endings
-        assert item["n_seq"] == len(item["context"]) + max(map(len, endings)) - 1 <= n_ctx
-        return Encoder([]).decode(item["context"]), item["cut"]
+        item = tasks.encode_item("f, line 1", context, endings, 0, Encoder([]), n_ctx)
+        assert [Encoder([]).decode(ending) for ending in item.endings] == endings
+        assert item.n_seq == len(item.context) + max(map(len, endings)) - 1 <= n_ctx
+        return Encoder([]).decode(item.context), item.is_cut
 
     digits = "0123456789" * 6
     assert encode(digits, [" abcd", " abcdefgh"]) == (digits[-40:], True)
@@ -504,7 +509,7 @@ def test_no_context_needs_an_end_of_text():
     vocab = Encoder([]).vocab
     vocab.pop("<|endoftext|>")
     with pytest.raises(ValueError, match=r"^f, line 1: no context, and there is no <|endoftext|>"):
-        evaluate.encode_item("f, line 1", "", [" a"], 0, Encoder([], vocab), 48)
+        tasks.encode_item("f, line 1", "", [" a"], 0, Encoder([], vocab), 48)
 
 
 HELLASWAG = {"ctx": "A man", "endings": ["runs.", "is a very long ending, é.", "x"], "label": 1}
@@ -551,7 +556,7 @@ def test_a_bad_item_is_one_line_that_says_where(tmp_path, case):
     line = item if isinstance(item, bytes) else json.dumps(item).encode()
     path = write(tmp_path / "f.jsonl", b"\n".join([good, b"", line, good]))
     with pytest.raises(ValueError) as raised:
-        evaluate.load_items(task, path)
+        tasks.load_items(task, path)
     message = str(raised.value)
     assert message.startswith(f"{path}, line 3: ") and words in message and "\n" not in message
 
@@ -559,7 +564,7 @@ def test_a_bad_item_is_one_line_that_says_where(tmp_path, case):
 def test_a_file_without_items(tmp_path):
     for text in ("", "\n \n"):
         with pytest.raises(ValueError, match="f: no items"):
-            evaluate.load_items("lambada", write(tmp_path / "f", text))
+            tasks.load_items("lambada", write(tmp_path / "f", text))
 
 
 @pytest.mark.parametrize("task", ["hellaswag", "lambada"])
@@ -572,22 +577,22 @@ def test_the_default_file_is_downloaded_once(tmp_path, monkeypatch, task):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         write_lines(tmp_path / path, [HELLASWAG | LAMBADA])
 
-    monkeypatch.setattr(evaluate, "download_file", download_file)
-    assert len(evaluate.load_items(task)) == 1
+    monkeypatch.setattr(tasks, "download_file", download_file)
+    assert len(tasks.load_items(task)) == 1
     name = {"hellaswag": "hellaswag_val", "lambada": "lambada_test"}[task]
     ((url, path),) = fetched
     assert url.startswith("https://") and url.endswith(f"/data/{name}.jsonl")
     assert path == os.path.join("data", f"{name}.jsonl")
 
-    monkeypatch.setattr(evaluate, "download_file", download.download_file)  # which finds it there
-    assert len(evaluate.load_items(task)) == 1
+    monkeypatch.setattr(tasks, "download_file", download.download_file)  # which finds it there
+    assert len(tasks.load_items(task)) == 1
 
     def fail(url, path):
         raise ConnectionError(f"cannot download {url}: no connection")
 
-    monkeypatch.setattr(evaluate, "download_file", fail)
+    monkeypatch.setattr(tasks, "download_file", fail)
     with pytest.raises(ConnectionError, match="cannot download .*; --data FILE takes a copy"):
-        evaluate.load_items(task)
+        tasks.load_items(task)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -683,9 +688,9 @@ def test_hellaswag_from_a_file(models, tmp_path, rng):
         for _ in range(12)
     ]
     path = write_lines(tmp_path / "f", raw)
-    items = evaluate.load_items("hellaswag", path)
-    items = [evaluate.encode_item(*item, Encoder([]), N_CTX) for item in items]
-    expected = accuracy(items, evaluate.mark_hellaswag, params, N_HEAD)
+    items = tasks.load_items("hellaswag", path)
+    items = [tasks.encode_item(*item, Encoder([]), N_CTX) for item in items]
+    expected = accuracy(items, tasks.mark_hellaswag, params, N_HEAD)
     assert result(folder, "hellaswag", "--data", path) == expected
     assert list(expected) == ["acc", "acc_norm", "n_items", "n_cut"] and expected["n_items"] == 12
     n_cut = 0
@@ -784,11 +789,12 @@ def test_a_bar_shows_the_running_figure_on_a_terminal_only(params, monkeypatch):
         def set_postfix(self, figures=None, refresh=True, **more):
             self.figures = (figures or {}) | more
 
-    monkeypatch.setattr(evaluate, "tqdm", Bar)
+    for module in (evaluate, tasks):
+        monkeypatch.setattr(module, "tqdm", Bar)
     ids = np.arange(100)
     ours = evaluate.perplexity(ids, 99, 9, params, N_HEAD)
     assert shown[0].figures == {"nats_per_token": f"{ours['nats_per_token']:.4f}"}
-    items = [{"context": [1], "endings": [[0]], "label": None, "n_seq": 1, "cut": False}] * 3
-    accuracy(items, evaluate.mark_lambada, constant_params(0), N_HEAD)
+    items = [Item(context=[1], endings=[[0]], label=None, n_seq=1, is_cut=False)] * 3
+    accuracy(items, tasks.mark_lambada, constant_params(0), N_HEAD)
     assert shown[1].figures == {"acc_last_word": "1.0000", "acc_last_token": "1.0000"}
     assert [bar.total for bar in shown] == [99, 3]

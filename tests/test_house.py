@@ -10,6 +10,7 @@ WINGS = (
     "serving",
     "pages",
     "training",
+    "evaluation",
     "corpus",
     "model_files",
     "engine",

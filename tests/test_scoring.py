@@ -5,6 +5,7 @@ import json
 import math
 import os
 import secrets
+from dataclasses import replace
 
 import conftest
 import jax
@@ -23,6 +24,7 @@ from test_evaluate import (
 )
 
 import evaluate
+from evaluation import tasks
 from training import devices, scoring
 from training.attention import fused_attention
 from training.state import resize_vocab
@@ -87,17 +89,17 @@ def test_accuracies_are_numpys(rng, params, score_rows):
         else:
             sums = [log_probs.sum() for log_probs, _ in scores]
             items.append(
-                item | {"label": int(np.argmax(sums)) if len(items) % 2 else item["label"]}
+                replace(item, label=int(np.argmax(sums)) if len(items) % 2 else item.label)
             )
-    theirs = accuracy(items, evaluate.mark_hellaswag, params, N_HEAD)
+    theirs = accuracy(items, tasks.mark_hellaswag, params, N_HEAD)
     scored = scoring.score_items(items, score_rows)
-    assert evaluate.accuracy(items, evaluate.mark_hellaswag, scored) == theirs
+    assert tasks.accuracy(items, tasks.mark_hellaswag, scored) == theirs
     assert 0.5 <= theirs["acc"] < 1
 
-    words = [item | {"endings": item["endings"][:1]} for item in items]
-    theirs = accuracy(words, evaluate.mark_lambada, params, N_HEAD)
+    words = [replace(item, endings=item.endings[:1]) for item in items]
+    theirs = accuracy(words, tasks.mark_lambada, params, N_HEAD)
     scored = scoring.score_items(words, score_rows)
-    assert evaluate.accuracy(words, evaluate.mark_lambada, scored) == theirs
+    assert tasks.accuracy(words, tasks.mark_lambada, scored) == theirs
 
 
 def test_few_shapes_are_compiled_and_their_size_is_bounded(rng, params, monkeypatch):

@@ -98,17 +98,17 @@ def score_tokens(params, tokens, n_head, n_vocab, n_chunks=1, attend=None):
 
 
 def score_items(items, score_rows):  # -> (item, the answers of its endings) of each
-    """items: evaluate.encode_item's. Those of like length share a shape, so they run together."""
+    """items: evaluation.tasks.Item. Those of like length share a shape, so they run together."""
 
     def room(item):
-        return round_up(item["n_seq"])
+        return round_up(item.n_seq)
 
     for _, group in itertools.groupby(sorted(items, key=room), key=room):
         group = list(group)
-        rows = [(item["context"] + e, len(e)) for item in group for e in item["endings"]]
+        rows = [(item.context + e, len(e)) for item in group for e in item.endings]
         answers = score_rows(rows)
         for item in group:
-            yield item, list(itertools.islice(answers, len(item["endings"])))
+            yield item, list(itertools.islice(answers, len(item.endings)))
 
 
 def round_up(n):  # -> a power of two
