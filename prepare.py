@@ -1,25 +1,26 @@
-"""Text to token shards, which train_jax.py reads. Files may have any size; memory stays small.
+"""Text to token shards, which train_jax.py reads. Files can have any size; memory stays small.
 
     python prepare.py stories/*.txt --out shards/stories                    # byte-level
     python prepare.py corpus.jsonl.gz --tokenizer 124M --out shards/corpus  # GPT-2's tokens
     python prepare.py corpus/ --train_tokenizer 8192 --out shards/learned   # tokens of its own
 
-The parent process cuts the files into spans of some 32 MB that end where a document ends, reading
-little of them. Spans make tasks. A worker seeks to the start of a span, and then reads, encodes and
-writes a megabyte at a time, so that its memory does not grow with the span or the document (only a
-line of JSON, or 64 rows of Parquet, is held as a whole). It writes the task's shards under other
-names, renames them when they are complete, and writes a note of what is in them last. A task that
-has its note is not done again: a killed run goes on where it was. Cuts, order and random numbers
-follow from the files alone, so one worker or a cluster write the same bytes. Compressed files and
-standard input cannot be cut in place: the parent unpacks them, a span at a time, into files for the
-workers.
+The parent process cuts the files into spans of about 32 MB that end where a document ends, and
+reads little of them. Spans make tasks. A worker seeks to the start of a span, then reads, encodes
+and writes a megabyte at a time, so that its memory does not grow with the span or the document
+(only a line of JSON, or 64 rows of Parquet, are in memory as a whole). It writes the task's shards
+under other names, renames them when they are complete, and last writes a note of what is in them. A
+task that has a note is not done again: a killed run continues where it stopped. Cuts, order and
+random numbers follow from the files alone, so one worker and a cluster write the same bytes.
+Compressed files and standard input cannot be cut in place: the parent unpacks them, a span at a
+time, into files for the workers.
 
 A document ends at a line that holds only <|endoftext|> (or --separator), or at the end of a file;
 in JSON lines and Parquet, each row is a document. Each is followed by the id of <|endoftext|>, and
-nothing else changes. A folder of shards holds:
+nothing else changes. corpus/documents.py reads the files; corpus/tasks.py writes the shards. A
+folder of shards holds:
 
     train_000000.bin ..., val_000000.bin ...   ids, little-endian uint16 (uint32 above 65535 ids)
-    meta.json                                  what is in them and where from; written last of all
+    meta.json                                  what is in them, and from where; written last of all
     vocab.json, merges.txt, ...                the tokenizer
 """
 
@@ -31,31 +32,33 @@ import os
 import re
 import shutil
 import time
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import encoder as encoder_module
-from corpus.documents import describe, find_files, is_same, notice, read_span
-from corpus.shards import SHARD, open_prepared
-from corpus.tasks import (
-    SPLITS,
-    WORK,
+from corpus.documents import (
+    Options,
+    cut_source,
     delete_unpacked,
-    do_task,
-    encoders,
-    make_tasks,
-    read_or_empty,
+    describe,
+    find_files,
+    is_same,
+    notice,
+    read_span,
 )
+from corpus.shards import SHARD, open_prepared
+from corpus.tasks import SPLITS, WORK, Task, do_task, encoders, make_tasks, read_or_empty
 from corpus.workers import run_here, run_pool, run_ray
 from encoder import ENDOFTEXT, Encoder, get_encoder
 from plumbing.cli import count
 from plumbing.files import open_locked, write_whole
 
-TRAINING_BYTES = 10**8  # of text that a tokenizer learns from, and at most a document more
+TRAINING_BYTES = 10**8  # of text that a tokenizer learns from, give or take a document
 TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json"]
-OURS = re.compile(  # the files in the shards' folder that may be deleted
+DELETABLE = re.compile(  # the files in the shards' folder that this program has written
     rf"{SHARD.pattern}|({'|'.join(map(re.escape, TOKENIZER))})(\.\d+\.tmp)?|meta\.json\.\d+\.tmp"
 )
 
@@ -66,42 +69,47 @@ OURS = re.compile(  # the files in the shards' folder that may be deleted
 def begin(out, plan):  # -> whether there is anything to do
     """Compare the plan with what is in `out`, and delete what an earlier run left half-done there.
 
-    What the same plan left is kept, unless it read standard input. ValueError if the folder holds
-    the shards of another run, or other files.
+    The work of a run with the same plan is kept, unless it read standard input. Raises ValueError
+    if the folder holds the shards of another run, or other files.
     """
     work_dir = os.path.join(out, WORK)
     complete = read_or_empty(os.path.join(out, "meta.json")).get("plan")
     begun = read_or_empty(os.path.join(work_dir, "plan.json"))
-    repeatable = plan["sources"][0]["name"] != "-"  # standard input may be a different text now
+    repeatable = plan["sources"][0]["name"] != "-"  # standard input can be a different text now
     if complete == plan and repeatable:
-        open_prepared(Path(out))  # ValueError or OSError if a shard is missing or damaged
+        open_prepared(Path(out))  # raises ValueError or OSError for a missing or damaged shard
         return False
-    there = set(os.listdir(out)) - {WORK} - (set(TOKENIZER) if begun else set())
-    if complete or (there and begun != plan):
-        found = complete if isinstance(complete, dict) else begun
-        other = ", ".join(key for key in plan if found and found.get(key) != plan[key])
-        what = f"holds the shards of another run (other {other})" if other else "is not empty"
-        raise ValueError(f"{out} {what}: remove it, or name another folder with --out")
+    names = set(os.listdir(out)) - {WORK}
+    if begun:
+        names -= set(TOKENIZER)
+    if complete or (names and begun != plan):
+        earlier = complete if isinstance(complete, dict) else begun
+        differences = ", ".join(key for key in plan if earlier and earlier.get(key) != plan[key])
+        problem = "is not empty"
+        if differences:
+            problem = f"holds the shards of another run (other {differences})"
+        raise ValueError(f"{out} {problem}: remove it, or name another folder with --out")
     if begun != plan or not repeatable:
         for name in set(os.listdir(work_dir)) - {"lock"}:
             os.unlink(os.path.join(work_dir, name))
-        for name in filter(OURS.fullmatch, os.listdir(out)):
+        for name in filter(DELETABLE.fullmatch, os.listdir(out)):
             os.unlink(os.path.join(out, name))
         write_whole(Path(work_dir, "plan.json"), json.dumps(plan))
     return True
 
 
 def clean(out):
-    """Delete half-written files and, if there is nothing to go on from, the work folder.
+    """Delete half-written files and, if there is nothing to continue from, the work folder.
 
     Errors here are ignored: a run should end with the error of its work, not of its clean-up.
     """
     work_dir = os.path.join(out, WORK)
-    for folder, name in [(d, name) for d in (out, work_dir) for name in os.listdir(d)]:
-        ours = folder == work_dir or OURS.fullmatch(name)
-        if ours and name != "lock" and not name.endswith((".json", ".txt", ".bin")):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(folder, name))
+    for folder in (out, work_dir):
+        for name in os.listdir(folder):
+            deletable = folder == work_dir or DELETABLE.fullmatch(name)
+            if deletable and name != "lock" and not name.endswith((".json", ".txt", ".bin")):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(folder, name))
     if "meta.json" in os.listdir(out) or "plan.json" not in os.listdir(work_dir):
         shutil.rmtree(work_dir, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -109,7 +117,7 @@ def clean(out):
 
 
 def get_tokenizer(name, models_dir):  # -> Encoder
-    """The byte model if name is None; else a released GPT-2's, or one from models_dir or a path."""
+    """Return the byte model if name is None; otherwise a released GPT-2's, or a folder's."""
     from utils import find_model
 
     if name is None:
@@ -122,89 +130,90 @@ def get_tokenizer(name, models_dir):  # -> Encoder
 
 
 def learn_tokenizer(n_vocab, sources, options, work_dir):  # -> Encoder
-    """Learns from all of the text or, if it is over 100 MB, from 100 MB spread evenly over it."""
-    if sources[0]["name"] == "-":
+    """Learn from all of the text or, if it is over 100 MB, from 100 MB spread evenly over it."""
+    if sources[0].name == "-":
         raise ValueError(
             "--train_tokenizer reads the text twice, which standard input does not allow"
         )
-    share = min(1.0, TRAINING_BYTES / max(1, sum(source["n_bytes"] for source in sources)))
+    share = min(1.0, TRAINING_BYTES / max(1, sum(source.n_bytes for source in sources)))
 
     def texts():
         n_wanted = n_taken = 0
-        for task in make_tasks(sources, options | {"val_fraction": 0}, work_dir):  # no validation
-            for span in task["spans"]:
-                n_wanted = min(n_wanted + share * span["size"], TRAINING_BYTES)
-                for _, text, _ in itertools.chain.from_iterable(read_span(span, options)):
+        for i, source in enumerate(sources):
+            for span in cut_source(i, source, options, work_dir):
+                n_wanted = min(n_wanted + share * span.size, TRAINING_BYTES)
+                for part in itertools.chain.from_iterable(read_span(span, options)):
                     if n_taken >= n_wanted:
                         break
-                    n_taken += len(text)
-                    yield text.decode(errors="replace")
-            delete_unpacked(task)
+                    n_taken += len(part.text)
+                    yield part.text.decode(errors="replace")
+                delete_unpacked([span])
 
     return encoder_module.train(texts(), n_vocab)
 
 
-def prepare(out, plan, encoder, options, n_workers, ray):
+def prepare(out, plan, sources, encoder, options, n_workers, ray):
     """Do what is left to do in a folder: the tokenizer, the shards, meta.json."""
     if all(os.path.exists(os.path.join(out, name)) for name in TOKENIZER):
         encoder = get_encoder("", out)  # left by an earlier run
     elif plan["train_tokenizer"]:
         work_dir = os.path.join(out, WORK)
-        encoder = learn_tokenizer(plan["train_tokenizer"], plan["sources"], options, work_dir)
+        encoder = learn_tokenizer(plan["train_tokenizer"], sources, options, work_dir)
         if encoder.n_vocab < plan["train_tokenizer"]:
             notice(
                 f"the text gave a tokenizer of {encoder.n_vocab} entries: no pair is left to merge"
             )
     encoder.save(out)
-    options = options | {"dtype": "<u2" if encoder.n_vocab <= 2**16 else "<u4"}
+    dtype = np.dtype("<u2" if encoder.n_vocab <= 2**16 else "<u4")
     encoders.clear()
-    notes, sha256 = run(plan["sources"], out, options, n_workers, ray)
-    for source in plan["sources"]:
-        if source["name"] != "-" and not is_same(source):
-            raise ValueError(
-                f"{source['name']} changed while it was read: remove {out} and try again"
-            )
+    notes, sha256 = do_tasks(sources, out, options, dtype, n_workers, ray)
+    for source in sources:
+        if source.name != "-" and not is_same(source):
+            raise ValueError(f"{source.name} changed while it was read: remove {out} and try again")
     if not any(sum(note["n_tokens"].values()) for note in notes):
-        raise ValueError("there is no text in " + " ".join(s["name"] for s in plan["sources"][:9]))
-    finish(out, plan, encoder, options, notes, sha256)
+        raise ValueError("there is no text in " + " ".join(source.name for source in sources[:9]))
+    finish(out, plan, encoder, dtype, notes, sha256)
 
 
-def run(sources, out, options, n_workers, ray):  # -> (notes in order, {path: its SHA-256})
+def do_tasks(sources, out, options, dtype, n_workers, ray):  # -> notes in order, {path: SHA-256}
     """Do all tasks, with a bar that counts the bytes of the sources."""
     from tqdm import tqdm
 
     work_dir = os.path.join(os.path.abspath(out), WORK)  # a full path, for the other machines
-    work = partial(do_task, out=os.path.abspath(out), options=options)
-    files = [source["name"] for source in sources if source["name"] != "-"]
+    work = partial(do_task, out=os.path.abspath(out), options=options, dtype=dtype)
+    files = [source.name for source in sources if source.name != "-"]
     groups = (files[i : i + 64] for i in range(0, len(files), 64))
-    checksums = ({"checksums": {f: os.path.abspath(f) for f in group}} for group in groups)
+    checksums = (Task(files={name: os.path.abspath(name) for name in group}) for group in groups)
     tasks = itertools.chain(make_tasks(sources, options, work_dir), checksums)
-    total = None if len(files) < len(sources) else sum(source["n_bytes"] for source in sources)
+    total = None if len(files) < len(sources) else sum(source.n_bytes for source in sources)
     if ray:
         results = run_ray(tasks, work, ray)
-    elif n_workers == 1 or (total is not None and total <= options["shard_bytes"]):
+    elif n_workers == 1 or (total is not None and total <= options.shard_bytes):
         results = run_here(tasks, work)
     else:
         results = run_pool(tasks, work, n_workers)
-    notes, sha256, n_tokens, start = {}, {}, 0, time.monotonic()
+    notes = {}
+    sha256 = {}
+    n_tokens = 0
+    start = time.monotonic()
     with (
         contextlib.closing(results),
         tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar,
     ):
         for task, note in results:
-            if "checksums" in task:
+            if task.files:
                 sha256 |= note
                 continue
-            delete_unpacked(task)
-            notes[task["number"]] = note
+            delete_unpacked(task.spans)
+            notes[task.number] = note
             n_tokens += sum(note["n_tokens"].values())
             speed = n_tokens / max(time.monotonic() - start, 1e-9) / 1e6  # some clocks tick slowly
             bar.set_postfix_str(f"{speed:.2f}M tokens/s", refresh=False)
-            bar.update(sum(span["progress"] for span in task["spans"]))
+            bar.update(sum(span.progress for span in task.spans))
     return [notes[number] for number in sorted(notes)], sha256
 
 
-def finish(out, plan, encoder, options, notes, sha256):
+def finish(out, plan, encoder, dtype, notes, sha256):
     """Write meta.json, which makes the folder complete."""
 
     def total(key):
@@ -217,7 +226,7 @@ def finish(out, plan, encoder, options, notes, sha256):
         if note["n_tokens"][split]
     }
     meta = {
-        "dtype": np.dtype(options["dtype"]).name,
+        "dtype": dtype.name,
         "n_vocab": encoder.n_vocab,
         "endoftext": encoder.endoftext,
     }
@@ -236,12 +245,13 @@ def report(out, meta):
     )
     if meta["n_replaced"]:
         notice(f"{count(meta['n_replaced'], 'piece')} of invalid UTF-8 replaced by U+FFFD")
-    fractions = [meta["plan"]["val_fraction"], meta["plan"]["last_fraction"]]
     share = n_tokens["val"] / sum(n_tokens.values())
-    wanted = [0.01 if fraction is None else fraction for fraction in fractions]
-    if not n_tokens["val"] and min(wanted) > 0:
+    fractions = [meta["plan"]["val_fraction"], meta["plan"]["last_fraction"]]
+    if fractions[0] is None:
+        fractions[0] = Options.val_fraction
+    if not n_tokens["val"] and min(fractions) > 0:
         notice("no document is for validation: raise --val_fraction, or draw with another --seed")
-    elif not min(wanted) / 3 <= share <= max(wanted) * 3:
+    elif not min(fractions) / 3 <= share <= max(fractions) * 3:
         notice(
             f"validation has {share:.1%} of the tokens, since single documents are large: "
             "raise --val_fraction, or draw with another --seed"
@@ -249,7 +259,7 @@ def report(out, meta):
 
 
 def check_flags(inputs, out, separator, val_fraction, seed, shard_mb, workers, tokenizers):
-    """ValueError, one clear line, for flags that are wrong whatever the files are."""
+    """Raises ValueError for flags that are wrong, whatever the files are."""
     if not inputs:
         raise ValueError("nothing to prepare: name files, folders, - or shakespeare")
     if "-" in inputs and len(inputs) > 1:
@@ -288,7 +298,7 @@ def main(
 ):
     """Turn text into token shards for train_jax.py.
 
-    After an interruption, run the same command again: it goes on where it stopped.
+    After an interruption, run the same command again: it continues where it stopped.
 
     Args:
         inputs: files, folders, patterns, - for standard input, or shakespeare (downloaded once).
@@ -313,24 +323,24 @@ def main(
     out = out or os.path.join("shards", Path(inputs[0]).absolute().name.split(".")[0])
     if inputs == ("shakespeare",) and not os.path.exists("shakespeare"):
         inputs = (download_shakespeare(),)
-    options = {"separator": separator, "field": field or "text", "seed": seed}
-    options |= {"val_fraction": 0.01 if val_fraction is None else val_fraction}
-    options |= {"last_fraction": 0.1 if val_fraction is None else val_fraction}
-    options |= {"shard_bytes": int(shard_mb * 1e6)}
+    options = Options(separator, field or "text", seed, shard_bytes=int(shard_mb * 1e6))
+    if val_fraction is not None:
+        options = replace(options, val_fraction=val_fraction, last_fraction=val_fraction)
     files = find_files(inputs, leave_out=out)
     sources = [describe(path, json_lines=field is not None) for path in files]
     encoder = None if train_tokenizer else get_tokenizer(tokenizer, models_dir)
-    plan = {"tokenizer": tokenizer, "train_tokenizer": train_tokenizer, **options}
-    plan |= {"val_fraction": val_fraction}
-    plan |= {"merges": encoder and hashlib.sha256(repr(encoder.merges).encode()).hexdigest()}
-    plan |= {"sources": sources}
+    plan = {"tokenizer": tokenizer, "train_tokenizer": train_tokenizer, **asdict(options)}
+    plan["val_fraction"] = val_fraction
+    plan["merges"] = encoder and hashlib.sha256(repr(encoder.merges).encode()).hexdigest()
+    plan["sources"] = [source._asdict() for source in sources]
     work_dir = os.path.join(out, WORK)
     os.makedirs(work_dir, exist_ok=True)
     try:
         with open_locked(os.path.join(work_dir, "lock"), wait=False):
             try:
                 if begin(out, plan):
-                    prepare(out, plan, encoder, options, workers or os.cpu_count(), ray)
+                    n_workers = workers or os.cpu_count()
+                    prepare(out, plan, sources, encoder, options, n_workers, ray)
             finally:
                 clean(out)
     except BlockingIOError:

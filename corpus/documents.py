@@ -1,179 +1,309 @@
-"""Files to documents, for prepare.py: of any size, in a few formats, a megabyte at a time.
+"""Files to documents: of any size, in several formats, a megabyte at a time.
 
-A source is a file: text, JSON lines or Parquet, plain or compressed. `cut_source` cuts it into
-spans that end where a document ends, and reads little of it; `read_span` yields the documents of a
-span. So several processes can read one file, each its own spans, and none holds much of it.
+A source is a file: text, JSON lines or Parquet, also compressed. `cut_source` cuts it into spans
+that end where a document ends, and reads little of it; `read_span` yields the documents of a span.
+So several processes can read one file, each its own spans, and none holds much of it in memory.
+`read_documents` does both, for a text that fits into memory.
 
-A document, or a part of one that is long, is a tuple (position, text, ends): where the whole
-document begins in its file, the bytes of this part, and whether the document ends with it.
+A new format is a row in FORMATS, at the end of this file, and the two functions that it names.
 """
 
 import codecs
 import contextlib
 import glob
-import gzip
 import itertools
 import json
 import os
 import re
 import sys
+import tempfile
 import uuid
-import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import regex
 
-from encoder import mend_surrogates
+from corpus.compression import COMPRESSIONS, read_blocks
+from encoder import ENDOFTEXT, mend_surrogates
 from plumbing.cli import count
 
 BLOCK = 2**20  # bytes that are read at a time
 MOST_LINE = 2**28  # bytes of a line of JSON: it is parsed whole, in several times its size
 NEWLINE = ord("\n")
 SHORTER = "the file became shorter while it was read"
-FORMATS = {  # endings of names. A new format also has a line in cut_source and one in read_span
-    "text": [".txt", ".text", ".md"],
-    "json": [".jsonl", ".ndjson", ".json"],
-    "parquet": [".parquet"],
-}
-PACKED = [".gz", ".zst"]
 
-# Where a long text may be cut without changing its ids: before the white-space character that
+# Where a long text can be cut without changing its ids: before the white-space character that
 # precedes a word, and between a letter or digit and a sign. Searched from the end.
 CUT = regex.compile(r"(?r)(?=\s\S)|(?<=[\p{L}\p{N}])(?=[^\s\p{L}\p{N}])")
 
-# --- From words of the command line to files, and from files to spans --------------------------
+
+@dataclass(frozen=True)
+class Options:
+    """How texts are read and divided. The first two matter to formats, all of them to prepare.py.
+
+    They stand in an interrupted run's plan.json, in this order.
+    """
+
+    separator: str = ENDOFTEXT  # the line between the documents of a text
+    field: str = "text"  # the field or column with the text, in JSON lines and Parquet
+    seed: int = 1337  # of the draw of documents for validation
+    val_fraction: float = 0.01  # share of the documents that are drawn
+    last_fraction: float = 0.1  # share of the text that is for validation if documents are few
+    shard_bytes: int = 32_000_000  # of text
+
+
+class Source(NamedTuple):
+    """A file, as plan.json describes it: enough to notice, on the next run, that it has changed."""
+
+    name: str  # "-" is standard input
+    format: str  # a key of FORMATS
+    n_bytes: int | None
+    mtime_ns: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A stretch of a source that ends where a document ends."""
+
+    source: int  # the number of its source
+    name: str  # its source's name, for error messages
+    path: str  # the file to read it from: its source, or what was unpacked of it
+    format: str
+    start: int = 0  # in the file: the first byte, or row group of Parquet
+    stop: int | None = None
+    size: int = 0  # bytes of text, roughly
+    progress: int = 0  # bytes of the source that it counts as
+    offset: int = 0  # position in the source of the byte 0 of the file
+    line: int = 0  # lines of the source before the file
+    temporary: bool = False  # is the file deleted after use?
+    ends: bool = True  # is its last document complete?
+    split: str | None = None  # "train" or "val"; None if each document is drawn
+    val_from: int | None = None  # documents from this position on are for validation
+    extra: object = None  # what its format needs to know besides, such as a table's header
+
+
+class Part(NamedTuple):
+    """A document, or a part of a long one."""
+
+    position: int  # where the whole document begins in its span's file
+    text: bytes
+    ends: bool  # does the document end with this part?
+
+
+class Format(NamedTuple):
+    """A format of text.
+
+    cut(span, options, work_dir) yields the spans of a whole file, which is the given span; files
+    that it needs go into work_dir. read(file, span, options) yields lists of the Parts in a span.
+    """
+
+    endings: tuple[str, ...]  # of files' names
+    cut: Callable
+    read: Callable
+    divisible: bool = False  # can a document be cut at any byte?
+
+
+class BadText(ValueError):
+    """What is wrong with a text, and where: a position in the span's file, or None."""
+
+    def __init__(self, problem, position=None):
+        super().__init__(problem)
+        self.problem = problem
+        self.position = position
+
+
+# --- From words of the command line to sources --------------------------------------------------
 
 
 def find_files(inputs, leave_out):  # words of the command line -> [paths]
-    """The files, in the order of the words; the files of a folder or a glob are sorted by name.
+    """Return the files, in the order of the words; those of a folder or a glob sorted by name.
 
-    Hidden files of a folder are left out, and all files of the folder `leave_out`.
+    A folder's hidden files are left out, and all files in the folder `leave_out`.
     """
-    files, left_out = [], []
+    files, files_left_out = [], []
     for name in inputs:
         if name == "-" or os.path.isfile(name):
             files.append(name)
-        elif os.path.isdir(name):
-            inside = sorted(p for p in Path(name).rglob("*") if p.is_file())
-            inside = [
-                p for p in inside if not p.absolute().is_relative_to(Path(leave_out).absolute())
-            ]
-            shown = [
-                str(p) for p in inside if not any(x[0] == "." for x in p.relative_to(name).parts)
-            ]
-            files += filter(format_of, shown)
-            left_out += itertools.filterfalse(format_of, shown)
-        elif found := sorted(filter(os.path.isfile, glob.glob(name, recursive=True))):
-            files += found
-        elif os.path.exists(name):
+            continue
+        if os.path.isdir(name):
+            paths = list_folder(name, leave_out)
+            files += filter(format_of, paths)
+            files_left_out += itertools.filterfalse(format_of, paths)
+            continue
+        paths = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+        files += paths
+        if not paths and os.path.exists(name):
             raise ValueError(f"{name}: not a regular file; - reads standard input")
-        else:
+        if not paths:
             raise FileNotFoundError(f"{name}: no such file, folder or pattern")
-    if left_out:
-        ends = ", ".join(sorted({Path(p).suffix or Path(p).name for p in left_out})[:8])
-        files_left_out = count(len(left_out), "file")
-        notice(f"left out {files_left_out} of other kinds ({ends}): name them to include them")
+    if files_left_out:
+        endings = {Path(path).suffix or Path(path).name for path in files_left_out}
+        shown = ", ".join(sorted(endings)[:8])
+        n_left_out = count(len(files_left_out), "file")
+        notice(f"left out {n_left_out} of other kinds ({shown}): name them to include them")
     if not files:
-        kinds = " ".join(itertools.chain(*FORMATS.values()))
+        endings = " ".join(ending for format in FORMATS.values() for ending in format.endings)
+        packed = ", ".join(COMPRESSIONS)
         raise ValueError(
-            f"nothing to prepare: name files, or folders that hold {kinds} [{', '.join(PACKED)}]"
+            f"nothing to prepare: name files, or folders that hold {endings} [{packed}]"
         )
     return files
 
 
-def format_of(path):  # -> a key of FORMATS by the name's ending, or None
-    path = path.lower()
-    plain = Path(path).stem if Path(path).suffix in PACKED else path
-    return next((name for name, ends in FORMATS.items() if Path(plain).suffix in ends), None)
+def list_folder(folder, leave_out):  # -> the paths of its visible files, sorted
+    leave_out = Path(leave_out).absolute()
+    paths = []
+    for path in sorted(Path(folder).rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not is_hidden and not path.absolute().is_relative_to(leave_out):
+            paths.append(str(path))
+    return paths
 
 
-def describe(path, json_lines):  # -> a source
-    """What the plan notes of a file: enough to notice, on the next run, that it has changed."""
-    source = {"name": path, "format": format_of(path) or ("json" if json_lines else "text")}
+def format_of(path):  # -> a key of FORMATS by the ending of the file's name, or None
+    path = Path(path.lower())
+    ending = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+    for name, format in FORMATS.items():
+        if ending in format.endings:
+            return name
+    return None
+
+
+def describe(path, json_lines=False):  # -> Source
+    """Describe a file. json_lines: is it JSON lines if its name does not say what it is?"""
+    format = format_of(path) or ("json" if json_lines else "text")
     if path == "-":
-        return source | {"n_bytes": None, "mtime_ns": None}
+        return Source(path, format, None, None)
     with open(path, "rb") as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise ValueError(f"{path}: is UTF-16, not UTF-8: iconv -f UTF-16 -t UTF-8 converts it")
     status = os.stat(path)
-    return source | {"n_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return Source(path, format, status.st_size, status.st_mtime_ns)
 
 
 def is_same(source):
-    """Is a source still what it was when it was described?"""
+    """Is a file still the same as when it was described?"""
     try:
-        status = os.stat(source["name"])
+        status = os.stat(source.name)
     except FileNotFoundError:
         return False
-    return (status.st_size, status.st_mtime_ns) == (source["n_bytes"], source["mtime_ns"])
+    return (status.st_size, status.st_mtime_ns) == (source.n_bytes, source.mtime_ns)
 
 
-def cut_source(number, source, options, work_dir):  # yields spans
-    """A span's file `path` is to be read from `start` to `stop`; it begins at the byte `offset` and
-    after `line` lines of its source. `progress`: how many of the source's bytes it counts as.
+def notice(text):
+    print(f"notice: {text}", file=sys.stderr)
+
+
+# --- From sources to documents, whatever the format ---------------------------------------------
+
+
+def cut_source(number, source, options, work_dir):  # yields Spans
+    """Cut a source into spans of about shard_bytes. Compressed files are unpacked to work_dir."""
+    span = Span(
+        source=number,
+        name=source.name,
+        path=os.path.abspath(source.name),
+        format=source.format,
+        stop=source.n_bytes,
+    )
+    yield from FORMATS[source.format].cut(span, options, work_dir)
+
+
+def read_span(span, options):  # yields lists of Parts, none of them much longer than a block
+    """Read the documents of a span, without empty ones.
+
+    Raises ValueError, which names the source and the line, for what cannot be read.
     """
-    name, n_bytes, n_most = source["name"], source["n_bytes"], options["shard_bytes"]
-    span = {"source": number, "name": name, "path": os.path.abspath(name)}
-    span |= {"format": source["format"]}
-    span |= {"offset": 0, "line": 0, "temporary": False, "ends": True}
-    span |= {"split": None, "val_from": None}  # which of its documents are for validation
-    if source["format"] == "parquet":
-        yield from cut_parquet(span, n_bytes, n_most)
+    try:
+        with open(span.path, "rb") as file:
+            yield from FORMATS[span.format].read(file, span, options)
+    except BadText as error:
+        line = "" if error.position is None else f"line {line_number(span, error.position)}: "
+        raise ValueError(f"{span.name}: {line}{error.problem}") from None
+
+
+def line_number(span, position):
+    """Return the number of the line that begins at a position, counted from its source's start."""
+    number = span.line + 1
+    with open(span.path, "rb") as file:
+        while n_bytes := min(BLOCK, position - file.tell()):
+            number += file.read(n_bytes).count(b"\n")
+    return number
+
+
+def delete_unpacked(spans):
+    """Delete the files that were unpacked for some spans."""
+    for path in {span.path for span in spans if span.temporary}:
+        os.unlink(path)
+
+
+def read_documents(path, options=None, json_lines=False):  # yields str
+    """Read a file's documents, one by one and whole, in any of the formats, also compressed.
+
+    Bytes that are not UTF-8 become U+FFFD. json_lines: as `describe` takes it. Raises ValueError
+    or OSError, which name the file, if it cannot be read.
+    """
+    options = options or Options()
+    source = describe(os.fspath(path), json_lines)
+    with tempfile.TemporaryDirectory() as work_dir:
+        for span in cut_source(0, source, options, work_dir):
+            document = []
+            for part in itertools.chain.from_iterable(read_span(span, options)):
+                document.append(part.text)
+                if part.ends:
+                    yield b"".join(document).decode(errors="replace")
+                    document = []
+            delete_unpacked([span])
+
+
+# --- Files that are cut at lines: in place or, if they are compressed, while they are unpacked ---
+
+
+def cut_at(boundary, span, options, work_dir):  # a pattern of bytes, a whole file -> yields Spans
+    """Cut at the first boundary after each shard_bytes of text."""
+    if span.name == "-" or Path(span.name).suffix.lower() in COMPRESSIONS:
+        yield from unpack(boundary, span, options, work_dir)
         return
-    border = {"text": b"\n" + options["separator"].encode(), "json": b""}[source["format"]]
-    boundary = re.compile(re.escape(border) + rb"\r?\n")  # what a span ends with
-    if name == "-" or Path(name).suffix.lower() in PACKED:
-        yield from unpack(span, boundary, n_most, work_dir)
-    else:
-        start = 0
-        while start < n_bytes:
-            stop = min(find_boundary(name, start + n_most, boundary) or n_bytes, n_bytes)
-            size = stop - start
-            yield span | {"start": start, "stop": stop, "size": size, "progress": size}
-            start = stop
+    n_bytes = span.stop
+    start = 0
+    while start < n_bytes:
+        stop = find_boundary(span.name, start + options.shard_bytes, boundary)
+        stop = n_bytes if stop is None else min(stop, n_bytes)
+        yield replace(span, start=start, stop=stop, size=stop - start, progress=stop - start)
+        start = stop
 
 
-def find_boundary(path, start, boundary):  # -> where the first one from `start` on ends, or None
+def find_boundary(path, start, boundary):  # -> the end of the first one from `start` on, or None
+    n_overlap = len(boundary.pattern)  # a boundary can lie across two blocks
     with open(path, "rb") as file:
         file.seek(start)
-        held, at = b"", start
+        buffer = b""
+        position = start  # of the buffer's first byte
         while block := file.read(BLOCK):
-            held += block
-            if found := boundary.search(held):
-                return at + found.end()
-            at += max(0, len(held) - len(boundary.pattern))
-            held = held[-len(boundary.pattern) :]  # a boundary may lie across two blocks
+            buffer += block
+            found = boundary.search(buffer)
+            if found:
+                return position + found.end()
+            position += max(0, len(buffer) - n_overlap)
+            buffer = buffer[-n_overlap:]
     return None
 
 
-def cut_parquet(span, n_bytes, n_most):
-    """Spans of whole row groups: `start` and `stop` are numbers of row groups."""
-    try:
-        with open(span["path"], "rb") as file:
-            groups = open_parquet(file).metadata
-    except ValueError as error:
-        raise ValueError(f"{span['name']}: {error.args[0]}") from None
-    sizes = [groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)]
-    start = size = 0
-    for stop, more in enumerate(sizes, 1):
-        size += more
-        if size >= n_most or stop == len(sizes):
-            progress = n_bytes * size // max(1, sum(sizes))
-            yield span | {"start": start, "stop": stop, "size": size, "progress": progress}
-            start, size = stop, 0
-
-
-def unpack(span, boundary, n_most, work_dir):
-    """Unpacks what cannot be cut in place: each span gets its own file, deleted after use."""
+def unpack(boundary, span, options, work_dir):  # yields Spans
+    """Unpack a file that cannot be cut in place: each span gets its own file."""
     with contextlib.ExitStack() as stack:
-        if span["name"] != "-":
-            packed = stack.enter_context(open(span["name"], "rb"))
+        if span.name != "-":
+            packed = stack.enter_context(open(span.name, "rb"))
         elif sys.stdin is None:
             raise ValueError("standard input is closed")
         else:
             packed = sys.stdin.buffer
-        file, n_read = None, 0
-        for piece, ends in cut_stream(read_packed(packed, span["name"]), boundary, n_most):
+        blocks = read_blocks(packed, span.name, BLOCK)
+        file = None
+        n_packed = 0  # bytes of the packed file that belong to earlier spans
+        for piece, ends in cut_stream(blocks, boundary, options.shard_bytes):
             if file is None:
                 path = os.path.join(work_dir, uuid.uuid4().hex)
                 file = stack.enter_context(open(path, "wb"))
@@ -182,178 +312,210 @@ def unpack(span, boundary, n_most, work_dir):
             n_lines += piece.count(b"\n")
             if ends:
                 file.close()
+                file = None
                 size = os.path.getsize(path)
-                span |= {"path": path, "start": 0, "stop": size, "size": size, "temporary": True}
-                n_now = packed.tell() if span["name"] != "-" else n_read + size
-                yield span | {"progress": n_now - n_read}
-                span |= {"offset": span["offset"] + size, "line": span["line"] + n_lines}
-                file, n_read = None, n_now
+                n_packed_now = packed.tell() if span.name != "-" else n_packed + size
+                yield replace(
+                    span,
+                    path=path,
+                    temporary=True,
+                    stop=size,
+                    size=size,
+                    progress=n_packed_now - n_packed,
+                )
+                n_packed = n_packed_now
+                span = replace(span, offset=span.offset + size, line=span.line + n_lines)
 
 
-def cut_stream(blocks, boundary, n_most):  # yields (bytes, whether a span ends with them)
-    """Cuts where cut_source cuts a file: at the first boundary that begins after n_most bytes."""
-    held, size = b"", 0  # size: bytes of the span before `held`
+def cut_stream(blocks, boundary, n_span):  # yields (bytes, whether a span ends with them)
+    """Cut where cut_at cuts a file: at the first boundary that begins after n_span bytes."""
+    buffer = b""
+    n_before = 0  # bytes of the span before the buffer
     for block in blocks:
-        held += block
-        while found := boundary.search(held, max(0, n_most - size)):
-            yield held[: found.end()], True
-            held, size = held[found.end() :], 0
-        done = max(0, len(held) - len(boundary.pattern))
-        yield held[:done], False
-        held, size = held[done:], size + done
-    yield held, True
+        buffer += block
+        while found := boundary.search(buffer, max(0, n_span - n_before)):
+            yield buffer[: found.end()], True
+            buffer = buffer[found.end() :]
+            n_before = 0
+        n_done = max(0, len(buffer) - len(boundary.pattern))
+        yield buffer[:n_done], False
+        buffer = buffer[n_done:]
+        n_before += n_done
+    yield buffer, True
 
 
-def read_packed(file, name):  # yields bytes
-    """The content of a compressed file, or of standard input. ValueError if it is cut short."""
-    try:
-        if name.lower().endswith(".gz"):
-            with gzip.GzipFile(fileobj=file) as plain:
-                yield from iter(lambda: plain.read(BLOCK), b"")
-        elif name.lower().endswith(".zst"):
-            yield from read_zst(file, name)
-        else:
-            yield from iter(lambda: file.read(BLOCK), b"")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{name}: not gzip, or cut short ({error})") from None
+# --- Long documents -----------------------------------------------------------------------------
 
 
-def read_zst(file, name):
-    """Zstandard frames one after the other. Reads few bytes at once: four may unpack to 131072."""
-    try:
-        import zstandard
-    except ImportError:
-        raise ImportError(f"{name}: reading it needs zstandard: pip install zstandard") from None
-    frame = None
-    try:
-        while bite := file.read(512):
-            while bite:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(bite)
-                bite = frame.unused_data
-                if frame.eof:
-                    frame = None
-    except zstandard.ZstdError as error:
-        raise ValueError(f"{name}: not zstd, or damaged ({error})") from None
-    if frame:
-        raise ValueError(f"{name}: cut short")
-
-
-def notice(text):
-    print(f"notice: {text}", file=sys.stderr)
-
-
-# --- From bytes to documents --------------------------------------------------------------------
-
-
-def read_text(file, start, stop, separator):  # yields lists of parts
-    """The documents of a span of text, split at lines that hold only the separator."""
-    line = re.compile(re.escape(separator.encode()) + rb"\r?(?:\n|\Z)")
-    held, at, document, begun, new_line = b"", start, start, False, True
-    file.seek(start)
-    while True:
-        block = file.read(min(BLOCK, stop - at - len(held)))
-        held += block
-        complete = held.rfind(b"\n") + 1 if block else len(held)
-        parts, used = [], 0
-        for found in line.finditer(held, 0, complete):
-            end = found.start()
-            if not found[0] or (held[end - 1] != NEWLINE if end else not new_line):
-                continue  # only the end of a longer line, so no separator
-            if begun or end > used:  # between two separators in a row there is no document
-                parts.append((document, held[used:end], True))
-            used, begun = found.end(), False
-            document = at + used
-        rest = held[used:] if used else held
-        if not block:
-            if at + len(held) < stop:
-                raise ValueError(SHORTER, at)
-            if begun or rest:
-                parts.append((document, rest, True))
-            yield parts
-            return
-        if len(rest) >= BLOCK:
-            if len(held) - complete < len(separator) + 2:  # may be half a separator
-                rest = held[used:complete] or rest
-            rest = rest[: find_cut(rest)]
-            parts.append((document, rest, False))
-            used, begun = used + len(rest), True
-        if used:
-            new_line = held[used - 1] == NEWLINE
-            held, at = held[used:], at + used
-        yield parts
+def cut_document(position, text):  # yields Parts
+    start = 0
+    while len(text) - start > 2 * BLOCK:
+        stop = start + find_cut(text[start : start + BLOCK])
+        yield Part(position, text[start:stop], False)
+        start = stop
+    if text:
+        yield Part(position, text[start:], True)
 
 
 def find_cut(text):  # bytes -> position
-    """The last position where the text may be cut, or else the end of its last whole character.
+    """Return the last position where the text can be cut, or the end of its last whole character.
 
     A megabyte with no white space and no sign has no such position. Only there the ids differ from
     those of the whole text; but without a cut, nothing would limit the memory.
     """
-    for n in (2**12, 2**16, len(text)):
+    for n_bytes in (2**12, 2**16, len(text)):
         utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        window = utf8.decode(text[-n:])  # without the bytes of a last, incomplete character
-        rest = len(utf8.getstate()[0])
+        window = utf8.decode(text[-n_bytes:])
+        n_incomplete = len(utf8.getstate()[0])  # bytes of a last, incomplete character
         found = CUT.search(window)
-        if found and found.start() > 4:  # the first 3 may be bytes of a character
-            return (
-                len(text) - rest - len(window[found.start() :].encode("utf-8", "surrogateescape"))
-            )
-    return len(text) - rest
+        if found and found.start() > 4:  # the first 3 can be bytes of a character
+            after_cut = window[found.start() :].encode("utf-8", "surrogateescape")
+            return len(text) - n_incomplete - len(after_cut)
+    return len(text) - n_incomplete
 
 
-def read_json_lines(file, start, stop, field):  # yields lists of parts
-    """The documents of a span of JSON lines; ValueError says which line is wrong."""
-    file.seek(start)
-    parts, n_bytes, at = [], 0, start
-    while at < stop:
+# --- Plain text ---------------------------------------------------------------------------------
+
+
+def cut_text(span, options, work_dir):  # yields Spans that end with a separator's line
+    separator = re.escape(b"\n" + options.separator.encode())
+    yield from cut_at(re.compile(separator + rb"\r?\n"), span, options, work_dir)
+
+
+def read_text(file, span, options):  # yields lists of Parts
+    """Split a text at the lines that hold only the separator."""
+    separator = options.separator.encode()
+    line = re.compile(re.escape(separator) + rb"\r?(?:\n|\Z)")
+    buffer = b""
+    position = span.start  # of the buffer's first byte
+    document = span.start  # where the document that is being read begins
+    is_begun = False  # has a part of it been made?
+    at_line_start = True  # is the buffer's first byte the first of its line?
+    file.seek(span.start)
+    while True:
+        block = file.read(min(BLOCK, span.stop - position - len(buffer)))
+        buffer += block
+        n_complete = buffer.rfind(b"\n") + 1 if block else len(buffer)  # bytes of whole lines
+        parts = []
+        n_used = 0
+        for found in line.finditer(buffer, 0, n_complete):
+            end = found.start()
+            follows_newline = buffer[end - 1] == NEWLINE if end else at_line_start
+            if not found[0] or not follows_newline:
+                continue  # only the end of a longer line, so not a separator
+            if is_begun or end > n_used:  # between two separators in a row there is no document
+                parts.append(Part(document, buffer[n_used:end], True))
+            n_used = found.end()
+            is_begun = False
+            document = position + n_used
+        rest = buffer[n_used:]
+        if not block:
+            if position + len(buffer) < span.stop:
+                raise BadText(SHORTER, position)
+            if is_begun or rest:
+                parts.append(Part(document, rest, True))
+            yield parts
+            return
+        if len(rest) >= BLOCK:
+            if len(buffer) - n_complete < len(separator) + 2:  # can be half a separator
+                rest = buffer[n_used:n_complete] or rest
+            rest = rest[: find_cut(rest)]
+            parts.append(Part(document, rest, False))
+            n_used += len(rest)
+            is_begun = True
+        if n_used:
+            at_line_start = buffer[n_used - 1] == NEWLINE
+            buffer = buffer[n_used:]
+            position += n_used
+        yield parts
+
+
+# --- JSON lines ---------------------------------------------------------------------------------
+
+
+def cut_json_lines(span, options, work_dir):  # yields Spans of whole lines
+    yield from cut_at(re.compile(rb"\r?\n"), span, options, work_dir)
+
+
+def read_json_lines(file, span, options):  # yields lists of Parts
+    """Each line is an object, whose field options.field is a document."""
+    file.seek(span.start)
+    position = span.start
+    parts = []
+    n_bytes = 0  # of the lines that the parts are from
+    while position < span.stop:
         line = file.readline(MOST_LINE + 1)
         if not line:
-            raise ValueError(SHORTER, at)
+            raise BadText(SHORTER, position)
         if len(line) > MOST_LINE:
-            raise ValueError(f"a line of more than {MOST_LINE} bytes", at)
+            raise BadText(f"a line of more than {MOST_LINE} bytes", position)
         if line.strip():
-            parts += cut_long(at, text_of_line(line, field, at))
-        at += len(line)
+            parts += cut_document(position, text_of_line(line, options.field, position))
+        position += len(line)
         n_bytes += len(line)
         if n_bytes >= BLOCK:
             yield parts
-            parts, n_bytes = [], 0
+            parts = []
+            n_bytes = 0
     yield parts
 
 
-def text_of_line(line, field, at):
-    """A ValueError has `at` as its second argument; read_span turns it into a line's number."""
+def text_of_line(line, field, position):  # bytes -> UTF-8
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({getattr(error, 'msg', error)})", at) from None
-    text = row.get(field) if isinstance(row, dict) else None
+        raise BadText(f"not JSON ({getattr(error, 'msg', error)})", position) from None
+    if not isinstance(row, dict):
+        raise BadText(f"no text in the field {field!r} (it is not an object)", position)
+    text = row.get(field)
     if not isinstance(text, str):
-        names = ", ".join(map(repr, list(row)[:8])) if isinstance(row, dict) else ""
-        there = f"it has {names or 'none'}" if isinstance(row, dict) else "it is not an object"
-        raise ValueError(f"no text in the field {field!r} ({there})", at)
+        names = ", ".join(map(repr, list(row)[:8])) or "none"
+        raise BadText(f"no text in the field {field!r} (it has {names})", position)
     return mend_surrogates(text).encode()
 
 
-def read_parquet(file, start, stop, field):  # yields lists of parts
-    """The documents of some row groups; their positions are the numbers of their rows."""
+# --- Parquet ------------------------------------------------------------------------------------
+
+
+def cut_parquet(span, options, work_dir):  # yields Spans
+    """Spans of whole row groups: `start` and `stop` are numbers of row groups."""
+    try:
+        with open(span.path, "rb") as file:
+            metadata = open_parquet(file).metadata
+    except BadText as error:
+        raise ValueError(f"{span.name}: {error.problem}") from None
+    sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    start = 0
+    size = 0
+    for stop, group_size in enumerate(sizes, 1):
+        size += group_size
+        if size >= options.shard_bytes or stop == len(sizes):
+            progress = span.stop * size // max(1, sum(sizes))
+            yield replace(span, start=start, stop=stop, size=size, progress=progress)
+            start = stop
+            size = 0
+
+
+def read_parquet(file, span, options):  # yields lists of Parts
+    """Read the documents of some row groups; their positions are the numbers of their rows."""
     table = open_parquet(file)
-    if field not in table.schema_arrow.names:
-        raise ValueError(f"no column {field!r}, only {', '.join(table.schema_arrow.names)}", None)
-    row = sum(table.metadata.row_group(i).num_rows for i in range(start))
-    batches = table.iter_batches(64, row_groups=list(range(start, stop)), columns=[field])
+    columns = table.schema_arrow.names
+    if options.field not in columns:
+        raise BadText(f"no column {options.field!r}, only {', '.join(columns)}")
+    row_groups = list(range(span.start, span.stop))
+    row = sum(table.metadata.row_group(i).num_rows for i in range(span.start))
+    batches = table.iter_batches(64, row_groups=row_groups, columns=[options.field])
     while batch := next_batch(batches):
         parts = []
-        for value in batch.column(0):  # one at a time: a few bytes may stand for long texts
+        for value in batch.column(0):  # one at a time: a few bytes can stand for long texts
             row += 1
             try:
                 text = value.as_py()
             except UnicodeDecodeError as error:
-                raise ValueError(f"row {row}: {error}", None) from None
+                raise BadText(f"row {row}: {error}") from None
             if not isinstance(text, str):
-                raise ValueError(f"row {row} has no text in the column {field!r}", None)
-            parts += cut_long(row, text.encode())
+                raise BadText(f"row {row} has no text in the column {options.field!r}")
+            parts += cut_document(row, text.encode())
             if len(text) >= BLOCK:
                 yield parts
                 parts = []
@@ -361,11 +523,11 @@ def read_parquet(file, start, stop, field):  # yields lists of parts
 
 
 def next_batch(batches):
-    """The next batch, None after the last; ValueError for what pyarrow cannot read."""
+    """Return the next batch, None after the last. Raises BadText if pyarrow cannot read it."""
     try:
         return next(batches, None)
-    except Exception as error:  # pyarrow has OSError, ValueError and others for damage
-        raise ValueError(f"damaged ({error})", None) from None
+    except Exception as error:  # for damage, pyarrow raises OSError, ValueError and others
+        raise BadText(f"damaged ({error})") from None
 
 
 def open_parquet(file):
@@ -377,41 +539,11 @@ def open_parquet(file):
     try:
         return pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"not Parquet, or cut short ({error})", None) from None
+        raise BadText(f"not Parquet, or cut short ({error})") from None
 
 
-def read_span(span, options):  # yields lists of parts, none of them much longer than a block
-    """The documents of a span, whatever its format, without empty ones."""
-    read, option = {
-        "text": (read_text, "separator"),
-        "json": (read_json_lines, "field"),
-        "parquet": (read_parquet, "field"),
-    }[span["format"]]
-    try:
-        with open(span["path"], "rb") as file:
-            yield from read(file, span["start"], span["stop"], options[option])
-    except ValueError as error:
-        if len(error.args) != 2:
-            raise
-        problem, at = error.args
-        line = "" if at is None else f"line {line_number(span, at)}: "
-        raise ValueError(f"{span['name']}: {line}{problem}") from None
-
-
-def cut_long(position, text):  # yields the parts of a document
-    start = 0
-    while len(text) - start > 2 * BLOCK:
-        stop = start + find_cut(text[start : start + BLOCK])
-        yield position, text[start:stop], False
-        start = stop
-    if text:
-        yield position, text[start:], True
-
-
-def line_number(span, at):
-    """The number of the line that begins at a position, counted from the start of its source."""
-    number = span["line"] + 1
-    with open(span["path"], "rb") as file:
-        while n := min(BLOCK, at - file.tell()):
-            number += file.read(n).count(b"\n")
-    return number
+FORMATS = {
+    "text": Format((".txt", ".text", ".md"), cut_text, read_text, divisible=True),
+    "json": Format((".jsonl", ".ndjson", ".json"), cut_json_lines, read_json_lines),
+    "parquet": Format((".parquet",), cut_parquet, read_parquet),
+}

@@ -1,102 +1,139 @@
 """Tasks: a worker turns the spans of a task into two numbered shards and a note about them.
 
-A task can be done anywhere, any number of times, even by two workers at once: its cuts, order and
-random numbers follow from the files alone, and its note is written last.
+A task can be done anywhere, any number of times, even by two workers at once: its cuts, its order
+and its random numbers follow from the files alone, and its note is written last.
 """
 
 import contextlib
 import hashlib
 import itertools
 import json
-import operator
 import os
 import uuid
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from corpus.documents import cut_source, read_span
+from corpus.documents import FORMATS, cut_source, read_span
 from encoder import get_encoder
 from model_files.vocabulary import CHAR_OF_BYTE
 from plumbing.files import read_json, write_whole
 
 SPLITS = ["train", "val"]
-FEW_DRAWN = 10  # with fewer documents for validation, they are not drawn
+FEW_DRAWN = 10  # if a draw would give validation fewer documents than this, there is no draw
 MOST_AHEAD = 2**31  # bytes that are read at most to see whether there are few documents
 WORK = ".work"  # a folder inside the shards' folder, for what is not complete
+
+
+class Task(NamedTuple):
+    """Work for one worker: spans to encode into the shards of a number, or files to checksum."""
+
+    number: int | None = None
+    spans: tuple = ()
+    files: dict = {}  # {a source's name: the path to read it from}
+
 
 # --- From spans to tasks ------------------------------------------------------------------------
 
 
-def make_tasks(sources, options, work_dir):  # yields {"number": ..., "spans": [...]}
+def make_tasks(sources, options, work_dir):  # yields Tasks
     """Spans in order, small ones together, so that a task has about shard_bytes to read."""
-    cut = [cut_source(i, source, options, work_dir) for i, source in enumerate(sources)]
-    spans = split_few(itertools.chain.from_iterable(cut), options)
-    group, size, numbers = [], 0, itertools.count()
-    for span in spans:
+    spans = itertools.chain.from_iterable(
+        cut_source(i, source, options, work_dir) for i, source in enumerate(sources)
+    )
+    group = []
+    size = 0
+    numbers = itertools.count()
+    for span in divide_few(spans, options):
         group.append(span)
-        size += span["size"]
-        if size >= options["shard_bytes"]:
-            yield {"number": next(numbers), "spans": group}
-            group, size = [], 0
+        size += span.size
+        if size >= options.shard_bytes:
+            yield Task(next(numbers), tuple(group))
+            group = []
+            size = 0
     if group:
-        yield {"number": next(numbers), "spans": group}
+        yield Task(next(numbers), tuple(group))
 
 
-def split_few(spans, options):  # -> the same spans or, for few documents, parts of them
-    """With few documents, the last part of the text is for validation: a draw would be too uneven.
+class Document(NamedTuple):
+    """Where a document is: the index of its span, its position there, and its size."""
 
-    Few means: a draw would give validation fewer than FEW_DRAWN of them on average.
+    span: int
+    position: int
+    n_bytes: int
+
+
+def divide_few(spans, options):  # yields the same spans or, for few documents, parts of them
+    """For few documents, give validation the last part of the text: a draw would be too uneven.
+
+    Documents are few if a draw would give validation fewer than FEW_DRAWN of them on average.
     """
-    ahead, documents, size = [], [], 0  # documents: (its span's place in ahead, position, n_bytes)
-    enough = FEW_DRAWN / max(options["val_fraction"], 1e-9)
-    for span in spans if options["val_fraction"] else ():
-        for position, text, _ in itertools.chain.from_iterable(read_span(span, options)):
-            if documents and documents[-1][:2] == (len(ahead), position):
-                documents[-1] = len(ahead), position, documents[-1][2] + len(text)
+    if not options.val_fraction:
+        return spans
+    n_enough = FEW_DRAWN / max(options.val_fraction, 1e-9)
+    spans_ahead = []
+    documents = []
+    size = 0
+    for span in spans:
+        for part in itertools.chain.from_iterable(read_span(span, options)):
+            document = Document(len(spans_ahead), part.position, len(part.text))
+            if documents and documents[-1][:2] == document[:2]:  # another part of the same one
+                documents[-1] = document._replace(n_bytes=documents[-1].n_bytes + len(part.text))
             else:
-                documents.append((len(ahead), position, len(text)))
-            if len(documents) >= enough:
+                documents.append(document)
+            if len(documents) >= n_enough:
                 break
-        ahead.append(span)
-        size += span["size"]
-        if len(documents) >= enough or size > MOST_AHEAD:
-            return itertools.chain(ahead, spans)
+        spans_ahead.append(span)
+        size += span.size
+        if len(documents) >= n_enough or size > MOST_AHEAD:
+            return itertools.chain(spans_ahead, spans)
     if not documents:
-        return itertools.chain(ahead, spans)
-    return split_last_part(ahead, documents, options["last_fraction"])
+        return spans_ahead
+    return divide_last_part(spans_ahead, documents, options.last_fraction)
 
 
-def split_last_part(spans, documents, fraction):  # of split_few -> spans
-    """Cuts where the last `fraction` of the bytes begins: text right there, rows between two."""
-    n_bytes = sum(n for _, _, n in documents)
-    n_train, ends = int(n_bytes * (1 - fraction)), np.cumsum([n for _, _, n in documents])
+def divide_last_part(spans, documents, fraction):  # -> [Span]
+    """Cut where the last `fraction` of the bytes begins: in a text right there, or between rows."""
+    n_bytes = sum(document.n_bytes for document in documents)
+    n_train = int(n_bytes * (1 - fraction))
+    ends = np.cumsum([document.n_bytes for document in documents])
     k = min(int(np.searchsorted(ends, n_train, side="right")), len(documents) - 1)
-    i, position, n = documents[k]
-    offset = n_train - int(ends[k] - n)  # bytes of that document before the cut
-    if spans[i]["format"] == "text":
-        border = cut_text(spans[i], position, offset, n)
+    document = documents[k]
+    n_before_cut = n_train - int(ends[k] - document.n_bytes)  # bytes of that document
+    i = document.span
+    if FORMATS[spans[i].format].divisible:
+        divided = cut_span(spans[i], document, n_before_cut)
     else:
-        k += 2 * offset > n  # the row's nearer end, with at least one row on each side
-        k = max(1, min(k, len(documents) - 1))
-        i = documents[k][0] if k < len(documents) else i
-        border = [spans[i] | {"val_from": documents[k][1] if k < len(documents) else 2**63}]
-    train = [span | {"split": "train"} for span in spans[:i]]
-    return [*train, *border, *(span | {"split": "val"} for span in spans[i + 1 :])]
+        if 2 * n_before_cut > document.n_bytes:  # the document's end is nearer
+            k += 1
+        k = max(1, min(k, len(documents) - 1))  # at least one document on each side
+        if k < len(documents):
+            i = documents[k].span
+            val_from = documents[k].position
+        else:
+            val_from = 2**63
+        divided = [replace(spans[i], val_from=val_from)]
+    train = [replace(span, split="train") for span in spans[:i]]
+    val = [replace(span, split="val") for span in spans[i + 1 :]]
+    return [*train, *divided, *val]
 
 
-def cut_text(span, position, offset, n):  # -> three spans, the last for validation
-    """What is before a document of n bytes, its first `offset` bytes, and all that follows."""
-    with open(span["path"], "rb") as file:
-        at = file.seek(position + offset)
-        following = file.read(3)  # so as not to cut a character
-        at += len(following) - len(following.lstrip(bytes(range(0x80, 0xC0))))
+def cut_span(span, document, n_before_cut):  # -> three Spans, the last for validation
+    """Return what is before a document, its first n_before_cut bytes, and everything after them."""
+    start = document.position
+    with open(span.path, "rb") as file:
+        cut = file.seek(start + n_before_cut)
+        next_bytes = file.read(3)
+    # Move past the other bytes of a character, so as not to cut it.
+    cut += len(next_bytes) - len(next_bytes.lstrip(bytes(range(0x80, 0xC0))))
     # Only the last span counts any bytes, so that the three stay in one task.
-    none = {"size": 0, "progress": 0}
+    train = replace(span, size=0, progress=0, split="train")
     return [
-        span | none | {"split": "train", "stop": position},
-        span | none | {"split": "train", "start": position, "stop": at, "ends": at == position + n},
-        span | {"split": "val", "start": at},
+        replace(train, stop=start),
+        replace(train, start=start, stop=cut, ends=cut == start + document.n_bytes),
+        replace(span, split="val", start=cut),
     ]
 
 
@@ -106,95 +143,114 @@ encoders = {}  # a worker reads the tokenizer once
 
 
 def read_or_empty(path):
-    """The JSON object in a file, or an empty one if the file is missing or broken."""
+    """Return the JSON object in a file, or an empty one if the file is missing or broken."""
     with contextlib.suppress(FileNotFoundError, ValueError):
-        return read_json(path, n_most=2**30)  # it may name many files
+        return read_json(path, n_most=2**30)  # it can name many files
     return {}
 
 
-def do_task(task, out, options):  # -> its note: counts of what is in its shards
-    """Write the shards of a task, then its note. Each file is whole or absent.
+def do_task(task, out, options, dtype):  # -> its note: counts of what is in its shards
+    """Write the shards of a task, then its note. Each file is complete or absent.
 
-    A machine that was thought lost may do the same task at the same time: that does no harm.
+    A machine that was thought lost may do the same task at the same time: that does no harm. For
+    files, return {name: checksum}.
     """
-    if "checksums" in task:
-        return {name: checksum(path) for name, path in task["checksums"].items()}
-    number, work_dir = f"{task['number']:06d}", os.path.join(out, WORK)
+    if task.files:
+        return {name: checksum(path) for name, path in task.files.items()}
+    number = f"{task.number:06d}"
+    work_dir = os.path.join(out, WORK)
     shards = {split: os.path.join(out, f"{split}_{number}.bin") for split in SPLITS}
-    names = {split: os.path.join(work_dir, f"{split}_{uuid.uuid4().hex}") for split in SPLITS}
+    temporary = {split: os.path.join(work_dir, f"{split}_{uuid.uuid4().hex}") for split in SPLITS}
     note_file = Path(work_dir, f"{number}.json")
-    about = hashlib.sha256(repr([cut_of(span) for span in task["spans"]]).encode()).hexdigest()
-    if is_done(note := read_or_empty(note_file), about, shards, options):
+    fingerprint = fingerprint_of(task.spans)
+    note = read_or_empty(note_file)
+    if is_done(note, fingerprint, shards, dtype):
         return note
     if out not in encoders:
         encoders[out] = get_encoder("", out)
     try:
-        note = {"spans": about} | write_shards(task["spans"], names, encoders[out], options)
+        note = {"spans": fingerprint}
+        note |= write_shards(task.spans, temporary, encoders[out], options, dtype)
         for split in SPLITS:
             if note["n_tokens"][split]:
-                os.replace(names[split], shards[split])
+                os.replace(temporary[split], shards[split])
             elif os.path.exists(shards[split]):  # left by another draw
                 os.unlink(shards[split])
     except OSError as error:
         raise OSError(error.errno, error.strerror, error.filename or out) from None
     finally:
-        for name in names.values():
+        for path in temporary.values():
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
+                os.unlink(path)
     write_whole(note_file, json.dumps(note))
     return note
 
 
-def cut_of(span):  # what decides which documents the span holds, and their split
-    return [span[key] for key in ("source", "offset", "start", "stop", "split", "val_from")]
+def fingerprint_of(spans):  # -> SHA-256, hexadecimal
+    """Of all that decides which documents the spans hold, and the documents' splits."""
+    fields = [
+        [span.source, span.offset, span.start, span.stop, span.split, span.val_from]
+        for span in spans
+    ]
+    return hashlib.sha256(repr(fields).encode()).hexdigest()
 
 
-def is_done(note, about, shards, options):
-    """Is the note about the same spans, and are the shards as large as the note says?"""
-    if note.get("spans") != about:
+def is_done(note, fingerprint, shards, dtype):
+    """Is the note of the same spans, and are the shards as large as the note says?"""
+    if note.get("spans") != fingerprint:
         return False
-    width = np.dtype(options["dtype"]).itemsize
-    sizes = {split: os.path.getsize(p) for split, p in shards.items() if os.path.exists(p)}
-    return all(sizes.get(split, 0) == width * n for split, n in note["n_tokens"].items())
+    sizes = {s: os.path.getsize(path) for s, path in shards.items() if os.path.exists(path)}
+    n_bytes = {split: dtype.itemsize * n for split, n in note["n_tokens"].items()}
+    return all(sizes.get(split, 0) == n for split, n in n_bytes.items())
 
 
-def write_shards(spans, names, encoder, options):  # -> the note
-    """Encode the documents of some spans into the files `names`, one per split, and count them."""
+def write_shards(spans, paths, encoder, options, dtype):  # -> the note
+    """Encode the documents of some spans into the files `paths`, one per split, and count them."""
     note = {"n_tokens": dict.fromkeys(SPLITS, 0), "n_documents": dict.fromkeys(SPLITS, 0)}
     note |= {"n_bytes": 0, "n_replaced": 0}
-    with open(names["train"], "wb") as train, open(names["val"], "wb") as val:
+    with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
+        files = {"train": train, "val": val}
         for span in spans:
             for parts in read_span(span, options):
-                add_parts(parts, span, {"train": train, "val": val}, encoder, options, note)
-        for file in (train, val):
+                by_split = split_parts(parts, span, options)
+                for split in SPLITS:
+                    add_parts(by_split[split], split, files[split], span, encoder, dtype, note)
+        for file in files.values():
             file.flush()
             os.fsync(file.fileno())
     return note
 
 
-def add_parts(parts, span, files, encoder, options, note):
-    """Encode some parts, append them to their split's file, and count them in the note."""
-    drawn = [span["split"] == "val"] * len(parts)
-    if span["val_from"] is not None:
-        drawn = [position >= span["val_from"] for position, _, _ in parts]
-    elif span["split"] is None:
-        positions = np.array([position for position, _, _ in parts], np.uint64)
-        numbers = draw(positions + np.uint64(span["offset"]), span["source"], options["seed"])
-        drawn = (numbers < options["val_fraction"]).tolist()
-    for split, chosen in ("train", map(operator.not_, drawn)), ("val", drawn):
-        chosen = list(itertools.compress(parts, chosen))
-        ends = [ends and span["ends"] for _, _, ends in chosen]
-        texts, n_replaced = mend([text for _, text, _ in chosen])
-        ids = encode(texts, ends, encoder, options["dtype"])
-        files[split].write(ids)
-        note["n_tokens"][split] += len(ids)
-        note["n_documents"][split] += sum(ends)
-        note["n_bytes"] += sum(map(len, texts))
-        note["n_replaced"] += n_replaced
+def split_parts(parts, span, options):  # [Part] -> {split: [Part]}
+    """Divide parts between the splits, as their span says or, if it does not, by draw."""
+    if span.val_from is not None:
+        is_val = [part.position >= span.val_from for part in parts]
+    elif span.split is not None:
+        is_val = [span.split == "val"] * len(parts)
+    else:
+        positions = np.array([part.position for part in parts], np.uint64)
+        numbers = draw(positions + np.uint64(span.offset), span.source, options.seed)
+        is_val = (numbers < options.val_fraction).tolist()
+    by_split = {"train": [], "val": []}
+    for part, val in zip(parts, is_val, strict=True):
+        by_split["val" if val else "train"].append(part)
+    return by_split
+
+
+def add_parts(parts, split, file, span, encoder, dtype, note):
+    """Encode some parts of a split, append them to its file, and count them in the note."""
+    ends = [part.ends and span.ends for part in parts]
+    texts, n_replaced = mend([part.text for part in parts])
+    ids = encode(texts, ends, encoder, dtype)
+    file.write(ids)
+    note["n_tokens"][split] += len(ids)
+    note["n_documents"][split] += sum(ends)
+    note["n_bytes"] += sum(map(len, texts))
+    note["n_replaced"] += n_replaced
 
 
 def draw(positions, source, seed):  # [n] uint64 -> [n] float64 from 0 to 1, one per document
-    """A hash of (seed, source, position): every worker gets the same number at any time.
+    """Hash (seed, source, position): every worker gets the same number at any time.
 
     The mixing function is splitmix64's (Steele et al. 2014).
     """
@@ -212,16 +268,19 @@ def mend(texts):  # [bytes] -> [UTF-8], how many invalid sequences became U+FFFD
         return texts, 0
     except UnicodeDecodeError:
         mended = [text.decode(errors="replace").encode() for text in texts]
-        sign = "\ufffd".encode()
-        n_before, n_after = (sum(text.count(sign) for text in some) for some in (texts, mended))
-        return mended, n_after - n_before
+    replacement = "\ufffd".encode()
+    n_before = sum(text.count(replacement) for text in texts)
+    n_after = sum(text.count(replacement) for text in mended)
+    return mended, n_after - n_before
 
 
 def encode(texts, ends, encoder, dtype):  # [UTF-8], [bool] -> [n] ids
-    """The ids of the texts, with the id of <|endoftext|> after each text that ends."""
-    if not encoder.merges:  # a table is enough. The byte 0xFF, never in UTF-8, ends a document
+    """Encode the texts, with the id of <|endoftext|> after each text that ends."""
+    if not encoder.merges:  # a table is enough; 0xFF, which UTF-8 never has, ends a document
         table = [encoder.vocab[CHAR_OF_BYTE[byte]] for byte in range(255)] + [encoder.endoftext]
-        data = b"".join(itertools.chain(*zip(texts, (b"\xff"[:end] for end in ends), strict=True)))
+        data = b"".join(
+            text + b"\xff" if end else text for text, end in zip(texts, ends, strict=True)
+        )
         return np.array(table, dtype)[np.frombuffer(data, np.uint8)]
     ids = []
     for text, end in zip(texts, ends, strict=True):
@@ -234,8 +293,3 @@ def encode(texts, ends, encoder, dtype):  # [UTF-8], [bool] -> [n] ids
 def checksum(path):  # -> SHA-256, hexadecimal
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def delete_unpacked(task):
-    for path in {span["path"] for span in task["spans"] if span["temporary"]}:
-        os.unlink(path)

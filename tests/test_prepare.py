@@ -1,6 +1,7 @@
 """prepare.py and corpus/ against plain twins: whatever the format, the cuts, the workers."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import conftest
@@ -23,10 +25,10 @@ from hypothesis import strategies as st
 import encoder as encoder_module
 import prepare
 from corpus import documents, tasks
+from corpus.documents import Options, Span
 from encoder import ENDOFTEXT, Encoder, get_encoder
 
-OPTIONS = {"separator": ENDOFTEXT, "field": "text", "seed": 1, "dtype": "<u2"}
-OPTIONS |= {"val_fraction": 0.0, "last_fraction": 0.0}
+OPTIONS = Options(seed=1, val_fraction=0.0, last_fraction=0.0)
 fuzz = settings(max_examples=150, deadline=None, database=None, print_blob=True)
 small = encoder_module.train(Path(encoder_module.__file__).read_text("utf-8"), 600)
 FILES = {"meta.json", "vocab.json", "merges.txt", "tokenizer_config.json"}
@@ -149,13 +151,11 @@ lines = st.sampled_from(
 texts = st.lists(lines, max_size=12).map("\n".join)
 
 
-def parts_of(data, read, option, path, start=0, stop=None):
+def parts_of(data, read, options, path):
     path.write_bytes(data)
+    span = Span(source=0, name="a", path=str(path), format="", stop=len(data))
     with open(path, "rb") as file:
-        parts = [
-            p for ps in read(file, start, len(data) if stop is None else stop, option) for p in ps
-        ]
-    return parts
+        return [part for parts in read(file, span, options) for part in parts]
 
 
 def joined(parts):
@@ -178,7 +178,7 @@ def test_text_is_split_at_separator_lines_whatever_the_block(
     data = text.encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "BLOCK", block)
-        parts = parts_of(data, documents.read_text, separator, path)
+        parts = parts_of(data, documents.read_text, Options(separator), path)
     assert joined(parts) == split_plainly(data, separator)
     assert all(text or ends for _, text, ends in parts)
     starts = {position for position, _, _ in parts}
@@ -202,8 +202,8 @@ def test_the_parts_of_a_long_document_have_the_ids_of_the_whole(tmp_path_factory
     path, data = tmp_path_factory.getbasetemp() / "long", text.encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "BLOCK", block)
-        parts = [part for _, part, _ in parts_of(data, documents.read_text, "never", path)]
-        others = [part for _, part, _ in documents.cut_long(0, data)]
+        parts = [part for _, part, _ in parts_of(data, documents.read_text, Options("never"), path)]
+        others = [part for _, part, _ in documents.cut_document(0, data)]
     for some in (parts, others):
         assert b"".join(some) == data
         assert all(len(part) <= 2 * block + 8 for part in some)
@@ -245,7 +245,7 @@ def test_json_lines(tmp_path_factory, rows, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "BLOCK", block)
         parts = parts_of(
-            data, documents.read_json_lines, "text", tmp_path_factory.getbasetemp() / "json"
+            data, documents.read_json_lines, OPTIONS, tmp_path_factory.getbasetemp() / "json"
         )
     assert joined(parts) == [row.encode() for row in rows if row]
 
@@ -260,7 +260,7 @@ def test_spans_lose_nothing_and_are_the_same_packed(tmp_path_factory, text, n_mo
     data = text.encode()
     (folder / "a.txt").write_bytes(data)
     (folder / "b.txt.gz").write_bytes(gzip.compress(data))
-    options = OPTIONS | {"shard_bytes": n_most}
+    options = replace(OPTIONS, shard_bytes=n_most)
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "BLOCK", block)
@@ -269,10 +269,45 @@ def test_spans_lose_nothing_and_are_the_same_packed(tmp_path_factory, text, n_mo
             cut = []
             for span in documents.cut_source(0, source, options, str(folder)):
                 parts = [part for parts in documents.read_span(span, options) for part in parts]
-                cut.append((joined(parts), [at + span["offset"] for at, _, _ in parts]))
+                cut.append((joined(parts), [at + span.offset for at, _, _ in parts]))
             found.append([entry for entry in cut if entry[0]])
     assert found[0] == found[1]
     assert [d for whole, _ in found[0] for d in whole] == split_plainly(data)
+
+
+@given(st.lists(texts, max_size=6), st.integers(1, 90))
+@fuzz
+def test_one_reader_gives_the_documents_of_any_format(tmp_path_factory, rows, n_span):
+    """JSON lines, plain and packed, give each row; a text gives what lies between separators."""
+    folder = tmp_path_factory.mktemp("one")
+    lines = b"".join(json.dumps({"text": row}).encode() + b"\n" for row in rows)
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "b.JSON.gz").write_bytes(gzip.compress(lines))
+    (folder / "c.rows").write_bytes(lines)
+    text = "\n".join(rows)
+    (folder / "d.md").write_text(text, "utf-8", newline="")
+    options = replace(OPTIONS, shard_bytes=n_span)
+    for name in ("a.jsonl", "b.JSON.gz", "c.rows"):
+        found = documents.read_documents(folder / name, options, json_lines=name == "c.rows")
+        assert list(found) == [row for row in rows if row]
+    found = list(documents.read_documents(folder / "d.md", options))
+    assert found == [document.decode() for document in split_plainly(text.encode())]
+    assert len(os.listdir(folder)) == 4
+
+
+def test_one_reader_gives_long_documents_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "BLOCK", 50)
+    text = "many words, " * 100 + "\ufffd"
+    (tmp_path / "a.txt").write_bytes(text.encode()[:-3] + b"\xff")
+    assert list(documents.read_documents(tmp_path / "a.txt")) == [text]
+
+
+def test_tasks_of_earlier_versions_are_recognized():
+    """The fingerprint in a task's note is of this list, as it was when notes were introduced."""
+    span = Span(source=0, name="a", path="/a", format="text", stop=8, size=8, progress=8)
+    spans = [span, replace(span, source=1, offset=5, start=2, stop=4, split="val", val_from=7)]
+    known = "[[0, 0, 0, 8, None, None], [1, 5, 2, 4, 'val', 7]]"
+    assert tasks.fingerprint_of(spans) == hashlib.sha256(known.encode()).hexdigest()
 
 
 # The command line
@@ -433,7 +468,7 @@ def test_a_tokenizer_is_learned_from_the_text(tmp_path, rng, monkeypatch):
 
     monkeypatch.setattr(prepare, "TRAINING_BYTES", len(data.encode()) // 4)  # an even share of it
     sources = [documents.describe(str(tmp_path / "a.txt"), False)]
-    options = OPTIONS | {"shard_bytes": 5000}
+    options = replace(OPTIONS, shard_bytes=5000)
     seen = []
     monkeypatch.setattr(encoder_module, "train", lambda texts, n: seen.extend(texts))
     prepare.learn_tokenizer(400, sources, options, str(tmp_path))
@@ -675,7 +710,7 @@ def test_a_line_of_json_longer_than_may_be_held(tmp_path, monkeypatch):
 
 
 def read_here(path, work_dir):  # -> the parts of its documents
-    options = OPTIONS | {"shard_bytes": 10**9}
+    options = replace(OPTIONS, shard_bytes=10**9)
     source = documents.describe(str(path), json_lines=False)
     spans = documents.cut_source(0, source, options, str(work_dir))
     return [
@@ -715,12 +750,12 @@ def test_a_small_file_that_unpacks_to_300_megabytes_takes_little_memory(tmp_path
     code = f"""if True:
         from corpus import documents
         documents.MOST_LINE = 2**20
-        options = {OPTIONS | {"shard_bytes": 32 * 10**6}!r}
+        options = documents.{replace(OPTIONS, shard_bytes=32 * 10**6)!r}
         source = documents.describe({str(tmp_path / name)!r}, json_lines=False)
         n_bytes = 0
         try:
             for span in documents.cut_source(0, source, options, {str(tmp_path)!r}):
-                n_bytes += span["size"]
+                n_bytes += span.size
                 next(documents.read_span(span, options))
         except ValueError as error:
             print(error)
@@ -760,7 +795,7 @@ def test_rows_of_parquet_that_are_one_long_text(tmp_path):
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
     assert os.path.getsize(tmp_path / "a.parquet") < 300_000
     source = documents.describe(str(tmp_path / "a.parquet"), json_lines=False)
-    (span,) = documents.cut_source(0, source, OPTIONS | {"shard_bytes": 10**9}, str(tmp_path))
+    (span,) = documents.cut_source(0, source, replace(OPTIONS, shard_bytes=10**9), str(tmp_path))
     sizes = [sum(len(x) for _, x, _ in parts) for parts in documents.read_span(span, OPTIONS)]
     assert sum(sizes) == 30 * 3_000_000 and max(sizes) == 3_000_000
 
@@ -1069,7 +1104,9 @@ def test_a_source_that_changes_ends_the_run(tmp_path):
     for name, old in (("a.txt", "one text\n" * 9), ("a.jsonl", '{"text": "some"}\n' * 9)):
         (tmp_path / name).write_text(old)
         source = documents.describe(str(tmp_path / name), False)
-        (span,) = documents.cut_source(0, source, OPTIONS | {"shard_bytes": 10**6}, str(tmp_path))
+        (span,) = documents.cut_source(
+            0, source, replace(OPTIONS, shard_bytes=10**6), str(tmp_path)
+        )
         (tmp_path / name).write_text(old[: len(old) // 9 * 4])
         assert not documents.is_same(source)
         with pytest.raises(
@@ -1109,12 +1146,12 @@ def test_a_shard_that_cannot_be_placed_has_no_note(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "out" / ".work").mkdir(parents=True)
     Encoder([]).save(tmp_path / "out")
-    options = OPTIONS | {"shard_bytes": 100}
+    options = replace(OPTIONS, shard_bytes=100)
     source = documents.describe(str(tmp_path / "a.txt"), False)
     (task,) = tasks.make_tasks([source], options, str(tmp_path))
     monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
-        tasks.do_task(task, str(tmp_path / "out"), options)
+        tasks.do_task(task, str(tmp_path / "out"), options, np.dtype("<u2"))
     assert list((tmp_path / "out" / ".work").iterdir()) == []
 
 
@@ -1235,7 +1272,7 @@ def test_a_tokenizer_learns_from_no_more_than_it_should(tmp_path, monkeypatch):
     sources = [documents.describe(path, False) for path in files]
     seen = []
     monkeypatch.setattr(encoder_module, "train", lambda texts, n: seen.extend(texts))
-    prepare.learn_tokenizer(400, sources, OPTIONS | {"shard_bytes": 1000}, str(tmp_path))
+    prepare.learn_tokenizer(400, sources, replace(OPTIONS, shard_bytes=1000), str(tmp_path))
     assert 1900 < len("".join(seen)) < 2200
     assert int(seen[0][5:8]) < 20 and int(seen[-1][5:8]) > 270
 
