@@ -67,9 +67,11 @@ def load_encoder_hparams_and_params(model_size, models_dir="models"):
 
 
 def load_base_and_adapter(model_dir, models_dir="models"):
-    """For an adapter's folder: the base's tokenizer, sizes and weights, and read_adapter's dict."""
-    config, path = read_config(model_dir), os.path.join(model_dir, CONFIG)
-    base, revision = config["base_model_name_or_path"], config.get("revision")
+    """Load an adapter's base, and the adapter: encoder, hparams, params, read_adapter's dict."""
+    config = read_config(model_dir)
+    path = os.path.join(model_dir, CONFIG)
+    base = config["base_model_name_or_path"]
+    revision = config.get("revision")
     try:
         base_dir = find_model(f"{base}@{revision}" if revision else base, models_dir)
     except ValueError as error:
@@ -83,7 +85,7 @@ def load_base_and_adapter(model_dir, models_dir="models"):
 
 
 def check_base(model_dir):
-    """ValueError if an adapter of this model would not do the same here as in peft."""
+    """Raises ValueError if an adapter of this model would not do the same here as in peft."""
     if is_adapter(model_dir):
         raise ValueError(f"{model_dir} is an adapter, too: utils.py merge makes a model")
     if any(scale != 1 for scale in query_scales(model_dir, read_hparams(model_dir))):
@@ -91,11 +93,11 @@ def check_base(model_dir):
 
 
 def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an absolute path
-    """The folder that `model_size` means; a released size is downloaded if a file is missing.
+    """Return the folder that `model_size` means; download a released size if a file is missing.
 
-    owner/name is fetched from the Hugging Face Hub, unless a folder has that path. If the default
-    `models_dir` is not in this directory, the project's own `models` is used. Hugging Face's names
-    of the released sizes are understood, unless a folder has such a name.
+    owner/name is fetched from the Hugging Face Hub, unless a folder has that path. If the current
+    directory has no `models`, the default, then the project's own is used. Hugging Face's names of
+    the released sizes are understood, unless a folder has such a name.
     """
     if models_dir == "models" and not os.path.isdir(models_dir):
         models_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
@@ -114,15 +116,15 @@ def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an 
         raise ValueError(f"no folder at {model_size}: expected a model's folder, or its name")
     names = os.listdir(models_dir) if os.path.isdir(models_dir) else []
     paths = {name: os.path.join(models_dir, name) for name in names if name not in SIZES}
-    here = sorted(name for name, path in paths.items() if sizes_file(path) or is_adapter(path))
-    names = [*here, *SIZES]
+    local = sorted(name for name, path in paths.items() if sizes_file(path) or is_adapter(path))
+    names = [*local, *SIZES]
     hint = did_you_mean(model_size, [*names, *HUGGING_FACE_NAMES]) or ":"
     choice = f"choose one of {', '.join(names)}, or a folder's path"
     raise ValueError(f"no model {model_size!r}{hint} {choice}")
 
 
 def check_vocabulary(encoder, hparams, model_dir):
-    """ValueError if the tokenizer makes ids that the weights have no row for."""
+    """Raises ValueError if the tokenizer makes ids that the weights have no row for."""
     if encoder.n_vocab > hparams["n_vocab"]:
         raise ValueError(
             f"{model_dir}: the tokenizer has {encoder.n_vocab} ids, the model {hparams['n_vocab']}"
@@ -130,9 +132,10 @@ def check_vocabulary(encoder, hparams, model_dir):
 
 
 def load_params(model_dir, hparams):
-    """The parameters of a model folder as a tree, params["blocks"][0]["attn"]["c_attn"]["w"] ...
+    """Load the parameters of a folder as a tree, params["blocks"][0]["attn"]["c_attn"]["w"] ...
 
-    Every array is float32, C-contiguous and read-only; ValueError if any disagrees with `hparams`.
+    Every array is float32, C-contiguous and read-only. Raises ValueError if one is missing or does
+    not have the shape that `hparams` ask for.
     """
     tensors, source = read_weights(model_dir)
     arrays = {}
@@ -144,7 +147,7 @@ def load_params(model_dir, hparams):
         if found != shape:
             raise ValueError(f"{source}: {key} is {found}, but its sizes ask for {shape}")
         arrays[name] = to_float32(dtype, data, f"{source}: {key}").reshape(shape)
-    # Of what is left, a mask or a copy of wte is harmless, a thirteenth layer is not.
+    # Of the tensors that are left, a mask or a copy of wte is harmless, a thirteenth layer is not.
     for key, (_, shape, _) in tensors.items():
         head = key == "lm_head.weight" and shape != arrays["wte"].shape
         if head or (key.startswith("h.") and not key.endswith((".attn.bias", ".attn.masked_bias"))):
@@ -157,8 +160,9 @@ def load_params(model_dir, hparams):
 
 
 def read_weights(model_dir):
-    """({Hugging Face's key: (dtype, shape, bytes)}, the path to name in error messages)."""
-    path, index = (os.path.join(model_dir, name) for name in (WEIGHTS, WEIGHTS_INDEX))
+    """Return {Hugging Face's key: (dtype, shape, bytes)}, and the path for error messages."""
+    path = os.path.join(model_dir, WEIGHTS)
+    index = os.path.join(model_dir, WEIGHTS_INDEX)
     checkpoint = os.path.join(model_dir, "model.ckpt")
     if os.path.isfile(path):
         tensors = read_safetensors(path)
@@ -179,10 +183,10 @@ def read_weights(model_dir):
 
 
 def save_model(model_dir, encoder, hparams, params, dtype="float32"):
-    """Write a folder that GPT2LMHeadModel.from_pretrained and GPT2TokenizerFast open, too.
+    """Write a folder that GPT2LMHeadModel.from_pretrained and GPT2TokenizerFast open as well.
 
-    `params` may be JAX arrays; `dtype` float32 or float16. Every file is written under another
-    name first, then renamed, the weights last: so each is whole even after a full disk or Ctrl-C.
+    `params` can be JAX arrays; `dtype` is float32 or float16. Every file is written under another
+    name, then renamed, the weights last: so each is complete even after a full disk or Ctrl-C.
     """
     check_vocabulary(encoder, hparams, model_dir)
     tensors = named_tensors(params, hparams, dtype)
@@ -194,11 +198,12 @@ def save_model(model_dir, encoder, hparams, params, dtype="float32"):
         encoder.save(stage)
         config = json.dumps(hugging_face_config(encoder, hparams, dtype), indent=2) + "\n"
         write_whole(Path(stage, "config.json"), config)
-        write_safetensors(os.path.join(stage, "model.safetensors"), tensors)
-        *others, weights = sorted(os.listdir(stage), key=lambda name: name == "model.safetensors")
-        if filecmp.cmpfiles(stage, model_dir, others, shallow=False)[0] != others:
-            remove(os.path.join(model_dir, weights))  # they do not fit the new files
-        for name in (*others, weights):
+        write_safetensors(os.path.join(stage, WEIGHTS), tensors)
+        others = [name for name in os.listdir(stage) if name != WEIGHTS]
+        equal, _, _ = filecmp.cmpfiles(stage, model_dir, others, shallow=False)
+        if equal != others:
+            remove(os.path.join(model_dir, WEIGHTS))  # old weights do not fit the new files
+        for name in (*others, WEIGHTS):
             os.replace(os.path.join(stage, name), os.path.join(model_dir, name))
     except OSError as error:
         raise OSError(error.errno, f"cannot write {model_dir}: {error.strerror}") from error
@@ -210,15 +215,16 @@ def save_model(model_dir, encoder, hparams, params, dtype="float32"):
 
 
 def check_target(model_dir, for_adapter=False):
-    """ValueError or OSError if save_model cannot write, or if other files would contradict it."""
+    """Raises ValueError or OSError if save_model cannot write, or if other files contradict it."""
     others = "config.json" if for_adapter else CONFIG
     for name in ("hparams.json", "encoder.json", "tokenizer.json", others):
         if os.path.exists(os.path.join(model_dir, name)):
             raise ValueError(f"{model_dir}: has {name}, of another model; save to another folder")
-    there = next(p for p in (Path(model_dir), *Path(model_dir).absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    paths = (Path(model_dir), *Path(model_dir).absolute().parents)
+    existing = next(path for path in paths if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise PermissionError(
-            errno.EACCES, f"cannot write {model_dir}: {there} is not a folder we may write to"
+            errno.EACCES, f"cannot write {model_dir}: {existing} is not a folder we may write to"
         )
 
 
@@ -231,7 +237,7 @@ def main(command: str, adapter: str, out: str, models_dir: str = "models", dtype
     Args:
         command: merge.
         adapter: a folder in models_dir, or a path, with a LoRA adapter in peft's layout.
-        out: the new folder to write; what it gets is a model like any other, which needs no base.
+        out: the new folder to write: a model like any other, which needs no base.
         models_dir: the folder that holds the models.
         dtype: float32 or float16, of the weights on disk.
     """

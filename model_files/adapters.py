@@ -30,20 +30,34 @@ from model_files.weights import (
 )
 from plumbing.files import read_json, remove, write_whole
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # may have adapters
-OUR_SETTINGS = {  # the values of peft's settings that mean what `merge` computes
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # these can have adapters
+SUPPORTED = {  # the values of peft's settings with which `merge` computes what peft computes
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base
 }
-# We read these settings below, or they make no difference after training. If any other is set
+# These settings are read below, or make no difference after training. If any other is set
 # (use_dora, modules_to_save, lora_bias, ...), our result would be wrong.
-KNOWN = {"alpha_pattern", "base_model_name_or_path", "lora_alpha", "r", "rank_pattern", "revision"}
-KNOWN |= {"auto_mapping", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"}
-KNOWN |= {"layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version"}
-KNOWN |= {"qalora_group_size", "target_modules", "task_type", "use_rslora"}
-MOST = 1000  # patterns, and characters of each
+ALLOWED = {
+    "alpha_pattern",
+    "base_model_name_or_path",
+    "lora_alpha",
+    "r",
+    "rank_pattern",
+    "revision",
+}
+ALLOWED |= {"auto_mapping", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"}
+ALLOWED |= {
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+}
+ALLOWED |= {"qalora_group_size", "target_modules", "task_type", "use_rslora"}
+MAX_PATTERNS = 1000  # and as many characters in each
 KEY = re.compile(
     r"base_model\.model\.((?:transformer\.)?h\.([0-9]{1,9})\.([a-z]+\.c_[a-z]+))\.lora_[AB]\.weight"
 )
@@ -56,37 +70,39 @@ def is_adapter(folder):
 # --- Reading ------------------------------------------------------------------------------------
 
 
-def read_config(folder):  # -> what adapter_config.json says
-    """ValueError, which names the setting, if peft would compute something else than we do."""
+def read_config(folder):  # -> the settings in adapter_config.json
+    """Raises ValueError, which names the setting, if peft would not compute what we compute."""
     path = os.path.join(folder, CONFIG)
     config = {"rank_pattern": {}, "alpha_pattern": {}} | read_json(path)
-    for key, same in OUR_SETTINGS.items():
-        if config.get(key, same[0]) not in same:
-            raise ValueError(f"{path}: {key} {config[key]!r} is not supported: only {same[0]!r} is")
-    for key in sorted(config.keys() - OUR_SETTINGS.keys() - KNOWN):
+    for key, values in SUPPORTED.items():
+        if config.get(key, values[0]) not in values:
+            expected = f"only {values[0]!r} is"
+            raise ValueError(f"{path}: {key} {config[key]!r} is not supported: {expected}")
+    for key in sorted(config.keys() - SUPPORTED.keys() - ALLOWED):
         if config[key]:
             raise ValueError(f"{path}: {key} {config[key]!r} is not supported")
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{path}: base_model_name_or_path is {base!r}: whose adapter is it?")
-    for one, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+    for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         config[pattern] = config[pattern] or {}
         if not isinstance(config[pattern], dict):
             raise ValueError(f"{path}: {pattern} is not an object")
-        if max([len(config[pattern]), *map(len, config[pattern])]) > MOST:
+        if max([len(config[pattern]), *map(len, config[pattern])]) > MAX_PATTERNS:
             raise ValueError(f"{path}: {pattern} is longer than any model needs")
-        kinds = (int,) if one == "r" else (int, float)
-        for number in (config.get(one), *config[pattern].values()):
-            if type(number) not in kinds or not 0 < number < 2**24:
-                raise ValueError(f"{path}: {one} is {number!r}, not a sensible number")
+        types = (int,) if key == "r" else (int, float)
+        for number in (config.get(key), *config[pattern].values()):
+            if type(number) not in types or not 0 < number < 2**24:
+                raise ValueError(f"{path}: {key} is {number!r}, not a sensible number")
     return config
 
 
 def read_adapter(folder, config, hparams):  # -> {"blocks.0.attn.c_attn.w": (A, B, scale), ...}
-    """The adapters of a model of these sizes, read-only float32. config: read_config's.
+    """Read the adapters of a model of these sizes, read-only float32. config: read_config's.
 
-    Only matrices with factors in the file are adapted: in peft, too, a name in target_modules
-    without factors has no effect. ValueError if the adapter is incomplete, or for another model.
+    Only matrices with factors in the file are adapted: in peft as well, a name in target_modules
+    without factors has no effect. Raises ValueError if the adapter is incomplete, or belongs to
+    another model.
     """
     path = os.path.join(folder, WEIGHTS)
     if not os.path.isfile(path):
@@ -114,21 +130,23 @@ def read_factors(tensors, module, shape, config, path):  # -> lora_A, lora_B, sc
     alpha = find_pattern(config["alpha_pattern"], module, config["lora_alpha"], path)
     n_in, n_out = shape
     factors = []
-    for which, wanted in ("A", (rank, n_in)), ("B", (n_out, rank)):
-        key = f"base_model.model.{module}.lora_{which}.weight"
+    for letter, expected in ("A", (rank, n_in)), ("B", (n_out, rank)):
+        key = f"base_model.model.{module}.lora_{letter}.weight"
         if key not in tensors:
             raise ValueError(f"{path}: {key} is missing")
-        dtype, found, data = tensors[key]
-        if found != wanted:
-            raise ValueError(f"{path}: {key} is {found}, but rank and base ask for {wanted}")
-        factors.append(to_float32(dtype, data, f"{path}: {key}").reshape(wanted))
-    return *factors, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        dtype, shape, data = tensors[key]
+        if shape != expected:
+            raise ValueError(f"{path}: {key} is {shape}, but rank and base ask for {expected}")
+        factors.append(to_float32(dtype, data, f"{path}: {key}").reshape(expected))
+    lora_A, lora_B = factors
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return lora_A, lora_B, scale
 
 
 def find_pattern(patterns, module, default, path):
-    """As in peft: the value whose key, a regular expression, matches the end of the name.
+    """As in peft, return the value whose key, a regular expression, matches the end of the name.
 
-    Those of a stranger may take longer than the sun will shine: (.|.)*! on a name of 30 letters.
+    A stranger's expression can take practically for ever: (.|.)*! on a name of 30 letters.
     """
     try:
         matching = (p for p in patterns if regex.match(rf"(.*\.)?({p})$", module, timeout=0.1))
@@ -137,8 +155,8 @@ def find_pattern(patterns, module, default, path):
         raise ValueError(f"{path}: a pattern in {CONFIG}: {error}") from None
 
 
-def merge(params, adapters):  # NumPy's -> a tree; what is not adapted is shared, not copied
-    """The model whose matrices are w + scale * (lora_B @ lora_A).T."""
+def merge(params, adapters):  # -> a tree, which shares the arrays that are not adapted
+    """Return the parameters with w + scale * (lora_B @ lora_A).T for every adapted matrix."""
     arrays = leaves(params)
     for name, (lora_A, lora_B, scale) in adapters.items():
         update = (np.float32(scale) * lora_A.T) @ lora_B.T
@@ -151,7 +169,7 @@ def merge(params, adapters):  # NumPy's -> a tree; what is not adapted is shared
 
 
 def peft_config(base, rank, alpha, targets):
-    """The settings with which peft computes what we compute, for an adapter that we trained."""
+    """Return the settings with which peft computes what we compute, for an adapter of ours."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -169,23 +187,24 @@ def peft_config(base, rank, alpha, targets):
 
 
 def write_adapter(folder, config, adapters, dtype="float32"):
-    """Write a folder that peft can open, too. Each file is whole; the weights come last.
+    """Write a folder that peft can open as well. Each file is complete; the weights come last.
 
     dtype: float32 or float16.
     """
     tensors = {}
     for name, (lora_A, lora_B, _) in adapters.items():
         module = "transformer." + hugging_face_name(name).removesuffix(".weight")
-        for which, factor in ("A", lora_A), ("B", lora_B):
-            key = f"base_model.model.{module}.lora_{which}.weight"
+        for letter, factor in ("A", lora_A), ("B", lora_B):
+            key = f"base_model.model.{module}.lora_{letter}.weight"
             tensors[key] = np.asarray(factor).astype(dtype, order="C", copy=False)
-    about, path = Path(folder, CONFIG), Path(folder, WEIGHTS)
+    config_file = Path(folder, CONFIG)
+    path = Path(folder, WEIGHTS)
     text = json.dumps(config, indent=2) + "\n"
     try:
         os.makedirs(folder, exist_ok=True)
-        if not about.is_file() or about.read_text("utf-8") != text:
+        if not config_file.is_file() or config_file.read_text("utf-8") != text:
             remove(path)  # old weights belong to another rank or base
-        write_whole(about, text)
+        write_whole(config_file, text)
         write_safetensors(path, tensors)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {folder}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""Converts OpenAI's TensorFlow checkpoint to model.safetensors, once, in a separate process.
+"""Converts an OpenAI checkpoint of TensorFlow to model.safetensors, once, in a separate process.
 
     python -m model_files.convert models/124M models/124M/model.safetensors
 
@@ -31,11 +31,11 @@ from plumbing.quiet import quiet_tensorflow
 
 
 def convert_checkpoint(model_dir, path):
-    """The tensors of a TensorFlow checkpoint, as read_safetensors gives them; written to `path`.
+    """Write the tensors of a TensorFlow checkpoint to `path`; return them as read_safetensors does.
 
-    Another process does it, since TensorFlow's reader aborts on some damaged files; ValueError if
-    it fails. If the folder cannot be written, the model still loads, with a notice that TensorFlow
-    will be needed again.
+    Another process does the work, because TensorFlow's reader aborts on some damaged files. If
+    `path` cannot be written, the model still loads, with a notice that TensorFlow will be needed
+    again. Raises ValueError if the checkpoint cannot be read.
     """
     checkpoint = os.path.join(model_dir, "model.ckpt")
     if importlib.util.find_spec("tensorflow") is None:
@@ -50,25 +50,26 @@ def convert_checkpoint(model_dir, path):
     with contextlib.suppress(OSError):  # of a folder that we may only read
         remove_left_over(path)
     with tempfile.TemporaryDirectory() as folder:
-        spare, place = os.path.join(folder, "model.safetensors"), model_dir
+        spare = os.path.join(folder, "model.safetensors")
+        readable_dir = model_dir
         if not is_utf8(model_dir):  # TensorFlow opens no such path, but follows a link to it
-            place = os.path.join(folder, "model")
-            os.symlink(os.path.abspath(model_dir), place)
-        there = os.path.join(place, os.path.basename(path))
-        command = [sys.executable, "-P", "-m", "model_files.convert", place, there, spare]
+            readable_dir = os.path.join(folder, "model")
+            os.symlink(os.path.abspath(model_dir), readable_dir)
+        target = os.path.join(readable_dir, os.path.basename(path))
+        command = [sys.executable, "-P", "-m", "model_files.convert", readable_dir, target, spare]
         environment = os.environ | {"PYTHONPATH": python_path}
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, env=environment
         )
-        *_, said = done.stderr.decode(errors="replace").strip().split("\n")
-        said = said.replace(place, model_dir)
+        *_, message = done.stderr.decode(errors="replace").strip().split("\n")
+        message = message.replace(readable_dir, model_dir)
         if done.returncode < 0:
             name = signal.Signals(-done.returncode).name
-            said = f"{checkpoint}: damaged, or too large: TensorFlow's reader died of {name}"
+            message = f"{checkpoint}: damaged, or too large: TensorFlow's reader died of {name}"
         if done.returncode != 0:
-            raise ValueError(said.removeprefix("error: "))
-        if said.startswith("notice: ") and sys.stderr.isatty():
-            print(said, file=sys.stderr)
+            raise ValueError(message.removeprefix("error: "))
+        if message.startswith("notice: ") and sys.stderr.isatty():
+            print(message, file=sys.stderr)
         return read_safetensors(path if os.path.isfile(path) else spare)  # a map outlives its file
 
 
@@ -98,7 +99,7 @@ def main(model_dir: str, path: str, spare: str | None = None):
 
 
 def read_checkpoint(checkpoint, hparams):  # -> {Hugging Face's key: float32 array}
-    """The variables of a checkpoint; ValueError if it is not as `hparams` says, or unreadable."""
+    """Read a checkpoint. Raises ValueError if it is unreadable, or not of the sizes in hparams."""
     quiet_tensorflow()
     import tensorflow as tf
 
@@ -109,21 +110,21 @@ def read_checkpoint(checkpoint, hparams):  # -> {Hugging Face's key: float32 arr
 
 
 def read_variables(reader, hparams, checkpoint):  # -> {Hugging Face's key: float32 array}
-    """Exactly the variables a model of these sizes has. Conv weights are [1, n_in, n_out]."""
-    found = reader.get_variable_to_shape_map()
+    """Read exactly the variables of a model of these sizes. Its weights are [1, n_in, n_out]."""
+    shapes = reader.get_variable_to_shape_map()
     tensors = {}
     for name, shape in tensor_shapes(hparams):
         variable = tensorflow_name(name)
         stored = (1, *shape) if name.endswith(".w") else shape
-        if tuple(found.get(variable, ())) != stored:
-            sizes = found.get(variable, "missing")
-            raise ValueError(f"{checkpoint}: {variable} is {sizes}, hparams.json asks for {stored}")
+        if tuple(shapes.get(variable, ())) != stored:
+            found = shapes.get(variable, "missing")
+            raise ValueError(f"{checkpoint}: {variable} is {found}, hparams.json asks for {stored}")
         tensor = reader.get_tensor(variable)
         if tensor.dtype != np.float32:
             raise ValueError(f"{checkpoint}: {variable} is {tensor.dtype}, not float32")
         tensors[hugging_face_name(name)] = tensor.reshape(shape)  # the same, up to that leading 1
     extra = f"model/h{hparams['n_layer']}/ln_1/g"
-    if extra in found:
+    if extra in shapes:
         raise ValueError(f"{checkpoint}: {extra} is one layer more than hparams.json has")
     return tensors
 

@@ -57,16 +57,16 @@ def download(model_size, models_dir="models", only_tokenizer=False):
 
 
 def download_shakespeare():  # -> its path
-    """Fetch tiny Shakespeare (1.1 MB) to data/shakespeare.txt, unless it is there."""
+    """Fetch tiny Shakespeare (1.1 MB) to data/shakespeare.txt, unless the file exists."""
     path = os.path.join("data", "shakespeare.txt")
     download_file(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
     return path
 
 
 def download_file(url, path, sha256=None):
-    """Fetch `url` to `path`, if it is not there; ConnectionError says what failed.
+    """Fetch `url` to `path`, unless the file exists. Raises ConnectionError if that fails.
 
-    The bytes gather in `path.part`, which survives a kill and is resumed by the next call. It is
+    The bytes are collected in `path.part`, which survives a kill; the next call resumes it. It is
     locked: of two processes, one fetches and the other waits. `path` is complete or absent.
     """
     if os.path.exists(path):
@@ -82,7 +82,7 @@ def download_file(url, path, sha256=None):
 
 
 def gather(url, f, path, sha256):
-    """Try until `f`, which is `path.part`, is complete and right, then give it its name."""
+    """Fetch until `f`, which is `path.part`, is complete and correct, then rename it to `path`."""
     from requests import RequestException
 
     part, note = path + ".part", path + ".part.json"
@@ -98,8 +98,8 @@ def gather(url, f, path, sha256):
             size = f.seek(0, os.SEEK_END)
             failures = 1 if size > most else failures + 1
             most = max(most, size)
-            words, may_help = reason(error)
-            if failures == ATTEMPTS or not may_help:
+            words, can_help = reason(error)
+            if failures == ATTEMPTS or not can_help:
                 if size == 0:
                     remove(part, note)
                 raise ConnectionError(f"cannot download {url}: {words}") from None
@@ -108,10 +108,10 @@ def gather(url, f, path, sha256):
 
 
 def fetch(url, f, note):
-    """Append to `f` the rest of `url`, by one request; return the whole file's Content-MD5 or None.
+    """Append the rest of `url` to `f`, by one request; return the file's Content-MD5 or None.
 
-    The file `note` says which version of the remote file the bytes in `f` belong to. If that
-    has changed since, or the server cannot resume, `f` starts over.
+    The file `note` says which version of the remote file the bytes in `f` belong to. If that has
+    changed since, or the server cannot resume, `f` starts over.
     """
     import requests
 
@@ -152,7 +152,7 @@ def fetch(url, f, note):
 
 
 def copy_body(response, f, name, n_have, length):
-    """Append a response's body to `f`; ConnectionError if that does not make `length` bytes."""
+    """Append a response's body to `f`. Raises ConnectionError if it is not `length` bytes."""
     from tqdm import tqdm
 
     with tqdm(
@@ -169,14 +169,13 @@ def copy_body(response, f, name, n_have, length):
 
 
 def read_note(note):  # -> {"version": str, "length": int or None, "md5": str or None}
-    """What a note says of its `.part`. Empty values if the note is missing or broken."""
-    known = {"version": "", "length": None, "md5": None}
-    kinds = {"version": str, "length": int | None, "md5": str | None}
+    """Read what is known of a `.part`. Empty values if its note is missing or broken."""
+    types = {"version": str, "length": int | None, "md5": str | None}
     with contextlib.suppress(OSError, ValueError):
         found = read_json(note)
-        if all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
-            known = {key: found.get(key) for key in kinds}
-    return known
+        if all(isinstance(found.get(key), type) for key, type in types.items()):
+            return {key: found.get(key) for key in types}
+    return {"version": "", "length": None, "md5": None}
 
 
 def verify(f, md5, sha256):  # md5: base64, as in a Content-MD5 header; sha256: hexadecimal
@@ -190,7 +189,7 @@ def verify(f, md5, sha256):  # md5: base64, as in a Content-MD5 header; sha256: 
 
 
 def reason(error):
-    """(A few words instead of urllib3's several lines, whether another try may help.)"""
+    """Return a few words instead of urllib3's several lines, and whether another try can help."""
     from requests import Timeout
 
     response = getattr(error, "response", None)

@@ -3,8 +3,8 @@
     fetch_repository("openai-community/gpt2")  # -> a folder in the Hub's own cache
 
 huggingface_hub does the work: the cache (HF_HOME), resuming, tokens (HF_TOKEN), HF_ENDPOINT and
-HF_HUB_OFFLINE are its own. What is in the cache is used as it is, without asking the Hub. Else only
-the files of a model that we can open are fetched: never a pickle, which can run programs.
+HF_HUB_OFFLINE are its own. A model in the cache is used as it is, without asking the Hub. Otherwise
+only the files of a model that we can open are fetched: never a pickle, which can run programs.
 """
 
 import functools
@@ -23,15 +23,15 @@ LOG_IN = "HF_TOKEN, or `hf auth login`, says who you are"
 
 
 def is_repository(name):
-    """May this be a repository's name? If its first part is a folder here, it is a path instead."""
+    """Can this be a repository's name? If its first part is a local folder, it is a path."""
     return bool(REPOSITORY.fullmatch(name)) and not os.path.isdir(name.split("/")[0])
 
 
 def fetch_repository(name, only_tokenizer=False):  # -> a folder
-    """The model's files, fetched unless all of them are in the cache.
+    """Fetch a model's files, unless all of them are in the cache.
 
-    ValueError, before anything large is fetched, if we cannot open the model. ConnectionError if
-    a file cannot be fetched. Both in one line.
+    Raises ValueError, before anything large is fetched, if we cannot open the model, and
+    ConnectionError if a file cannot be fetched. Both are one line.
     """
     try:
         from huggingface_hub import constants, errors
@@ -41,17 +41,18 @@ def fetch_repository(name, only_tokenizer=False):  # -> a folder
         raise ImportError(f"{problem}: pip install -r requirements.txt") from None
     logging.set_verbosity_error()  # its advice about tokens and speed would clutter stderr
     repo, _, revision = name.partition("@")
-    place = repo, revision or constants.DEFAULT_REVISION
+    revision = revision or constants.DEFAULT_REVISION
     try:
-        return find_cached(*place, only_tokenizer) or fetch(*place, only_tokenizer)
+        folder = find_cached(repo, revision, only_tokenizer)
+        return folder or fetch(repo, revision, only_tokenizer)
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # an error of our own disk, which may be full
+        if getattr(error, "errno", None) is not None:  # an error of our own disk, which can be full
             raise
         raise ConnectionError(reason(error, name)) from None
 
 
 def ask(function, *args, **kwargs):
-    """Calls the library, which takes the Hub's answers as they come: they may be nonsense."""
+    """Call the library. It does not check the Hub's answers, so any exception can come of them."""
     from huggingface_hub import errors
 
     guard_names()
@@ -65,35 +66,35 @@ def ask(function, *args, **kwargs):
 
 @functools.cache
 def guard_names():
-    """Every client that the library makes from now on looks at its answers with check_names."""
+    """Make every client that the library creates from now on check its answers by check_names."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import get_session
 
     client = get_session()
     hooks = client.event_hooks | {"response": [check_names]}
-    how = {"event_hooks": hooks, "follow_redirects": client.follow_redirects}
-    set_client_factory(lambda: type(client)(**how, timeout=client.timeout))
+    options = {"event_hooks": hooks, "follow_redirects": client.follow_redirects}
+    set_client_factory(lambda: type(client)(**options, timeout=client.timeout))
 
 
 def check_names(answer):
-    """The library names files of its cache after these headers, which could say ../../.bashrc"""
+    """The library names files in its cache after these headers, which could be ../../.bashrc"""
     for header in ("ETag", "X-Linked-ETag", "X-Repo-Commit"):
         if re.search(r"[/\\]", answer.headers.get(header, "").removeprefix("W/")):
             raise ConnectionError(f"its {header} would be a path")
 
 
-def find_cached(repo, revision, only_tokenizer):  # -> a folder, or None where anything is missing
+def find_cached(repo, revision, only_tokenizer):  # -> a folder, or None if anything is missing
     from huggingface_hub import try_to_load_from_cache
 
     for config in ("config.json", ADAPTER[0]):
         path = try_to_load_from_cache(repo, config, revision=revision)
         if isinstance(path, str):
             folder = os.path.dirname(path)
-            return folder if is_whole(folder, config, only_tokenizer) else None
+            return folder if is_complete(folder, config, only_tokenizer) else None
     return None
 
 
-def is_whole(folder, config, only_tokenizer):
+def is_complete(folder, config, only_tokenizer):
     def has(*names):
         return all(os.path.isfile(os.path.join(folder, name)) for name in names)
 
@@ -107,15 +108,15 @@ def is_whole(folder, config, only_tokenizer):
 
 
 def fetch(repo, revision, only_tokenizer):  # -> a folder
-    """The small files first, and the large ones only if these say that we can open the model.
+    """Fetch the small files, then, if they say that we can open the model, the large ones.
 
-    All files are of one commit. The library notes last which commit the revision means, so an
-    interrupted download is not taken for a complete one.
+    All files are of one commit. The library records last which commit the revision means, so an
+    interrupted download is not mistaken for a complete one.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
     found = ask(HfApi().model_info, repo, revision=revision)
-    if not re.fullmatch("[0-9a-f]+", str(found.sha)):  # it, too, becomes a file's name
+    if not re.fullmatch("[0-9a-f]+", str(found.sha)):  # it also becomes a file's name
         raise ConnectionError("it names no commit")
     names = {str(file.rfilename) for file in found.siblings or ()}
     config = next((name for name in ("config.json", ADAPTER[0]) if name in names), None)
@@ -130,8 +131,9 @@ def fetch(repo, revision, only_tokenizer):  # -> a folder
             get_encoder("", folder)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(str(error).replace(folder, repo)) from None
-    for name in () if only_tokenizer else list_weights(repo, names, config, folder):
-        ask(hf_hub_download, repo, name, revision=found.sha)
+    if not only_tokenizer:
+        for name in list_weights(repo, names, config, folder):
+            ask(hf_hub_download, repo, name, revision=found.sha)
     ask(hf_hub_download, repo, config, revision=revision)
     if find_cached(repo, revision, only_tokenizer) != folder:
         raise ConnectionError("it changed in the meantime: try again")
@@ -139,18 +141,18 @@ def fetch(repo, revision, only_tokenizer):  # -> a folder
 
 
 def list_weights(repo, names, config, folder):  # -> the files that hold the tensors
-    """ValueError if the repository has no weights that we can open."""
-    wanted = [WEIGHTS]
+    """Raises ValueError if the repository has no weights that we can open."""
+    files = [WEIGHTS]
     if config in ADAPTER:
-        wanted = [ADAPTER[1]]
+        files = [ADAPTER[1]]
     elif WEIGHTS not in names and WEIGHTS_INDEX in names:
-        wanted = read_index(os.path.join(folder, WEIGHTS_INDEX))
-    missing = [name for name in wanted if name not in names]
+        files = read_index(os.path.join(folder, WEIGHTS_INDEX))
+    missing = [name for name in files if name not in names]
     if missing:
         pickles = any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names)
-        why = ", and its pickles are not opened: they could run any program" if pickles else ""
-        raise ValueError(f"{repo}: no {missing[0]} there{why}")
-    return wanted
+        hint = ", and its pickles are not opened: they could run any program" if pickles else ""
+        raise ValueError(f"{repo}: no {missing[0]} there{hint}")
+    return files
 
 
 def reason(error, name):  # -> one line, where the library writes a paragraph
@@ -170,5 +172,5 @@ def reason(error, name):  # -> one line, where the library writes a paragraph
         return f"no folder at {name}, and no such model at {hub}, or it is private. {LOG_IN}"
     if isinstance(error, errors.HfHubHTTPError):
         error = f"it answered {error.response.status_code}"
-    said = str(error).strip().partition("\n")[0] or type(error).__name__
-    return f"no folder at {name}, and fetching it from {hub} failed: {said}"
+    message = str(error).strip().partition("\n")[0] or type(error).__name__
+    return f"no folder at {name}, and fetching it from {hub} failed: {message}"

@@ -71,8 +71,10 @@ def leaves(node, way=""):  # the reverse of nest
     if not isinstance(node, (dict, list)):
         return {way: node}
     steps = node.items() if isinstance(node, dict) else enumerate(node)
-    found = (leaves(child, f"{way}.{step}" if way else step) for step, child in steps)
-    return {name: array for some in found for name, array in some.items()}
+    arrays = {}
+    for step, child in steps:
+        arrays |= leaves(child, f"{way}.{step}" if way else step)
+    return arrays
 
 
 def leaf(params, name):  # (params, "blocks.0.ln_1.g") -> params["blocks"][0]["ln_1"]["g"]
@@ -85,7 +87,7 @@ def leaf(params, name):  # (params, "blocks.0.ln_1.g") -> params["blocks"][0]["l
 
 
 def named_tensors(params, hparams, dtype):
-    """{Hugging Face's key: array of `dtype`}; ValueError if `params` is not what hparams says."""
+    """{Hugging Face's key: array of `dtype`}. Raises ValueError if hparams ask for other params."""
     if dtype not in ("float32", "float16"):
         raise ValueError(f"dtype: expected float32 or float16, got {dtype!r}")
     n_blocks = len(leaf(params, "blocks"))
@@ -110,7 +112,10 @@ def named_tensors(params, hparams, dtype):
 
 
 def read_safetensors(path):
-    """{key: (dtype, shape, read-only uint8 view of the mapped file)}; ValueError if it is wrong."""
+    """{key: (dtype, shape, read-only uint8 view of the mapped file)}.
+
+    Raises ValueError if the file is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     check_file(path, math.inf)
@@ -128,7 +133,7 @@ def read_safetensors(path):
     header.pop("__metadata__", None)
     tensors = {}
     for key, entry in header.items():
-        if not isinstance(entry, dict):  # the library takes a list of the same values, too
+        if not isinstance(entry, dict):  # the library also takes a list of the same values
             raise ValueError(f"{path}: {key} is not a JSON object")
         start, stop = (8 + n_header + offset for offset in entry["data_offsets"])
         tensors[key] = entry["dtype"], tuple(entry["shape"]), data[start:stop]
@@ -136,16 +141,16 @@ def read_safetensors(path):
 
 
 def read_index(path):  # -> the names of the shards, each once
-    """ValueError for a name that is not a file's in the same folder as the index."""
-    shards = read_json(path).get("weight_map")
-    shards = [*shards.values()] if isinstance(shards, dict) else [""]
+    """Raises ValueError for a name that is not a file's in the same folder as the index."""
+    weight_map = read_json(path).get("weight_map")
+    shards = [*weight_map.values()] if isinstance(weight_map, dict) else [""]
     if any(not isinstance(s, str) or s != os.path.basename(s) or not s for s in shards):
         raise ValueError(f"{path}: weight_map should name files of this folder")
     return sorted(set(shards))
 
 
 def to_float32(dtype, data, source):
-    """Bytes as a flat, read-only float32 array: a view of float32, a copy of the 16-bit formats."""
+    """Return bytes as a flat, read-only float32 array: a view, or a copy of 16-bit formats."""
     if dtype == "F32":
         array = np.require(data.view("<f4"), requirements="A")  # a copy only if badly aligned
     elif dtype == "F16":
@@ -159,7 +164,7 @@ def to_float32(dtype, data, source):
 
 
 def scale_queries(c_attn, scale):  # [..., 3 * n_embd] -> the same, read-only
-    """A copy of c_attn's weight or bias with the first third, that of the queries, multiplied."""
+    """Return a copy of c_attn's weight or bias whose first third, the queries', is multiplied."""
     scaled = c_attn.copy()
     scaled[..., : scaled.shape[-1] // 3] *= scale
     scaled.flags.writeable = False

@@ -118,7 +118,7 @@ def project(tmp_path, monkeypatch):
     for path in REPO.glob("*.*"):
         if path.suffix in (".py", ".md", ".txt"):
             shutil.copy(path, folder)
-    for name in ("docs", "benchmarks", "models/shakespeare", "pages", *WINGS):
+    for name in ("docs", "benchmarks", "models/shakespeare", *WINGS):
         skip = shutil.ignore_patterns("__pycache__", ".*", "checkpoints")
         shutil.copytree(REPO / name, folder / name, ignore=skip)
     if SHAKESPEARE.exists():
