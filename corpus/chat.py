@@ -19,11 +19,12 @@ NEXT_TURN = "\nUser:"  # where a model that has not learned to end its answers g
 
 
 def check_messages(messages):
-    """ValueError for what is not a list of {"role": one of NAMES, "content": text}."""
+    """Raises ValueError if messages is not a list of {"role": one of NAMES, "content": text}."""
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages is not a list of messages")
     for number, message in enumerate(messages, 1):
-        role, content = map(message.get, ("role", "content")) if type(message) is dict else (0, 0)
+        role = message.get("role") if isinstance(message, dict) else None
+        content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, str):
             raise ValueError(f"message {number} has no content that is text")
         if not isinstance(role, str) or role not in NAMES:
@@ -31,12 +32,13 @@ def check_messages(messages):
 
 
 def encode_messages(messages, encoder):  # -> [(ids, whether they are an answer), ...]
-    """The parts that are only read, and the answers, in turn. messages: as check_messages allows.
+    """Encode the parts that are only read, and the answers. messages: as check_messages allows.
 
-    All text between two answers is encoded as one, and every answer by itself: so the ids of a
-    beginning stay the same while the conversation grows.
+    All text between two answers is encoded as one, and every answer by itself, so that the ids at
+    the beginning stay the same while the conversation grows.
     """
-    parts, text = [], ""
+    parts = []
+    text = ""
     for message in messages:
         content = message["content"].strip()
         if message["role"] == "assistant":
@@ -45,36 +47,39 @@ def encode_messages(messages, encoder):  # -> [(ids, whether they are an answer)
             text = "\n"
         else:
             text += f"{NAMES[message['role']]} {content}\n"
-    return parts + [(encoder.encode(text), False)] if text.strip() else parts
+    if text.strip():
+        parts.append((encoder.encode(text), False))
+    return parts
 
 
 def encode_answer(text, encoder):  # -> ids, with <|endoftext|> at their end if there is one
-    return encoder.encode(text) + ([] if encoder.endoftext is None else [encoder.endoftext])
+    ids = encoder.encode(text)
+    return ids if encoder.endoftext is None else [*ids, encoder.endoftext]
 
 
-def encode_conversation(messages, encoder, n_most):  # -> at most n_most ids
-    """The prompt for the next answer, up to its "Assistant:".
+def encode_conversation(messages, encoder, n_max):  # -> at most n_max ids
+    """Encode the prompt for the next answer, up to its "Assistant:".
 
-    If all is too long, the oldest messages are left out, but never a system message at the
-    beginning. ValueError if the last message alone is too long.
+    If the conversation is too long, the oldest messages are left out, but never a system message
+    at the beginning. Raises ValueError if the last message alone is too long.
     """
-    first = messages[:1] if messages[0]["role"] == "system" else []
-    asked = {"role": "assistant", "content": ""}
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    next_answer = {"role": "assistant", "content": ""}
 
     def ids_from(start):
-        parts = encode_messages([*first, *messages[start:], asked], encoder)
+        parts = encode_messages([*system, *messages[start:], next_answer], encoder)
         return [id for part, _ in parts[:-1] for id in part]
 
-    # The fewer messages, the fewer ids: halving finds the first place, however many there are.
-    starts = starts_of(messages, len(first))
-    n_left_out = bisect_left(starts, True, key=lambda start: len(ids_from(start)) <= n_most)
-    ids = ids_from(starts[min(n_left_out, len(starts) - 1)])
-    if len(ids) > n_most:
-        raise ValueError(f"a message of {len(ids)} tokens, but there is room for {n_most}")
+    # Fewer messages have fewer ids, so bisection finds the first start that fits.
+    starts = possible_starts(messages, len(system))
+    i = bisect_left(starts, True, key=lambda start: len(ids_from(start)) <= n_max)
+    ids = ids_from(starts[min(i, len(starts) - 1)])
+    if len(ids) > n_max:
+        raise ValueError(f"a message of {len(ids)} tokens, but there is room for {n_max}")
     return ids
 
 
-def starts_of(messages, start):  # -> the places where the conversation may be made to begin
+def possible_starts(messages, start):  # -> indices of the messages that can come first
     """An answer is left out together with the message before it. The last message stays."""
     starts = [start]
     while len(messages) - start > 1:

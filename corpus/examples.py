@@ -5,8 +5,8 @@
 
 These are the forms of OpenAI's finetuning and of TRL's "prompt-completion" and "conversational"
 data sets. The model learns the completion, or every answer, and the <|endoftext|> at its end; it
-only reads the rest. Many examples fit into a row. None sees the others: marks that are added to
-the ids say where each begins.
+only reads the rest. A row holds many examples, none of which sees the others: marks that are added
+to the ids say where each begins.
 """
 
 import math
@@ -28,41 +28,46 @@ def is_examples(data):  # the --data flag
     return data.endswith(".jsonl")
 
 
-def load_examples(path, encoder, n_most):  # -> examples, and a line about them for people
-    """Each example is int32, at most n_most marked ids. Those with nothing to learn are left out.
+def load_examples(path, encoder, n_max):  # -> examples, and a line for people that counts them
+    """Read examples: each is int32, at most n_max marked ids, and has something to learn.
 
-    A bad line is a ValueError, which names the file and the line's number.
+    Raises ValueError, which names the file and the line, for a line that is not an example.
     """
     check_file(path, math.inf)
-    examples, n_cut, n_apart, n_empty = [], 0, 0, 0
+    examples = []
+    n_cut = n_apart = n_empty = 0
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             parts, is_apart = read_example(line, f"{path}, line {number}", encoder)
-            example = mark(parts, n_most)
+            example = mark(parts, n_max)
             if not is_learned(example).any():
                 n_empty += 1
                 continue
             examples.append(example)
-            n_cut += sum(len(ids) for ids, _ in parts) > n_most
+            n_cut += sum(len(ids) for ids, _ in parts) > n_max
             n_apart += is_apart
-    words = [
-        f"{n_cut} cut on the left to fit" * (n_cut > 0),
-        f"{n_empty} left out with nothing to learn" * (n_empty > 0),
-        f"{n_apart} whose completion would have merged with the prompt" * (n_apart > 0),
-    ]
-    return examples, ", ".join([count(len(examples), "example"), *filter(None, words)])
+    summary = [count(len(examples), "example")]
+    if n_cut:
+        summary.append(f"{n_cut} cut on the left to fit")
+    if n_empty:
+        summary.append(f"{n_empty} left out with nothing to learn")
+    if n_apart:
+        summary.append(f"{n_apart} whose completion would have merged with the prompt")
+    return examples, ", ".join(summary)
 
 
 def read_example(line, where, encoder):  # -> [(ids, whether they are learned), ...], is_apart
-    """is_apart: encoded as one text, the prompt and the completion would share a token.
+    """Encode an example. is_apart: in one text, the prompt and the completion would share a token.
 
-    Here they are encoded apart, so that the prompt never holds a part of what is to be written.
+    They are encoded separately, so that the prompt never holds a part of the completion.
     """
-    item = parse_json(line, where)
-    prompt, completion, messages = map(item.get, ("prompt", "completion", "messages"))
-    if "messages" in item:
+    example = parse_json(line, where)
+    prompt = example.get("prompt")
+    completion = example.get("completion")
+    if "messages" in example:
+        messages = example["messages"]
         try:
             check_messages(messages)
         except ValueError as problem:
@@ -70,17 +75,18 @@ def read_example(line, where, encoder):  # -> [(ids, whether they are learned), 
         return encode_messages(messages, encoder), False
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise ValueError(f"{where}: expected a prompt and a completion, both text, or messages")
-    ids, answer = encoder.encode(prompt), encoder.encode(completion)
-    is_apart = encoder.encode(prompt + completion) != ids + answer
-    if completion:
-        answer = encode_answer(completion, encoder)
+    is_apart = encoder.encode(prompt + completion) != [
+        *encoder.encode(prompt),
+        *encoder.encode(completion),
+    ]
+    answer = encode_answer(completion, encoder) if completion else []
     return [(encoder.encode_prompt(prompt), False), (answer, True)], is_apart
 
 
-def mark(parts, n_most):  # [(ids, whether they are learned), ...] -> [n] int32, the last n_most
-    """An example's first token is never learned: there is nothing to predict it from."""
-    marked = [id + (0 if learned else READ) for ids, learned in parts for id in ids][-n_most:]
-    example = np.array(marked, np.int32)
+def mark(parts, n_max):  # [(ids, whether they are learned), ...] -> [n] int32, the last n_max
+    """Mark the ids. An example's first token is never learned: nothing comes before it."""
+    marked = [id + (0 if learned else READ) for ids, learned in parts for id in ids]
+    example = np.array(marked[-n_max:], np.int32)
     example[:1] |= READ | BEGINS
     return example
 
@@ -90,26 +96,30 @@ def is_learned(marked):  # [...] -> [...] bool
 
 
 def pack(examples, n):  # [arrays of at most n] -> [n_rows, n]
-    """Puts each, longest first, into the fullest row with room. Empty places are not learned.
+    """Put each example, longest first, into the fullest row with room. The rest is not learned.
 
     Best fit decreasing (Johnson 1973) makes few rows, so that little computing is wasted.
     """
-    rows, rooms = [], []  # rooms: (how much, in which row), sorted
+    rows = []  # of lists of examples
+    rooms = []  # (how many ids still fit, into which row), sorted
     for example in sorted(examples, key=len, reverse=True):
         i = bisect_left(rooms, (len(example), 0))
-        room, row = rooms.pop(i) if i < len(rooms) else (n, len(rows))
-        if row == len(rows):
+        if i < len(rooms):
+            room, row = rooms.pop(i)
+        else:
+            room, row = n, len(rows)
             rows.append([])
         rows[row].append(example)
         insort(rooms, (room - len(example), row))
     packed = np.full((len(rows), n), READ | BEGINS, np.int32)
-    for filled, row in zip(packed, rows, strict=True):
+    for i, row in enumerate(rows):
         ids = np.concatenate(row)
-        filled[: len(ids)] = ids
+        packed[i, : len(ids)] = ids
     return packed
 
 
 def hold_out(examples):  # -> those to train on, those to validate with
     """Every tenth is for validation; of fewer than ten, the last one."""
     n = min(10, len(examples))
-    return [e for i, e in enumerate(examples, 1) if i % n], examples[n - 1 :: n]
+    train = [example for number, example in enumerate(examples, 1) if number % n]
+    return train, examples[n - 1 :: n]

@@ -1,4 +1,4 @@
-"""Token shards: folders of ids for the trainer. Files are mapped, never read as a whole.
+"""Token shards: folders of ids for the trainer. Files are mapped into memory, not read.
 
     shards, encoder = open_shards("shards/corpus")
     read_stretches(shards["train"], [0, 12345], n=65)     # 65 ids from each of these on
@@ -11,7 +11,6 @@ say whether the ids are uint16 or Llama 3's uint32, the third how many there are
 folders name their tokenizer.
 """
 
-import math
 import re
 from pathlib import Path
 
@@ -28,10 +27,10 @@ N_HEADER = 256  # int32
 
 
 def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or None
-    """Every array is a read-only memory map, [n_ids] of uint16 or uint32.
+    """Open a folder. Every array is a read-only memory map, [n_ids] of uint16 or uint32.
 
-    ValueError or OSError, one clear line, if the folder has no shards, is not complete, or a file
-    has another size than its header or meta.json says.
+    Raises ValueError or OSError, one clear line, if the folder has no shards, is not complete, or
+    if a file has another size than its header or meta.json says.
     """
     folder = Path(folder)
     files = sorted(folder.glob("*.bin"))
@@ -40,8 +39,11 @@ def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or 
         return open_prepared(folder), get_encoder("", folder)
     if any(SHARD.fullmatch(file.name) for file in files):
         raise ValueError(f"{folder}: no meta.json: prepare.py has not finished there, run it again")
-    split = {f: (re.findall("train|val", f.name) or [None])[-1] for f in files}
-    shards = {s: [open_foreign(f) for f in files if split[f] == s] for s in ("train", "val")}
+    shards = {"train": [], "val": []}
+    for file in files:
+        splits = re.findall("train|val", file.name)
+        if splits:
+            shards[splits[-1]].append(open_foreign(file))
     if not shards["train"]:
         raise FileNotFoundError(
             f"{folder}: no token shards: expected prepare.py's meta.json, or .bin files of nanoGPT "
@@ -55,21 +57,25 @@ def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or 
 
 
 def allow_open_files(n):
-    """Raise the limit of open files, often 1024, if n more need it: a map keeps its file open."""
+    """Raise the limit of open files, often 1024, if n more need it: a map needs its file open."""
     try:
         import resource
     except ImportError:  # Windows, which has no such limit
         return
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, hard = (math.inf if x == resource.RLIM_INFINITY else x for x in limits)
-    if soft < n + 256:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(n + 256, hard), limits[1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = n + 256
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def open_prepared(folder):  # -> {"train": [arrays], "val": [arrays]}
-    """The shards that meta.json lists, mapped. ValueError if one is not as meta.json says."""
-    shards, file = {"train": [], "val": []}, folder / "meta.json"
-    meta = read_json(file, n_most=2**30)  # it may be large: it names every source
+    """Map the shards that meta.json lists. Raises ValueError if one is not as meta.json says."""
+    shards = {"train": [], "val": []}
+    file = folder / "meta.json"
+    meta = read_json(file, n_most=2**30)  # it can be large: it names every source
     dtype = {"uint16": "<u2", "uint32": "<u4"}.get(str(meta.get("dtype")))
     sizes = meta.get("shards")
     if dtype is None or not isinstance(sizes, dict):
@@ -85,7 +91,7 @@ def open_prepared(folder):  # -> {"train": [arrays], "val": [arrays]}
 
 
 def open_foreign(path):  # -> [n_ids] uint16 or uint32, mapped
-    """nanoGPT's bare uint16, or llm.c's, which begins with a header."""
+    """Map nanoGPT's bare uint16, or a file of llm.c, which begins with a header."""
     n_bytes = path.stat().st_size
     if n_bytes == 0 or n_bytes % 2:
         raise ValueError(f"{path}: {n_bytes} bytes, which cannot be uint16 ids")
@@ -100,26 +106,27 @@ def open_foreign(path):  # -> [n_ids] uint16 or uint32, mapped
     return np.memmap(path, dtype, mode="r", offset=4 * N_HEADER)
 
 
-def count_ids(shards):  # [arrays] -> the length of all together
+def count_ids(shards):  # [arrays] -> their length together
     return sum(map(len, shards))
 
 
 def read_stretches(shards, starts, n):  # [arrays], [n_starts] -> [n_starts, n] int32
-    """The n ids from each start on, across the borders of the shards."""
-    first = np.cumsum([0, *map(len, shards)])
+    """Read the n ids from each start on, across the borders of the shards."""
+    shard_starts = np.cumsum([0, *map(len, shards)])
     stretches = np.empty((len(starts), n), np.int32)
     for stretch, start in zip(stretches, starts, strict=True):
-        i = int(np.searchsorted(first, start, side="right")) - 1
+        i = int(np.searchsorted(shard_starts, start, side="right")) - 1
         n_read = 0
         while n_read < n:
-            piece = shards[i][max(0, start - first[i]) :][: n - n_read]
+            piece = shards[i][max(0, start - shard_starts[i]) :][: n - n_read]
             stretch[n_read : n_read + len(piece)] = piece
-            n_read, i = n_read + len(piece), i + 1
+            n_read += len(piece)
+            i += 1
     return stretches
 
 
 def check_ids(shards, n_vocab, name):
-    """ValueError if any id is beyond the vocabulary. Reads everything once, a part at a time."""
+    """Raises ValueError if an id is beyond the vocabulary. Reads everything once, part by part."""
     for shard in shards:
         for start in range(0, len(shard), 2**24):
             largest = int(shard[start : start + 2**24].max())

@@ -1,7 +1,7 @@
-"""Who does the tasks: this process, a pool of processes, or a Ray cluster.
+"""Do tasks in this process, in a pool of processes, or on a Ray cluster.
 
-Each of the three yields (task, note) as the tasks are done, in any order, and takes a new task only
-when one is done, so that unpacked files do not pile up.
+All three functions yield (task, result) as the tasks are done, in any order, and take a new task
+only when one is done, so that unpacked files do not pile up.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ def run_here(tasks, work):
 
 
 def run_pool(tasks, work, n_workers):
-    """OSError if a worker is killed. However this ends, no worker outlives it."""
+    """Raises OSError if a worker is killed. However this ends, no worker outlives it."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n_workers, context, initializer=follow_parent) as pool:
         try:
             running = {}
             for task in tasks:
-                with held_back(signal.SIGINT):  # a worker that is starting would print a traceback
+                with delayed(signal.SIGINT):  # a worker that is starting would print a traceback
                     running[pool.submit(work, task)] = task
                 if len(running) == 2 * n_workers:
                     yield from finished(running)
@@ -39,7 +39,7 @@ def run_pool(tasks, work, n_workers):
         except BrokenProcessPool:
             raise ChildProcessError(
                 "a worker was killed, perhaps for lack of memory: "
-                "the same command goes on where this one stopped"
+                "the same command continues where this one stopped"
             ) from None
         except BaseException:
             for child in multiprocessing.active_children():
@@ -53,17 +53,17 @@ def finished(running):
 
 
 @contextlib.contextmanager
-def held_back(sign):
-    """Delays a signal until the end; in a process started here, until it unblocks the signal."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [sign])
+def delayed(signal_number):
+    """Delay a signal until the end; in a process started here, until it unblocks the signal."""
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal_number])
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
 def follow_parent():
-    """Ends this worker at once on Ctrl-C, and when its parent is gone, even by SIGKILL."""
+    """End this worker at once on Ctrl-C, and when its parent has ended, even by SIGKILL."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     parent = multiprocessing.parent_process()
@@ -71,7 +71,7 @@ def follow_parent():
 
 
 def run_ray(tasks, work, address):
-    """Ray core tasks. If a machine is lost, Ray runs its tasks again on another.
+    """Run Ray core tasks. If a machine is lost, Ray runs its tasks again on another one.
 
     Every machine needs Python with numpy and regex, and must see the files under the same names.
     The code is sent with the tasks.
@@ -83,8 +83,9 @@ def run_ray(tasks, work, address):
     send_by_value(ray.cloudpickle)
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-        # Many retries: for some seconds Ray goes on sending tasks to a machine that has died.
-        remote, running = ray.remote(max_retries=100)(lambda task: work(task)), {}
+        # Many retries: for some seconds Ray keeps sending tasks to a machine that has died.
+        remote = ray.remote(max_retries=100)(lambda task: work(task))
+        running = {}
         for task in itertools.chain(tasks, itertools.repeat(None)):
             if task:
                 running[remote.remote(task)] = task

@@ -1,1 +1,1 @@
-"""A model's files: downloading them, tensors in safetensors, and TensorFlow checkpoints."""
+"""A model's files: downloads, tensors in safetensors, tokenizers, and TensorFlow checkpoints."""
