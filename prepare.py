@@ -5,18 +5,18 @@
     python prepare.py corpus/ --train_tokenizer 8192 --out shards/learned   # tokens of its own
 
 The parent process cuts the files into spans of about 32 MB that end where a document ends, and
-reads little of them. Spans make tasks. A worker seeks to the start of a span, then reads, encodes
+reads little of them. Spans make jobs. A worker seeks to the start of a span, then reads, encodes
 and writes a megabyte at a time, so that its memory does not grow with the span or the document
-(only a line of JSON, or 64 rows of Parquet, are in memory as a whole). It writes the task's shards
+(only a line of JSON, or 64 rows of Parquet, are in memory as a whole). It writes the job's shards
 under other names, renames them when they are complete, and last writes a note of what is in them. A
-task that has a note is not done again: a killed run continues where it stopped. Cuts, order and
+job that has a note is not done again: a killed run continues where it stopped. Cuts, order and
 random numbers follow from the files alone, so one worker and a cluster write the same bytes.
 Compressed files and standard input cannot be cut in place: the parent unpacks them, a span at a
 time, into files for the workers.
 
 A document ends at a line that holds only <|endoftext|> (or --separator), or at the end of a file;
 in JSON lines and Parquet, each row is a document. Each is followed by the id of <|endoftext|>, and
-nothing else changes. corpus/documents.py reads the files; corpus/tasks.py writes the shards. A
+nothing else changes. corpus/documents.py reads the files; corpus/jobs.py writes the shards. A
 folder of shards holds:
 
     train_000000.bin ..., val_000000.bin ...   ids, little-endian uint16 (uint32 above 65535 ids)
@@ -49,8 +49,8 @@ from corpus.documents import (
     notice,
     read_span,
 )
+from corpus.jobs import SPLITS, WORK, Job, do_job, encoders, make_jobs, read_or_empty
 from corpus.shards import SHARD, open_prepared
-from corpus.tasks import SPLITS, WORK, Task, do_task, encoders, make_tasks, read_or_empty
 from corpus.workers import run_here, run_pool, run_ray
 from encoder import ENDOFTEXT, Encoder, get_encoder
 from plumbing.cli import count
@@ -166,7 +166,7 @@ def prepare(out, plan, sources, encoder, options, n_workers, ray):
     encoder.save(out)
     dtype = np.dtype("<u2" if encoder.n_vocab <= 2**16 else "<u4")
     encoders.clear()
-    notes, sha256 = do_tasks(sources, out, options, dtype, n_workers, ray)
+    notes, sha256 = do_jobs(sources, out, options, dtype, n_workers, ray)
     for source in sources:
         if source.name != "-" and not is_same(source):
             raise ValueError(f"{source.name} changed while it was read: remove {out} and try again")
@@ -175,23 +175,23 @@ def prepare(out, plan, sources, encoder, options, n_workers, ray):
     finish(out, plan, encoder, dtype, notes, sha256)
 
 
-def do_tasks(sources, out, options, dtype, n_workers, ray):  # -> notes in order, {path: SHA-256}
-    """Do all tasks, with a bar that counts the bytes of the sources."""
+def do_jobs(sources, out, options, dtype, n_workers, ray):  # -> notes in order, {path: SHA-256}
+    """Do all jobs, with a bar that counts the bytes of the sources."""
     from tqdm import tqdm
 
     work_dir = os.path.join(os.path.abspath(out), WORK)  # a full path, for the other machines
-    work = partial(do_task, out=os.path.abspath(out), options=options, dtype=dtype)
+    work = partial(do_job, out=os.path.abspath(out), options=options, dtype=dtype)
     files = [source.name for source in sources if source.name != "-"]
     groups = (files[i : i + 64] for i in range(0, len(files), 64))
-    checksums = (Task(files={name: os.path.abspath(name) for name in group}) for group in groups)
-    tasks = itertools.chain(make_tasks(sources, options, work_dir), checksums)
+    checksums = (Job(files={name: os.path.abspath(name) for name in group}) for group in groups)
+    jobs = itertools.chain(make_jobs(sources, options, work_dir), checksums)
     total = None if len(files) < len(sources) else sum(source.n_bytes for source in sources)
     if ray:
-        results = run_ray(tasks, work, ray)
+        results = run_ray(jobs, work, ray)
     elif n_workers == 1 or (total is not None and total <= options.shard_bytes):
-        results = run_here(tasks, work)
+        results = run_here(jobs, work)
     else:
-        results = run_pool(tasks, work, n_workers)
+        results = run_pool(jobs, work, n_workers)
     notes = {}
     sha256 = {}
     n_tokens = 0
@@ -200,16 +200,16 @@ def do_tasks(sources, out, options, dtype, n_workers, ray):  # -> notes in order
         contextlib.closing(results),
         tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar,
     ):
-        for task, note in results:
-            if task.files:
+        for job, note in results:
+            if job.files:
                 sha256 |= note
                 continue
-            delete_unpacked(task.spans)
-            notes[task.number] = note
+            delete_unpacked(job.spans)
+            notes[job.number] = note
             n_tokens += sum(note["n_tokens"].values())
             speed = n_tokens / max(time.monotonic() - start, 1e-9) / 1e6  # some clocks tick slowly
             bar.set_postfix_str(f"{speed:.2f}M tokens/s", refresh=False)
-            bar.update(sum(span.progress for span in task.spans))
+            bar.update(sum(span.progress for span in job.spans))
     return [notes[number] for number in sorted(notes)], sha256
 
 

@@ -1,1 +1,1 @@
-"""From text to token shards: documents, tasks, the workers that do the tasks, and the shards."""
+"""Text on its way to ids: documents, jobs, the workers that do the jobs, shards, and examples."""

@@ -1,6 +1,6 @@
-"""Do tasks in this process, in a pool of processes, or on a Ray cluster.
+"""Do jobs in this process, in a pool of processes, or on a Ray cluster.
 
-All three functions yield (task, result) as the tasks are done, in any order, and take a new task
+All three functions yield (job, result) as the jobs are done, in any order, and take a new job
 only when one is done, so that unpacked files do not pile up.
 """
 
@@ -18,20 +18,20 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-def run_here(tasks, work):
-    for task in tasks:
-        yield task, work(task)
+def run_here(jobs, work):
+    for job in jobs:
+        yield job, work(job)
 
 
-def run_pool(tasks, work, n_workers):
+def run_pool(jobs, work, n_workers):
     """Raises OSError if a worker is killed. However this ends, no worker outlives it."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n_workers, context, initializer=follow_parent) as pool:
         try:
             running = {}
-            for task in tasks:
+            for job in jobs:
                 with delayed(signal.SIGINT):  # a worker that is starting would print a traceback
-                    running[pool.submit(work, task)] = task
+                    running[pool.submit(work, job)] = job
                 if len(running) == 2 * n_workers:
                     yield from finished(running)
             while running:
@@ -70,11 +70,11 @@ def follow_parent():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def run_ray(tasks, work, address):
-    """Run Ray core tasks. If a machine is lost, Ray runs its tasks again on another one.
+def run_ray(jobs, work, address):
+    """Run the jobs as Ray tasks. If a machine is lost, Ray runs its tasks again on another one.
 
     Every machine needs Python with numpy and regex, and must see the files under the same names.
-    The code is sent with the tasks.
+    The code is sent with the jobs.
     """
     try:
         import ray
@@ -83,15 +83,15 @@ def run_ray(tasks, work, address):
     send_by_value(ray.cloudpickle)
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-        # Many retries: for some seconds Ray keeps sending tasks to a machine that has died.
-        remote = ray.remote(max_retries=100)(lambda task: work(task))
+        # Many retries: for some seconds Ray keeps sending jobs to a machine that has died.
+        remote = ray.remote(max_retries=100)(lambda job: work(job))
         running = {}
-        for task in itertools.chain(tasks, itertools.repeat(None)):
-            if task:
-                running[remote.remote(task)] = task
+        for job in itertools.chain(jobs, itertools.repeat(None)):
+            if job:
+                running[remote.remote(job)] = job
             elif not running:
                 break
-            if not task or len(running) >= 2 * ray.cluster_resources().get("CPU", 1):
+            if not job or len(running) >= 2 * ray.cluster_resources().get("CPU", 1):
                 (done,), _ = ray.wait(list(running))
                 yield running.pop(done), ray.get(done)
     except ray.exceptions.RayTaskError as error:
@@ -103,7 +103,7 @@ def run_ray(tasks, work, address):
 
 
 def send_by_value(cloudpickle):
-    """Pickle this project's modules with the tasks, so that other machines need not have them."""
+    """Pickle this project's modules with the jobs, so that other machines need not have them."""
     for module in list(sys.modules.values()):
         folder = Path(getattr(module, "__file__", None) or "/").resolve().parent
         ours = PROJECT in (folder, folder.parent)  # the root, or a wing

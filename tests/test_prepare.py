@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import encoder as encoder_module
 import prepare
-from corpus import documents, tasks
+from corpus import documents, jobs
 from corpus.documents import Options, Span
 from encoder import ENDOFTEXT, Encoder, get_encoder
 
@@ -303,11 +303,11 @@ def test_one_reader_gives_long_documents_whole(tmp_path, monkeypatch):
 
 
 def test_tasks_of_earlier_versions_are_recognized():
-    """The fingerprint in a task's note is of this list, as it was when notes were introduced."""
+    """The fingerprint in a job's note is of this list, as it was when notes were introduced."""
     span = Span(source=0, name="a", path="/a", format="text", stop=8, size=8, progress=8)
     spans = [span, replace(span, source=1, offset=5, start=2, stop=4, split="val", val_from=7)]
     known = "[[0, 0, 0, 8, None, None], [1, 5, 2, 4, 'val', 7]]"
-    assert tasks.fingerprint_of(spans) == hashlib.sha256(known.encode()).hexdigest()
+    assert jobs.fingerprint_of(spans) == hashlib.sha256(known.encode()).hexdigest()
 
 
 # The command line
@@ -500,7 +500,7 @@ def wait_for_notes(out, n, process):
 
 @pytest.fixture
 def corpus(tmp_path, rng):
-    """Two files, one of them packed, of some 100 tasks; the flags; the folder that they make."""
+    """Two files, one of them packed, of some 100 jobs; the flags; the folder that they make."""
     _, data = stories(rng, 6000)
     (tmp_path / "a.txt").write_text(data, newline="")
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(data.encode()))
@@ -938,14 +938,14 @@ def test_what_ray_sends_needs_no_copy_of_the_project(tmp_path):
         sys.path.insert(0, {str(REPO)!r})
         import prepare
         from ray import cloudpickle
-        from corpus import tasks, workers
+        from corpus import jobs, workers
         workers.send_by_value(cloudpickle)
-        work = lambda: tasks.get_encoder("", ".").encode("Once upon a time")
-        sys.stdout.buffer.write(cloudpickle.dumps((tasks.do_task, work)))
+        work = lambda: jobs.get_encoder("", ".").encode("Once upon a time")
+        sys.stdout.buffer.write(cloudpickle.dumps((jobs.do_job, work)))
     """
     receive = """if True:
         import pickle, sys
-        do_task, work = pickle.load(sys.stdin.buffer)
+        do_job, work = pickle.load(sys.stdin.buffer)
         print(work())
     """
     pickled = b""
@@ -1008,7 +1008,7 @@ def test_the_draw_is_splitmix64():
     for source in (0, 3):
         key = int(np.random.SeedSequence([7, source]).generate_state(1, np.uint64)[0])
         numbers = [mix((key + int(p) * 0x9E3779B97F4A7C15) % 2**64) for p in positions]
-        drawn = tasks.draw(positions, source, seed=7)
+        drawn = jobs.draw(positions, source, seed=7)
         assert drawn.tolist() == [(x >> 11) * 2.0**-53 for x in numbers]
 
 
@@ -1085,9 +1085,7 @@ def test_a_share_far_from_the_one_asked_for_is_said(tmp_path):
     texts = ["short\n"] * 1000 + ["long " * 9000]
     data, offset = f"{ENDOFTEXT}\n".join(texts), len(f"short\n{ENDOFTEXT}\n") * 1000
     seed = next(
-        seed
-        for seed in range(10**5)
-        if tasks.draw(np.array([offset], np.uint64), 0, seed)[0] < 0.01
+        seed for seed in range(10**5) if jobs.draw(np.array([offset], np.uint64), 0, seed)[0] < 0.01
     )
     (tmp_path / "a.txt").write_text(data)
     _, err = make("a.txt", "--seed", seed, cwd=tmp_path)
@@ -1148,10 +1146,10 @@ def test_a_shard_that_cannot_be_placed_has_no_note(tmp_path, monkeypatch):
     Encoder([]).save(tmp_path / "out")
     options = replace(OPTIONS, shard_bytes=100)
     source = documents.describe(str(tmp_path / "a.txt"), False)
-    (task,) = tasks.make_tasks([source], options, str(tmp_path))
+    (job,) = jobs.make_jobs([source], options, str(tmp_path))
     monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
-        tasks.do_task(task, str(tmp_path / "out"), options, np.dtype("<u2"))
+        jobs.do_job(job, str(tmp_path / "out"), options, np.dtype("<u2"))
     assert list((tmp_path / "out" / ".work").iterdir()) == []
 
 
@@ -1160,8 +1158,8 @@ def test_what_is_unpacked_does_not_pile_up(tmp_path, rng, monkeypatch):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(data.encode()))
     most, plain = [], prepare.run_here
 
-    def run_here(tasks, work):
-        for done in plain(tasks, work):
+    def run_here(jobs, work):
+        for done in plain(jobs, work):
             most.append(len(list((tmp_path / "s" / ".work").glob("*[!.json]"))))
             yield done
 

@@ -1,6 +1,6 @@
-"""Tasks: a worker turns the spans of a task into two numbered shards and a note about them.
+"""Jobs: a worker turns the spans of a job into two numbered shards and a note about them.
 
-A task can be done anywhere, any number of times, even by two workers at once: its cuts, its order
+A job can be done anywhere, any number of times, even by two workers at once: its cuts, its order
 and its random numbers follow from the files alone, and its note is written last.
 """
 
@@ -27,7 +27,7 @@ MOST_AHEAD = 2**31  # bytes that are read at most to see whether there are few d
 WORK = ".work"  # a folder inside the shards' folder, for what is not complete
 
 
-class Task(NamedTuple):
+class Job(NamedTuple):
     """Work for one worker: spans to encode into the shards of a number, or files to checksum."""
 
     number: int | None = None
@@ -35,11 +35,11 @@ class Task(NamedTuple):
     files: dict = {}  # {a source's name: the path to read it from}
 
 
-# --- From spans to tasks ------------------------------------------------------------------------
+# --- From spans to jobs ------------------------------------------------------------------------
 
 
-def make_tasks(sources, options, work_dir):  # yields Tasks
-    """Spans in order, small ones together, so that a task has about shard_bytes to read."""
+def make_jobs(sources, options, work_dir):  # yields Jobs
+    """Spans in order, small ones together, so that a job has about shard_bytes to read."""
     spans = itertools.chain.from_iterable(
         cut_source(i, source, options, work_dir) for i, source in enumerate(sources)
     )
@@ -50,11 +50,11 @@ def make_tasks(sources, options, work_dir):  # yields Tasks
         group.append(span)
         size += span.size
         if size >= options.shard_bytes:
-            yield Task(next(numbers), tuple(group))
+            yield Job(next(numbers), tuple(group))
             group = []
             size = 0
     if group:
-        yield Task(next(numbers), tuple(group))
+        yield Job(next(numbers), tuple(group))
 
 
 class Document(NamedTuple):
@@ -128,7 +128,7 @@ def cut_span(span, document, n_before_cut):  # -> three Spans, the last for vali
         next_bytes = file.read(3)
     # Move past the other bytes of a character, so as not to cut it.
     cut += len(next_bytes) - len(next_bytes.lstrip(bytes(range(0x80, 0xC0))))
-    # Only the last span counts any bytes, so that the three stay in one task.
+    # Only the last span counts any bytes, so that the three stay in one job.
     train = replace(span, size=0, progress=0, split="train")
     return [
         replace(train, stop=start),
@@ -137,7 +137,7 @@ def cut_span(span, document, n_before_cut):  # -> three Spans, the last for vali
     ]
 
 
-# --- A task: from documents to shards -----------------------------------------------------------
+# --- A job: from documents to shards -----------------------------------------------------------
 
 encoders = {}  # a worker reads the tokenizer once
 
@@ -149,20 +149,20 @@ def read_or_empty(path):
     return {}
 
 
-def do_task(task, out, options, dtype):  # -> its note: counts of what is in its shards
-    """Write the shards of a task, then its note. Each file is complete or absent.
+def do_job(job, out, options, dtype):  # -> its note: counts of what is in its shards
+    """Write the shards of a job, then its note. Each file is complete or absent.
 
-    A machine that was thought lost may do the same task at the same time: that does no harm. For
+    A machine that was thought lost may do the same job at the same time: that does no harm. For
     files, return {name: checksum}.
     """
-    if task.files:
-        return {name: checksum(path) for name, path in task.files.items()}
-    number = f"{task.number:06d}"
+    if job.files:
+        return {name: checksum(path) for name, path in job.files.items()}
+    number = f"{job.number:06d}"
     work_dir = os.path.join(out, WORK)
     shards = {split: os.path.join(out, f"{split}_{number}.bin") for split in SPLITS}
     temporary = {split: os.path.join(work_dir, f"{split}_{uuid.uuid4().hex}") for split in SPLITS}
     note_file = Path(work_dir, f"{number}.json")
-    fingerprint = fingerprint_of(task.spans)
+    fingerprint = fingerprint_of(job.spans)
     note = read_or_empty(note_file)
     if is_done(note, fingerprint, shards, dtype):
         return note
@@ -170,7 +170,7 @@ def do_task(task, out, options, dtype):  # -> its note: counts of what is in its
         encoders[out] = get_encoder("", out)
     try:
         note = {"spans": fingerprint}
-        note |= write_shards(task.spans, temporary, encoders[out], options, dtype)
+        note |= write_shards(job.spans, temporary, encoders[out], options, dtype)
         for split in SPLITS:
             if note["n_tokens"][split]:
                 os.replace(temporary[split], shards[split])
