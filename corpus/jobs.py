@@ -278,10 +278,12 @@ def encode(texts, ends, encoder, dtype):  # [UTF-8], [bool] -> [n] ids
     """Encode the texts, with the id of <|endoftext|> after each text that ends."""
     if not encoder.merges:  # a table is enough; 0xFF, which UTF-8 never has, ends a document
         table = [encoder.vocab[CHAR_OF_BYTE[byte]] for byte in range(255)] + [encoder.endoftext]
-        data = b"".join(
-            text + b"\xff" if end else text for text, end in zip(texts, ends, strict=True)
-        )
-        return np.array(table, dtype)[np.frombuffer(data, np.uint8)]
+        pieces = []
+        for text, end in zip(texts, ends, strict=True):
+            pieces.append(text)
+            if end:
+                pieces.append(b"\xff")
+        return np.array(table, dtype)[np.frombuffer(b"".join(pieces), np.uint8)]
     ids = []
     for text, end in zip(texts, ends, strict=True):
         ids += encoder.encode(text.decode())
