@@ -65,7 +65,7 @@ class Document(NamedTuple):
     n_bytes: int
 
 
-def divide_few(spans, options):  # yields the same spans or, for few documents, parts of them
+def divide_few(spans, options):  # -> the same spans or, for few documents, parts of them
     """For few documents, give validation the last part of the text: a draw would be too uneven.
 
     Documents are few if a draw would give validation fewer than FEW_DRAWN of them on average.
@@ -137,7 +137,7 @@ def cut_span(span, document, n_before_cut):  # -> three Spans, the last for vali
     ]
 
 
-# --- A job: from documents to shards -----------------------------------------------------------
+# --- A job: from documents to shards ------------------------------------------------------------
 
 encoders = {}  # a worker reads the tokenizer once
 
