@@ -15,7 +15,6 @@ What passes between the threads: rows into a deque, events out by call_soon_thre
 import asyncio
 import contextlib
 import os
-import socket
 import sys
 import threading
 import time
@@ -23,11 +22,9 @@ from collections import deque
 from functools import partial
 
 try:
-    import uvicorn
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
-    from starlette.middleware.cors import CORSMiddleware
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 except ModuleNotFoundError as missing:  # nothing else needs them, so they may not be there
@@ -47,10 +44,9 @@ from serving import metrics as figures
 from serving.answers import answer_stream, answer_whole, choice_of
 from serving.chat import delta_of, message_of, read_chat, role_of
 from serving.choices import Choice
-from serving.guard import Connection, Guard
+from serving.connections import Server, listen
+from serving.guard import Cors, Guard, read_allowed
 from serving.protocol import Refusal, new_answer, read_completion
-
-DRAIN_SECONDS = 10  # after SIGTERM, for what runs and waits
 
 # --------------------------------------------------------------------------------------------------
 # The engine
@@ -65,7 +61,7 @@ class Engine:
         self.batch_size, self.max_waiting = batch_size, max_waiting
         self.inbox, self.wake = deque(), threading.Event()  # what others touch
         self.waiting, self.rows, self.begun, self.kept = deque(), [], [], []
-        self.is_stopped, self.loop = False, None
+        self.is_stopped, self.is_late, self.loop = False, False, None
         self.metrics = figures.new_metrics()
 
     def start(self, loop):
@@ -77,6 +73,11 @@ class Engine:
         self.is_stopped = True
         self.wake.set()
         self.thread.join(timeout=5)
+
+    def stop_late(self):
+        """Ends whatever is still asked for: the server has waited long enough to shut down."""
+        self.is_late = True
+        self.wake.set()
 
     def submit(self, rows):
         """Queues new rows; Refusal if too many wait. row["deliver"] is given what they write."""
@@ -99,6 +100,8 @@ class Engine:
         self.warm_up()
         while not self.is_stopped:
             self.wake.clear()
+            if self.is_late:
+                self.end_all(Refusal("the server is shutting down", 503, code="shutting_down"))
             if not (self.rows or self.n_waiting()):
                 self.wake.wait()
             try:
@@ -154,6 +157,13 @@ class Engine:
         self.rows.clear()
         self.kept.clear()  # memory may be what is missing
         self.send([(row["deliver"], error) for row in rows])
+
+    def end_all(self, refusal):
+        """Ends all rows, those that wait included."""
+        self.sort_out()
+        self.begun += self.waiting
+        self.waiting.clear()
+        self.fail(refusal)
 
     def send(self, events):
         """All events of a pass, handed to asyncio's thread at once."""
@@ -291,16 +301,14 @@ def make_app(name, encoder, hparams, params, host="127.0.0.1", allow=(), api_key
         yield
         engine.stop()
 
-    origins = [origin for origin in allow if "://" in origin]
+    allowed = read_allowed(allow, host)
     app = Starlette(
         routes=ROUTES,
         lifespan=lifespan,
         middleware=[
             Middleware(figures.Counted, metrics=engine.metrics),
-            Middleware(Guard, host=host, allow=allow, api_key=api_key, most_seconds=timeout + 10),
-            Middleware(
-                CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
-            ),
+            Middleware(Cors, allowed=allowed),
+            Middleware(Guard, allowed=allowed, api_key=api_key, most_seconds=timeout + 10),
         ],
         exception_handlers={Refusal: refused, HTTPException: not_found, Exception: failed},
     )
@@ -339,6 +347,10 @@ def main(
     """
     from utils import load_encoder_hparams_and_params
 
+    if api_key == "":
+        raise ValueError("--api_key is empty: give a key, or leave it out to serve without one")
+    if host == "":
+        raise ValueError("--host is empty: 127.0.0.1 is this machine alone, 0.0.0.0 all addresses")
     if min(batch_size, max_waiting) < 1 or not timeout > 0:
         raise ValueError("batch_size and max_waiting must be 1 or more, timeout above 0")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
@@ -351,21 +363,8 @@ def main(
         server_of(app).run(sockets=[listening])
 
 
-def listen(host, port):  # -> a socket
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.create_server((host, port), family=family, backlog=2048)
-    # Connections inherit this. Without it, a short answer waits 40 ms for a reader's delayed ACK.
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listening
-
-
 def server_of(app):
-    return uvicorn.Server(
-        uvicorn.Config(
-            app, http=Connection, ws="none", log_level="warning", access_log=False,
-            server_header=False, lifespan="on", timeout_graceful_shutdown=DRAIN_SECONDS,
-        )
-    )  # fmt: skip
+    return Server(app, app.state.engine.stop_late)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ async def until_all_end(state, rows, events):
     deadline, n_left = time.monotonic() + state.timeout, len(rows)
     while n_left:
         for event in await next_events(events, deadline, state.timeout):
+            if isinstance(event, Refusal):
+                raise event
             if isinstance(event, Exception):
                 raise Refusal(f"the model failed: {event}", 500, code="engine_failed")
             n_left -= event[3] is not None

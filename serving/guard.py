@@ -2,82 +2,99 @@
 
 A page of any site can send requests to a server on its reader's own machine. Browsers say where
 such a request comes from (Origin) and, where a name was bent to lead here, which name that was
-(Host): both must be ours, or allowed.
+(Host): both must be the server's own, or allowed.
+
+The layers, from outside: Cors adds the headers that let a page of an allowed origin read an answer,
+a refusal included; Guard refuses. A preflight (a browser's question whether a page may ask) ends in
+Cors, since it never carries a key.
 """
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import ipaddress
 import json
+import re
 from urllib.parse import urlsplit
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.middleware.cors import CORSMiddleware
 
 from serving.protocol import Refusal
 
 MOST_BYTES = 1 << 20  # of a body
-HEAD_SECONDS, BODY_SECONDS = 10, 20  # that a client has for sending a request's
+BODY_SECONDS = 20  # that a client has for sending one
 OPEN_TO_ALL = {"/", "/health"}  # need no key: a browser cannot send one with a page's address
+FOR_MONITORS = {"/health", "/metrics"}  # HTTP/1.0 health checks send no Host
+HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-class Guard:
-    """ASGI middleware: answers what is refused, and hands on the rest with its body read whole."""
+# --- What is allowed ------------------------------------------------------------------------------
 
-    def __init__(self, app, host="127.0.0.1", allow=(), api_key=None, most_seconds=None):
-        self.app, self.api_key, self.most_seconds = app, api_key, most_seconds
-        self.any_address = host in ("0.0.0.0", "::")
-        self.allowed = {"localhost", "127.0.0.1", "::1", host, *allow}
 
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        try:
-            headers = read_headers(scope)
-            self.check_sender(headers)
-            self.check_key(headers, scope["path"])
-            body = await read_body(headers, receive)
-        except Refusal as refusal:
-            return await send_refusal(refusal, send)
-        if body is not None:  # else the client has gone
-            with contextlib.suppress(TimeoutError):  # one who does not read what it asked for
-                async with asyncio.timeout(self.most_seconds):
-                    await self.app(scope, replay(body, receive), send)
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """The hosts that the server answers to, and the origins whose pages may use it."""
 
-    def check_sender(self, headers):
-        host, origin = headers.get("host", ""), headers.get("origin")
+    hosts: frozenset
+    origins: frozenset
+    any_address: bool = False  # it listens on all addresses, so every address is its own
+    everything: bool = False
+
+    def has_host(self, host):
+        """Is it a Host header of this server? Never if it holds more than a name and a port."""
         name = host_name(host)
-        if not (name in self.allowed or self.any_address and is_address(name)):
-            raise Refusal(f"the host {host!r} is not this server's: see --allow", 403)
-        if (
-            origin is not None
-            and origin not in self.allowed
-            and origin not in (f"http://{host}", f"https://{host}")
-        ):
-            raise Refusal(f"the origin {origin!r} is not allowed: see --allow", 403)
+        if name is None:
+            return False
+        return self.everything or name in self.hosts or self.any_address and is_address(name)
 
-    def check_key(self, headers, path):
-        if self.api_key is None or path in OPEN_TO_ALL:
-            return
-        _, _, given = headers.get("authorization", "").partition(" ")
-        if not hmac.compare_digest(given.encode("latin-1"), self.api_key.encode()):
-            headers = {"www-authenticate": "Bearer"}
-            raise Refusal("a wrong API key, or none", 401, code="invalid_api_key", headers=headers)
+    def has_origin(self, origin, host):
+        """May a page of this origin ask? One that the server itself has sent always may."""
+        own = (f"http://{host}", f"https://{host}")
+        return self.everything or origin in self.origins or origin in own
 
 
-def read_headers(scope):  # -> {name: value}; Refusal for two hosts, which could be read either way
-    pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
-    if [name for name, _ in pairs].count("host") > 1:
-        raise Refusal("more than one Host")
-    return dict(pairs)
+def read_allowed(words, host):  # the --allow flags, the --host flag -> Allowed
+    """A word is a host's name, an origin such as https://example.org, "null", or "*" for all.
+
+    "null" is the origin that a page opened from a file has. Raises ValueError for all others.
+    """
+    hosts = {"localhost", "127.0.0.1", "::1", host}
+    origins = set()
+    for word in words:
+        if "://" in word:
+            origins.add(read_origin(word))
+        elif word == "null":
+            origins.add(word)
+        elif word != "*":
+            name = host_name(word)
+            if name is None:
+                raise ValueError(f"--allow {word!r}: expected a host, an origin, null or *")
+            hosts.add(name)
+    any_address = host in ("0.0.0.0", "::")
+    return Allowed(frozenset(hosts), frozenset(origins), any_address, "*" in words)
 
 
-def host_name(host):  # "[::1]:8000" -> "::1"
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
+def read_origin(word):
+    """The origin as browsers send it: lower case, without a default port or a slash at its end.
+
+    >>> read_origin("HTTPS://Page.Example:443/")
+    'https://page.example'
+    """
+    parts = urlsplit(word)
+    scheme = parts.scheme.lower()
+    is_bare = parts.path in ("", "/") and not parts.query and not parts.fragment
+    if not HOST.fullmatch(parts.netloc) or not is_bare:
+        raise ValueError(f"--allow {word!r}: an origin is SCHEME://HOST or SCHEME://HOST:PORT")
+    netloc = parts.netloc.lower()
+    port = DEFAULT_PORTS.get(scheme)
+    return f"{scheme}://{netloc.removesuffix(f':{port}')}"
+
+
+def host_name(host):  # "[::1]:8000" -> "::1"; None for what is no host
+    found = HOST.fullmatch(host)
+    return found and found[1].strip("[]").lower()
 
 
 def is_address(name):
@@ -85,6 +102,93 @@ def is_address(name):
         return bool(ipaddress.ip_address(name))
     except ValueError:
         return False
+
+
+# --- The layers -----------------------------------------------------------------------------------
+
+
+class Cors(CORSMiddleware):
+    """Starlette's layer, for the allowed origins, also when they are not on this network.
+
+    Chrome asks before a public page may reach a private address: Access-Control-Request-Private-
+    Network, https://wicg.github.io/private-network-access.
+    """
+
+    def __init__(self, app, allowed):
+        super().__init__(
+            app,
+            allow_origins=["*"] if allowed.everything else sorted(allowed.origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=["retry-after"],
+        )
+
+
+class Guard:
+    """ASGI middleware: answers what is refused, and hands on the rest with its body read whole."""
+
+    def __init__(self, app, allowed, api_key=None, most_seconds=None):
+        self.app = app
+        self.allowed = allowed
+        self.api_key = api_key
+        self.most_seconds = most_seconds
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        try:
+            headers = read_headers(scope)
+            scope = with_own_path(scope, headers)
+            self.check_sender(scope, headers)
+            self.check_key(scope, headers)
+            body = await read_body(headers, receive)
+        except Refusal as refusal:
+            return await send_refusal(refusal, send)
+        if body is not None:  # otherwise the client has gone
+            with contextlib.suppress(TimeoutError):  # one who does not read what it asked for
+                async with asyncio.timeout(self.most_seconds):
+                    await self.app(scope, replay(body, receive), send)
+
+    def check_sender(self, scope, headers):
+        host = headers.get("host", "")
+        origin = headers.get("origin")
+        is_monitor = "host" not in headers and scope["http_version"] == "1.0"
+        if is_monitor and scope["path"] in FOR_MONITORS and origin is None:
+            return
+        if not self.allowed.has_host(host):
+            raise Refusal(f"the host {host!r} is not this server's: see --allow", 403)
+        if origin is not None and not self.allowed.has_origin(origin, host):
+            raise Refusal(f"the origin {origin!r} is not allowed: see --allow", 403)
+
+    def check_key(self, scope, headers):
+        if self.api_key is None or scope["path"] in OPEN_TO_ALL:
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        is_right = hmac.compare_digest(given.encode("latin-1"), self.api_key.encode())
+        if scheme.lower() != "bearer" or not is_right:
+            headers = {"www-authenticate": "Bearer"}
+            raise Refusal("a wrong API key, or none", 401, code="invalid_api_key", headers=headers)
+
+
+def read_headers(scope):  # -> {name: value}
+    """Raises Refusal for two hosts, which could be read either way."""
+    pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+    if [name for name, _ in pairs].count("host") > 1:
+        raise Refusal("more than one Host")
+    return dict(pairs)
+
+
+def with_own_path(scope, headers):
+    """The scope of a request whose target is a whole address, as proxies send it, with its path.
+
+    The address names the host then, whatever the Host header says (RFC 9112, section 3.2.2).
+    """
+    if scope["path"].startswith("/") or "://" not in scope["path"]:
+        return scope
+    _, _, address = scope["path"].partition("://")
+    headers["host"], slash, path = address.partition("/")
+    return scope | {"path": "/" + path, "raw_path": ("/" + path).encode()}
 
 
 async def read_body(headers, receive):  # -> bytes, or None where the client has gone
@@ -125,25 +229,3 @@ async def send_refusal(refusal, send):
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
-
-
-class Connection(H11Protocol):
-    """uvicorn's, but closed where the head of a request does not come in time."""
-
-    closing = None  # the timer
-
-    def connection_made(self, transport):
-        super().connection_made(transport)
-        self.watch()
-
-    def data_received(self, data):
-        super().data_received(data)
-        self.watch()
-
-    def watch(self):
-        is_waiting = self.conn.their_state is h11.IDLE
-        if is_waiting and self.closing is None:
-            self.closing = self.loop.call_later(HEAD_SECONDS, self.transport.close)
-        elif not is_waiting and self.closing is not None:
-            self.closing.cancel()
-            self.closing = None

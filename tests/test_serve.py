@@ -33,7 +33,7 @@ pytest.importorskip("starlette", reason="starlette is not installed")
 from starlette.testclient import TestClient  # noqa: E402
 
 import serve  # noqa: E402
-from serving import guard  # noqa: E402
+from serving import connections, guard  # noqa: E402
 from serving.choices import Choice, log_probs_of  # noqa: E402
 
 N_HEAD, N_CTX, END = TINY["n_head"], TINY["n_ctx"], 256
@@ -1052,7 +1052,7 @@ def test_one_who_does_not_read_holds_nobody_up(slow):
 
 def test_half_a_request_is_closed_in_time(slow, monkeypatch):
     address, _ = slow
-    monkeypatch.setattr(guard, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
     for start in (b"", b"POST /v1/comp", head(50)[:-2]):
         with connect(address) as connection:
@@ -1069,7 +1069,7 @@ def test_nonsense_is_answered_or_closed(slow, rng):
     address, _ = slow
     for start in (b"\x16\x03\x01\x02\x00", b"GET / HTTP/9.9\r\n\r\n", rng.bytes(2000),
                   b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-                  b"GET /health HTTP/1.0\r\n\r\n",
+                  b"GET /v1/models HTTP/1.0\r\n\r\n",
                   head(5).replace(b"5", b"-5"), b"A" * 100_000):  # fmt: skip
         with connect(address) as connection:
             connection.sendall(start + b"\r\n\r\n")
