@@ -29,6 +29,16 @@ from plumbing.cli import one_line, run_cli
 from plumbing.files import remove_left_over
 
 
+def has_tensorflow():
+    """Is TensorFlow installed? This does not import it."""
+    return importlib.util.find_spec("tensorflow") is not None
+
+
+def needs_tensorflow(checkpoint):  # -> the error's text
+    how = "pip install -r requirements.txt, with Python 3.13 or older"
+    return f"{checkpoint}: reading it, once, needs tensorflow: {how}"
+
+
 def quiet_tensorflow():
     """Silence the messages that TensorFlow prints on import. Call this before importing it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -43,11 +53,8 @@ def convert_checkpoint(model_dir, path):
     will be needed again.
     """
     checkpoint = os.path.join(model_dir, "model.ckpt")
-    if importlib.util.find_spec("tensorflow") is None:
-        raise ImportError(
-            f"{checkpoint}: reading it, once, needs tensorflow: "
-            "pip install -r requirements.txt, with Python 3.13 or older"
-        )
+    if not has_tensorflow():
+        raise ImportError(needs_tensorflow(checkpoint))
     if sys.stderr.isatty():
         print(f"notice: converting {checkpoint}, which is needed once ...", file=sys.stderr)
     project = str(Path(__file__).resolve().parent.parent)

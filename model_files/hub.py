@@ -13,8 +13,16 @@ import re
 
 from encoder import TOKENIZER_FILES, get_encoder
 from model_files.config import read_hparams
+from model_files.download import NO_NETWORK
 from model_files.weights import WEIGHTS, WEIGHTS_INDEX, read_index
+from plumbing.cli import notice
 
+RELEASED = {  # GPT-2's sizes: the same weights as in OpenAI's checkpoints, as safetensors
+    "124M": "openai-community/gpt2",
+    "355M": "openai-community/gpt2-medium",
+    "774M": "openai-community/gpt2-large",
+    "1558M": "openai-community/gpt2-xl",
+}
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@.+)?")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TEXTS = ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json", WEIGHTS_INDEX)
@@ -26,11 +34,22 @@ def is_repository(name):
     return bool(REPOSITORY.fullmatch(name)) and not os.path.isdir(name.split("/")[0])
 
 
-def fetch_repository(name, only_tokenizer=False):  # -> a folder
+def fetch_released(size):  # -> a folder
+    """A released GPT-2 without TensorFlow. Raises what fetch_repository raises."""
+    name = RELEASED[size]
+    about = f"without TensorFlow, {size} is read from the Hugging Face Hub, {name}: the same weights"
+    try:
+        return fetch_repository(name, about=about)
+    except ConnectionError as error:
+        raise ConnectionError(f"{size}, without TensorFlow: {error}; {NO_NETWORK}") from None
+
+
+def fetch_repository(name, only_tokenizer=False, about=None):  # -> a folder
     """The model's files, fetched unless all of them are in the cache.
 
-    ValueError, before anything large is fetched, if we cannot open the model. ConnectionError if
-    a file cannot be fetched. Both in one line.
+    about: a notice, printed before anything is fetched. ValueError, before anything large is
+    fetched, if we cannot open the model. ConnectionError if a file cannot be fetched. Both in one
+    line.
     """
     try:
         from huggingface_hub import constants, errors
@@ -42,7 +61,10 @@ def fetch_repository(name, only_tokenizer=False):  # -> a folder
     repo, _, revision = name.partition("@")
     place = repo, revision or constants.DEFAULT_REVISION
     try:
-        return find_cached(*place, only_tokenizer) or fetch(*place, only_tokenizer)
+        folder = find_cached(*place, only_tokenizer)
+        if folder is None and about is not None:
+            notice(about)
+        return folder or fetch(*place, only_tokenizer)
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         if getattr(error, "errno", None) is not None:  # an error of our own disk, which may be full
             raise
