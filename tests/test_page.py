@@ -220,9 +220,9 @@ def test_stop_and_continue(page, params, app, monkeypatch):
     n_written = len(js(page, CHOSEN))
     assert n_written < 200
     deadline = time.monotonic() + 10
-    while engine.rows and time.monotonic() < deadline:
+    while engine.batch.rows and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert engine.rows == []  # the server, too, has stopped
+    assert engine.batch.rows == []  # the server, too, has stopped
     assert len(js(page, CHOSEN)) == n_written
     monkeypatch.setattr(engine, "turn", turn)
     js(page, "$('n_tokens').value = 20")
