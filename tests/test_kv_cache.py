@@ -27,8 +27,9 @@ from engine import slices, threads
 from generation import lookup, terminal
 from generation import rows as generation_rows
 from generation.rows import Event, Row, Sampler
-from generation.stops import up_to
+from generation.stops import stops_with, up_to
 from model_files import weights
+from plumbing import memory
 
 with contextlib.suppress(ImportError):  # Windows has none of them
     import fcntl
@@ -567,6 +568,97 @@ def test_long_prompts_do_not_hold_up_those_that_write(rng, params):
         assert [row for row, _, _ in stream] == [first] * 7 + [1 - first] * 7
 
 
+@pytest.mark.parametrize("where", ["hidden_state", "next_logits"])
+def test_a_batch_goes_on_after_passes_that_were_interrupted(rng, params, monkeypatch, where):
+    """Every third one is: of rows that read, write, check guesses, wait for others and slide."""
+    n_calls, module = [], slices if where == "hidden_state" else kv_cache
+    plain = getattr(module, where)
+
+    def stumble(*args, **rest):
+        n_calls.append(1)
+        x = plain(*args, **rest)
+        if len(n_calls) % 3 == 0:
+            raise KeyboardInterrupt
+        return x
+
+    prompts = [[1, 2, 3] * 7, *random_prompts(rng, [1, 20, 33])]
+    prompts.append(prompts[2][:15] + [5, 5])
+    sampling = {"temperature": 0.5, "seed": 7}
+    how = {"lookup": 3, "slide": True, "chunk": 8}
+    expected = kv_cache.generate(prompts, params, N_HEAD, 25, **sampling, **how)
+    batch = kv_cache.Batch(params, N_HEAD, chunk=8)
+    samplers = [Sampler(gpt2.Sampling(0.5), 7, number) for number in range(5)]
+    rows = [Row(prompts[i], 25, samplers[i], i, lookup=3) for i in range(5)]
+    for row in rows:
+        batch.admit(row)
+    monkeypatch.setattr(module, where, stumble)
+    n_interrupted = 0
+    while batch.rows:
+        try:
+            batch.advance()
+        except KeyboardInterrupt:
+            n_interrupted += 1
+    assert [row.ids for row in rows] == expected and n_interrupted > 10
+
+
+def test_rows_that_guess_share_a_small_pass_evenly(params, monkeypatch):
+    """Two rows that repeat one token, so that all guesses are right; a pass has four tokens."""
+    passes, plain = [], kv_cache.extend_all
+
+    def note(caches, new_ids, *rest):
+        passes.append([len(ids) for ids in new_ids])
+        return plain(caches, new_ids, *rest)
+
+    monkeypatch.setattr(kv_cache, "extend_all", note)
+    still, how = exclaiming(HPARAMS), {"lookup": 4, "chunk": 4}
+    one, two = kv_cache.generate([[1, 2], [3, 4]], still, N_HEAD, 20, **how)
+    assert one == two and len(one) == 20
+    assert max(map(sum, passes)) == 4 and [2, 2] in passes
+    assert all(max(sizes) - min(sizes) <= 1 for sizes in passes if len(sizes) == 2)
+    assert all(len(sizes) == 2 for sizes in passes)  # neither waits for the other
+
+
+def test_a_batch_has_as_many_rows_as_there_are_prompts_and_memory(rng, params, monkeypatch):
+    passes, plain = [], kv_cache.extend_all
+
+    def note(caches, new_ids, *rest):
+        passes.append((len(caches), max(cache.kv.nbytes for cache in caches)))
+        return plain(caches, new_ids, *rest)
+
+    monkeypatch.setattr(kv_cache, "extend_all", note)
+
+    def most_rows(n_prompts, n_tokens=3, **options):
+        passes.clear()
+        kv_cache.generate(random_prompts(rng, [2] * n_prompts), params, N_HEAD, n_tokens, **options)
+        return max(n_rows for n_rows, _ in passes)
+
+    assert [most_rows(n) for n in (1, 8, 32, 70)] == [1, 8, 32, 64]
+    assert most_rows(9, n_samples=4) == 36 and most_rows(32, batch_size=5) == 5
+    for n_tokens in (3, 35):  # a cache for 32 tokens, and one for 37, half as much while it grows
+        monkeypatch.setattr(memory, "free_bytes", lambda: None)
+        assert most_rows(32, n_tokens) == 32
+        cache_bytes = max(n_bytes for _, n_bytes in passes)
+        for n_rows in (1, 5, 31):
+            free = 2 * n_rows * 1.5 * cache_bytes
+            monkeypatch.setattr(memory, "free_bytes", lambda free=free: free + 1)
+            assert most_rows(32, n_tokens) == n_rows
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1)
+    assert most_rows(32) == 1
+    for text in (kv_cache.generate_stream.__doc__, kv_cache.main.__doc__):
+        words = " ".join(text.split())
+        assert (
+            "at most 64, and at most as many as fit, with their caches, into half of the" in words
+        )
+
+
+@pytest.mark.parametrize(
+    "generate", [gpt2.generate, lambda ids, *a, **o: kv_cache.generate([ids], *a, **o)]
+)
+def test_a_misspelt_option_fails(params, generate):
+    with pytest.raises(TypeError, match="temprature"):
+        generate([1], params, N_HEAD, 3, temprature=1.0)
+
+
 def test_the_last_token_may_be_the_stop(params):
     stream = kv_cache.generate_stream([[1]], params, N_HEAD, 4, stop=lambda ids: len(ids) == 4)
     assert list(stream)[-1][2] == "stop"
@@ -863,6 +955,20 @@ def test_up_to_shows_text_as_soon_as_it_is_sure():
     assert next(stream) == "Hel" and taken == ["Hel"]
     assert next(stream) == "lo, " and next(stream) == "Enough " and list(stream) == [""]
     assert taken[-1] == "ND of"  # nothing after the stop is even asked for
+
+
+@given(
+    text=st.text("aé中🙂\n", max_size=20), stops=st.lists(st.text("aé中\n", min_size=1), max_size=3)
+)
+def test_a_row_ends_with_the_token_that_completes_a_stop(text, stops):
+    encoder = Encoder([])  # every byte a token, so that characters have several
+    ids = encoder.encode(text)
+    found = [any(s in encoder.decode(ids[:n]) for s in stops) for n in range(1, len(ids) + 1)]
+    n_first = found.index(True) + 1 if True in found else len(ids)
+    stop = stops_with(stops, encoder)
+    assert stops or stop is None
+    if stops:
+        assert [stop(ids[:n]) for n in range(1, n_first + 1)] == found[:n_first]
 
 
 # --------------------------------------------------------------------------------------------------

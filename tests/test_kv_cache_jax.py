@@ -15,6 +15,7 @@ import gpt2
 import kv_cache
 import kv_cache_jax
 from generation.rows import Event
+from plumbing import memory
 
 N_HEAD, N_VOCAB, N_CTX = 2, 61, 37
 HPARAMS = {"n_vocab": N_VOCAB, "n_ctx": N_CTX, "n_embd": 24, "n_head": N_HEAD, "n_layer": 2}
@@ -85,6 +86,30 @@ def test_float32_all_through(params):
         assert keys.shape == values.shape == (2, 16, N_HEAD, 12)
         assert keys.dtype == values.dtype == jnp.float32
     assert batch["tokens"].dtype == jnp.int32
+
+
+def test_a_batch_has_as_many_rows_as_there_are_texts_and_memory(rng, params, monkeypatch):
+    sizes, plain = [], kv_cache_jax.read_prompts
+
+    def note(params, ids, *rest, **static):
+        sizes.append(len(ids))
+        return plain(params, ids, *rest, **static)
+
+    monkeypatch.setattr(kv_cache_jax, "read_prompts", note)
+    prompts = random_prompts(rng, [3] * 35)
+    ours = kv_cache_jax.generate(prompts, params, N_HEAD, 2, n_samples=2)
+    assert sizes == [64, 64]  # the second one's last rows are dummies
+    sizes.clear()
+    n_bytes = kv_cache_jax.row_bytes(3, 2, params, N_HEAD)
+    assert n_bytes == 2 * 2 * 24 * 16 * 4 + 2 * N_HEAD * 16 * 16 * 4
+    monkeypatch.setattr(memory, "free_bytes", lambda: 2 * 35 * n_bytes)
+    again = kv_cache_jax.generate(prompts, params, N_HEAD, 2, n_samples=2)
+    assert sizes == [35, 35] and same_up_to_ties(ours[:35], again[:35], prompts, params)
+
+
+def test_a_misspelt_option_fails(params):
+    with pytest.raises(TypeError, match="temprature"):
+        kv_cache_jax.generate([[1]], params, N_HEAD, 3, temprature=1.0)
 
 
 # --- Ends -----------------------------------------------------------------------------------------

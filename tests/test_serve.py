@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -1052,6 +1053,59 @@ def test_rows_whose_client_has_gone_leave_and_no_others(params):
     assert list(engine.begun.values()) == [choices[0], choices[2]]
     assert list(engine.waiting) == [choices[4], choices[6]] and not engine.inbox
     assert [choice.row.end for choice in choices[:4]] == [None, "dropped", None, "dropped"]
+
+
+@pytest.mark.parametrize("moment", ["clear", "wait"])
+def test_a_stop_at_any_moment_ends_the_engine_at_once(params, moment):
+    """Even just before `wake` is cleared, or just before the thread waits for it."""
+    engine = serve.Engine(params, N_HEAD, batch_size=4, max_waiting=9, metrics=new_metrics())
+
+    class Wake(threading.Event):
+        def stop_first(self):
+            if threading.current_thread() is engine.thread and not engine.is_stopped:
+                engine.is_stopped = True  # as engine.stop does, in another thread
+                self.set()
+
+        def clear(self):
+            if moment == "clear":
+                self.stop_first()
+            super().clear()
+
+        def wait(self, timeout=None):
+            if moment == "wait":
+                self.stop_first()
+            return super().wait(timeout)
+
+    engine.wake = Wake()
+    engine.start(None)
+    engine.thread.join(3)
+    has_ended = not engine.thread.is_alive()
+    engine.stop()
+    assert has_ended
+
+
+def test_other_threads_touch_only_what_the_engine_lets_them(params, monkeypatch):
+    """Whatever a request does with the engine from asyncio's thread is named in its docstring."""
+    touched, read = set(), serve.Engine.__getattribute__
+
+    def watched(engine, name):
+        caller = sys._getframe(1).f_locals.get("self")
+        in_thread = threading.current_thread() is not read(engine, "__dict__").get("thread")
+        if caller is not engine and in_thread and not name.startswith("__"):
+            touched.add(name)
+        return read(engine, name)
+
+    with serving(params) as client:
+        monkeypatch.setattr(serve.Engine, "__getattribute__", watched)
+        ask(client, "One", echo=True, logprobs=2)
+        events(client, "One")
+        client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]})
+        for path in ("/", "/metrics", "/health", "/v1/models", "/explain?text=One"):
+            assert client.get(path).status_code == 200
+        assert client.post("/predictions", json={"text": "One"}).status_code == 200
+        monkeypatch.undo()
+    said = serve.Engine.__doc__.partition("Other threads")[2].partition(".")[0]
+    assert touched and touched <= set(re.findall(r"\w+", said)), touched
 
 
 def test_one_who_does_not_read_holds_nobody_up(slow):
