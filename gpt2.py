@@ -31,7 +31,6 @@ Parameter names are those of OpenAI's released checkpoints: `c_attn`, `c_proj`, 
 """
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
@@ -247,29 +246,16 @@ def sample(logits, rng, temperature=0.0, top_k=0, top_p=1.0):  # [n_vocab] -> on
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
 
-class Sampling(NamedTuple):
-    """How tokens are chosen: what `sample` takes after its rng, as one value."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def check(self):
-        """Raises ValueError, one clear line, for settings that make no sense for any model."""
-        if not 0 <= self.temperature < math.inf:
-            words = "temperature must be 0 (greedy) or more, and finite"
-            raise ValueError(f"{words}, not {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (keep every token) or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-
-
-def check_generation(n_tokens_to_generate, sampling, seed):
-    """Raises ValueError, one clear line, for arguments that make no sense for any model."""
+def check_sampling(n_tokens_to_generate, temperature=0.0, top_k=0, top_p=1.0, seed=None):
+    """Raises ValueError, one clear line, for settings that make no sense for any model."""
     if n_tokens_to_generate < 0:
         raise ValueError(f"n_tokens_to_generate must be 0 or more, not {n_tokens_to_generate}")
-    sampling.check()
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or more, and finite, not {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 (keep every token) or more, not {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
     if seed is not None and seed < 0:
         raise ValueError(f"seed must be 0 or more, not {seed}")
 
@@ -303,14 +289,13 @@ def generate_stream(
     Autoregression: run the model, choose a token from the last position's logits, append, repeat.
     Each step runs the whole sequence again, although only its last token is new.
 
-    sampling: temperature, top_k and top_p, by name; greedy by default.
+    sampling: temperature, top_k and top_p, as `sample` takes them; greedy by default.
     slide: let the text outgrow n_ctx; then the model sees only its end.
 
-    The first next() raises ValueError for what check_generation and check_length refuse.
+    The first next() raises ValueError for what check_sampling and check_length refuse.
     """
     n_ctx = len(params["wpe"])
-    sampling = Sampling(**sampling)
-    check_generation(n_tokens_to_generate, sampling, seed)
+    check_sampling(n_tokens_to_generate, seed=seed, **sampling)
     check_length(len(inputs), n_tokens_to_generate, math.inf if slide else n_ctx)
     inputs = list(inputs)  # a copy: the caller's list stays as it is
     rng = np.random.default_rng(seed)
@@ -318,7 +303,7 @@ def generate_stream(
         inputs = latest(inputs, n_ctx)
         x = hidden_state(inputs, **params, n_head=n_head)
         logits = params["wte"] @ x[-1]  # as in gpt2, but of the last position only
-        token = sample(logits, rng, *sampling)
+        token = sample(logits, rng, **sampling)
         if token == endoftext:
             return
         inputs.append(token)
@@ -358,15 +343,15 @@ def main(
     from plumbing.cli import notice
     from utils import load_encoder_hparams_and_params
 
-    sampling = Sampling(temperature, top_k, top_p)
-    check_generation(n_tokens_to_generate, sampling, seed)  # before any download
-    if sampling != Sampling() and temperature == 0:
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    check_sampling(n_tokens_to_generate, seed=seed, **sampling)  # before any download
+    if temperature == 0 and (top_k > 0 or top_p < 1):
         notice("top_k and top_p change nothing at temperature 0, which takes the likeliest token")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     inputs = encoder.encode_prompt(prompt, None if slide else hparams["n_ctx"])
     new_ids = generate_stream(
         inputs, params, hparams["n_head"], n_tokens_to_generate,
-        seed, encoder.endoftext, slide, **sampling._asdict(),
+        seed, encoder.endoftext, slide, **sampling,
     )  # fmt: skip
     for text in encoder.decode_stream(new_ids):
         print(text, end="", flush=True)

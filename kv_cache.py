@@ -29,14 +29,14 @@ import numpy as np
 
 from engine import products, slices
 from generation import terminal
-from generation.rows import Event, Row, Sampler, ids_of, plan_pass
+from generation.rows import Event, Row, ids_of, plan_pass
+from generation.sampling import Sampler, Sampling
 from generation.stops import stops_with
 from gpt2 import (
-    Sampling,
     attention,
     attention_in_blocks,
-    check_generation,
     check_length,
+    check_sampling,
     hidden_state,
     latest,
 )
@@ -321,7 +321,7 @@ def generate_stream(
     first next() raises ValueError if anything is wrong, and names the prompt.
     """
     sampling = Sampling(**sampling)
-    check_generation(n_tokens_to_generate, sampling, seed)
+    check_sampling(n_tokens_to_generate, seed=seed, **sampling._asdict())
     prompts = [list(ids) for ids in prompts]  # copies: the caller may change the lists meanwhile
     n_ctx = len(params["wpe"])
     check_counts(lookup, n_samples=n_samples, batch_size=batch_size, chunk=chunk)
@@ -448,7 +448,7 @@ def main(
     from utils import load_encoder_hparams_and_params
 
     sampling = Sampling(temperature, top_k, top_p)
-    check_generation(n_tokens_to_generate, sampling, seed)  # before any download
+    check_sampling(n_tokens_to_generate, seed=seed, **sampling._asdict())  # before any download
     if temperature == 0 and (sampling != Sampling() or n_samples > 1):
         notice("at temperature 0, top_k and top_p change nothing, and all samples are the same")
     stops = terminal.read_stops(stop or (), chat)

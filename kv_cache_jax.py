@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from generation.rows import Event, ids_of
-from gpt2 import Sampling, attention, check_generation, check_length, hidden_state, softmax
+from generation.sampling import Sampling
+from gpt2 import attention, check_length, check_sampling, hidden_state, softmax
 from plumbing.memory import n_that_fit
 from training.devices import to_host
 
@@ -137,7 +138,7 @@ def generate_stream(
     default_batch_size. Raises ValueError for wrong arguments.
     """
     sampling = Sampling(**sampling)
-    check_generation(n_tokens_to_generate, sampling, seed)
+    check_sampling(n_tokens_to_generate, seed=seed, **sampling._asdict())
     n_vocab, n_ctx = n_vocab or len(params["wte"]), len(params["wpe"])
     if not prompts or n_samples < 1 or batch_size is not None and batch_size < 1:
         raise ValueError("n_samples, batch_size and the number of prompts must be 1 or more")

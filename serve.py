@@ -205,7 +205,7 @@ async def completions(request):
     state, body = request.app.state, await request.body()
     # In a thread: a large body takes a while, and the loop could do nothing else meanwhile.
     asked = await asyncio.to_thread(read_completion, body, state.name, state.encoder, state.n_ctx)
-    return await Answer(state, asked, new_answer(state.name)).respond(request)
+    return Answer(state, asked, new_answer(state.name))
 
 
 async def chats(request):
@@ -215,9 +215,9 @@ async def chats(request):
     if asked.stream:
         fields = new_answer(state.name, "chat.completion.chunk", "chatcmpl")
         roles = [role_of(index) for index in range(asked.n_choices)]
-        return await Answer(state, asked, fields, delta_of).respond(request, roles)
+        return Answer(state, asked, fields, delta_of, opening=roles)
     fields = new_answer(state.name, "chat.completion", "chatcmpl")
-    return await Answer(state, asked, fields, message_of).respond(request)
+    return Answer(state, asked, fields, message_of)
 
 
 async def explain_text(request):

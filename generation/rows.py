@@ -1,6 +1,6 @@
 """Rows: the texts that are written together. Who runs in a pass, and what each row does with it.
 
-A `Row` is one text being written, a `Sampler` samples its tokens, and an `Event` says what it
+A `Row` is one text being written, its `sampler` samples its tokens, and an `Event` says what it
 wrote. kv_cache.Batch makes the passes: it asks `plan_pass` which ids go into each pass, and gives
 every row the logits of its next token (`Row.write`).
 """
@@ -8,10 +8,8 @@ every row the logits of its next token (`Row.write`).
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
 from generation.lookup import guess, new_trust
-from gpt2 import sample
+from generation.sampling import Sampler
 
 MIN_SHARED = 8  # tokens at the beginning of two rows; fewer are not worth waiting for
 
@@ -31,30 +29,6 @@ def ids_of(events):  # iterable of Event -> a list of ids for each row, in order
         if event.token is not None:
             ids.append(event.token)
     return [rows[row] for row in sorted(rows)]
-
-
-class Sampler:
-    """What a row asks while it is written. The server's rows ask serving.choices.Choice instead.
-
-    Row 0 samples what gpt2.py samples with that seed; every other row samples by the seed and its
-    own number. So a row's text does not depend on its neighbours.
-    """
-
-    needs_states = False  # must read_states be called? Then the row's whole prompt is run
-
-    def __init__(self, sampling, seed=None, number=0, stop=None):
-        self.sampling = sampling  # gpt2.Sampling
-        self.rng = np.random.default_rng([seed, number] if seed is not None and number else seed)
-        self.stop = stop  # ids -> bool; None for never
-
-    def sample(self, logits):  # [n_vocab] -> one token id
-        return sample(logits, self.rng, *self.sampling)
-
-    def is_complete(self, ids):  # the row's new ids, never empty -> does the last of them end it?
-        return self.stop is not None and self.stop(ids)
-
-    def read_states(self, x):
-        """x: [n, n_embd], the hidden states of the prompt's next n tokens."""
 
 
 @dataclass(slots=True, eq=False)

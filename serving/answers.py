@@ -21,17 +21,19 @@ def choice_of(part, asked, encoder):  # a completion's; chat.py has a chat's
 
 
 class Answer:
-    """The answer to a checked request, whose texts wait or are being written.
+    """The response to a checked request, whose texts wait or are being written.
 
-    fields: what each piece of the answer repeats; shape(part, asked, encoder): a choice in it.
-    Raises Refusal if too many texts wait already.
+    fields: what each piece of the answer repeats; shape(part, asked, encoder): a choice in it;
+    opening: choices that a stream sends before there is any text. Raises Refusal if too many texts
+    wait already.
     """
 
-    def __init__(self, state, asked, fields, shape=choice_of):
+    def __init__(self, state, asked, fields, shape=choice_of, opening=()):
         self.state = state
         self.asked = asked
         self.fields = fields
         self.shape = shape
+        self.opening = opening
         self.queue = asyncio.Queue()
         self.choices = [
             Choice(asked, index, state.encoder, state.engine.logits_of, self.queue.put_nowait)
@@ -39,47 +41,32 @@ class Answer:
         ]
         state.engine.submit(self.choices, asked.n_prompt_tokens)
 
-    async def respond(self, request, opening=()):  # -> the response
-        """opening: choices that a stream sends before there is any text."""
-        return self.streamed(opening) if self.asked.stream else await self.whole(request)
+    async def __call__(self, scope, receive, send):  # as ASGI calls a response
+        try:
+            if self.asked.stream:
+                response = StreamingResponse(self.stream(), media_type="text/event-stream")
+            else:
+                response = JSONResponse(await unless_gone(receive, self.whole()))
+            await response(scope, receive, send)
+        finally:  # the client may have gone before the end, or before the beginning
+            self.state.engine.drop(self.choices)
 
-    async def whole(self, request):
-        """The response with all choices, once they are complete. The client may go away before."""
+    async def whole(self):  # -> what can be JSON
+        """All choices, once they are complete."""
         shapes = [None] * len(self.choices)
         n_sampled = 0
-
-        async def collect():
-            nonlocal n_sampled
-            async for part in self.parts():
-                shapes[part.index] = self.shape(part, self.asked, self.state.encoder)
-                n_sampled += part.n_sampled
-
-        try:
-            await unless_gone(request, collect())
-        finally:
-            self.state.engine.drop(self.choices)
+        async for part in self.parts():
+            shapes[part.index] = self.shape(part, self.asked, self.state.encoder)
+            n_sampled += part.n_sampled
         counts = usage(self.asked.n_prompt_tokens, n_sampled)
-        return JSONResponse(self.fields | {"choices": shapes, "usage": counts})
+        return self.fields | {"choices": shapes, "usage": counts}
 
-    def streamed(self, opening):
-        """The response that sends each token as it is written. It may end before it has begun."""
-        chunks = self.stream(opening)
-
-        async def respond(scope, receive, send):
-            try:
-                response = StreamingResponse(chunks, media_type="text/event-stream")
-                await response(scope, receive, send)
-            finally:
-                self.state.engine.drop(self.choices)
-
-        return respond
-
-    async def stream(self, opening):
-        """The stream's events. An error is also sent as an event."""
+    async def stream(self):
+        """An event for each token, as it is written. An error is also sent as an event."""
         no_usage = {"usage": None} if self.asked.include_usage else {}
         n_sampled = 0
         try:
-            for choice in opening:
+            for choice in self.opening:
                 yield server_sent(self.fields | {"choices": [choice]} | no_usage)
             async for part in self.parts():
                 n_sampled += part.n_sampled if part.end else 0
@@ -94,27 +81,26 @@ class Answer:
         yield server_sent("[DONE]")
 
     async def parts(self):
-        """The parts of all choices. Raises Refusal if the engine fails, or it takes too long."""
+        """The parts of all choices. Raises Refusal if the engine fails, or it takes too long.
+
+        Parts of one choice that have come meanwhile are merged, so that a late reader catches up.
+        """
         deadline = time.monotonic() + self.state.timeout
         n_left = len(self.choices)
         while n_left:
-            for part in await self.next_parts(deadline):
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    found = [await self.queue.get()]
+            except TimeoutError:
+                words = f"the request took longer than {self.state.timeout:g} seconds (--timeout)"
+                raise Refusal(words, 408, code="timeout") from None
+            while not self.queue.empty():
+                found.append(self.queue.get_nowait())
+            for part in merge(found) if len(found) > 1 else found:
                 if isinstance(part, Exception):
                     raise Refusal(f"the model failed: {part}", 500, code="engine_failed")
                 n_left -= part.end is not None
                 yield part
-
-    async def next_parts(self, deadline):
-        """All that have come; those of one choice are merged, so that a late reader catches up."""
-        try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                found = [await self.queue.get()]
-        except TimeoutError:
-            words = f"the request took longer than {self.state.timeout:g} seconds (--timeout)"
-            raise Refusal(words, 408, code="timeout") from None
-        while not self.queue.empty():
-            found.append(self.queue.get_nowait())
-        return merge(found) if len(found) > 1 else found
 
 
 def merge(parts):  # -> one for each choice, or the first exception alone
@@ -129,15 +115,15 @@ def merge(parts):  # -> one for each choice, or the first exception alone
     return list(merged.values())
 
 
-async def unless_gone(request, work):
-    """Awaits the work. Refusal where the client goes away first."""
+async def unless_gone(receive, work):
+    """Awaits the work and returns its result. Raises Refusal if the client goes away first."""
     work = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(request.receive())  # the body is read: only a goodbye can come
+    gone = asyncio.ensure_future(receive())  # the body is read: only a goodbye can come
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             raise Refusal("the client has gone", 499)
-        await work
+        return await work
     finally:
         work.cancel()
         gone.cancel()

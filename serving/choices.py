@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from generation.rows import Row, Sampler
+from generation.rows import Row
+from generation.sampling import new_rng
 from generation.stops import sort_stops, until_stop
+from gpt2 import sample
 from serving.predictions import likeliest
 
 SCORED = 64  # positions whose logits are held at once, while a prompt is scored
@@ -43,7 +45,7 @@ class Choice:
         self.prompt = asked.prompts[index // asked.n]
         endoftext = None if asked.ignore_eos else encoder.endoftext
         self.row = Row(self.prompt, asked.max_tokens, sampler=self, endoftext=endoftext)
-        self.sampler = Sampler(asked.sampling, asked.seed, index)
+        self.rng = new_rng(asked.seed, index)
         self.bias = bias_of(asked.logit_bias, encoder.n_vocab)
         self.stops = sort_stops(asked.stop)
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -72,7 +74,8 @@ class Choice:
                 self.note(*entry)
 
     def sample(self, logits):  # [n_vocab] -> one token id
-        id = self.sampler.sample(logits if self.bias is None else logits + self.bias)
+        biased = logits if self.bias is None else logits + self.bias
+        id = sample(biased, self.rng, *self.asked.sampling)
         self.n_sampled += 1
         entry = None, None, None
         if self.asked.logprobs is not None:

@@ -10,7 +10,8 @@ import time
 import uuid
 from dataclasses import dataclass, replace
 
-from gpt2 import Sampling, check_length
+from generation.sampling import Sampling
+from gpt2 import check_length
 
 MOST_CHOICES = 1024  # texts that one request may ask for
 MOST_LOGPROBS = 20

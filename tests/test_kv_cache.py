@@ -26,7 +26,8 @@ from encoder import Encoder
 from engine import slices, threads
 from generation import lookup, terminal
 from generation import rows as generation_rows
-from generation.rows import Event, Row, Sampler
+from generation.rows import Event, Row
+from generation.sampling import Sampler, Sampling
 from generation.stops import stops_with, up_to
 from model_files import weights
 from plumbing import memory
@@ -587,7 +588,7 @@ def test_a_batch_goes_on_after_passes_that_were_interrupted(rng, params, monkeyp
     how = {"lookup": 3, "slide": True, "chunk": 8}
     expected = kv_cache.generate(prompts, params, N_HEAD, 25, **sampling, **how)
     batch = kv_cache.Batch(params, N_HEAD, chunk=8)
-    samplers = [Sampler(gpt2.Sampling(0.5), 7, number) for number in range(5)]
+    samplers = [Sampler(Sampling(0.5), 7, number) for number in range(5)]
     rows = [Row(prompts[i], 25, samplers[i], i, lookup=3) for i in range(5)]
     for row in rows:
         batch.admit(row)
@@ -820,7 +821,7 @@ def test_what_another_row_has_written_is_not_read_again(rng, params, monkeypatch
 
 
 def greedy_row(prompt, n_tokens, **fields):
-    return Row(prompt, n_tokens, Sampler(gpt2.Sampling()), **fields)
+    return Row(prompt, n_tokens, Sampler(Sampling()), **fields)
 
 
 def test_rows_join_and_leave_between_passes(rng, params):
@@ -1289,7 +1290,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(models, case):
 
 def test_what_is_left_out_means_the_same_everywhere():
     functions = (gpt2.generate_stream, gpt2.main, kv_cache.generate_stream, kv_cache.main)
-    functions += (gpt2.Sampling, gpt2.sample)
+    functions += (Sampling, gpt2.sample)
     defaults = [inspect.signature(function).parameters for function in functions]
     for mine, others in itertools.permutations(defaults, 2):
         for name in mine.keys() & others.keys():

@@ -15,6 +15,7 @@ import gpt2
 import kv_cache
 import kv_cache_jax
 from generation.rows import Event
+from generation.sampling import Sampling
 from plumbing import memory
 
 N_HEAD, N_VOCAB, N_CTX = 2, 61, 37
@@ -78,7 +79,7 @@ def test_rows_that_pad_the_vocabulary_are_never_written(rng, params):
 
 
 def test_float32_all_through(params):
-    how = {"n_head": N_HEAD, "n_vocab": N_VOCAB, "sampling": gpt2.Sampling(**SAMPLED)}
+    how = {"n_head": N_HEAD, "n_vocab": N_VOCAB, "sampling": Sampling(**SAMPLED)}
     ids, n_seq, rows = np.zeros((2, 16), np.int32), np.ones(2, int), np.arange(2)
     tree = jax.tree.map(jnp.asarray, params)
     batch = kv_cache_jax.read_prompts(tree, ids, n_seq, np.uint32(0), rows, capacity=16, **how)
@@ -163,7 +164,7 @@ def test_damaged_weights_write_nothing(params):
     logits = jnp.zeros((3, 5)).at[1, 2].set(np.nan).at[2].set(-np.inf)
     for temperature in (0.0, 1.0):
         keys = jax.random.split(jax.random.key(0), 3)
-        tokens = kv_cache_jax.sample(logits, keys, 0, gpt2.Sampling(temperature))
+        tokens = kv_cache_jax.sample(logits, keys, 0, Sampling(temperature))
         assert tokens[0] >= 0 and tokens[1:].tolist() == [-1, -1]
 
 
@@ -219,7 +220,7 @@ def test_draws_have_gpt2s_distribution(setting):
     print("seed", seed)
     logits = np.random.default_rng(seed).standard_normal(N_VOCAB, dtype=np.float32) * 2
     keys = jax.random.split(jax.random.key(seed), 1000)
-    rows, sampling = jnp.tile(logits, (1000, 1)), gpt2.Sampling(*setting)
+    rows, sampling = jnp.tile(logits, (1000, 1)), Sampling(*setting)
     sample = jax.jit(lambda i: kv_cache_jax.sample(rows, keys, i, sampling))
     tokens = np.concatenate([sample(i) for i in range(n // 1000)])
     p = gpt2.probabilities(logits, *setting)
