@@ -10,6 +10,7 @@ WINGS = (
     "serving",
     "training",
     "corpus",
+    "checking",
     "model_files",
     "engine",
     "plumbing",
