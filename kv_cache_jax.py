@@ -44,8 +44,9 @@ def mask(logits, temperature, top_k=0, top_p=1.0):  # [..., n_vocab] -> the same
     if top_p < 1:
         descending = jnp.sort(logits, descending=True)
         n_before = (jnp.cumsum(softmax(descending), -1) < top_p).sum(-1, keepdims=True)
-        last = jnp.minimum(n_before, logits.shape[-1] - 1)  # the one that crosses p
-        logits = jnp.where(logits < jnp.take_along_axis(descending, last, -1), -jnp.inf, logits)
+        crossing = jnp.minimum(n_before, logits.shape[-1] - 1)  # the token that crosses p
+        least = jnp.take_along_axis(descending, crossing, -1)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
 
 

@@ -95,14 +95,14 @@ def check_model(data, name):
 
 
 def read_settings(data, n_vocab):  # -> Asked, all but its prompts
-    whole = sys.maxsize
-    real = sys.float_info.max
+    largest_int = sys.maxsize
+    largest_float = sys.float_info.max
     asked = Asked(
-        max_tokens=number(data, "max_tokens", 16, 0, whole),
+        max_tokens=number(data, "max_tokens", 16, 0, largest_int),
         n=number(data, "n", 1, 1, MOST_N),
         sampling=Sampling(
-            temperature=number(data, "temperature", 1.0, 0, real, float),
-            top_k=max(0, number(data, "top_k", 0, -1, whole)),  # -1 is vLLM's word for all
+            temperature=number(data, "temperature", 1.0, 0, largest_float, float),
+            top_k=max(0, number(data, "top_k", 0, -1, largest_int)),  # -1 is vLLM's word for all
             top_p=number(data, "top_p", 1.0, sys.float_info.min, 1, float),
         ),
         seed=read_seed(data),
