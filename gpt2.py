@@ -303,7 +303,7 @@ def check_length(n_prompt, n_tokens_to_generate, n_ctx):
 
 
 def latest(ids, n_ctx):  # list of ids -> its end, at most n_ctx ids
-    """The ids that the model still sees: all if they fit, else the last n_ctx // 2.
+    """The ids that the model still sees: all if they fit, otherwise the last n_ctx // 2.
 
     Half, not n_ctx - 1: kv_cache.py, which does the same, must read them again after each cut, so
     cuts should be rare.

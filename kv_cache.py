@@ -59,7 +59,7 @@ def one_text(params, n_head):  # -> a function that takes the next ids, [n], and
     cache = {}  # {layer: (keys, values)}
     n_seq = 0  # tokens in it
 
-    def read(ids):
+    def extend(ids):
         nonlocal n_seq
 
         def attend(q, k, v, layer):  # three of [n_head, n, d_head]
@@ -75,7 +75,7 @@ def one_text(params, n_head):  # -> a function that takes the next ids, [n], and
         n_seq += len(ids)
         return x
 
-    return read
+    return extend
 
 
 # --------------------------------------------------------------------------------------------------

@@ -45,8 +45,9 @@ def mask(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):  # [..., n_vocab] 
     if top_p < 1:
         descending = jnp.sort(logits, descending=True)
         n_before = (jnp.cumsum(softmax(descending), -1) < top_p).sum(-1, keepdims=True)
-        last = jnp.minimum(n_before, logits.shape[-1] - 1)  # the one that crosses p
-        logits = jnp.where(logits < jnp.take_along_axis(descending, last, -1), -jnp.inf, logits)
+        crossing = jnp.minimum(n_before, logits.shape[-1] - 1)  # the token that crosses p
+        least = jnp.take_along_axis(descending, crossing, -1)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
     if min_p > 0:  # the largest logit is 0
         logits = jnp.where(logits < math.log(min_p), -jnp.inf, logits)
     return logits

@@ -46,6 +46,7 @@ from serving.chat import delta_of, message_of, read_chat, role_of
 from serving.connections import Server, listen
 from serving.guard import Cors, Guard, read_allowed
 from serving.protocol import Refusal, new_answer, read_completion
+from serving.weights import copied, watch, weight_files
 
 # --------------------------------------------------------------------------------------------------
 # The engine
@@ -256,14 +257,14 @@ async def completions(request):
     """POST /v1/completions"""
     state, body = request.app.state, await request.body()
     # In a thread: a large body takes a while, and the loop could do nothing else meanwhile.
-    asked = await asyncio.to_thread(read_completion, body, state.name, state.encoder, state.n_ctx)
+    asked = await asyncio.to_thread(read_completion, body, state.names, state.encoder, state.n_ctx)
     return Answer(state, asked, new_answer(state.name))
 
 
 async def chats(request):
     """POST /v1/chat/completions"""
     state, body = request.app.state, await request.body()
-    asked = await asyncio.to_thread(read_chat, body, state.name, state.encoder, state.n_ctx)
+    asked = await asyncio.to_thread(read_chat, body, state.names, state.encoder, state.n_ctx)
     if asked.stream:
         fields = new_answer(state.name, "chat.completion.chunk", "chatcmpl")
         roles = [role_of(index) for index in range(asked.n_choices)]
@@ -309,7 +310,10 @@ async def refused(request, refusal):
 
 async def not_found(request, error):
     path = request.scope["path"]  # request.url fails where the query is no UTF-8
-    refusal = Refusal(f"{request.method} {path}: {error.detail}", error.status_code)
+    words = f"{request.method} {path}: {error.detail}"
+    if error.status_code == 404:
+        words += "; there are " + ", ".join(sorted({route.path for route in ROUTES}))
+    refusal = Refusal(words, error.status_code)
     return JSONResponse(refusal.body, refusal.status, error.headers)
 
 
@@ -319,15 +323,22 @@ async def failed(request, error):
 
 
 def make_app(name, encoder, hparams, params, host="127.0.0.1", allow=(), api_key=None,
-             batch_size=64, max_waiting=256, timeout=600.0):  # fmt: skip
-    """The ASGI application. Its engine starts and ends with its lifespan."""
+             batch_size=64, max_waiting=256, timeout=600.0, names=None,
+             prefix_cache=True, watched=()):  # fmt: skip
+    """The ASGI application. Its engine starts and ends with its lifespan.
+
+    names: what requests may call the model; name alone by default. watched: the files that the
+    parameters are read from while it runs.
+    """
     metrics = figures.new_metrics()
-    engine = Engine(params, hparams["n_head"], batch_size, max_waiting, metrics)
+    engine = Engine(params, hparams["n_head"], batch_size, max_waiting, metrics, prefix_cache)
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
         engine.start(asyncio.get_running_loop())
+        watching = asyncio.create_task(watch(watched))
         yield
+        watching.cancel()
         engine.stop()
 
     allowed = read_allowed(allow, host)
@@ -343,7 +354,7 @@ def make_app(name, encoder, hparams, params, host="127.0.0.1", allow=(), api_key
     )
     app.state.engine = engine
     app.state.metrics = metrics
-    app.state.name = name
+    app.state.name, app.state.names = name, names or [name]
     app.state.encoder = encoder
     app.state.hparams = hparams
     app.state.n_ctx = hparams["n_ctx"]
@@ -363,6 +374,7 @@ def main(
     timeout: float = 600.0,
     allow: tuple[str, ...] | None = None,
     api_key: str | None = None,
+    prefix_cache: bool = True,
 ):
     """Serve a model over HTTP, as OpenAI's completions and chats.
 
@@ -378,8 +390,11 @@ def main(
         allow: another Host to accept, or an Origin such as https://example.org to accept requests
             from; may be repeated.
         api_key: a key that every client must send.
+        prefix_cache: keep what was computed for recent texts, for texts that begin like them, which
+            are then answered sooner. By that time a client can tell what others have sent;
+            --noprefix_cache keeps nothing.
     """
-    from utils import load_encoder_hparams_and_params
+    from utils import find_model, load_encoder_hparams_and_params
 
     if api_key == "":
         raise ValueError("--api_key is empty: give a key, or leave it out to serve without one")
@@ -388,9 +403,13 @@ def main(
     if min(batch_size, max_waiting) < 1 or not timeout > 0:
         raise ValueError("batch_size and max_waiting must be 1 or more, timeout above 0")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+    in_memory = copied(params)
+    watched = weight_files(find_model(model_size, models_dir)) if in_memory is None else []
     name = os.path.basename(os.path.normpath(model_size))
-    app = make_app(name, encoder, hparams, params, host, allow or (), api_key,
-                   batch_size, max_waiting, timeout)  # fmt: skip
+    app = make_app(
+        name, encoder, hparams, in_memory or params, host, allow or (), api_key,
+        batch_size, max_waiting, timeout, [name, model_size], prefix_cache, watched,
+    )  # fmt: skip
     with listen(host, port) as listening:
         shown = f"[{host}]" if ":" in host else host
         print(f"{name} at http://{shown}:{listening.getsockname()[1]}", flush=True)

@@ -24,10 +24,10 @@ from serving.protocol import (
 # --- Reading a request ----------------------------------------------------------------------------
 
 
-def read_chat(body, name, encoder, n_ctx):  # bytes -> Asked
+def read_chat(body, names, encoder, n_ctx):  # bytes -> Asked
     """A chat's request. Its one prompt is the conversation, as much of its end as fits."""
     data = read_object(body)
-    check_model(data, name)
+    check_model(data, names)
     refuse_what_is_not_text(data)
     n_most = read_most(data)
     translated = {"logprobs": read_logprobs(data), "max_tokens": None}

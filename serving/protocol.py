@@ -83,10 +83,10 @@ def read_object(body):  # bytes -> dict
     return data
 
 
-def read_completion(body, name, encoder, n_ctx):  # bytes -> Asked
+def read_completion(body, names, encoder, n_ctx):  # bytes -> Asked
     """A completions request. Raises Refusal, which says which field is wrong."""
     data = read_object(body)
-    check_model(data, name)
+    check_model(data, names)
     settings = read_settings(data, encoder)
     asked = replace(settings, prompts=read_prompts(data.get("prompt"), encoder, n_ctx))
     if asked.n_choices > MOST_CHOICES:
@@ -108,32 +108,36 @@ def check_entries(asked, n_ctx):
         raise Refusal(words, param="logprobs")
 
 
-def check_model(data, name):
+def check_model(data, names):  # the names that the model has here
     wanted = data.get("model")
     if wanted is not None and not isinstance(wanted, str):
         raise Refusal("model must be a string", param="model")
-    if wanted not in (None, name):
-        words = f"the model {wanted[:100]!r} is not here, only {name!r}"
+    if wanted is not None and wanted not in names:
+        words = f"no model {wanted[:100]!r}: this server has {names[0]!r}"
         raise Refusal(words, 404, "model", "model_not_found")
 
 
 def read_settings(data, encoder, more_stops=()):  # -> Asked, all but its prompts
-    whole = sys.maxsize
-    real = sys.float_info.max
-    if found := find_refused(data):
+    largest_int = sys.maxsize
+    largest_float = sys.float_info.max
+    found = find_refused(data)
+    if found is not None:
         name, words = found
         raise Refusal(words, param=name)
+    temperature = number(data, "temperature", 1.0, 0, largest_float, float)
     top_p = number(data, "top_p", 1.0, 0, 1, float)
+    if top_p == 0:  # it leaves the likeliest token alone: greedy
+        temperature, top_p = 0.0, 1.0
     asked = Asked(
-        max_tokens=number(data, "max_tokens", 16, 0, whole),
+        max_tokens=number(data, "max_tokens", 16, 0, largest_int),
         n=number(data, "n", 1, 1, MOST_N),
         sampling=Sampling(
-            temperature=number(data, "temperature", 1.0, 0, real, float) if top_p > 0 else 0.0,
-            top_k=max(0, number(data, "top_k", 0, -1, whole)),  # -1 is vLLM's word for all
-            top_p=top_p if top_p > 0 else 1.0,  # 0 leaves the likeliest token alone: greedy
+            temperature=temperature,
+            top_k=max(0, number(data, "top_k", 0, -1, largest_int)),  # -1 is vLLM's word for all
+            top_p=top_p,
             min_p=number(data, "min_p", 0.0, 0, 1, float),
             repetition_penalty=number(
-                data, "repetition_penalty", 1.0, sys.float_info.min, real, float
+                data, "repetition_penalty", 1.0, sys.float_info.min, largest_float, float
             ),
         ),
         presence_penalty=number(data, "presence_penalty", 0.0, -2, 2, float),
@@ -142,7 +146,7 @@ def read_settings(data, encoder, more_stops=()):  # -> Asked, all but its prompt
         logprobs=number(data, "logprobs", None, 0, MOST_LOGPROBS),
         stops=sort_stops([*read_stops(data), *more_stops]),
         stop_ids=read_stop_ids(data, encoder),
-        min_tokens=number(data, "min_tokens", 0, 0, whole),
+        min_tokens=number(data, "min_tokens", 0, 0, largest_int),
         bias=read_bias(data, encoder),
         echo=flag(data, "echo"),
         stream=flag(data, "stream"),

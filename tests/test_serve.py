@@ -355,7 +355,7 @@ def written_by(ids, stops, **fields):  # -> the parts of a text, its entries, wh
     choice = a_choice(stop=stops, logprobs=1, temperature=0, **fields)
     parts, entries, why = [], [], None
     for n, id in enumerate(ids, 1):
-        assert choice.sample(np.eye(257, dtype=np.float32)[id]) == id
+        assert choice.sample(np.eye(257, dtype=np.float32)[id], choice.row) == id
         why = "endoftext" if id == END else "stop" if choice.is_complete(ids[:n]) else None
         why = why or ("length" if n == len(ids) else None)
         part = choice.take(why)
