@@ -445,7 +445,7 @@ def test_flags_that_change_nothing_are_said_on_a_terminal(models, monkeypatch, c
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     for how, words in (
         ({"top_k": 5}, "notice: top_k, top_p and min_p change nothing at temperature 0"),
-        ({"top_p": 0.5}, "notice: top_k and top_p change nothing at temperature 0"),
+        ({"top_p": 0.5}, "notice: top_k, top_p and min_p change nothing at temperature 0"),
         ({"top_k": 5, "temperature": 1.0}, ""),
         ({"seed": 3}, ""),
     ):
