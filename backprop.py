@@ -18,6 +18,7 @@ twice that for Adam, once more for each thread's gradient; and for each token of
 4 * (n_layer * (16 * n_embd + n_head * n_seq) + 3 * n_vocab). Small models have processes instead.
 """
 
+import contextlib
 import functools
 import math
 
@@ -30,8 +31,11 @@ from gpt2 import attention_weights, gelu, layer_norm, linear, mha, softmax
 from kv_cache import generate
 from model_files.weights import leaves, nest
 from plumbing.cli import run_cli
-from training.flags import read_flags
-from training.host import run
+from training import host
+from training.checkpoints import State
+from training.flags import numpy_flags, read_flags
+from training.progress import Machine
+from training.run import run
 
 # --- The gradient -------------------------------------------------------------------------------
 
@@ -290,10 +294,90 @@ def train_step(params, moments, n_done, batches, flags, share):  # -> loss; the 
     return loss
 
 
+# --- The trainer --------------------------------------------------------------------------------
+
+STEPS_PER_CALL = (10, 5, 1)  # Ctrl-C is seen only between calls: so about 1 s each at most
+
+
+class NumpyTrainer:
+    """What training/run.py's loop asks of a trainer, which is explained there."""
+
+    is_main = True
+    versions = {"numpy": np.__version__}
+
+    @staticmethod
+    def running(options):
+        return contextlib.nullcontext("cpu")
+
+    def __init__(self, flags):
+        self.flags = flags
+        self.stack = contextlib.ExitStack()
+
+    def new_model(self, n_vocab):
+        return host.new_model(self.flags, n_vocab)
+
+    def moment_shapes(self, params):
+        return host.moment_shapes(params)
+
+    def start(self, model, moments, n_done, text):
+        self.text = text
+        sharing = host.start_sharing(share_of_mean, model.params, moments, self.flags)
+        (params, moments), self.joined, self.share = self.stack.enter_context(sharing)
+        return State(params, moments, n_done)
+
+    def machine(self):
+        return Machine("NumPy", host.measure_peak(), "measured")
+
+    def steps_per_call(self, seconds):
+        return next((n for n in STEPS_PER_CALL if n * seconds < 0.5), 1)
+
+    def read(self, n_done, n):  # -> [n, n_accumulate, batch_size, n_ctx + 1]
+        flags = self.flags
+        shape = flags["n_accumulate"], flags["batch_size"], flags["n_ctx"] + 1
+        steps = range(n_done, n_done + n)
+        return [host.draw(self.text.train, flags["seed"], step, shape) for step in steps]
+
+    def steps(self, state, batches, n):
+        params, moments, n_done = state
+        losses = []
+        for batch in batches[:n]:
+            step = n_done + len(losses)
+            losses.append(train_step(*self.joined, step, batch, self.flags, self.share))
+        return State(params, moments, n_done + n), math.fsum(losses) / n
+
+    def learning_rate(self, n_done):
+        return learning_rate(n_done, **self.flags)
+
+    def validate(self, params):
+        windows, n = self.text.windows, self.flags["batch_size"]
+        batches = (windows[i : i + n] for i in range(0, len(windows), n))
+        n_head = self.flags["n_head"]
+        total = sum(host.nats(params, batch, n_head, cross_entropy) for batch in batches)
+        return total / windows[:, 1:].size
+
+    def measure_tasks(self, params):
+        return {}
+
+    def generate(self, *args, **options):
+        return generate(*args, **options)
+
+    def gather_params(self, params):
+        return params
+
+    def gather(self, state):
+        return state
+
+    def agree(self, signals):
+        return max(signals, default=0)
+
+    def close(self):
+        self.stack.close()
+
+
 @functools.wraps(read_flags, assigned=["__doc__"])  # every flag is explained there
 def main(*args, **kwargs):
-    trainer = train_step, share_of_mean, cross_entropy, learning_rate, generate
-    run(*read_flags(*args, **kwargs), trainer)
+    typed, options = read_flags(*args, **kwargs)
+    run(NumpyTrainer, numpy_flags(typed, options), options)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ N_STEPS = 20  # a measurement; with a batch of one's own, 1
 def ours(flags, params, tokens, optimizer):  # -> a function that trains N_STEPS steps
     flags = flags | {"optimizer": optimizer}
     mesh = devices.make_mesh(flags["batch_size"])
-    rule = train_jax.make_optimizer(train_jax.make_schedule(**flags), **flags)
+    rule = train_jax.JaxTrainer(flags).optimizer
     n_vocab = len(params["wte"])
     n_rows = count_rows(n_vocab)
     state, shardings = start_state(params, None, 0, rule, n_rows, mesh, flags["fsdp"])

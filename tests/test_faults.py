@@ -146,9 +146,10 @@ def begin(out, run):  # as a new run does
         f.write(json.dumps({"step": 0, "run": run}) + chr(10))
 
 def save(out, k, step, saved=(), run=8):
-    moments, about = {"mu": np.full(3, k, "f4")}, {"flags": {"seed": k}, "run": run}
-    what = params(k), moments, about, encoders[k], hparams
-    return checkpoints.save_checkpoint(out, [*saved], step, *what)
+    state = checkpoints.State(params(k), {"mu": np.full(3, k, "f4")}, step)
+    metadata, previous = {"flags": {"seed": k}, "run": run}, ([None] + [*saved])[-1]
+    model = utils.Model(encoders[k], hparams, None)
+    return checkpoints.save_checkpoint(out, model, state, metadata, previous)
 
 def found():  # (step, the number of the model) of the checkpoint that would be resumed, or None
     try:
@@ -547,8 +548,7 @@ def meet_full_disks(script, flags, whole, tmp_path, n_less, n_more):
     fill_disk(process, n_more)  # for a model, but not for the moments
     assert ends(process, *places).endswith(": File too large\n")
     process = start("--resume", out)
-    if script == "train_jax.py":
-        assert process.stdout.readline().startswith("going on after step ")
+    assert process.stdout.readline().startswith("going on after step ")
     process.stdout.readline()  # a look at the validation text
     process.send_signal(signal.SIGSTOP)
     os.rename(out, away)

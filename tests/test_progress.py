@@ -24,9 +24,9 @@ def log(tmp_path):
     """make_log for tokens of 1000 FLOP, and 5 MFLOP/s."""
 
     def make(n_done=0, **options):
-        rate = {"machine": "1 x x", "flops": 1000, "peak": 5e6, "source": "measured"}
+        machine = progress.Machine("1 x x", 5e6, "measured")
         return progress.make_log(
-            tmp_path / "out", 7, n_done, schedule=lambda n: n / 100, **rate, **options
+            tmp_path / "out", 7, n_done, machine, 1000, lambda n: n / 100, **options
         )
 
     return make

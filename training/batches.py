@@ -8,9 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from corpus.shards import count_ids, read_stretches
-from training.devices import from_first
-
-STEPS_PER_CALL = (20, 5, 1)  # Python sees a loss, or Ctrl-C, only between calls: so about 1 s each
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -68,11 +65,3 @@ def fill_batches(windows, batch_size):  # [n_windows, n_ctx + 1] -> windows, cou
     filled = np.concatenate([windows, np.repeat(windows[:1], n_missing, axis=0)])
     shape = len(filled) // batch_size, batch_size
     return filled.reshape(*shape, -1), counts.reshape(shape)
-
-
-def batches_shape(flags, flops, peak):  # -> the steps of a call, n_accumulate, batch_size
-    """flops: per token; peak: FLOP/s. All processes use the shape that the first one computes."""
-    n_accumulate, batch_size = flags["n_accumulate"], flags["batch_size"]
-    seconds = flops * n_accumulate * batch_size * flags["n_ctx"] / peak  # per step, at best
-    n_steps = next((n for n in STEPS_PER_CALL if n * seconds < 1), 1)
-    return from_first(n_steps), n_accumulate, batch_size
