@@ -59,13 +59,13 @@ from training.progress import Machine
 from training.run import run
 from training.scoring import make_scorer, score_items
 from training.state import (
+    combine,
     count_rows,
-    join,
     moment_shapes,
     name_leaves,
     new_model,
+    partition,
     resize_vocab,
-    split,
     start_state,
 )
 
@@ -259,13 +259,13 @@ def make_train_steps(
     """
 
     def batch_loss(trained, frozen, batch, key, share):
-        weights = join(trained, frozen)
+        weights = combine(trained, frozen)
         if drop_rate:
             weights = drop_weights(key, weights, drop_rate)
         return mean_loss(weights, batch, share=share, packed=packed, **options)
 
     def value_and_gradients(params, batch, key):  # [n_accumulate, batch_size, n_ctx + 1]
-        weights = split(narrow(params, dtype))  # once a step; the sums below are float32 again
+        weights = partition(narrow(params, dtype))  # once a step; the sums below are float32 again
         share = learned_share(batch, packed).mean()
 
         def add_batch(i, total):
@@ -273,7 +273,7 @@ def make_train_steps(
             result = jax.value_and_grad(batch_loss)(*weights, batch[i], key_i, share)
             return jax.tree.map(jnp.add, total, result)
 
-        total = jnp.float32(0), jax.tree.map(jnp.zeros_like, split(params)[0])
+        total = jnp.float32(0), jax.tree.map(jnp.zeros_like, partition(params)[0])
         if len(batch) == 1:
             return add_batch(0, total)
         total = jax.lax.fori_loop(0, len(batch), add_batch, total)
@@ -283,9 +283,9 @@ def make_train_steps(
         params, moments, n_done = state
         _, key = step_keys(seed, n_done)
         value, gradients = value_and_gradients(params, batch, key)
-        trained, frozen = split(params)
+        trained, frozen = partition(params)
         updates, moments = optimizer.update(gradients, moments, trained)
-        params = join(optax.apply_updates(trained, updates), frozen)
+        params = combine(optax.apply_updates(trained, updates), frozen)
         return State(params, moments, n_done + 1), value
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
@@ -310,8 +310,12 @@ def validation_loss(params, windows, counts, dtype="float32", packed=False, **op
     token
     """
     weights = narrow(params, dtype)
-    nats = jax.lax.map(lambda batch: row_nats(weights, batch, packed=packed, **options), windows)
-    nats = nats / (windows.shape[-1] - 1)
+    n_targets = windows.shape[-1] - 1
+
+    def mean_nats(batch):  # [batch_size, n_ctx + 1] -> [batch_size]
+        return row_nats(weights, batch, packed=packed, **options) / n_targets
+
+    nats = jax.lax.map(mean_nats, windows)
     return (nats * counts).sum() / (learned_share(windows, packed) * counts).sum()
 
 
@@ -381,8 +385,8 @@ class JaxTrainer:
         check_agreement([flags, text.description])
         self.n_vocab, self.train = model.hparams["n_vocab"], text.train
         self.load_tasks(model.encoder, model.hparams)
-        trained, frozen = split(model.params)
-        params = join(trained, narrow(frozen, flags["dtype"]))  # frozen weights need no float32
+        trained, frozen = partition(model.params)
+        params = combine(trained, narrow(frozen, flags["dtype"]))  # frozen weights need no float32
         n_rows = count_rows(self.n_vocab)
         state, shardings = start_state(
             params, moments, n_done, self.optimizer, n_rows, mesh, flags["fsdp"]
@@ -446,10 +450,10 @@ class JaxTrainer:
         return generate(prompts, params, n_head, n_tokens_to_generate, **options)
 
     def gather_params(self, params):
-        return resize_vocab(to_host(split(params)[0]), self.n_vocab)
+        return resize_vocab(to_host(partition(params)[0]), self.n_vocab)
 
     def gather(self, state):
-        trained = split(state.params)[0]
+        trained = partition(state.params)[0]
         params, moments = resize_vocab(to_host((trained, state.moments)), self.n_vocab)
         return State(params, name_leaves(moments), int(state.n_done))
 

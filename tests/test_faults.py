@@ -654,7 +654,7 @@ def test_what_a_kill_left_of_a_save_is_cleared_away(tmp_path):
     (tmp_path / ".saving-abc" / "model.safetensors").write_bytes(b"half")
     for name in ("metrics.jsonl.123.tmp", "loss.png.123.tmp", "metrics.jsonl", "notes.tmp"):
         (tmp_path / name).write_text("x")
-    checkpoints.clear_away(tmp_path)
+    checkpoints.delete_half_written(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "notes.tmp"]
 
 

@@ -14,11 +14,11 @@ from corpus.shards import count_ids, read_stretches
 def draw_starts(seed, steps, n_places, batch_size):  # [n] -> [n, batch_size]
     """Random numbers below n_places: a function of the seed and the step."""
 
-    def draw(step):
+    def draw_step(step):
         key, _ = step_keys(seed, step)
         return jax.random.randint(key, (batch_size, 1), 0, n_places)[:, 0]
 
-    return jax.vmap(draw)(steps)
+    return jax.vmap(draw_step)(steps)
 
 
 def step_keys(seed, n_done):  # -> the key for the batch and the key for the weights to drop
@@ -44,8 +44,8 @@ def read_batches(shards, seed, n_done, shape, n_ctx, sharding):  # -> [*shape, n
     starts = np.asarray(starts, np.int64).reshape(shape) * stride
 
     def read(index):
-        mine = starts[index[:3]]
-        return read_stretches(shards, mine.ravel(), n_ctx + 1).reshape(*mine.shape, n_ctx + 1)
+        local = starts[index[:3]]
+        return read_stretches(shards, local.ravel(), n_ctx + 1).reshape(*local.shape, n_ctx + 1)
 
     return jax.make_array_from_callback((*shape, n_ctx + 1), sharding, read)
 

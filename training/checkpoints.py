@@ -7,8 +7,8 @@
         optimizer.safetensors                                   the optimizer's moments
         run.json                                  the run's number, step, flags, best loss, versions
 
-Everything here is NumPy's, whole and unpadded, however many devices held it. A checkpoint is
-written under another name and renamed as a whole; the last two of a run are kept.
+Everything here is NumPy's, complete and unpadded, however many devices held it. A checkpoint is
+written under another name and then renamed; the last two of a run are kept.
 """
 
 import contextlib
@@ -93,14 +93,14 @@ def save_checkpoint(out, model, state, metadata, previous=None):  # -> its folde
             shutil.rmtree(stage, ignore_errors=True)
     for old in sorted(older - {previous, target}):
         with contextlib.suppress(OSError):
-            put_away(old)
+            delete_checkpoint(old)
     with contextlib.suppress(OSError):
         os.rename(target, plain)
         target = plain
     return target
 
 
-def from_anywhere(flags):
+def with_full_paths(flags):
     """The flags with full paths, so that the run can be resumed from any directory."""
     if flags["data"] not in NAMED_TEXTS:
         flags = flags | {"data": os.path.abspath(flags["data"])}
@@ -120,14 +120,14 @@ def save_params(folder, model, flags, dtype="float32"):
     write_adapter(folder, config, find_adapters(model.params), dtype)
 
 
-def put_away(folder):
+def delete_checkpoint(folder):
     """Delete a checkpoint, run.json first, so that no run resumes from one half deleted."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(folder, "run.json"))
     shutil.rmtree(folder)
 
 
-def clear_away(out):
+def delete_half_written(out):
     """Delete the half-written files of a killed run. The folder must be locked by this run."""
     for path in Path(out).iterdir():
         if path.name.startswith(".saving-"):

@@ -27,8 +27,8 @@ from plumbing.cli import one_line
 
 def start_jax(coordinator, num_processes, process_id):
     """Join the other processes, if there are any, and keep what is compiled for the next run."""
-    given = [coordinator, num_processes, process_id]
-    if any(x is not None for x in given) and None in given:
+    cluster_options = [coordinator, num_processes, process_id]
+    if any(x is not None for x in cluster_options) and None in cluster_options:
         raise ValueError("--coordinator, --num_processes and --process_id go together")
     if coordinator is not None:
         if not re.fullmatch(r".+:\d{1,5}", coordinator):
@@ -43,7 +43,7 @@ def start_jax(coordinator, num_processes, process_id):
     if coordinator or cluster:
         if sys.stderr.isatty():
             print("waiting for the other processes ...", file=sys.stderr)
-        jax.distributed.initialize(*given)
+        jax.distributed.initialize(*cluster_options)
     elif "JAX_NUM_CPU_DEVICES" not in env:  # a device for every core: faster than threads in one
         has_affinity = hasattr(os, "sched_getaffinity")
         n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
@@ -174,7 +174,7 @@ def put(tree, shardings):
 
 
 def to_host(tree):
-    """The whole arrays in NumPy, wherever their parts are. Every process must call this."""
+    """The complete arrays in NumPy, wherever their parts are. Every process must call this."""
     if jax.process_count() > 1:
         tree = multihost_utils.process_allgather(tree, tiled=True)
     return jax.tree.map(np.asarray, tree)

@@ -250,14 +250,14 @@ Options = collections.namedtuple("Options", [flag.name for flag in FLAGS if flag
 
 HELP = """Train a GPT-2 on a text or on token shards, and save it as a model folder.
 
-The last tenth of a text is kept for validation. Losses, in nats per token, are printed as they are
-measured, with a sample. Whenever the validation loss is the best so far, the model is saved to
-`out`, in place of the one before: whatever happens later, the best one is kept. Ctrl-C and SIGTERM
-end a run after the current steps, with a checkpoint. Beside the model are metrics.jsonl and
-loss.png, which show how it went.
+The last tenth of a text is kept for validation. Losses, in nats per token, are printed as they
+are measured, with a sample. Whenever the validation loss is the best so far, the model is saved
+to `out`, in place of the one before: whatever happens later, the best one is kept. Ctrl-C and
+SIGTERM end a run after the current steps, with a checkpoint. Beside the model are metrics.jsonl
+and loss.png, which show how it went.
 
-backprop.py computes all of it with NumPy: it takes AdamW and float32 alone, and refuses lora_rank,
-examples, drop_rate, fsdp, eval_tasks and several processes of one run.
+backprop.py computes all of it with NumPy: it takes AdamW and float32 alone, and refuses
+lora_rank, examples, drop_rate, fsdp, eval_tasks and several processes of one run.
 
 A recipe sets each of the flags from n_layer to seed except eval_tasks, and may set data. A flag
 that you type replaces the recipe's value. The recipes are in training/recipes.py.
@@ -332,10 +332,10 @@ def check_resumes(typed, options):
 
 def numpy_flags(typed, options):  # -> typed, and the values that backprop.py always has
     """Raises ValueError for what only train_jax.py can do."""
-    given = typed | options._asdict()
+    values = typed | options._asdict()
     fixed = {}
     for flag in FLAGS:
-        value = given.get(flag.name)
+        value = values.get(flag.name)
         if flag.numpy == EVERY_VALUE:
             continue
         if value is not None and value != flag.numpy:

@@ -1,8 +1,8 @@
-"""What a training run shows: its speed, and its losses as lines of JSON and as a picture.
+"""What a training run shows: tokens per second, and losses as lines of JSON and as a picture.
 
 models/mine/metrics.jsonl    {"step": 20, "loss": 4.1, ...}, {"step": 200, "validation": ...},
                              with --eval_tasks {"step": 200, "hellaswag_acc": 0.28, ...}
-models/mine/loss.png         the same, drawn; `progress.draw("models/mine")` draws it again
+models/mine/loss.png         the same, drawn; `progress.plot("models/mine")` makes it again
 """
 
 import contextlib
@@ -153,7 +153,7 @@ def import_writer():
     return Writer
 
 
-def draw(out):
+def plot(out):
     """out/loss.png: both losses by step, and, on a second scale, what --eval_tasks measured.
 
     ImportError if there is no matplotlib.
@@ -177,7 +177,7 @@ def draw(out):
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
-    draw_shares(axes, lines)
+    plot_shares(axes, lines)
     if axes.lines:
         axes.legend()
     with replacing(Path(out, "loss.png")) as temporary:
@@ -186,7 +186,7 @@ def draw(out):
     gc.collect()  # Python would let dozens pile up before it looks for such
 
 
-def draw_shares(axes, lines):
+def plot_shares(axes, lines):
     """What --eval_tasks measured, if anything, with its scale on the right."""
     names = sorted({name for line in lines for name in line if "_acc" in name})
     right = axes.twinx() if names else None

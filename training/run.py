@@ -42,13 +42,13 @@ from training import progress
 from training.adapters import adapt, base_fingerprint, base_name, count_params, new_adapters
 from training.checkpoints import (
     check_out,
-    clear_away,
+    delete_half_written,
     find_checkpoint,
     find_out,
-    from_anywhere,
     load_checkpoint,
     save_checkpoint,
     save_params,
+    with_full_paths,
 )
 from training.flags import check_saved, choose, extend
 from training.text import check_data, describe, open_text
@@ -125,7 +125,7 @@ def train(trainer_class, flags, options, platform, checkpoint=None, base_dir=Non
         beside = f" beside {n_frozen} frozen ones" if n_frozen else ""
         show(f"{n_trained} parameters{beside}, {describe(text)}")
 
-        # --- Its speed ---
+        # --- The machine, and how many steps make a call ---
         flops_per_param = 4 if "lora_rank" in flags else 6
         flops = progress.flops_per_token(model.hparams, flags["n_ctx"], flops_per_param)
         machine = trainer.machine()
@@ -133,7 +133,7 @@ def train(trainer_class, flags, options, platform, checkpoint=None, base_dir=Non
 
         # --- The folder that it writes ---
         number = checkpoint.metadata.get("run") if checkpoint else secrets.randbits(48)
-        metadata = {"run": number, "flags": from_anywhere(flags), "text": text.description}
+        metadata = {"run": number, "flags": with_full_paths(flags), "text": text.description}
         output = Output(flags["out"], model, metadata, trainer.versions, trainer.is_main)
         if checkpoint:
             output.checkpoint = checkpoint.folder
@@ -144,7 +144,7 @@ def train(trainer_class, flags, options, platform, checkpoint=None, base_dir=Non
                 flags["out"], number, n_done, machine, flops, trainer.learning_rate,
                 options.tensorboard, flops_per_param,
             )  # fmt: skip
-            clear_away(
+            delete_half_written(
                 flags["out"]
             )  # no other run is at work there, or make_log would have refused
         if checkpoint and n_done < flags["n_steps"]:
@@ -325,4 +325,4 @@ class Output:
         previous = self.checkpoint
         self.checkpoint = save_checkpoint(self.out, self.model, state, metadata, previous)
         with contextlib.suppress(ImportError, OSError):  # a run must not fail for a picture
-            progress.draw(self.out)
+            progress.plot(self.out)

@@ -35,18 +35,18 @@ def start_state(params, moments, n_done, optimizer, n_rows, mesh, fsdp):
     params: a tree of NumPy's or JAX's arrays; moments: a checkpoint's {name: array}, or None.
     """
     params = resize_vocab(jax.tree.map(np.asarray, params), n_rows)
-    shapes = jax.eval_shape(optimizer.init, split(params)[0])
+    shapes = jax.eval_shape(optimizer.init, partition(params)[0])
     shardings = State(spread(params, mesh, fsdp), spread(shapes, mesh, fsdp), make_sharding(mesh))
     params = put(params, shardings.params)
     if moments is None:
-        moments = jax.jit(optimizer.init, out_shardings=shardings.moments)(split(params)[0])
+        moments = jax.jit(optimizer.init, out_shardings=shardings.moments)(partition(params)[0])
     else:
         moments = jax.tree.unflatten(jax.tree.structure(shapes), moments.values())
         moments = put(resize_vocab(moments, n_rows), shardings.moments)
     return State(params, moments, put(np.int32(n_done), shardings.n_done)), shardings
 
 
-def split(params):
+def partition(params):
     """-> what is trained, and what is frozen: trees like params, with None for the other's arrays.
 
     In a model with adapters only their factors are trained, in any other model everything.
@@ -58,7 +58,7 @@ def split(params):
     return trained, jax.tree.map(lambda x, mark: None if mark else x, params, marks)
 
 
-def join(trained, frozen):  # the reverse of split
+def combine(trained, frozen):  # the reverse of partition
     def choose(a, b):
         return b if a is None else a
 
@@ -86,5 +86,5 @@ def name_leaves(tree):  # -> {where it is in the tree: array}
 
 
 def moment_shapes(optimizer, params):  # -> {name: (shape, dtype)}, in the tree's order
-    moments = name_leaves(jax.eval_shape(optimizer.init, split(params)[0]))
+    moments = name_leaves(jax.eval_shape(optimizer.init, partition(params)[0]))
     return {name: (x.shape, x.dtype) for name, x in moments.items()}
