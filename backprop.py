@@ -296,14 +296,13 @@ def train_step(params, moments, n_done, batches, flags, share):  # -> loss; the 
 
 # --- The trainer --------------------------------------------------------------------------------
 
-STEPS_PER_CALL = (10, 5, 1)  # Ctrl-C is seen only between calls: so about 1 s each at most
-
 
 class NumpyTrainer:
     """What training/run.py's loop asks of a trainer, which is explained there."""
 
     is_main = True
     versions = {"numpy": np.__version__}
+    steps_per_call, seconds_per_call = (10, 5, 1), 0.5  # Ctrl-C is seen only between calls
 
     @staticmethod
     def running(options):
@@ -327,9 +326,6 @@ class NumpyTrainer:
 
     def machine(self):
         return Machine("NumPy", host.measure_peak(), "measured")
-
-    def steps_per_call(self, seconds):
-        return next((n for n in STEPS_PER_CALL if n * seconds < 0.5), 1)
 
     def read(self, n_done, n):  # -> [n, n_accumulate, batch_size, n_ctx + 1]
         flags = self.flags
@@ -367,7 +363,7 @@ class NumpyTrainer:
     def gather(self, state):
         return state
 
-    def agree(self, signals):
+    def agree(self, signals):  # -> one of them, or 0
         return max(signals, default=0)
 
     def close(self):

@@ -61,15 +61,14 @@ from training.scoring import make_scorer, score_items
 from training.state import (
     combine,
     count_rows,
+    init_params,
     moment_shapes,
     name_leaves,
-    new_model,
     partition,
     resize_vocab,
     start_state,
 )
 
-STEPS_PER_CALL = (20, 5, 1)  # Python sees a loss, or Ctrl-C, only between calls: so about 1 s each
 LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
 
 
@@ -341,6 +340,8 @@ class JaxTrainer:
     """What training/run.py's loop asks of a trainer, which is explained there."""
 
     versions = {"jax": jax.__version__, "optax": optax.__version__}
+    steps_per_call, seconds_per_call = (20, 5, 1), 1  # Ctrl-C is seen only between calls
+    agree = staticmethod(any_process)
 
     @staticmethod
     @contextlib.contextmanager
@@ -373,8 +374,12 @@ class JaxTrainer:
             flags["adam_b2"],
         )
 
-    def new_model(self, n_vocab):
-        return new_model(self.flags, n_vocab)
+    def new_model(self, n_vocab):  # -> hparams, parameters
+        flags = self.flags
+        hparams = {"n_vocab": n_vocab}
+        hparams |= {name: flags[name] for name in ("n_ctx", "n_embd", "n_head", "n_layer")}
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it may not fit on one GPU
+            return hparams, init_params(jax.random.key(flags["seed"]), **hparams)
 
     def moment_shapes(self, params):
         return moment_shapes(self.optimizer, params)
@@ -384,15 +389,19 @@ class JaxTrainer:
         flags, mesh = self.flags, self.mesh
         check_agreement([flags, text.description])
         self.n_vocab, self.train = model.hparams["n_vocab"], text.train
-        self.load_tasks(model.encoder, model.hparams)
-        trained, frozen = partition(model.params)
-        params = combine(trained, narrow(frozen, flags["dtype"]))  # frozen weights need no float32
+        self.tasks = {}
+        if "eval_tasks" in flags:
+            self.load_tasks(model.encoder, model.hparams)
+        params = model.params
+        if "lora_rank" in flags:  # frozen weights need no float32
+            trained, frozen = partition(params)
+            params = combine(trained, narrow(frozen, flags["dtype"]))
         n_rows = count_rows(self.n_vocab)
         state, shardings = start_state(
             params, moments, n_done, self.optimizer, n_rows, mesh, flags["fsdp"]
         )
         self.options = loss_options(flags, self.n_vocab, flags["batch_size"] // mesh.size)
-        self.train_steps = make_train_steps(
+        self.steps = make_train_steps(
             self.optimizer, flags["drop_rate"], flags["seed"], shardings=shardings, **self.options
         )
         windows = fill_batches(text.windows, flags["batch_size"])
@@ -401,19 +410,14 @@ class JaxTrainer:
 
     def machine(self):
         name = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        return Machine(name, *peak_flops(self.mesh.devices.ravel(), self.flags["dtype"]))
-
-    def steps_per_call(self, seconds):  # all processes use the number that the first one computes
-        return from_first(next((n for n in STEPS_PER_CALL if n * seconds < 1), 1))
+        peak, source = peak_flops(self.mesh.devices.ravel(), self.flags["dtype"])
+        return Machine(name, from_first(peak), source)
 
     def read(self, n_done, n):
         flags = self.flags
         shape = n, flags["n_accumulate"], flags["batch_size"]
         sharding = make_sharding(self.mesh, None, None, "data")
         return read_batches(self.train, flags["seed"], n_done, shape, flags["n_ctx"], sharding)
-
-    def steps(self, state, batches, n):
-        return self.train_steps(state, batches, n)
 
     def learning_rate(self, n_done):
         return float(self.schedule(n_done))
@@ -423,12 +427,10 @@ class JaxTrainer:
 
     def load_tasks(self, encoder, hparams):
         """Reads what --eval_tasks asks for, and makes the function that scores it."""
-        n_ctx, self.tasks = hparams["n_ctx"], {}
+        n_ctx = hparams["n_ctx"]
         for task, path in read_tasks(self.flags.get("eval_tasks")).items():
             items = load_items(task, path, f"--eval_tasks {task}=")
             self.tasks[task] = [encode_item(*item, encoder, n_ctx) for item in items]
-        if not self.tasks:
-            return
         check_agreement(self.tasks)
         to_dtype = functools.partial(narrow, dtype=self.flags["dtype"])
         attend = loss_options(self.flags, self.n_vocab, 1)["attend"]
@@ -456,9 +458,6 @@ class JaxTrainer:
         trained = partition(state.params)[0]
         params, moments = resize_vocab(to_host((trained, state.moments)), self.n_vocab)
         return State(params, name_leaves(moments), int(state.n_done))
-
-    def agree(self, signals):
-        return any_process(signals)
 
     def close(self):
         """JAX's processes end by themselves."""

@@ -42,10 +42,12 @@ def stop_and_go_on(script, args, out, sign, step, n_steps):
 
 
 def count_arrays_left(monkeypatch, trainer_class):
-    """-> a list: at each call for steps, how many arrays of the model it began with still exist."""
-    load, steps, arrays, n_left = (
-        training.run.load_encoder_hparams_and_params, trainer_class.steps, [], []
-    )  # fmt: skip
+    """-> a list: whenever batches are read, how many arrays of the model it began with still exist.
+
+    That is before the first step, and after each.
+    """
+    load, read = training.run.load_encoder_hparams_and_params, trainer_class.read
+    arrays, n_left = [], []
 
     def load_copies(*args):
         model = load(*args)
@@ -53,12 +55,12 @@ def count_arrays_left(monkeypatch, trainer_class):
         arrays.extend(map(weakref.ref, weights.leaves(params).values()))
         return model._replace(params=params)
 
-    def count_and_step(*args):
+    def count_and_read(*args):
         gc.collect()
         assert arrays
         n_left.append(sum(array() is not None for array in arrays))
-        return steps(*args)
+        return read(*args)
 
     monkeypatch.setattr(training.run, "load_encoder_hparams_and_params", load_copies)
-    monkeypatch.setattr(trainer_class, "steps", count_and_step)
+    monkeypatch.setattr(trainer_class, "read", count_and_read)
     return n_left

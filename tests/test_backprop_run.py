@@ -230,7 +230,7 @@ def test_the_model_that_a_run_starts_from_does_not_stay_in_memory(models, tmp_pa
     flags += ["--n_steps", 3, "--eval_every", 1, "--out", tmp_path / "out"]
     code, _, err = conftest.call("backprop.py", *flags)
     assert code == 0, err
-    assert n_left == [0, 0, 0]
+    assert n_left == [0, 0, 0, 0]
 
 
 def test_a_loss_that_explodes_ends_the_run_and_names_the_last_checkpoint(tmp_path):

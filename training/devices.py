@@ -189,7 +189,7 @@ def any_process(caught):  # -> the signal that this or any other process has cau
 def from_first(number):  # -> the first process's number, in all of them
     if jax.process_count() == 1:
         return number
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    return float(multihost_utils.broadcast_one_to_all(np.float32(number)))
 
 
 def check_agreement(value):  # of what JSON can hold

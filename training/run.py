@@ -7,13 +7,13 @@ the same attributes and methods:
     Trainer(flags)                      what the flags decide, such as the schedule
     is_main                             whether this process writes and prints: of several, one does
     versions                            {library: version}
+    steps_per_call, seconds_per_call    a call takes as many of these steps as take no more seconds
     new_model(n_vocab)                  -> hparams, params
     moment_shapes(params)               -> {name: (shape, dtype)} of the optimizer's moments
     start(model, moments, n_done, text) -> State; moments: a checkpoint's, {name: array}, or None
-    machine()                           -> progress.Machine
-    steps_per_call(seconds)             -> how many steps `steps` takes, of at least so many seconds
+    machine()                           -> progress.Machine, the same in all processes
     read(n_done, n)                     -> batches for n steps, after the first n_done
-    steps(state, batches, n)            -> State after n more steps, their mean loss
+    steps(state, batches, n)            -> State after n more steps, their mean loss; after start
     learning_rate(n_done)               -> the next step's
     validate(params)                    -> nats per token of the validation text
     measure_tasks(params)               -> {name: share that is right}, of --eval_tasks
@@ -57,57 +57,46 @@ from utils import Model, check_base, find_model, load_encoder_hparams_and_params
 
 def run(trainer_class, typed, options):
     """Train as the flags ask: typed and options are read_flags' answers."""
+    # --- What can go wrong goes wrong before JAX starts, and before any step ---
     if options.tensorboard:
         progress.import_writer()
-
-    # --- What can go wrong goes wrong before JAX starts, and before any step ---
     checkpoint = base_dir = None
+    n_done = 0
     if options.resume is not None:
         out = find_out(options.resume, options.models_dir)
         checkpoint = find_checkpoint(out)
+        n_done = checkpoint.metadata["step"]
         flags = check_saved(checkpoint.metadata, checkpoint.folder)
-        flags = extend(flags, checkpoint.metadata["step"], typed.get("n_steps")) | {"out": out}
+        flags = extend(flags, n_done, typed.get("n_steps")) | {"out": out}
     else:
-        flags, is_adapter = typed, "lora_rank" in typed
-        check_out(flags["out"], options.overwrite, is_adapter)
-        if "init_from" in flags:
-            check_data(flags.get("data"))  # before a download in vain
-            base_dir = find_model(flags["init_from"], options.models_dir)
+        is_adapter = "lora_rank" in typed
+        check_out(typed["out"], options.overwrite, is_adapter)
+        if "init_from" in typed:
+            check_data(typed.get("data"))  # before a download in vain
+            base_dir = find_model(typed["init_from"], options.models_dir)
             if is_adapter:
                 check_base(base_dir)
-                flags = flags | {"init_from": base_name(flags["init_from"], options.models_dir)}
+                typed = typed | {"init_from": base_name(typed["init_from"], options.models_dir)}
 
-    with trainer_class.running(options) as platform:
-        stopped = train(trainer_class, flags, options, platform, checkpoint, base_dir)
-    if stopped == signal.SIGTERM:
-        sys.exit(143)
-    if stopped:
-        raise KeyboardInterrupt
-
-
-def train(trainer_class, flags, options, platform, checkpoint=None, base_dir=None):
-    """Train from the beginning, from the model in base_dir, or from a checkpoint.
-
-    flags: the run's, if there is a checkpoint; otherwise the typed ones. Returns the signal that
-    ended the run early, or 0.
-    """
-    # --- The flags ---
-    model = moments = None
-    if base_dir is not None:
-        model = load_encoder_hparams_and_params(base_dir, options.models_dir)
-    if checkpoint is None:
-        flags = choose(flags, platform, model and model.hparams)
-    n_done = checkpoint.metadata["step"] if checkpoint else 0
-
-    with contextlib.closing(trainer_class(flags)) as trainer:
-        show = tqdm.write if trainer.is_main else lambda text: None
-
-        # --- The text, the parameters and the moments ---
+    with contextlib.ExitStack() as stack:
+        # --- The model to start from, which decides flags of a new run, and the trainer ---
+        platform = stack.enter_context(trainer_class.running(options))
+        model = moments = None
+        if base_dir is not None:
+            model = load_encoder_hparams_and_params(base_dir, options.models_dir)
+        if checkpoint is None:
+            flags = choose(typed, platform, model and model.hparams)
+        trainer = stack.enter_context(contextlib.closing(trainer_class(flags)))
         if checkpoint:
             folder = checkpoint.folder
             model, moments = load_checkpoint(folder, trainer.moment_shapes, options.models_dir)
             check_sizes(flags, model.hparams, folder)
-        encoder = model.encoder if model else load_tokenizer(flags, options.models_dir)
+
+        # --- The text, and what is learned from it ---
+        encoder = model and model.encoder
+        if "tokenizer" in flags and model is None:
+            folder = find_model(flags["tokenizer"], options.models_dir, only_tokenizer=True)
+            encoder = get_encoder("", folder)
         text = open_text(flags["data"], encoder, flags["n_ctx"])
         if model is None:
             model = Model(text.encoder, *trainer.new_model(text.encoder.n_vocab))
@@ -122,34 +111,24 @@ def train(trainer_class, flags, options, platform, checkpoint=None, base_dir=Non
         n_trained, n_frozen = count_params(model.params)
         state = trainer.start(model, moments, n_done, text)
         model, moments = model._replace(params=None), None  # their memory is free again
-        beside = f" beside {n_frozen} frozen ones" if n_frozen else ""
-        show(f"{n_trained} parameters{beside}, {describe(text)}")
 
         # --- The machine, and how many steps make a call ---
         flops_per_param = 4 if "lora_rank" in flags else 6
         flops = progress.flops_per_token(model.hparams, flags["n_ctx"], flops_per_param)
+        tokens_per_step = flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
         machine = trainer.machine()
-        n_per_call = trainer.steps_per_call(flops * tokens_per_step(flags) / machine.peak)
+        seconds = flops * tokens_per_step / machine.peak  # for a step, at best
+        fitting = (n for n in trainer.steps_per_call if n * seconds < trainer.seconds_per_call)
+        n_per_call = next(fitting, 1)
 
         # --- The folder that it writes ---
-        number = checkpoint.metadata.get("run") if checkpoint else secrets.randbits(48)
-        metadata = {"run": number, "flags": with_full_paths(flags), "text": text.description}
-        output = Output(flags["out"], model, metadata, trainer.versions, trainer.is_main)
-        if checkpoint:
-            output.checkpoint = checkpoint.folder
-            if checkpoint.metadata["best"] is not None:
-                output.best = checkpoint.metadata["best"]
-        if trainer.is_main:
-            output.log = progress.make_log(
-                flags["out"], number, n_done, machine, flops, trainer.learning_rate,
-                options.tensorboard, flops_per_param,
-            )  # fmt: skip
-            delete_half_written(
-                flags["out"]
-            )  # no other run is at work there, or make_log would have refused
+        output = Output(flags, model, text, trainer, checkpoint)
+        beside = f" beside {n_frozen} frozen ones" if n_frozen else ""
+        output.show(f"{n_trained} parameters{beside}, {describe(text)}")
+        output.open_log(machine, flops, flops_per_param, trainer, n_done, options.tensorboard)
         if checkpoint and n_done < flags["n_steps"]:
             rate, lowest = trainer.learning_rate(n_done), flags["min_learning_rate"]
-            show(
+            output.show(
                 f"going on after step {n_done} of {flags['n_steps']}: "
                 f"the learning rate is {rate:.2g} now and {lowest:.2g} at the end"
             )
@@ -163,19 +142,17 @@ def train(trainer_class, flags, options, platform, checkpoint=None, base_dir=Non
             worst = max(worst, 2 * output.best)
         stopped = take_steps(trainer, state, flags, output, n_per_call, worst)
         if not stopped and n_done == flags["n_steps"]:
-            show(f"all {n_done} steps were done: --n_steps goes on, with a larger number")
+            output.show(f"all {n_done} steps were done: --n_steps goes on, with a larger number")
         if not stopped:
-            show(f"the best model is in {flags['out']}")
-    return stopped
+            output.show(f"the best model is in {flags['out']}")
+
+    if stopped == signal.SIGTERM:
+        sys.exit(143)
+    if stopped:
+        raise KeyboardInterrupt
 
 
-# --- What it starts from ------------------------------------------------------------------------
-
-
-def load_tokenizer(flags, models_dir):  # -> the one that --tokenizer names, or None
-    if "tokenizer" not in flags:
-        return None
-    return get_encoder("", find_model(flags["tokenizer"], models_dir, only_tokenizer=True))
+# --- A checkpoint that is resumed ---------------------------------------------------------------
 
 
 def check_sizes(flags, hparams, folder):
@@ -198,10 +175,6 @@ def check_description(description, flags, checkpoint):
 # --- The steps ----------------------------------------------------------------------------------
 
 
-def tokens_per_step(flags):
-    return flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
-
-
 def take_steps(trainer, state, flags, output, n_per_call, worst):
     """Take the steps that are left. Returns the signal that ended the run early, or 0.
 
@@ -212,6 +185,7 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
     n_saved = n_done  # the steps that are in a checkpoint
     eval_every, checkpoint_every = flags["eval_every"], flags["checkpoint_every"]
     tasks_every = flags.get("eval_tasks_every", eval_every)
+    tokens_per_step = flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
     is_compiled = False
     disable = None if trainer.is_main else True
     bar = tqdm(total=n_steps, initial=n_done, unit="step", disable=disable)
@@ -233,7 +207,7 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
             values = {"step": n_done, "loss": loss}
             if is_compiled:  # the first call's time is the compiler's
                 seconds = time.perf_counter() - began
-                values["tokens_per_second"] = n * tokens_per_step(flags) / seconds
+                values["tokens_per_second"] = n * tokens_per_step / seconds
             is_compiled = True
             bar.set_postfix(output.log(values), refresh=False)
             bar.update(n)
@@ -285,16 +259,32 @@ class Output:
     Of several processes one writes (is_main); the others call the same methods, which do nothing.
     """
 
-    def __init__(self, out, model, metadata, versions, is_main):
-        """model: its tokenizer and sizes are written. metadata, versions: for run.json."""
-        self.out = out
+    def __init__(self, flags, model, text, trainer, checkpoint=None):
+        """model: its tokenizer and sizes are written; checkpoint: what the run goes on from."""
+        self.flags = with_full_paths(flags)
+        self.out = flags["out"]
         self.model = model
-        self.metadata = metadata
-        self.versions = versions
-        self.is_main = is_main
+        self.description = text.description
+        self.versions = trainer.versions
+        self.is_main = trainer.is_main
+        self.log = lambda values: {}  # what open_log opens
+        self.number = secrets.randbits(48)  # by which the run knows its checkpoints
         self.checkpoint = None  # the folder of the last one
         self.best = math.inf  # the lowest validation loss
-        self.log = lambda values: {}  # make_log's, in the process that writes
+        if checkpoint:
+            self.number = checkpoint.metadata.get("run")
+            self.checkpoint = checkpoint.folder
+            if checkpoint.metadata["best"] is not None:
+                self.best = checkpoint.metadata["best"]
+
+    def open_log(self, machine, flops, flops_per_param, trainer, n_done, tensorboard):
+        """Lock the folder, which no other run may be writing, and open metrics.jsonl."""
+        if self.is_main:
+            self.log = progress.make_log(
+                self.out, self.number, n_done, machine, flops, trainer.learning_rate,
+                tensorboard, flops_per_param,
+            )  # fmt: skip
+            delete_half_written(self.out)
 
     def show(self, text):
         if self.is_main:
@@ -304,24 +294,28 @@ class Output:
         """Show some lines that the model writes after a line's end: 100 tokens of it at most."""
         encoder, hparams, _ = self.model
         n = min(100, hparams["n_ctx"] - 1)
-        seed = self.metadata["flags"]["seed"]
         [ids] = generate(
             [encoder.encode("\n")], params, hparams["n_head"], n,
-            endoftext=encoder.endoftext, temperature=0.8, seed=seed,
+            endoftext=encoder.endoftext, temperature=0.8, seed=self.flags["seed"],
         )  # fmt: skip
         lines = [line for line in encoder.decode(ids).splitlines() if line.strip()]
         self.show("\n".join("    " + line for line in lines))
 
     def save_best(self, params):
         if self.is_main:
-            flags = self.metadata["flags"]
-            save_params(self.out, self.model._replace(params=params), flags, flags["saved_dtype"])
+            best = self.model._replace(params=params)
+            save_params(self.out, best, self.flags, self.flags["saved_dtype"])
 
     def save_checkpoint(self, state):
         if not self.is_main:
             return
-        best = self.best if self.best < math.inf else None
-        metadata = self.metadata | {"best": best, "versions": self.versions}
+        metadata = {
+            "run": self.number,
+            "flags": self.flags,
+            "text": self.description,
+            "best": self.best if self.best < math.inf else None,
+            "versions": self.versions,
+        }
         previous = self.checkpoint
         self.checkpoint = save_checkpoint(self.out, self.model, state, metadata, previous)
         with contextlib.suppress(ImportError, OSError):  # a run must not fail for a picture

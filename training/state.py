@@ -13,20 +13,12 @@ FACTORS = ("lora_A", "lora_B")  # if there are adapters, only these are trained
 jax.tree_util.register_dataclass(Adapted, ("w", *FACTORS), ("scale",))
 
 
-def init_params(key, n_vocab, n_ctx, n_embd, n_layer):
-    """GPT-2's initialisation, with JAX's random numbers."""
+def init_params(key, n_vocab, n_ctx, n_embd, n_layer, n_head=None):
+    """GPT-2's initialisation, with JAX's random numbers. The heads make no difference."""
     keys = iter(jax.random.split(key, 2 + 4 * n_layer))
     hparams = {"n_vocab": n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_layer": n_layer}
     tree = init_tree(hparams, lambda shape: jax.random.normal(next(keys), shape))
     return jax.tree.map(jnp.asarray, tree)
-
-
-def new_model(flags, n_vocab):  # -> hparams, parameters
-    """The sizes and the seed are the flags'. The parameters are made on the CPU."""
-    sizes = {"n_vocab": n_vocab} | {name: flags[name] for name in ("n_ctx", "n_embd", "n_layer")}
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it may not fit on one GPU
-        params = init_params(jax.random.key(flags["seed"]), **sizes)
-    return sizes | {"n_head": flags["n_head"]}, params
 
 
 def start_state(params, moments, n_done, optimizer, n_rows, mesh, fsdp):
