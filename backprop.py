@@ -33,7 +33,7 @@ from model_files.weights import leaves, nest
 from plumbing.cli import run_cli
 from training import host
 from training.checkpoints import State
-from training.flags import numpy_flags, read_flags
+from training.flags import check_numpy, numpy_flags, read_flags
 from training.progress import Machine
 from training.run import run
 
@@ -309,6 +309,7 @@ class NumpyTrainer:
         return contextlib.nullcontext("cpu")
 
     def __init__(self, flags):
+        check_numpy(flags)  # a run that is resumed may be the other trainer's
         self.flags = flags
         self.stack = contextlib.ExitStack()
 

@@ -548,6 +548,11 @@ def test_adapters_need_a_model_and_jax(tmp_path):
     assert (code, out) == (2, "") and err == "error: --lora_rank 2 is train_jax.py's\n"
 
 
+def test_backprop_does_not_go_on_with_adapters(run):
+    code, out, err = conftest.call("backprop.py", "--resume", run[0])
+    assert (code, out, err) == (2, "", "error: --lora_rank 2 is train_jax.py's\n")
+
+
 A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 B = A.replace("lora_A", "lora_B")
 

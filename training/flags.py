@@ -332,20 +332,20 @@ def check_resumes(typed, options):
 
 def numpy_flags(typed, options):  # -> typed, and the values that backprop.py always has
     """Raises ValueError for what only train_jax.py can do."""
-    values = typed | options._asdict()
-    fixed = {}
+    check_numpy(typed | options._asdict())
+    fixed = {flag.name: flag.numpy for flag in FLAGS if flag.numpy not in (EVERY_VALUE, None)}
+    return fixed | typed
+
+
+def check_numpy(values):  # {flag: value}
+    """Raises ValueError for what only train_jax.py can do."""
     for flag in FLAGS:
         value = values.get(flag.name)
-        if flag.numpy == EVERY_VALUE:
-            continue
-        if value is not None and value != flag.numpy:
+        if flag.numpy != EVERY_VALUE and value is not None and value != flag.numpy:
             reason = "" if flag.numpy is None else f": here it is {flag.numpy}"
             raise ValueError(f"--{flag.name} {value} is train_jax.py's{reason}")
-        if flag.numpy is not None:
-            fixed[flag.name] = flag.numpy
-    if is_examples(typed.get("data", "")):
-        raise ValueError(f"--data {typed['data']} is train_jax.py's")
-    return fixed | typed
+    if is_examples(values.get("data", "")):
+        raise ValueError(f"--data {values['data']} is train_jax.py's")
 
 
 def check_has_data(data, recipe):  # the --data flag, or None
