@@ -652,7 +652,9 @@ def test_what_a_kill_cut_short_in_jaxs_cache_is_made_again_without_a_word(tmp_pa
 def test_what_a_kill_left_of_a_save_is_cleared_away(tmp_path):
     (tmp_path / ".saving-abc").mkdir()
     (tmp_path / ".saving-abc" / "model.safetensors").write_bytes(b"half")
-    for name in ("metrics.jsonl.123.tmp", "loss.png.123.tmp", "metrics.jsonl", "notes.tmp"):
+    half_written = ["metrics.jsonl.123.tmp", "loss.png.123.tmp"]
+    half_written += ["adapter_config.json.123.tmp", "adapter_model.safetensors.123.tmp"]
+    for name in (*half_written, "metrics.jsonl", "notes.tmp"):
         (tmp_path / name).write_text("x")
     checkpoints.delete_half_written(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "notes.tmp"]

@@ -38,7 +38,9 @@ from utils import (
 )
 
 CHECKPOINT = re.compile(r"[0-9]{8,}")  # a checkpoint's name; a folder "2024" is not ours
-HALF_WRITTEN = re.compile(r"\.saving-.*|(metrics\.jsonl|loss\.png)\.\d+\.tmp")
+HALF_WRITTEN = re.compile(
+    r"\.saving-.*|(metrics\.jsonl|loss\.png|adapter_(config\.json|model\.safetensors))\.\d+\.tmp"
+)
 DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
 
 
