@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from corpus.examples import is_examples
 from corpus.shards import count_ids, read_stretches
-from engine import processes
+from engine import sharing
 from engine.threads import in_threads, own_threads
 from gpt2 import gpt2
 from model_files.weights import leaves, nest, tensor_shapes
@@ -32,10 +32,10 @@ STEPS_PER_CALL = (10, 5, 1)  # Ctrl-C is seen only between calls: so about 1 s e
 def run(typed, how, trainer):
     """Do what the flags ask (read_flags' two answers) with the trainer's own five functions.
 
-    train_step(params, moments, n_done, batches, flags, share): -> the loss; changes params and
-    moments in place, with gradients from share(tokens, n=n), which has several processes call
-    share_of_mean(tokens, params, n_head, n). cross_entropy(logits, targets): -> nats, and something
-    that is not used here. learning_rate(n_done, **flags); generate: kv_cache.py's.
+    train_step(params, moments, n_done, batches, flags, evaluate): -> the loss; changes params and
+    moments, {name: array}, in place, with gradients from evaluate(tokens, n_tokens=n).
+    loss_and_gradients(params, tokens, n_head, n_tokens). cross_entropy(logits, targets): -> nats,
+    and something that is not used here. scheduled_rate(n_done, flags); generate: kv_cache.py's.
     """
     check_asked(typed, how)
     place = saved = model = None
@@ -77,51 +77,18 @@ def check_asked(typed, how):
         raise ValueError(f"--{name} {value} is train_jax.py's{only}")
 
 
-@contextlib.contextmanager
-def start_sharing(share_of_mean, params, moments, flags):  # moments: None for zeros
-    """Gives (params, moments) by name, the same memory as train_step takes it, and its share.
+def start_sharing(loss_and_gradients, params, moments, flags):  # moments: None for zeros
+    """engine/sharing.py's, for a model's tree and a checkpoint's moments."""
 
-    The parameters are copies. Small models stand in memory that processes can share, and joined for
-    train_step: AdamW needs less time for a few large arrays than for many small ones.
-    """
-    n_head, n_bytes = flags["n_head"], sum(x.nbytes for x in leaves(params).values())
-    n, small = processes.count(flags["batch_size"], n_bytes), n_bytes <= processes.LARGEST
-    moments = moments or {name: np.zeros(*of) for name, of in moment_shapes(params).items()}
-    whole = state = {name: np.array(x) for name, x in leaves(params).items()}, moments
-    if small:
-        whole = [{kind: processes.shared(x) for kind, x in join(some).items()} for some in state]
-        state = [*map(split, whole, state)]
-    params, moments = nest(state[0]), state[1]
+    def evaluate(arrays, tokens, n_tokens):  # {name: array} -> loss, {name: array}
+        params = nest(arrays)
+        loss, gradients = loss_and_gradients(params, tokens, flags["n_head"], n_tokens)
+        return loss, leaves(gradients)
 
-    def work(tokens, out=None, **options):
-        number, gradients = share_of_mean(tokens, params, n_head, **options)
-        if small:
-            gradients = join({name: gradients[name] for name in state[0]}, out)
-        return number, gradients
-
-    with processes.sharing(work, n, whole[0]) as share:
-        yield (params, moments), whole, share
-
-
-def join(arrays, out=None):  # {name: array} -> {"matrices": [n, 1], "vectors": [n]}
-    """Each kind's arrays end to end, in `out` or in new arrays. Of moments: {"m.matrices": ...}."""
-    kinds, out = {}, out or {}
-    for name, x in arrays.items():
-        kinds.setdefault(kind_of(name, x), []).append(x.reshape(-1, *[1] * (x.ndim - 1)))
-    return {kind: np.concat(some, out=out.get(kind)) for kind, some in kinds.items()}
-
-
-def split(whole, arrays):  # the reverse: -> {name: view}, for arrays of these names and shapes
-    rest, views = dict(whole), {}
-    for name, x in arrays.items():
-        kind = kind_of(name, x)
-        views[name], rest[kind] = rest[kind][: x.size].reshape(x.shape), rest[kind][x.size :]
-    return views
-
-
-def kind_of(name, x):  # ("m.wte", its array) -> "m.matrices"
-    moment = name[:2] if name.startswith(("m.", "v.")) else ""
-    return moment + ("vectors" if x.ndim == 1 else "matrices")
+    if moments is None:
+        shapes = moment_shapes(params)
+        moments = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    return sharing.share(evaluate, leaves(params), moments, flags["batch_size"])
 
 
 def run_training(flags, how, model, place, saved, trainer, stack):
@@ -130,19 +97,19 @@ def run_training(flags, how, model, place, saved, trainer, stack):
     place, saved: find_checkpoint's answers. stack: ends the other processes when it is closed.
     -> the signal that ended the run early, or 0.
     """
-    train_step, share_of_mean, cross_entropy, learning_rate, generate = trainer
+    train_step, loss_and_gradients, cross_entropy, scheduled_rate, generate = trainer
     out, n_ctx, n_head = flags["out"], flags["n_ctx"], flags["n_head"]
     shards, windows, text, (encoder, hparams, params), moments = load_start(
         flags, moment_shapes, new_model, model, place, saved, how["models_dir"]
     )
-    sharing = start_sharing(share_of_mean, params, moments, flags)
-    (params, moments), whole, share = stack.enter_context(sharing)
-    step = functools.partial(train_step, *whole, flags=flags, share=share)
+    shared = stack.enter_context(start_sharing(loss_and_gradients, params, moments, flags))
+    arrays, moments = shared.by_name
+    params = nest(arrays)
     n_params, n_val = sum(x.size for x in leaves(params).values()), windows[:, 1:].size
     print(f"{n_params} parameters, {text['n_train']} training and {n_val} validation tokens")
     n_done, peak = saved["step"] if saved else 0, measure_peak()
     flops = progress.flops_per_token(hparams, n_ctx)
-    schedule = functools.partial(learning_rate, **flags)
+    schedule = functools.partial(scheduled_rate, flags=flags)
     run = saved.get("run") if saved else secrets.randbits(48)
     speed = ("NumPy", flops, peak, "measured")
     log = progress.make_log(out, run, n_done, *speed, schedule, how["tensorboard"])
@@ -159,7 +126,12 @@ def run_training(flags, how, model, place, saved, trainer, stack):
 
     def train_steps(state, batches, n):
         params, moments, n_done = state
-        losses = [step(n_done + i, batches[i]) for i in range(n)]
+        losses = [
+            train_step(
+                shared.params, shared.moments, n_done + i, batches[i], flags, shared.evaluate
+            )
+            for i in range(n)
+        ]
         return (params, moments, n_done + n), math.fsum(losses) / n
 
     def validate(params):  # -> nats per token
