@@ -14,6 +14,7 @@ import time
 import typing
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from model_files.convert import quiet_tensorflow
@@ -27,6 +28,17 @@ class Machine(typing.NamedTuple):
     name: str
     peak: float
     source: str  # "known" or "measured"
+
+
+def measure_peak():  # -> NumPy's FLOP/s
+    """Those of one large product."""
+    n, seconds = 2048, []
+    x = np.ones((n, n), np.float32)
+    for _ in range(5):
+        began = time.perf_counter()
+        x @ x
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)
 
 
 def flops_per_token(hparams, n_ctx, flops_per_param=6):

@@ -1,6 +1,7 @@
 """The text of a run: turns --data into ids to train on and windows to validate with."""
 
 import hashlib
+import math
 import os
 import typing
 
@@ -113,6 +114,15 @@ def describe(text):  # -> a line for people
         return f"{n_train} training and {text.windows[:, 1:].size} validation tokens"
     n_val = int(is_learned(text.windows).sum())
     return f"{n_train} training and {n_val} validation tokens to learn, of {words}"
+
+
+def draw_stretches(shards, seed, step, shape):  # -> [*shape], ids
+    """Stretches from random places, for backprop.py. They depend on the seed and the step alone."""
+    n = shape[-1]
+    n_places = count_ids(shards) - n + 1
+    rng = np.random.default_rng([seed, step])
+    starts = rng.integers(0, n_places, math.prod(shape[:-1]))
+    return read_stretches(shards, starts, n).reshape(shape)
 
 
 def fingerprint(shards):  # [arrays] -> SHA-256, hexadecimal
