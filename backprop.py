@@ -323,6 +323,7 @@ class NumpyTrainer:
     is_main = True
     versions = {"numpy": np.__version__}
     steps_per_call, seconds_per_call = (10, 5, 1), 0.5  # Ctrl-C is seen only between calls
+    generate = staticmethod(generate)
 
     @staticmethod
     def running(options):
@@ -382,9 +383,6 @@ class NumpyTrainer:
 
     def measure_tasks(self, params):
         return {}
-
-    def generate(self, *args, **options):
-        return generate(*args, **options)
 
     def gather_params(self, params):
         return params

@@ -46,7 +46,6 @@ from training.devices import (
     any_process,
     check_agreement,
     end_together,
-    from_first,
     make_mesh,
     make_sharding,
     peak_flops,
@@ -410,8 +409,7 @@ class JaxTrainer:
 
     def machine(self):
         name = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        peak, source = peak_flops(self.mesh.devices.ravel(), self.flags["dtype"])
-        return Machine(name, from_first(peak), source)
+        return Machine(name, *peak_flops(self.mesh.devices.ravel(), self.flags["dtype"]))
 
     def read(self, n_done, n):
         flags = self.flags

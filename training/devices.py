@@ -105,7 +105,10 @@ KNOWN_PEAKS = {
 
 
 def peak_flops(devices, dtype):  # -> FLOP/s of all together, "known" or "measured"
-    """The makers' figure for bfloat16, or else the speed of one large product, measured now."""
+    """The makers' figure for bfloat16; otherwise that of one large product, measured now.
+
+    All processes get the figure that the first one measures.
+    """
     kind = devices[0].device_kind
     for name, peak in KNOWN_PEAKS.items():
         if name in kind and dtype == "bfloat16":
@@ -121,7 +124,7 @@ def peak_flops(devices, dtype):  # -> FLOP/s of all together, "known" or "measur
         seconds.append(time.perf_counter() - start)
     # The CPU's devices are one processor: all its cores already work on a single product.
     n_devices = 1 if devices[0].platform == "cpu" else len(devices)
-    return n_devices * 2 * n**3 / min(seconds), "measured"
+    return n_devices * 2 * n**3 / from_first(min(seconds)), "measured"
 
 
 def make_sharding(mesh, *axes):
