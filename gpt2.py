@@ -203,13 +203,15 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..., n_seq
 # --------------------------------------------------------------------------------------------------
 
 
-def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> [n_vocab], float64
+def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):  # [n_vocab] -> float64
     """The distribution that `sample` draws from.
 
     temperature: below 1 sharpens it, above 1 flattens it.
     top_k: keeps the k likeliest tokens; 0 keeps all (Fan et al. 2018, arXiv:1805.04833).
     top_p: keeps the likeliest tokens that together reach p, the one that crosses p included
         (Holtzman et al. 2019, arXiv:1904.09751).
+    min_p: keeps the tokens that have at least this share of the likeliest one's probability; 0
+        keeps all (Nguyen et al. 2024, arXiv:2407.01082).
 
     They apply in this order. A token that ties with the last one kept is also kept. All is float64,
     so that 50257 small numbers add up to 1.
@@ -227,26 +229,48 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> 
         n_kept = 1 + n_below  # and the next one crosses it
         least = descending[min(n_kept, len(probs)) - 1]
         probs = np.where(probs < least, 0.0, probs)
+    probs = np.where(probs < min_p * probs.max(), 0.0, probs)
     return probs / probs.sum()
 
 
-def sample(logits, rng, temperature=0.0, top_k=0, top_p=1.0):  # [n_vocab] -> one token id
+def penalize_repetition(logits, ids, penalty):  # [n_vocab], the text so far -> [n_vocab]
+    """Makes the tokens that the text already has less likely, and so a greedy text less repetitive.
+
+    A penalty above 1 divides their logits, or multiplies negative ones (Keskar et al. 2019,
+    arXiv:1909.05858).
+    """
+    if penalty == 1:
+        return logits
+    ids = np.unique(ids)
+    logits = logits.copy()
+    logits[ids] = np.where(logits[ids] < 0, logits[ids] * penalty, logits[ids] / penalty)
+    return logits
+
+
+def sample(
+    logits, rng, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, ids=()
+):  # [n_vocab] -> one token id
     """The likeliest token at temperature 0 (the first if tied), otherwise a random one, by rng.
 
-    Raises ValueError if the largest logit is not finite, as with damaged weights.
+    repetition_penalty comes first, and acts on the text so far, ids. Raises ValueError if the
+    largest logit is not finite, as with damaged weights.
     """
     best = int(logits.argmax())  # if there are NaNs, argmax finds the first
     if not math.isfinite(logits[best]):
         raise ValueError("the logits are not finite: the model's weights must be damaged")
+    logits = penalize_repetition(logits, ids, repetition_penalty)
     if temperature == 0:
-        return best
-    cumulative = np.cumsum(probabilities(logits, temperature, top_k, top_p))
+        return int(logits.argmax())
+    cumulative = np.cumsum(probabilities(logits, temperature, top_k, top_p, min_p))
     # The first token whose cumulative sum exceeds a random number: a token of probability p is hit
     # with probability p.
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
 
-def check_sampling(n_tokens_to_generate, temperature=0.0, top_k=0, top_p=1.0, seed=None):
+def check_sampling(
+    n_tokens_to_generate, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
+    seed=None,
+):  # fmt: skip
     """Raises ValueError, one clear line, for settings that make no sense for any model."""
     if n_tokens_to_generate < 0:
         raise ValueError(f"n_tokens_to_generate must be 0 or more, not {n_tokens_to_generate}")
@@ -256,6 +280,12 @@ def check_sampling(n_tokens_to_generate, temperature=0.0, top_k=0, top_p=1.0, se
         raise ValueError(f"top_k must be 0 (keep every token) or more, not {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be from 0 (keep every token) to 1, not {min_p}")
+    if not 0 < repetition_penalty < math.inf:
+        raise ValueError(
+            f"repetition_penalty must be above 0, and finite, not {repetition_penalty}; 1 is none"
+        )
     if seed is not None and seed < 0:
         raise ValueError(f"seed must be 0 or more, not {seed}")
 
@@ -273,7 +303,7 @@ def check_length(n_prompt, n_tokens_to_generate, n_ctx):
 
 
 def latest(ids, n_ctx):  # list of ids -> its end, at most n_ctx ids
-    """The ids that the model still sees: all if they fit, else the last n_ctx // 2.
+    """The ids that the model still sees: all if they fit, otherwise the last n_ctx // 2.
 
     Half, not n_ctx - 1: kv_cache.py, which does the same, must read them again after each cut, so
     cuts should be rare.
@@ -289,7 +319,8 @@ def generate_stream(
     Autoregression: run the model, choose a token from the last position's logits, append, repeat.
     Each step runs the whole sequence again, although only its last token is new.
 
-    sampling: temperature, top_k and top_p, as `sample` takes them; greedy by default.
+    sampling: temperature, top_k, top_p, min_p and repetition_penalty, as `sample` takes them;
+        greedy by default.
     slide: let the text outgrow n_ctx; then the model sees only its end.
 
     The first next() raises ValueError for what check_sampling and check_length refuse.
@@ -303,7 +334,7 @@ def generate_stream(
         inputs = latest(inputs, n_ctx)
         x = hidden_state(inputs, **params, n_head=n_head)
         logits = params["wte"] @ x[-1]  # as in gpt2, but of the last position only
-        token = sample(logits, rng, **sampling)
+        token = sample(logits, rng, **sampling, ids=inputs)
         if token == endoftext:
             return
         inputs.append(token)
@@ -323,6 +354,8 @@ def main(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int | None = None,
     slide: bool = False,
 ):
@@ -337,16 +370,28 @@ def main(
         temperature: 0 always takes the likeliest token; around 0.8 writes livelier text.
         top_k: draw from the k likeliest tokens only; 0 for all.
         top_p: draw from the likeliest tokens that together reach this probability; 1 for all.
+        min_p: draw from the tokens that have at least this share of the likeliest one's
+            probability; 0 for all.
+        repetition_penalty: above 1, tokens that the text already has become less likely; 1.2 ends
+            the loops that greedy texts fall into.
         seed: the same seed draws the same text again.
         slide: go on beyond the model's n_ctx, forgetting the beginning of the text.
     """
     from plumbing.cli import notice
     from utils import load_encoder_hparams_and_params
 
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
     check_sampling(n_tokens_to_generate, seed=seed, **sampling)  # before any download
-    if temperature == 0 and (top_k > 0 or top_p < 1):
-        notice("top_k and top_p change nothing at temperature 0, which takes the likeliest token")
+    if temperature == 0 and (top_k > 0 or top_p < 1 or min_p > 0):
+        notice(
+            "top_k, top_p and min_p change nothing at temperature 0: it takes the likeliest token"
+        )
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     inputs = encoder.encode_prompt(prompt, None if slide else hparams["n_ctx"])
     new_ids = generate_stream(

@@ -59,7 +59,7 @@ def one_text(params, n_head):  # -> a function that takes the next ids, [n], and
     cache = {}  # {layer: (keys, values)}
     n_seq = 0  # tokens in it
 
-    def read(ids):
+    def extend(ids):
         nonlocal n_seq
 
         def attend(q, k, v, layer):  # three of [n_head, n, d_head]
@@ -75,7 +75,7 @@ def one_text(params, n_head):  # -> a function that takes the next ids, [n], and
         n_seq += len(ids)
         return x
 
-    return read
+    return extend
 
 
 # --------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def generate_stream(
     seed, every other row by the seed and its own number. A row ends by its "length", by
     "endoftext", or by "stop", when stop(ids) is true, where ids are all that the row has written.
 
-    sampling: temperature, top_k and top_p, by name; greedy by default.
+    sampling: temperature, top_k, top_p, min_p and repetition_penalty, by name; greedy by default.
     batch_size: how many rows to write at the same time. By default as many as there are, but at
         most 64, and at most as many as fit, with their caches, into half of the free memory.
     chunk: how many tokens a pass runs at most.
@@ -409,6 +409,8 @@ def main(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int | None = None,
     slide: bool = False,
     backend: str = "numpy",
@@ -439,6 +441,10 @@ def main(
         temperature: 0 always takes the likeliest token; around 0.8 writes livelier text.
         top_k: draw from the k likeliest tokens only; 0 for all.
         top_p: draw from the likeliest tokens that together reach this probability; 1 for all.
+        min_p: draw from the tokens that have at least this share of the likeliest one's
+            probability; 0 for all.
+        repetition_penalty: above 1, tokens that the text already has become less likely; 1.2 ends
+            the loops that greedy texts fall into.
         seed: the same seed draws the same texts again.
         slide: go on beyond the model's n_ctx, forgetting the beginning of a text; whenever n_ctx
             is full, the last half of it is read again.
@@ -447,10 +453,10 @@ def main(
     from plumbing.cli import notice
     from utils import load_encoder_hparams_and_params
 
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     check_sampling(n_tokens_to_generate, seed=seed, **sampling._asdict())  # before any download
-    if temperature == 0 and (sampling != Sampling() or n_samples > 1):
-        notice("at temperature 0, top_k and top_p change nothing, and all samples are the same")
+    if temperature == 0 and (top_k > 0 or top_p < 1 or min_p > 0 or n_samples > 1):
+        notice("at temperature 0, top_k, top_p and min_p change nothing, and all samples are equal")
     stops = terminal.read_stops(stop or (), chat)
     if chat:
         terminal.check_chat(n_samples=n_samples > 1, echo=echo, jsonl=jsonl, slide=slide)

@@ -15,6 +15,7 @@ step would take longer than the step.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ STEPS_PER_CALL = 32  # Python sees the new tokens only between calls
 STATIC = ("n_head", "n_vocab", "sampling")  # each new value is compiled anew
 
 
-def mask(logits, temperature, top_k=0, top_p=1.0):  # [..., n_vocab] -> the same
+def mask(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):  # [..., n_vocab] -> the same
     """The logits whose softmax is gpt2.probabilities: -inf for a token that must not be drawn.
 
     All in float32, so a token on top_p's very border may fall on the other side of it.
@@ -44,26 +45,35 @@ def mask(logits, temperature, top_k=0, top_p=1.0):  # [..., n_vocab] -> the same
     if top_p < 1:
         descending = jnp.sort(logits, descending=True)
         n_before = (jnp.cumsum(softmax(descending), -1) < top_p).sum(-1, keepdims=True)
-        last = jnp.minimum(n_before, logits.shape[-1] - 1)  # the one that crosses p
-        logits = jnp.where(logits < jnp.take_along_axis(descending, last, -1), -jnp.inf, logits)
+        crossing = jnp.minimum(n_before, logits.shape[-1] - 1)  # the token that crosses p
+        least = jnp.take_along_axis(descending, crossing, -1)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if min_p > 0:  # the largest logit is 0
+        logits = jnp.where(logits < math.log(min_p), -jnp.inf, logits)
     return logits
 
 
-def sample(logits, keys, n_sampled, sampling):  # -> [n_rows] ids
+def sample(logits, keys, n_sampled, sampling, seen=None):  # -> [n_rows] ids
     """gpt2.sample for [n_rows, n_vocab], a key for each row.
 
+    seen: [n_rows, n_vocab], the tokens that a row's text has, or None without repetition_penalty.
     -1 where logits are not finite: compiled code cannot raise an error, so add_token does.
     """
+    *settings, penalty = sampling
+    is_finite = jnp.isfinite(logits.max(-1))
+    if seen is not None:
+        penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
+        logits = jnp.where(seen, penalized, logits)
     tokens = logits.argmax(-1)
     if sampling.temperature > 0:
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, n_sampled)
-        tokens = jax.vmap(jax.random.categorical)(keys, mask(logits, *sampling))
-    return jnp.where(jnp.isfinite(logits.max(-1)), tokens, -1)
+        tokens = jax.vmap(jax.random.categorical)(keys, mask(logits, *settings))
+    return jnp.where(is_finite, tokens, -1)
 
 
 # A batch: {"kv": a pair of [n_rows, capacity, n_head, d_head] for each layer, "n_seq": [n_rows]
 # tokens in "kv", "tokens": [n_rows] the next ones, not in it yet, "keys": [n_rows],
-# "n_sampled": []}
+# "n_sampled": [], "seen": [n_rows, n_vocab] or None}
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", *STATIC))
@@ -83,8 +93,14 @@ def read_prompts(params, ids, n_seq, seed, rows, n_head, n_vocab, capacity, samp
     with jax.default_matmul_precision("float32"):  # otherwise a GPU would round to 10 bits
         x = hidden_state(ids, **model, n_head=n_head)[jnp.arange(len(ids)), n_seq - 1]
         logits = (x @ params["wte"].T)[:, :n_vocab]  # the trainer pads wte
-    tokens = sample(logits, keys, 0, sampling)
-    return {"kv": kv, "n_seq": n_seq, "tokens": tokens, "keys": keys, "n_sampled": 1}
+    seen = None
+    if sampling.repetition_penalty != 1:
+        is_token = jnp.arange(ids.shape[1]) < n_seq[:, None]  # not padding
+        numbers = jnp.arange(len(ids))[:, None]
+        seen = jnp.zeros((len(ids), n_vocab), bool).at[numbers, ids].max(is_token)
+    tokens = sample(logits, keys, 0, sampling, seen)
+    batch = {"kv": kv, "n_seq": n_seq, "tokens": tokens, "keys": keys}
+    return batch | {"n_sampled": 1, "seen": seen}
 
 
 def step(params, batch, n_head, n_vocab, sampling):  # -> the batch, each row longer by a token
@@ -102,8 +118,12 @@ def step(params, batch, n_head, n_vocab, sampling):  # -> the batch, each row lo
     with jax.default_matmul_precision("float32"):
         x = hidden_state(batch["tokens"][:, None], **model, n_head=n_head)[:, 0]
         logits = (x @ params["wte"].T)[:, :n_vocab]
-    new = {"tokens": sample(logits, batch["keys"], batch["n_sampled"], sampling)}
-    return batch | new | {"kv": kv, "n_seq": n_seq + 1, "n_sampled": batch["n_sampled"] + 1}
+    seen, n_sampled = batch["seen"], batch["n_sampled"]
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(n_seq)), batch["tokens"]].set(True)
+    tokens = sample(logits, batch["keys"], n_sampled, sampling, seen)
+    new = {"tokens": tokens, "seen": seen, "n_sampled": n_sampled + 1}
+    return batch | new | {"kv": kv, "n_seq": n_seq + 1}
 
 
 @functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="batch")

@@ -46,6 +46,7 @@ from serving.chat import delta_of, message_of, read_chat, role_of
 from serving.connections import Server, listen
 from serving.guard import Cors, Guard, read_allowed
 from serving.protocol import Refusal, new_answer, read_completion
+from serving.weights import copied, watch, weight_files
 
 # --------------------------------------------------------------------------------------------------
 # The engine
@@ -55,25 +56,25 @@ from serving.protocol import Refusal, new_answer, read_completion
 class Engine:
     """The thread that owns the arithmetic: a kv_cache.Batch, whose rows' samplers are Choices.
 
-    Other threads call start, submit, drop, gauges and stop, and read params and logits_of. Each
-    figure in metrics is counted by one thread alone.
+    Other threads call start, submit, drop, gauges, stop and stop_late, and read params and
+    logits_of. A lock guards what waits. Each figure in metrics is counted by one thread alone.
     """
 
-    def __init__(self, params, n_head, batch_size, max_waiting, metrics):
+    def __init__(self, params, n_head, batch_size, max_waiting, metrics, prefix_cache=True):
         self.batch = kv_cache.Batch(params, n_head, batch_size)
         self.params = self.batch.params
         self.logits_of = partial(kv_cache.next_logits, params=self.params)
         self.max_waiting = max_waiting
         self.metrics = metrics
-        self.inbox = deque()  # choices, from other threads
+        self.lock = threading.Lock()
+        self.waiting = {}  # {request: its choices that wait}, the requests in turn
         self.wake = threading.Event()
         self.is_stopped = False
         self.is_late = False
         self.loop = None
-        self.waiting = deque()  # choices, in the order of their arrival
         self.begun = {}  # {row's number: its choice}, of which nobody has heard the end
         self.numbers = itertools.count()
-        self.prefixes = PrefixCache()
+        self.prefixes = PrefixCache() if prefix_cache else None
 
     def start(self, loop):
         self.loop = loop
@@ -90,17 +91,27 @@ class Engine:
         self.is_late = True
         self.wake.set()
 
-    def submit(self, choices, n_prompt_tokens):
-        """Queues choices, which get their parts. Raises Refusal if too many wait."""
-        if self.n_waiting() >= self.max_waiting:
+    def submit(self, asked, choices):
+        """Queues a request's choices, which get their parts. Raises Refusal if too many wait.
+
+        However many texts a request asks for, it takes at most half of the places.
+        """
+        most = max(1, self.max_waiting // 2)
+        with self.lock:
+            n_waiting = sum(min(most, len(queue)) for queue in self.waiting.values())
+            n_new = min(most, len(choices))
+            is_full = n_waiting > 0 and n_waiting + n_new > self.max_waiting
+            if not is_full:
+                self.waiting[asked] = deque(choices)
+        if is_full:
             words = f"{self.n_waiting()} texts wait already (--max_waiting): try again later"
             raise Refusal(words, 429, code="queue_full", headers={"retry-after": "1"})
-        figures.count(self.metrics, "prompt_tokens_total", n_prompt_tokens)
-        self.inbox.extend(choices)
+        figures.count(self.metrics, "prompt_tokens_total", asked.n_prompt_tokens)
         self.wake.set()
 
     def n_waiting(self):
-        return len(self.inbox) + len(self.waiting)
+        with self.lock:
+            return sum(map(len, self.waiting.values()))
 
     def gauges(self):
         running = len(self.batch.rows)
@@ -137,38 +148,65 @@ class Engine:
         self.sort_out()
         n_rows = len(self.batch.rows)
         start = time.perf_counter()
-        events = self.batch.step(self.arrivals(), self.prefixes.rows)
+        ended = [] if self.prefixes is None else self.prefixes.rows
+        events = self.batch.step(self.arrivals(), ended)
         if n_rows:
             self.measure(len(events), time.perf_counter() - start)
         for row in self.batch.rows:
-            if row.source is not None:
+            if row.source is not None and self.prefixes is not None:
                 self.prefixes.touch(row.source)
         heard = [(self.begun[event.row], event.end) for event in events]
         heard = [(choice, end) for choice, end in heard if end or choice.asked.stream]
-        parts = [(choice.deliver, choice.take(end)) for choice, end in heard]
+        parts = [(choice.deliver, choice.result(end)) for choice, end in heard]
         for choice, end in heard:
             if end:
-                self.prefixes.add(choice.row)
+                self.release(choice.row)
                 del self.begun[choice.row.number]
         self.send(parts)
 
+    def release(self, row):
+        """Frees the cache of a row that has ended, or keeps it a while for texts that begin alike.
+
+        The answer holds the row until its other texts have ended, so the cache must not hang on it.
+        """
+        if self.prefixes is None:
+            row.cache = None
+        else:
+            self.prefixes.add(row)
+
     def sort_out(self):
-        """Takes in the choices that have arrived; takes out those whose client has gone."""
-        while self.inbox:
-            self.waiting.append(self.inbox.popleft())
-        self.waiting = deque(choice for choice in self.waiting if not choice.is_dropped)
+        """Takes out the choices whose client has gone."""
+        with self.lock:
+            for asked, queue in list(self.waiting.items()):
+                self.waiting[asked] = deque(choice for choice in queue if not choice.is_dropped)
+                if not self.waiting[asked]:
+                    del self.waiting[asked]
         for choice in list(self.begun.values()):
             if choice.is_dropped:
                 choice.row.end = "dropped"
+                choice.row.cache = None
                 del self.begun[choice.row.number]
         self.batch.rows = [row for row in self.batch.rows if row.end != "dropped"]
 
     def arrivals(self):  # the rows of choices that wait, as long as there are any
-        while self.waiting:
-            choice = self.waiting.popleft()
+        while (choice := self.next_choice()) is not None:
             choice.row.number = next(self.numbers)
             self.begun[choice.row.number] = choice
             yield choice.row
+
+    def next_choice(self):  # -> the next choice to begin, or None
+        """Requests take turns. While others wait, none gets more than half of the batch."""
+        with self.lock:
+            for asked, queue in list(self.waiting.items()):
+                n_running = sum(choice.asked is asked for choice in self.begun.values())
+                if len(self.waiting) > 1 and n_running >= max(1, self.batch.batch_size // 2):
+                    continue
+                del self.waiting[asked]
+                choice = queue.popleft()
+                if queue:  # its next turn comes after all others
+                    self.waiting[asked] = queue
+                return choice
+        return None
 
     def fail(self, error):
         """Ends all rows whose end nobody has heard of, with the error."""
@@ -176,16 +214,19 @@ class Engine:
         self.begun.clear()
         for choice in choices:
             choice.row.end = "failed"
+            choice.row.cache = None
         self.batch.rows = []
-        self.prefixes.clear()  # memory may be what is missing
+        if self.prefixes is not None:
+            self.prefixes.clear()  # memory may be what is missing
         self.send([(choice.deliver, error) for choice in choices])
 
     def end_all(self, refusal):
         """Ends all texts, those that wait included."""
-        self.sort_out()
-        for choice in self.waiting:
-            self.begun[next(self.numbers)] = choice
-        self.waiting.clear()
+        with self.lock:
+            for choice in itertools.chain(*self.waiting.values()):
+                choice.row.number = next(self.numbers)
+                self.begun[choice.row.number] = choice
+            self.waiting.clear()
         self.fail(refusal)
 
     def send(self, parts):
@@ -216,14 +257,14 @@ async def completions(request):
     """POST /v1/completions"""
     state, body = request.app.state, await request.body()
     # In a thread: a large body takes a while, and the loop could do nothing else meanwhile.
-    asked = await asyncio.to_thread(read_completion, body, state.name, state.encoder, state.n_ctx)
+    asked = await asyncio.to_thread(read_completion, body, state.names, state.encoder, state.n_ctx)
     return Answer(state, asked, new_answer(state.name))
 
 
 async def chats(request):
     """POST /v1/chat/completions"""
     state, body = request.app.state, await request.body()
-    asked = await asyncio.to_thread(read_chat, body, state.name, state.encoder, state.n_ctx)
+    asked = await asyncio.to_thread(read_chat, body, state.names, state.encoder, state.n_ctx)
     if asked.stream:
         fields = new_answer(state.name, "chat.completion.chunk", "chatcmpl")
         roles = [role_of(index) for index in range(asked.n_choices)]
@@ -269,7 +310,10 @@ async def refused(request, refusal):
 
 async def not_found(request, error):
     path = request.scope["path"]  # request.url fails where the query is no UTF-8
-    refusal = Refusal(f"{request.method} {path}: {error.detail}", error.status_code)
+    words = f"{request.method} {path}: {error.detail}"
+    if error.status_code == 404:
+        words += "; there are " + ", ".join(sorted({route.path for route in ROUTES}))
+    refusal = Refusal(words, error.status_code)
     return JSONResponse(refusal.body, refusal.status, error.headers)
 
 
@@ -279,15 +323,22 @@ async def failed(request, error):
 
 
 def make_app(name, encoder, hparams, params, host="127.0.0.1", allow=(), api_key=None,
-             batch_size=64, max_waiting=256, timeout=600.0):  # fmt: skip
-    """The ASGI application. Its engine starts and ends with its lifespan."""
+             batch_size=64, max_waiting=256, timeout=600.0, names=None,
+             prefix_cache=True, watched=()):  # fmt: skip
+    """The ASGI application. Its engine starts and ends with its lifespan.
+
+    names: what requests may call the model; name alone by default. watched: the files that the
+    parameters are read from while it runs.
+    """
     metrics = figures.new_metrics()
-    engine = Engine(params, hparams["n_head"], batch_size, max_waiting, metrics)
+    engine = Engine(params, hparams["n_head"], batch_size, max_waiting, metrics, prefix_cache)
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
         engine.start(asyncio.get_running_loop())
+        watching = asyncio.create_task(watch(watched))
         yield
+        watching.cancel()
         engine.stop()
 
     allowed = read_allowed(allow, host)
@@ -303,7 +354,7 @@ def make_app(name, encoder, hparams, params, host="127.0.0.1", allow=(), api_key
     )
     app.state.engine = engine
     app.state.metrics = metrics
-    app.state.name = name
+    app.state.name, app.state.names = name, names or [name]
     app.state.encoder = encoder
     app.state.hparams = hparams
     app.state.n_ctx = hparams["n_ctx"]
@@ -323,6 +374,7 @@ def main(
     timeout: float = 600.0,
     allow: tuple[str, ...] | None = None,
     api_key: str | None = None,
+    prefix_cache: bool = True,
 ):
     """Serve a model over HTTP, as OpenAI's completions and chats.
 
@@ -338,8 +390,11 @@ def main(
         allow: another Host to accept, or an Origin such as https://example.org to accept requests
             from; may be repeated.
         api_key: a key that every client must send.
+        prefix_cache: keep what was computed for recent texts, for texts that begin like them, which
+            are then answered sooner. By that time a client can tell what others have sent;
+            --noprefix_cache keeps nothing.
     """
-    from utils import load_encoder_hparams_and_params
+    from utils import find_model, load_encoder_hparams_and_params
 
     if api_key == "":
         raise ValueError("--api_key is empty: give a key, or leave it out to serve without one")
@@ -348,9 +403,13 @@ def main(
     if min(batch_size, max_waiting) < 1 or not timeout > 0:
         raise ValueError("batch_size and max_waiting must be 1 or more, timeout above 0")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+    in_memory = copied(params)
+    watched = weight_files(find_model(model_size, models_dir)) if in_memory is None else []
     name = os.path.basename(os.path.normpath(model_size))
-    app = make_app(name, encoder, hparams, params, host, allow or (), api_key,
-                   batch_size, max_waiting, timeout)  # fmt: skip
+    app = make_app(
+        name, encoder, hparams, in_memory or params, host, allow or (), api_key,
+        batch_size, max_waiting, timeout, [name, model_size], prefix_cache, watched,
+    )  # fmt: skip
     with listen(host, port) as listening:
         shown = f"[{host}]" if ":" in host else host
         print(f"{name} at http://{shown}:{listening.getsockname()[1]}", flush=True)

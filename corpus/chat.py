@@ -18,24 +18,42 @@ NAMES = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
 NEXT_TURN = "\nUser:"  # where a model that has not learned to end its answers goes on by itself
 
 
-def check_messages(messages):
-    """Raises ValueError if messages is not a list of {"role": one of NAMES, "content": text}."""
+def check_messages(messages):  # -> the messages, each with a role of NAMES and a text
+    """Return messages as OpenAI's clients send them in their plain form.
+
+    The role developer is system; a list of text parts is their texts, joined; a content that is
+    null is empty. Raises ValueError for tools' messages and everything else that is not text.
+    """
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages is not a list of messages")
-    for number, message in enumerate(messages, 1):
-        role = message.get("role") if isinstance(message, dict) else None
-        content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, str):
-            raise ValueError(f"message {number} has no content that is text")
-        if not isinstance(role, str) or role not in NAMES:
-            raise ValueError(f"message {number}: role is {role!r}, not {', '.join(NAMES)}")
+    return [check_message(message, number) for number, message in enumerate(messages, 1)]
+
+
+def check_message(message, number):  # -> the message in its plain form
+    no_text = ValueError(f"message {number} has no content that is text")
+    if not isinstance(message, dict) or "content" not in message:
+        raise no_text
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            raise ValueError(f"message {number} has {name}, which are not supported")
+    content = message["content"]
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    for part in parts:
+        is_text = isinstance(part, dict) and part.get("type") == "text"
+        if not is_text or not isinstance(part.get("text"), str):
+            raise no_text
+    role = "system" if message.get("role") == "developer" else message.get("role")
+    if not isinstance(role, str) or role not in NAMES:
+        raise ValueError(f"message {number}: role is {role!r}, not {', '.join(NAMES)}")
+    return message | {"role": role, "content": "".join(part["text"] for part in parts)}
 
 
 def encode_messages(messages, encoder):  # -> [(ids, whether they are an answer), ...]
     """Encode the parts that are only read, and the answers. messages: as check_messages allows.
 
     All text between two answers is encoded as one, and every answer by itself, so that the ids at
-    the beginning stay the same while the conversation grows.
+    the beginning stay the same while the conversation grows. Empty answers, and those with the
+    weight 0, are only read.
     """
     parts = []
     text = ""
@@ -43,7 +61,8 @@ def encode_messages(messages, encoder):  # -> [(ids, whether they are an answer)
         content = message["content"].strip()
         if message["role"] == "assistant":
             parts.append((encoder.encode(text + NAMES["assistant"]), False))
-            parts.append((encode_answer(" " + content, encoder), True))
+            is_learned = content != "" and message.get("weight", 1) != 0
+            parts.append((encode_answer(" " + content, encoder), is_learned))
             text = "\n"
         else:
             text += f"{NAMES[message['role']]} {content}\n"

@@ -69,7 +69,7 @@ def read_example(line, where, encoder):  # -> [(ids, whether they are learned), 
     if "messages" in example:
         messages = example["messages"]
         try:
-            check_messages(messages)
+            messages = check_messages(messages)
         except ValueError as problem:
             raise ValueError(f"{where}: {problem}") from None
         return encode_messages(messages, encoder), False

@@ -25,6 +25,7 @@ import backprop  # noqa: E402
 import encoder as bpe  # noqa: E402
 import gpt2  # noqa: E402
 import utils  # noqa: E402
+from checking import mistakes, recording  # noqa: E402
 from model_files import weights  # noqa: E402
 
 matplotlib.use("agg")
@@ -421,6 +422,37 @@ def lora():
     return figure
 
 
+def first_difference():
+    """How far every tensor is from float64: for a correct float32 model, and with 14's mistakes."""
+    encoder, hparams, params = load()
+    case = recording.make_case(params, hparams["n_head"], [encoder.encode(SPEECH)], backprop)
+    exact = recording.forward(case, "float64")
+    shown = {"correct": (INK, None, None)}
+    causes = {"exact GELU": "exact GELU", "mask off by one": "a query also sees the next token"}
+    for (label, cause), color in zip(causes.items(), (BLUE, RED), strict=True):
+        found = next(m for m in mistakes.FORWARD if cause in m.cause)
+        shown[label] = color, found, None
+    found = next(m for m in mistakes.FORWARD if "weight of attn.c_proj is transposed" in m.cause)
+    shown["c_proj transposed in block 4"] = "#6fa0cf", found, 4
+    figure, axes = canvas()
+    names = [name for name in exact if not name.endswith(("attn.masked", "loss", "losses"))]
+    for label, (color, mistake, block) in shown.items():
+        arrays = recording.forward(case, "float32", mistake, block)
+        errors = [relative_error(arrays[name], exact[name]) for name in names]
+        axes.semilogy(np.maximum(errors, 1e-9), color=color, linewidth=1.5, label=label)
+    starts = [names.index(f"blocks.{i}.ln_1") for i in range(hparams["n_layer"])]
+    axes.set_xticks(starts, [f"block {i}" for i in range(len(starts))])
+    axes.set(ylabel="distance from float64, relative", ylim=(1e-9, 10))
+    axes.set_title("A wrong model leaves the line of rounding where its mistake is", loc="left")
+    axes.legend(frameon=False, ncols=2, loc="lower right")
+    axes.grid(axis="y")
+    return figure
+
+
+def relative_error(x, exact):
+    return float(np.linalg.norm(x - exact) / np.linalg.norm(exact))
+
+
 PICTURES = {
     "01_tokens": tokens,
     "02_embeddings": embeddings,
@@ -433,6 +465,7 @@ PICTURES = {
     "10_training": training,
     "11_checkpoint": checkpoint,
     "12_lora": lora,
+    "14_first_difference": first_difference,
 }
 
 

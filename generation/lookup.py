@@ -1,9 +1,9 @@
-"""Guesses how a text goes on: as it did the last time its last few tokens stood in it.
+"""Guesses how a text goes on: as it did the last time that its two last tokens occurred in it.
 
-A step of one row reads all the weights for one token. For five tokens it takes little longer; so
-let a pass check four guesses beside its own token, and keep those that the model would have
-written. The text is the same, and where it repeats itself or quotes its prompt, several tokens come
-at once. Saxena 2023, "Prompt Lookup Decoding"; checking guesses in one pass is Leviathan et al.
+A step of one row reads all the weights for one token. For five tokens it takes little longer. So a
+pass also checks four guesses beside its own token, and those that the model would have written are
+kept. The text is the same, and where it repeats itself or quotes its prompt, several tokens come at
+once. Saxena 2023, "Prompt Lookup Decoding"; checking guesses in one pass is Leviathan et al.
 2023, arXiv:2211.17192, whose guesses come from a smaller model.
 """
 

@@ -14,10 +14,13 @@ class PrefixCache:
         """Adds a row that has ended. Drops the rows it continues, and the oldest beyond a limit."""
         row.sampler = None  # only its text and its cache are needed from now on
         text = row.text
-        self.rows = [old for old in self.rows if old.text != text[: len(old.text)]]
+        for old in self.rows:
+            if old.text == text[: len(old.text)]:
+                old.cache = None
+        self.rows = [old for old in self.rows if old.cache is not None]
         self.rows.append(row)
         while len(self.rows) > MAX_ROWS or self.n_bytes() > MAX_BYTES:
-            del self.rows[0]
+            self.rows.pop(0).cache = None  # whoever still holds the row does not hold its cache
 
     def n_bytes(self):
         return sum(row.cache.kv.nbytes for row in self.rows)
@@ -28,4 +31,6 @@ class PrefixCache:
             self.rows = [*(old for old in self.rows if old is not row), row]
 
     def clear(self):
+        for row in self.rows:
+            row.cache = None
         self.rows = []

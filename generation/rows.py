@@ -56,6 +56,10 @@ class Row:
         return self.prompt + self.ids
 
     @property
+    def seen(self):  # the part of the text that the model sees
+        return self.text[self.n_forgotten :]
+
+    @property
     def n_read(self):  # tokens in the cache
         return 0 if self.cache is None else self.cache.n_seq
 
@@ -116,7 +120,7 @@ class Row:
         guesses = self.guesses[: len(logits) - 1]  # those that were in the pass
         events = []
         for guessed, scores in zip([*guesses, None], logits, strict=True):
-            token = self.sampler.sample(scores)
+            token = self.sampler.sample(scores, self)
             events.append(self.add(token))
             if self.end or token != guessed:
                 break

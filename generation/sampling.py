@@ -13,6 +13,8 @@ class Sampling(NamedTuple):
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 def new_rng(seed, number):
@@ -34,8 +36,8 @@ class Sampler:
         self.rng = new_rng(seed, number)
         self.stop = stop  # ids -> bool; None for never
 
-    def sample(self, logits):  # [n_vocab] -> one token id
-        return sample(logits, self.rng, *self.sampling)
+    def sample(self, logits, row):  # [n_vocab] -> the row's next token id
+        return sample(logits, self.rng, *self.sampling, ids=row.seen)
 
     def is_complete(self, ids):  # the row's new ids, never empty -> does the last of them end it?
         return self.stop is not None and self.stop(ids)

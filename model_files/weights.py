@@ -171,14 +171,14 @@ def scale_queries(c_attn, scale):  # [..., 3 * n_embd] -> the same, read-only
     return scaled
 
 
-def write_safetensors(path, tensors):
-    """Write {key: C-contiguous float32 or float16 array}: a complete file, or none."""
+def write_safetensors(path, tensors, metadata=None):
+    """Write {key: C-contiguous array}: a complete file, or none. metadata: {key: text}."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     try:
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            save_file(tensors, temporary, metadata=metadata or {"format": "pt"})
             os.chmod(temporary, 0o644)  # the library lets nobody else read it
     except SafetensorError as error:  # only its text says that the disk is full
         found = re.search(r"os error (\d+)", str(error))

@@ -1,19 +1,32 @@
 """The routes that say what there is: the model, its tokenizer, how the server is doing."""
 
 import asyncio
+import functools
+from concurrent.futures import ThreadPoolExecutor
 
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
+from serving.answers import unless_gone
 from serving.metrics import render
-from serving.protocol import Refusal, read_object, read_prompt
+from serving.protocol import Refusal, check_model, read_object, read_prompt
+
+MOST_CHARACTERS = 100_000  # of a text to tokenize: a tenth of a second's work, more or less
+
+
+def model_of(state):
+    model = {"id": state.name, "object": "model", "created": state.created}
+    return model | {"owned_by": "sixtygpt", "max_model_len": state.n_ctx}
 
 
 async def models(request):
+    return JSONResponse({"object": "list", "data": [model_of(request.app.state)]})
+
+
+async def model(request):
     state = request.app.state
-    model = {"id": state.name, "object": "model", "created": state.created}
-    model |= {"owned_by": "sixtygpt", "max_model_len": state.n_ctx}
-    return JSONResponse({"object": "list", "data": [model]})
+    check_model({"model": request.path_params["name"]}, state.names)
+    return JSONResponse(model_of(state))
 
 
 async def health(request):
@@ -33,13 +46,23 @@ async def tokenizer_info(request):
     return JSONResponse(dict.fromkeys(names, text) | {"chat_template": None})
 
 
+# A thread of its own: a client who asks for much delays no completion. What still waits in its
+# queue is cancelled when its client goes.
+TOKENIZING = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+
+
 async def tokenize(request):
     """Here <|endoftext|> becomes its id. GPT-2 adds none, whatever add_special_tokens says."""
     state, data = request.app.state, read_object(await request.body())
     text = data.get("prompt", data.get("content"))
     if not isinstance(text, str):
         raise Refusal("prompt, or content, must be a string", param="prompt")
-    ids = await asyncio.to_thread(state.encoder.encode, text, allow_endoftext=True)
+    if len(text) > MOST_CHARACTERS:
+        words = f"a text of {len(text)} characters: at most {MOST_CHARACTERS} are tokenized"
+        raise Refusal(words, 413, param="prompt", code="too_large")
+    loop = asyncio.get_running_loop()
+    encode = functools.partial(state.encoder.encode, text, allow_endoftext=True)
+    ids = await unless_gone(request.receive, loop.run_in_executor(TOKENIZING, encode))
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": state.n_ctx})
 
 
@@ -53,6 +76,7 @@ async def detokenize(request):
 
 ROUTES = [
     Route("/v1/models", models),
+    Route("/v1/models/{name:path}", model),
     Route("/health", health),
     Route("/metrics", metrics),
     Route("/tokenizer_info", tokenizer_info),

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from serving.choices import Choice, Part, logprobs_of
 from serving.protocol import Refusal, server_sent, usage
 
+UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # for proxies, nginx's too
 REASONS = {"endoftext": "stop", "stop": "stop", "length": "length"}
 
 
@@ -36,30 +37,33 @@ class Answer:
         self.opening = opening
         self.queue = asyncio.Queue()
         self.choices = [
-            Choice(asked, index, state.encoder, state.engine.logits_of, self.queue.put_nowait)
-            for index in range(asked.n_choices)
+            Choice(asked, index, state, self.queue.put_nowait) for index in range(asked.n_choices)
         ]
-        state.engine.submit(self.choices, asked.n_prompt_tokens)
+        state.engine.submit(asked, self.choices)
 
     async def __call__(self, scope, receive, send):  # as ASGI calls a response
         try:
             if self.asked.stream:
-                response = StreamingResponse(self.stream(), media_type="text/event-stream")
+                response = StreamingResponse(
+                    self.stream(), headers=UNBUFFERED, media_type="text/event-stream"
+                )
             else:
-                response = JSONResponse(await unless_gone(receive, self.whole()))
+                response = await unless_gone(receive, self.whole())
             await response(scope, receive, send)
         finally:  # the client may have gone before the end, or before the beginning
             self.state.engine.drop(self.choices)
 
-    async def whole(self):  # -> what can be JSON
-        """All choices, once they are complete."""
-        shapes = [None] * len(self.choices)
-        n_sampled = 0
+    async def whole(self):  # -> the response
+        """All choices, once they are complete. Made in a thread, since they may be megabytes."""
+        parts = [None] * len(self.choices)
         async for part in self.parts():
-            shapes[part.index] = self.shape(part, self.asked, self.state.encoder)
-            n_sampled += part.n_sampled
-        counts = usage(self.asked.n_prompt_tokens, n_sampled)
-        return self.fields | {"choices": shapes, "usage": counts}
+            parts[part.index] = part
+        return await asyncio.to_thread(self.respond, parts)
+
+    def respond(self, parts):
+        choices = [self.shape(part, self.asked, self.state.encoder) for part in parts]
+        counts = usage(self.asked.n_prompt_tokens, sum(part.n_sampled for part in parts))
+        return JSONResponse(self.fields | {"choices": choices, "usage": counts})
 
     async def stream(self):
         """An event for each token, as it is written. An error is also sent as an event."""

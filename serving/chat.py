@@ -4,6 +4,7 @@ https://platform.openai.com/docs/api-reference/chat. What is not asked for has v
 answer may be as long as fits, and the temperature is 1.
 """
 
+import sys
 from dataclasses import replace
 
 from corpus.chat import NEXT_TURN, check_messages, encode_conversation
@@ -12,6 +13,7 @@ from serving.protocol import (
     MOST_LOGPROBS,
     TOO_LONG,
     Refusal,
+    check_entries,
     check_model,
     flag,
     number,
@@ -22,37 +24,32 @@ from serving.protocol import (
 # --- Reading a request ----------------------------------------------------------------------------
 
 
-def read_chat(body, name, encoder, n_ctx):  # bytes -> Asked
+def read_chat(body, names, encoder, n_ctx):  # bytes -> Asked
     """A chat's request. Its one prompt is the conversation, as much of its end as fits."""
     data = read_object(body)
-    check_model(data, name)
+    check_model(data, names)
     refuse_what_is_not_text(data)
-    n_most = read_most(data, n_ctx)
+    n_most = read_most(data)
     translated = {"logprobs": read_logprobs(data), "max_tokens": None}
-    settings = read_settings(data | translated, encoder.n_vocab)
-    # Without a limit of the client's, old messages leave room for a quarter of the positions.
-    ids = read_messages(data.get("messages"), encoder, n_ctx - (n_most or n_ctx // 4))
-    return replace(
-        settings,
-        prompts=(ids,),
-        max_tokens=n_most or n_ctx - len(ids),
-        stop=[*settings.stop, NEXT_TURN],
-        strip=True,
-    )
+    settings = read_settings(data | translated, encoder, more_stops=[NEXT_TURN])
+    ids = read_messages(data.get("messages"), encoder, n_ctx, n_most)
+    n_most = min(n_most or n_ctx, n_ctx - len(ids))
+    asked = replace(settings, prompts=(ids,), max_tokens=n_most, strip=True)
+    check_entries(asked, n_ctx)
+    return asked
 
 
 def refuse_what_is_not_text(data):
-    for name in ("tools", "functions", "echo"):
-        if data.get(name):
-            raise Refusal(f"{name} is not supported in a chat: leave it out", param=name)
+    if data.get("echo"):
+        raise Refusal("echo is not supported in a chat: leave it out", param="echo")
     form = data.get("response_format") or {"type": "text"}
     if not isinstance(form, dict) or form.get("type") != "text":
         raise Refusal("response_format must be text, if it is given", param="response_format")
 
 
-def read_most(data, n_ctx):  # -> the tokens that an answer may have, None for what fits
-    newer = number(data, "max_completion_tokens", None, 1, n_ctx - 1)
-    return newer or number(data, "max_tokens", None, 1, n_ctx - 1)
+def read_most(data):  # -> the tokens that an answer may have, None for what fits
+    newer = number(data, "max_completion_tokens", None, 1, sys.maxsize)
+    return newer or number(data, "max_tokens", None, 1, sys.maxsize)
 
 
 def read_logprobs(data):  # -> how many of the likeliest tokens to name, or None, as completions do
@@ -64,16 +61,25 @@ def read_logprobs(data):  # -> how many of the likeliest tokens to name, or None
     return None
 
 
-def read_messages(messages, encoder, room):  # -> at most `room` ids
+def read_messages(messages, encoder, n_ctx, n_most):  # -> ids
+    """The conversation, as much of its end as leaves room for n_most tokens of an answer.
+
+    Without such a limit, or with one that can never fit, room for a quarter of the positions is
+    left. If the last message alone is too long for that, the answer gets what is left.
+    """
     try:
-        check_messages(messages)
+        messages = check_messages(messages)
     except ValueError as error:
         raise Refusal(str(error), param="messages") from None
+    n_answer = n_most if n_most is not None and n_most < n_ctx else n_ctx // 4
     try:
-        return encode_conversation(messages, encoder, room)
+        return encode_conversation(messages, encoder, n_ctx - n_answer)
+    except ValueError:
+        pass
+    try:
+        return encode_conversation(messages, encoder, n_ctx - 1)
     except ValueError as error:
-        words = f"{error} beside the answer (max_tokens)"
-        raise Refusal(words, param="messages", code=TOO_LONG) from None
+        raise Refusal(str(error), param="messages", code=TOO_LONG) from None
 
 
 # --- The shapes of answers ------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import numpy as np
 
 from generation.rows import Row
 from generation.sampling import new_rng
-from generation.stops import sort_stops, until_stop
-from gpt2 import sample
+from generation.stops import until_stop
+from gpt2 import penalize_repetition, sample
 from pages.predictions import likeliest
 
 SCORED = 64  # positions whose logits are held at once, while a prompt is scored
@@ -31,23 +31,24 @@ class Part(NamedTuple):
 class Choice:
     """One of the texts that a request asks for, written by a row whose sampler it is.
 
-    logits_of(x): what hidden states, [n, n_embd], predict. deliver(part) is called, in asyncio's
-    thread, with each Part.
+    state: the application's, with its encoder, n_ctx and engine. deliver(part) is called, in
+    asyncio's thread, with each Part.
     """
 
-    def __init__(self, asked, index, encoder, logits_of, deliver):
+    def __init__(self, asked, index, state, deliver):
         self.asked = asked
         self.index = index
-        self.encoder = encoder
-        self.logits_of = logits_of
+        self.encoder = encoder = state.encoder
+        self.logits_of = state.engine.logits_of
         self.deliver = deliver
         self.is_dropped = False  # has its client gone?
         self.prompt = asked.prompts[index // asked.n]
         endoftext = None if asked.ignore_eos else encoder.endoftext
-        self.row = Row(self.prompt, asked.max_tokens, sampler=self, endoftext=endoftext)
+        n_tokens = min(asked.max_tokens, state.n_ctx - len(self.prompt))  # as many as fit
+        self.row = Row(self.prompt, n_tokens, sampler=self, endoftext=endoftext)
         self.rng = new_rng(asked.seed, index)
-        self.bias = bias_of(asked.logit_bias, encoder.n_vocab)
-        self.stops = sort_stops(asked.stop)
+        self.counts = {}  # {id: how often it was sampled}
+        self.error = None  # what went wrong with this text alone
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.text = ""
         self.held = ""  # text that may yet become a stop
@@ -64,6 +65,12 @@ class Choice:
             self.text = self.utf8.decode(encoder.decode_bytes(self.prompt))
 
     def read_states(self, x):  # [n, n_embd], of the prompt's next n tokens
+        try:
+            self.score(x)
+        except Exception as error:
+            self.error = error
+
+    def score(self, x):
         """Scores the prompt's tokens after these, a few logits at a time."""
         targets = self.prompt[self.n_scored + 1 : self.n_scored + 1 + len(x)]
         self.n_scored += len(x)
@@ -73,18 +80,45 @@ class Choice:
             for entry in zip(ids, *log_probs_of(logits, ids, self.asked.logprobs), strict=True):
                 self.note(*entry)
 
-    def sample(self, logits):  # [n_vocab] -> one token id
-        biased = logits if self.bias is None else logits + self.bias
-        id = sample(biased, self.rng, *self.asked.sampling)
+    def sample(self, logits, row):  # [n_vocab] -> one token id
+        """An error ends this text alone: it is kept, and the text is complete."""
+        try:
+            return self.sample_and_note(logits, row)
+        except Exception as error:
+            self.error = self.error or error
+            return 0
+
+    def sample_and_note(self, logits, row):
+        sampling = self.asked.sampling._replace(repetition_penalty=1.0)  # adjust has applied it
+        id = sample(self.adjust(logits, row), self.rng, *sampling)
         self.n_sampled += 1
+        self.counts[id] = self.counts.get(id, 0) + 1
         entry = None, None, None
         if self.asked.logprobs is not None:
             entry = (array[0] for array in log_probs_of(logits[None], [id], self.asked.logprobs))
         self.note(id, *entry)
         return id
 
+    def adjust(self, logits, row):  # [n_vocab] -> [n_vocab], with what the request asks for
+        """Adds the bias, then applies the penalties in vLLM's order."""
+        asked = self.asked
+        if asked.bias is not None:
+            logits = logits + asked.bias
+        penalty = asked.sampling.repetition_penalty
+        if penalty != 1:
+            logits = penalize_repetition(logits, row.text, penalty)
+        if asked.presence_penalty or asked.frequency_penalty:
+            logits = logits.copy()
+            for id, n in self.counts.items():
+                logits[id] -= asked.presence_penalty + n * asked.frequency_penalty
+        if self.n_sampled < asked.min_tokens:
+            logits = logits.copy()
+            ends = set(asked.stop_ids) | {self.row.endoftext} - {None}
+            logits[list(ends)] = -np.inf
+        return logits
+
     def is_complete(self, ids):
-        return self.has_stopped
+        return self.has_stopped or self.error is not None
 
     def note(self, id, log_prob, best_ids, best):
         """The next token, of the prompt or sampled: its text, and what is known of it."""
@@ -93,14 +127,23 @@ class Choice:
             self.entries.append((id, log_prob, best_ids, best, offset))
         if self.n_sampled and id == self.row.endoftext:
             return
+        if self.n_sampled and id in self.asked.stop_ids:
+            self.has_stopped = True
+            self.add(self.held)
+            self.held = ""
+            return
         text = self.utf8.decode(self.encoder.decode_bytes([id]))
-        if self.n_sampled:
-            text, self.held, self.has_stopped = until_stop(self.held + text, len(text), self.stops)
+        if self.n_sampled > self.asked.min_tokens:
+            stops = self.asked.stops
+            text, self.held, self.has_stopped = until_stop(self.held + text, len(text), stops)
         self.add(text)
 
     def add(self, text):
         strip = self.asked.strip and not self.text
         self.text += text.lstrip() if strip else text
+
+    def result(self, end):  # -> what is delivered: a Part, or the exception that ended this text
+        return self.take(end) if self.error is None else self.error
 
     def take(self, end):  # -> Part
         """end: why the text ends, or None. At its end, the part also has what was held back."""
@@ -112,14 +155,6 @@ class Choice:
         entries = [entry for entry in self.entries[self.n_entries_taken :] if entry[-1] < n_sure]
         self.n_entries_taken += len(entries)
         return Part(self.index, text, entries, end, self.n_sampled)
-
-
-def bias_of(bias, n_vocab):  # {id: float} -> [n_vocab], or None
-    if not bias:
-        return None
-    added = np.zeros(n_vocab, np.float32)
-    added[list(bias)] = list(bias.values())
-    return added
 
 
 def log_probs_of(logits, ids, n):  # [rows, n_vocab], [rows] -> [rows], [rows, n] ids, [rows, n]

@@ -1,7 +1,7 @@
 """OpenAI's completions protocol: a request read and checked, the shapes of answers and errors.
 
 https://platform.openai.com/docs/api-reference/completions, and vLLM's reading of it: top_k and
-ignore_eos are vLLM's. Unknown fields are taken, as there; what we cannot do is refused.
+ignore_eos are vLLM's. fields.py lists what is done with each field.
 """
 
 import json
@@ -10,12 +10,19 @@ import time
 import uuid
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from generation.sampling import Sampling
+from generation.stops import sort_stops
 from gpt2 import check_length
+from serving.fields import find_refused
 
 MOST_CHOICES = 1024  # texts that one request may ask for
 MOST_LOGPROBS = 20
 MOST_N = 128
+MOST_STOPS = 1024
+MOST_STOP_CHARACTERS = 10_000  # of all stops together
+MOST_ENTRIES = 2**19  # texts * positions * log-probabilities that a request may ask for
 TOO_LONG = "context_length_exceeded"
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
 KINDS |= {404: "invalid_request_error", 405: "invalid_request_error", 408: "timeout_error"}
@@ -35,17 +42,21 @@ class Refusal(Exception):
 # --- Reading a request ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Asked:
     """A request that has been checked. What it left out has the protocol's default."""
 
     max_tokens: int
     n: int  # texts for each prompt
     sampling: Sampling
+    presence_penalty: float
+    frequency_penalty: float
     seed: int | None  # 0 or more
     logprobs: int | None  # how many of the likeliest tokens to name
-    stop: list[str]
-    logit_bias: dict[int, float]
+    stops: tuple  # as generation.stops.sort_stops gives them
+    stop_ids: frozenset  # tokens that end a text
+    min_tokens: int
+    bias: np.ndarray | None  # [n_vocab], added to the logits
     echo: bool
     stream: bool
     ignore_eos: bool
@@ -72,43 +83,71 @@ def read_object(body):  # bytes -> dict
     return data
 
 
-def read_completion(body, name, encoder, n_ctx):  # bytes -> Asked
+def read_completion(body, names, encoder, n_ctx):  # bytes -> Asked
     """A completions request. Raises Refusal, which says which field is wrong."""
     data = read_object(body)
-    check_model(data, name)
-    settings = read_settings(data, encoder.n_vocab)
+    check_model(data, names)
+    settings = read_settings(data, encoder)
     asked = replace(settings, prompts=read_prompts(data.get("prompt"), encoder, n_ctx))
     if asked.n_choices > MOST_CHOICES:
         raise Refusal(f"at most {MOST_CHOICES} texts a request: prompts times n", param="prompt")
     for ids in asked.prompts:
-        check_room(ids, asked.max_tokens, n_ctx, "prompt")
+        check_room(ids, min(1, asked.max_tokens), n_ctx, "prompt")
+    check_entries(asked, n_ctx)
     return asked
 
 
-def check_model(data, name):
+def check_entries(asked, n_ctx):
+    """Raises Refusal for more log-probabilities than one answer should hold."""
+    if asked.logprobs is None:
+        return
+    n_new = [min(asked.max_tokens, n_ctx - len(ids)) for ids in asked.prompts]
+    n_positions = sum(n_new) + (asked.n_prompt_tokens if asked.echo else 0)
+    if n_positions * asked.n * (1 + asked.logprobs) > MOST_ENTRIES:
+        words = f"at most {MOST_ENTRIES} log-probabilities: texts times tokens times (1 + logprobs)"
+        raise Refusal(words, param="logprobs")
+
+
+def check_model(data, names):  # the names that the model has here
     wanted = data.get("model")
     if wanted is not None and not isinstance(wanted, str):
         raise Refusal("model must be a string", param="model")
-    if wanted not in (None, name):
-        words = f"the model {wanted[:100]!r} is not here, only {name!r}"
+    if wanted is not None and wanted not in names:
+        words = f"no model {wanted[:100]!r}: this server has {names[0]!r}"
         raise Refusal(words, 404, "model", "model_not_found")
 
 
-def read_settings(data, n_vocab):  # -> Asked, all but its prompts
-    whole = sys.maxsize
-    real = sys.float_info.max
+def read_settings(data, encoder, more_stops=()):  # -> Asked, all but its prompts
+    largest_int = sys.maxsize
+    largest_float = sys.float_info.max
+    found = find_refused(data)
+    if found is not None:
+        name, words = found
+        raise Refusal(words, param=name)
+    temperature = number(data, "temperature", 1.0, 0, largest_float, float)
+    top_p = number(data, "top_p", 1.0, 0, 1, float)
+    if top_p == 0:  # it leaves the likeliest token alone: greedy
+        temperature, top_p = 0.0, 1.0
     asked = Asked(
-        max_tokens=number(data, "max_tokens", 16, 0, whole),
+        max_tokens=number(data, "max_tokens", 16, 0, largest_int),
         n=number(data, "n", 1, 1, MOST_N),
         sampling=Sampling(
-            temperature=number(data, "temperature", 1.0, 0, real, float),
-            top_k=max(0, number(data, "top_k", 0, -1, whole)),  # -1 is vLLM's word for all
-            top_p=number(data, "top_p", 1.0, sys.float_info.min, 1, float),
+            temperature=temperature,
+            top_k=max(0, number(data, "top_k", 0, -1, largest_int)),  # -1 is vLLM's word for all
+            top_p=top_p,
+            min_p=number(data, "min_p", 0.0, 0, 1, float),
+            repetition_penalty=number(
+                data, "repetition_penalty", 1.0, sys.float_info.min, largest_float, float
+            ),
         ),
+        presence_penalty=number(data, "presence_penalty", 0.0, -2, 2, float),
+        frequency_penalty=number(data, "frequency_penalty", 0.0, -2, 2, float),
         seed=read_seed(data),
         logprobs=number(data, "logprobs", None, 0, MOST_LOGPROBS),
-        stop=read_stops(data),
-        logit_bias=read_bias(data, n_vocab),
+        stops=sort_stops([*read_stops(data), *more_stops]),
+        stop_ids=read_stop_ids(data, encoder),
+        min_tokens=number(data, "min_tokens", 0, 0, largest_int),
+        bias=read_bias(data, encoder),
         echo=flag(data, "echo"),
         stream=flag(data, "stream"),
         ignore_eos=flag(data, "ignore_eos"),
@@ -116,7 +155,8 @@ def read_settings(data, n_vocab):  # -> Asked, all but its prompts
     )
     if asked.max_tokens == 0 and not asked.echo:
         raise Refusal("max_tokens may be 0 only with echo", param="max_tokens")
-    refuse_what_is_not_there(data, asked.n)
+    if data.get("best_of") not in (None, asked.n):
+        raise Refusal("best_of must equal n: all texts are returned", param="best_of")
     return asked
 
 
@@ -132,22 +172,14 @@ def read_include_usage(data):
     return flag(options, "include_usage")
 
 
-def refuse_what_is_not_there(data, n):
-    if data.get("best_of") not in (None, n):
-        raise Refusal("best_of must equal n: nothing is thrown away", param="best_of")
-    if data.get("suffix"):
-        raise Refusal("suffix is not supported: GPT-2 only goes forward", param="suffix")
-    for name in ("presence_penalty", "frequency_penalty"):
-        if data.get(name):
-            raise Refusal(f"{name} is not supported: leave it out, or 0", param=name)
-
-
 def number(data, name, default, least, most, kind=int):
     """A number in least .. most; a whole one, if kind is int. null stands for the default."""
     value = data.get(name)
     if value is None:
         return default
     kinds, noun = ((int, float), "a number") if kind is float else (int, "a whole number")
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 8.0, which some clients send
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise Refusal(f"{name} must be {noun}", param=name)
     if not least <= value <= most:
@@ -168,27 +200,60 @@ def read_stops(data):  # -> list of str
     stops = [stops] if isinstance(stops, str) else stops or []
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise Refusal("stop must be a string or a list of strings", param="stop")
+    if len(stops) > MOST_STOPS or sum(map(len, stops)) > MOST_STOP_CHARACTERS:
+        words = f"at most {MOST_STOPS} stops, of {MOST_STOP_CHARACTERS} characters together"
+        raise Refusal(words, param="stop")
     return [stop for stop in stops if stop]
 
 
-def read_bias(data, n_vocab):  # {"id": number} -> {id: float}
+def read_stop_ids(data, encoder):  # -> frozenset
+    ids = data.get("stop_token_ids") or []
+    if not isinstance(ids, list) or not all(type(id) is int for id in ids):
+        raise Refusal("stop_token_ids must be a list of token ids", param="stop_token_ids")
+    check_ids(ids, encoder, "stop_token_ids")
+    return frozenset(ids)
+
+
+def read_bias(data, encoder):  # {"id": number} -> [n_vocab], or None where there is nothing to add
+    """The bias, which also keeps ids that are no token from being sampled."""
     bias = data.get("logit_bias") or {}
     if not isinstance(bias, dict):
         raise Refusal("logit_bias must be an object of token ids", param="logit_bias")
     for id, value in bias.items():
-        if not (id.isascii() and id.isdigit() and len(id) < 10 and int(id) < n_vocab):
-            raise Refusal(f"logit_bias: {id!r} is no id below {n_vocab}", param="logit_bias")
+        if not (id.isascii() and id.isdigit() and len(id) < 10):
+            raise Refusal(f"logit_bias: {id[:20]!r} is not a token id", param="logit_bias")
         number({"a bias of logit_bias": value}, "a bias of logit_bias", 0, -100, 100, float)
-    return {int(id): float(value or 0) for id, value in bias.items()}
+    check_ids([int(id) for id in bias], encoder, "logit_bias")
+    gaps = []
+    if len(encoder.piece_of_id) < encoder.n_vocab:
+        gaps = [id for id in range(encoder.n_vocab) if id not in encoder.piece_of_id]
+    if not bias and not gaps:
+        return None
+    added = np.zeros(encoder.n_vocab, np.float32)
+    for id, value in bias.items():
+        added[int(id)] = value or 0
+    added[gaps] = -np.inf
+    return added
+
+
+def check_ids(ids, encoder, name):
+    """Raises Refusal for an id that is no token. name: the field that it comes from."""
+    for id in ids:
+        if id not in encoder.piece_of_id:
+            words = f"{name}: {id} is not a token; ids are in 0 .. {encoder.n_vocab - 1}"
+            raise Refusal(words, param=name)
 
 
 def read_prompts(prompt, encoder, n_ctx):  # a string, strings, ids or lists of ids -> lists of ids
+    if prompt is None or prompt == []:
+        prompt = ""
     prompts = prompt if isinstance(prompt, list) else [prompt]
-    if isinstance(prompt, list) and prompt and all(type(id) is int for id in prompt):
+    if isinstance(prompt, list) and all(type(id) is int for id in prompt):
         prompts = [prompt]
-    if not prompts:
-        raise Refusal("prompt is an empty list", param="prompt")
-    return [read_prompt(prompt, encoder, n_ctx) for prompt in prompts]
+    if [] in prompts:
+        words = f"prompt {prompts.index([]) + 1} of {len(prompts)} is a list without ids"
+        raise Refusal(words, param="prompt")
+    return tuple(read_prompt(prompt, encoder, n_ctx) for prompt in prompts)
 
 
 def read_prompt(prompt, encoder, n_ctx, name="prompt"):  # str or ids -> ids
@@ -201,8 +266,7 @@ def read_prompt(prompt, encoder, n_ctx, name="prompt"):  # str or ids -> ids
     if not isinstance(prompt, list) or not all(type(id) is int for id in prompt):
         words = f"{name} must be a string, a list of strings, token ids, or lists of token ids"
         raise Refusal(words, param=name)
-    if prompt and not 0 <= min(prompt) <= max(prompt) < encoder.n_vocab:
-        raise Refusal(f"{name}: an id is not in 0 .. {encoder.n_vocab - 1}", param=name)
+    check_ids(prompt, encoder, name)
     return prompt
 
 
@@ -232,4 +296,6 @@ def usage(n_prompt, n_completion):
 
 def server_sent(data):  # a dict, or "[DONE]" -> one event of a stream
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    for character in "\u0085\u2028\u2029":  # httpx and requests would end a line here
+        text = text.replace(character, f"\\u{ord(character):04x}")
     return f"data: {text}\n\n".encode()

@@ -222,7 +222,7 @@ def test_a_letter_means_the_same_flag_everywhere(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     ["gpt2", "gpt2_pico", "kv_cache", "explain", "evaluate", "prepare", "serve", "utils"]
-    + ["train_jax", "backprop"],
+    + ["train_jax", "backprop", "parity"],
 )
 def test_every_command_has_a_version_and_shows_what_letters_mean(name):
     code, out, err = run(f"{name}.py", "--version")
@@ -444,8 +444,8 @@ def test_a_text_slides_beyond_the_context_if_asked_to(models):
 def test_flags_that_change_nothing_are_said_on_a_terminal(models, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     for how, words in (
-        ({"top_k": 5}, "notice: top_k and top_p change nothing at temperature 0"),
-        ({"top_p": 0.5}, "notice: top_k and top_p change nothing at temperature 0"),
+        ({"top_k": 5}, "notice: top_k, top_p and min_p change nothing at temperature 0"),
+        ({"top_p": 0.5}, "notice: top_k, top_p and min_p change nothing at temperature 0"),
         ({"top_k": 5, "temperature": 1.0}, ""),
         ({"seed": 3}, ""),
     ):

@@ -13,6 +13,7 @@ WINGS = (
     "evaluation",
     "generation",
     "corpus",
+    "checking",
     "model_files",
     "engine",
     "plumbing",

@@ -1075,9 +1075,8 @@ def test_jsonl_before_a_prompt_leaves_it_alone(models):
 
 def test_flags_that_change_nothing_are_said_on_a_terminal(models, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    words = (
-        "notice: at temperature 0, top_k and top_p change nothing, and all samples are the same\n"
-    )
+    words = "notice: at temperature 0, top_k, top_p and min_p change nothing, "
+    words += "and all samples are equal\n"
     for how, wanted in (
         ({"top_k": 5}, words),
         ({"top_p": 0.5}, words),

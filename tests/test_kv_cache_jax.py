@@ -173,6 +173,7 @@ def test_damaged_weights_write_nothing(params):
 SETTINGS = [
     (1.0, 0, 1.0), (0.7, 0, 1.0), (1e-40, 0, 1.0), (1e300, 0, 1.0), (1.0, 7, 1.0), (1.0, 61, 1.0),
     (1.0, 1000, 1.0), (1.0, 0, 0.8), (1.0, 0, 1e-9), (1.3, 9, 0.7), (0.9, 1, 0.5), (2.0, 30, 0.99),
+    (1.0, 0, 1.0, 0.1), (1.4, 0, 0.9, 0.02), (0.8, 9, 1.0, 1.0),
 ]  # fmt: skip
 
 
@@ -199,6 +200,16 @@ def test_tokens_as_likely_as_the_last_one_kept_are_kept_too(rng, setting):
     p = gpt2.probabilities(logits, *setting)
     np.testing.assert_allclose(kept, p, rtol=0, atol=1e-6)
     assert ((kept > 0) == (p > 0)).all()
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_greedy_texts_are_penalized_like_gpt2s(rng, params, penalty):
+    """Rows of unequal lengths: what pads them is not part of the text."""
+    prompts = random_prompts(rng, [1, 5, 3])
+    ours = kv_cache_jax.generate(prompts, params, N_HEAD, 12, repetition_penalty=penalty)
+    assert ours == [
+        gpt2.generate(prompt, params, N_HEAD, 12, repetition_penalty=penalty) for prompt in prompts
+    ]
 
 
 def assert_drawn_from(p, shares, n):

@@ -15,6 +15,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -345,15 +346,16 @@ def test_a_stream_is_the_whole_answer_in_parts(client):
 
 
 def a_choice(strip=False, **fields):
-    asked = replace(read_settings(fields, ENCODER.n_vocab), prompts=([65],), strip=strip)
-    return Choice(asked, 0, ENCODER, None, None)
+    asked = replace(read_settings(fields, ENCODER), prompts=([65],), strip=strip)
+    engine = SimpleNamespace(logits_of=None)
+    return Choice(asked, 0, SimpleNamespace(encoder=ENCODER, n_ctx=N_CTX, engine=engine), None)
 
 
 def written_by(ids, stops, **fields):  # -> the parts of a text, its entries, what was sampled
     choice = a_choice(stop=stops, logprobs=1, temperature=0, **fields)
     parts, entries, why = [], [], None
     for n, id in enumerate(ids, 1):
-        assert choice.sample(np.eye(257, dtype=np.float32)[id]) == id
+        assert choice.sample(np.eye(257, dtype=np.float32)[id], choice.row) == id
         why = "endoftext" if id == END else "stop" if choice.is_complete(ids[:n]) else None
         why = why or ("length" if n == len(ids) else None)
         part = choice.take(why)
@@ -566,8 +568,6 @@ WRONG_CHATS = {
     "no content": ({"messages": [{"role": "user"}]}, "messages"),
     "a picture": ({"messages": [{"role": "user", "content": [{"image_url": ""}]}]}, "messages"),
     "a message too long": ({"messages": [{"role": "user", "content": "x" * 99}]}, "messages"),
-    "no room for it": ({"max_tokens": N_CTX - 3}, "messages"),
-    "no room at all": ({"max_tokens": N_CTX}, "max_tokens"),
     "no tokens": ({"max_completion_tokens": 0}, "max_completion_tokens"),
     "a number for a flag": ({"logprobs": 3}, "logprobs"),
     "top_logprobs": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -575,7 +575,11 @@ WRONG_CHATS = {
     "tools": ({"tools": [{"type": "function"}]}, "tools"),
     "a form": ({"response_format": {"type": "json_object"}}, "response_format"),
     "another model": ({"model": "gpt-4"}, "model"),
-    "a penalty": ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    "a penalty": ({"frequency_penalty": 2.5}, "frequency_penalty"),
+    "calls of tools": (
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}]},
+        "messages",
+    ),
 }
 
 
@@ -587,8 +591,7 @@ def test_a_chat_that_makes_no_sense_is_an_error_of_openais_shape(client, case):
     assert response.status_code == (404 if param == "model" else 400)
     assert set(error) == {"message", "type", "param", "code"} and error["param"] == param
     assert error["type"] == "invalid_request_error"
-    assert (error["code"] == "context_length_exceeded") == (case in (
-        "a message too long", "no room for it"))  # fmt: skip
+    assert (error["code"] == "context_length_exceeded") == (case == "a message too long")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -596,9 +599,7 @@ def test_a_chat_that_makes_no_sense_is_an_error_of_openais_shape(client, case):
 # --------------------------------------------------------------------------------------------------
 
 WRONG = {
-    "no prompt": ({"prompt": None}, 400, "prompt"),
     "a number": ({"prompt": 7}, 400, "prompt"),
-    "an empty list": ({"prompt": []}, 400, "prompt"),
     "an empty list of ids": ({"prompt": [[]]}, 400, "prompt"),
     "a mixture": ({"prompt": ["a", 1]}, 400, "prompt"),
     "true is no id": ({"prompt": [True]}, 400, "prompt"),
@@ -614,7 +615,6 @@ WRONG = {
     "a text for a number": ({"max_tokens": "7"}, 400, "max_tokens"),
     "true for a number": ({"max_tokens": True}, 400, "max_tokens"),
     "temperature": ({"temperature": -0.5}, 400, "temperature"),
-    "top_p 0": ({"top_p": 0}, 400, "top_p"),
     "top_p": ({"top_p": 1.5}, 400, "top_p"),
     "top_k": ({"top_k": -2}, 400, "top_k"),
     "n": ({"n": 0}, 400, "n"),
@@ -627,7 +627,18 @@ WRONG = {
     "stream_options": ({"stream_options": 3}, 400, "stream_options"),
     "best_of": ({"best_of": 2}, 400, "best_of"),
     "suffix": ({"suffix": "end"}, 400, "suffix"),
-    "a penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+    "a penalty": ({"presence_penalty": -2.5}, 400, "presence_penalty"),
+    "min_p": ({"min_p": 1.5}, 400, "min_p"),
+    "repetition_penalty": ({"repetition_penalty": 0}, 400, "repetition_penalty"),
+    "min_tokens": ({"min_tokens": -1}, 400, "min_tokens"),
+    "stop_token_ids": ({"stop_token_ids": [257]}, 400, "stop_token_ids"),
+    "too many stops": ({"stop": ["a"] * 1025}, 400, "stop"),
+    "stops too long": ({"stop": ["a" * 10_001]}, 400, "stop"),
+    "too many log-probabilities": (
+        {"prompt": ["x" * 40] * 128, "n": 8, "echo": True, "logprobs": 20, "max_tokens": 8},
+        400,
+        "logprobs",
+    ),
     "a bias of no id": ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
     "a bias of an id too large": ({"logit_bias": {"257": 1}}, 400, "logit_bias"),
     "a large bias": ({"logit_bias": {"1": 101}}, 400, None),
@@ -648,11 +659,14 @@ def test_what_makes_no_sense_is_an_error_of_openais_shape(client, case):
 
 
 def test_a_prompt_beyond_n_ctx_is_told_both_numbers(client):
-    response = client.post("/v1/completions", json={"prompt": "x" * 45, "max_tokens": 4})
+    response = client.post("/v1/completions", json={"prompt": "x" * 48, "max_tokens": 4})
     error = response.json()["error"]
     assert response.status_code == 400 and error["code"] == "context_length_exceeded"
-    assert "45 prompt tokens + 4 to generate = 49" in error["message"] and "48" in error["message"]
-    assert ask(client, "x" * 45, max_tokens=3, ignore_eos=True)["usage"]["total_tokens"] == 48
+    assert "48 prompt tokens + 1 to generate = 49" in error["message"] and "48" in error["message"]
+    for n in (3, 4, 2**40):  # what does not fit is clipped, as vLLM does
+        answer = ask(client, "x" * 45, max_tokens=n, ignore_eos=True)
+        assert answer["usage"]["total_tokens"] == 48
+        assert answer["choices"][0]["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize(
@@ -970,7 +984,8 @@ def test_kept_caches_stay_within_their_bound(params, rng):
     prefixes.add(ended([7, 8, 9, 10]))
     assert [row.text for row in prefixes.rows if row.text[:1] == [7]] == [[7, 8, 9, 10]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix_cache, "MAX_BYTES", 3 * first.cache.kv.nbytes)
+        patch.setattr(prefix_cache, "MAX_BYTES", 3 * prefixes.rows[-1].cache.kv.nbytes)
+        assert first.cache is None  # it was dropped, and holds no memory
         prefixes.add(ended([1]))
         assert len(prefixes.rows) == 3
 
@@ -1032,15 +1047,14 @@ def test_a_client_that_goes_away_frees_its_row(slow, stream):
 def test_rows_whose_client_has_gone_leave_and_no_others(params):
     engine = serve.Engine(params, N_HEAD, batch_size=4, max_waiting=9, metrics=new_metrics())
     choices = [a_choice() for _ in range(8)]
-    engine.waiting.extend(choices[:4])
+    engine.submit(choices[0].asked, choices[:4])
     engine.batch.rows = list(engine.arrivals())
-    engine.waiting.extend(choices[4:6])
-    engine.inbox.extend(choices[6:])
+    engine.submit(choices[4].asked, choices[4:])
     engine.drop(choices[1::2])
     engine.sort_out()
     assert engine.batch.rows == [choices[0].row, choices[2].row]
     assert list(engine.begun.values()) == [choices[0], choices[2]]
-    assert list(engine.waiting) == [choices[4], choices[6]] and not engine.inbox
+    assert list(engine.waiting[choices[4].asked]) == [choices[4], choices[6]]
     assert [choice.row.end for choice in choices[:4]] == [None, "dropped", None, "dropped"]
 
 

@@ -1,0 +1,410 @@
+"""Compares somebody's tensors with ours, and finds out why the first one that differs does.
+
+No cause is guessed. The tensor is computed again with each of the usual mistakes, in float64 and in
+the precision that is compared. A mistake is the cause if what it gives is theirs, up to rounding.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from checking import layouts, mistakes, names
+from checking.precision import SHAKEN, UNITS, Distance, Twin, allowed, distance
+from checking.recording import ADAMW, backward, casts, forward, n_terms, step
+from model_files.weights import leaves, nest
+from plumbing.cli import notice
+
+CERTAIN = 1e-3  # no other mistake need be tried if this share of the difference is left
+DROP_RATES = (0.1, 0.2, 0.5, 0.05)
+
+
+class Difference(NamedTuple):
+    """One tensor beside its twin."""
+
+    entry: layouts.Entry
+    theirs: Distance  # from float64
+    ours: Distance  # of gpt2.py in the same precision
+    limit: Distance  # what rounding explains
+
+    @property
+    def agrees(self):
+        return self.theirs.within(self.limit)
+
+
+class Cause(NamedTuple):
+    """A mistake that gives their tensor."""
+
+    text: str
+    n_same: int  # how many of their tensors, from the first that differs, it gives
+    n_after: int  # of so many
+    is_close: bool = False  # not up to rounding, but nearer than anything else
+    share: float = 0.0  # how much of the difference is left
+    evidence: str = "Recomputed so, it agrees"
+
+
+class Verdict(NamedTuple):
+    """What a comparison found."""
+
+    differences: list  # a Difference for every tensor, in the order of our names
+    cause: Cause | None
+    case: object
+
+    @property
+    def first(self):
+        return next((d for d in self.differences if not d.agrees), None)
+
+
+def compute(case, precision, kinds):
+    """All tensors of these kinds ("params.", "", "grad.", "step."), {name: array}."""
+    arrays = {f"params.{name}": x for name, x in leaves(case.params[precision]).items()}
+    if "" in kinds:
+        arrays |= forward(case, precision)
+    if {"grad.", "step."} & set(kinds):
+        gradients = backward(case, precision)
+        arrays |= gradients
+        if "step." in kinds:
+            arrays |= step(case, precision, gradients)
+    return arrays
+
+
+def twins(case, kinds):  # -> {name: Twin}
+    return pair(case, lambda precision: compute(case, precision, kinds))
+
+
+def pair(case, run):  # run(precision) -> {name: array};  -> {name: Twin}
+    exact, rounded, shaken = (run(p) for p in ("float64", case.dtype, SHAKEN + case.dtype))
+    return {name: Twin(x, rounded[name], shaken[name]) for name, x in exact.items()}
+
+
+def compare(arrays, case, source="theirs"):  # {their name: array} -> Verdict
+    """Raises ValueError for unknown names, shapes in no layout, and numbers that are NaN."""
+    entries = layouts.read_entries(arrays, case, source)
+    if not entries:
+        raise ValueError(f"{source}: no tensor to compare (--names lists the names)")
+    kinds = {names.split_kind(entry.name)[0] for entry in entries}
+    ours = twins(case, kinds)
+    found = [measure(entry, ours, case) for entry in entries]
+    check_finite(found, ours, case, source)
+    after = list(itertools.dropwhile(lambda d: d.agrees, found))
+    cause = find_cause(after, ours, case) if after else None
+    return Verdict(found, cause, case)
+
+
+def measure(entry, ours, case):  # -> Difference
+    twin = select(entry, ours[entry.name])
+    if entry.name.endswith("attn.scores") and not entry.name.startswith("grad."):
+        entry = layouts.fill_hidden(entry, twin.exact)
+    slack, limit = tolerance(entry.name, twin, ours, case)
+    theirs = layouts.closest(entry, lambda x: distance(x, twin.exact, slack))
+    return Difference(entry, theirs, distance(twin.rounded, twin.exact), limit)
+
+
+def select(entry, twin):  # the part of a twin that an entry is compared with
+    return Twin(*(comparable(entry, x) for x in twin))
+
+
+def comparable(entry, x):
+    x = entry.select(x)
+    return layouts.hide(x) if entry.name.endswith("attn.masked") else x
+
+
+def tolerance(name, twin, ours, case):  # -> what every number may be off, and all of them
+    limit = allowed(twin, case.dtype, n_terms(case))
+    if name == "loss":  # ours can be right by chance; but no mean is off by more than the losses
+        rms = allowed(ours["losses"], case.dtype, n_terms(case)).rms
+        return 0, Distance(rms, rms, ())
+    if not name.startswith("step."):
+        return 0, limit
+    # Adam divides a gradient by its size. Where it is as small as its own rounding, no digit of
+    # the step is certain, not even the sign.
+    gradient = ours[name.replace("step.", "grad.", 1)]
+    wrong = allowed(gradient, case.dtype, n_terms(case)).largest
+    unsure = np.minimum(2, 2 * wrong / (np.abs(gradient.exact) + ADAMW["adam_eps"]))
+    unit = 2 * UNITS[case.dtype]
+    size = np.abs(twin.exact)
+    limit = Distance(
+        unit * math.sqrt(np.square(size).mean()) + 1e-4 * ADAMW["learning_rate"],
+        2 * unit * size.max() + 1e-3 * ADAMW["learning_rate"],
+        (),
+    )
+    return ADAMW["learning_rate"] * unsure, limit
+
+
+def check_finite(found, ours, case, source):
+    """Raises ValueError where theirs has a NaN and ours has none, with the cause if it is known."""
+    for i, d in enumerate(found):
+        exact = comparable(d.entry, ours[d.entry.name].exact)
+        arrays = d.entry.arrays
+        if d.entry.name.endswith("attn.masked"):  # there -inf is a mask
+            arrays = [np.where(np.isneginf(x), 0, x) for x in arrays]
+        wrong = [~np.isfinite(x) & np.isfinite(exact) for x in arrays]
+        where = min(wrong, key=np.count_nonzero)
+        if not where.any():
+            continue
+        earlier = next((other for other in found[:i] if not other.agrees), None)
+        before = f"the {i} tensors before it agree"
+        if earlier:
+            before = f"{earlier.entry.theirs}, before it, already differs"
+        cause = find_cause(found[i:], ours, case)
+        same = f"; the same with this mistake: {cause.text}" if cause else ""
+        raise ValueError(
+            f"{source}: {d.entry.theirs} is the first tensor with NaN or infinity: "
+            f"{np.count_nonzero(where)} of {where.size} numbers, the first at "
+            f"{np.argwhere(where)[0].tolist()}; {before}{same}"
+        )
+
+
+# --- Causes ---------------------------------------------------------------------------------------
+
+
+class Candidate(NamedTuple):
+    """A mistake, and how to compute tensors with it."""
+
+    text: str
+    compute: object  # (precision, the last name that is wanted, or None) -> {name: array}
+
+
+def find_cause(after, ours, case):  # the first that differs and all after it -> Cause or None
+    first = after[0]
+    name = first.entry.name
+    kind = names.split_kind(name)[0]
+    candidates = {"": forward_candidates, "grad.": gradient_candidates, "step.": step_candidates}
+    causes = []
+    if kind in candidates:
+        causes = try_all(candidates[kind](case, ours, name), after, ours, case)
+    if kind == "" and not any(c.n_same == c.n_after and not c.is_close for c in causes):
+        notice("no mistake made in every block gives all of it: each block is tried alone")
+        causes += try_all(block_candidates(case, name), after, ours, case)
+    if kind == "grad." and all(cause.is_close for cause in causes):
+        causes += by_slopes(first, ours, case)
+    exact = [cause for cause in causes if not cause.is_close]
+    if exact:
+        return max(exact, key=lambda cause: (cause.n_same, -cause.share))
+    for other in (find_dropout, find_other_head, find_precision):
+        cause = other(first, after, ours, case)
+        if cause:
+            return cause
+    return min(causes, key=lambda cause: cause.share, default=None)
+
+
+def try_all(candidates, after, ours, case):  # -> [Cause]
+    first = after[0]
+    entry = first.entry
+    name = entry.name
+    twin = select(entry, ours[name])
+    slack, _ = tolerance(name, twin, ours, case)
+    before = first.theirs.rms
+    causes = []
+    for candidate in candidates:
+        with np.errstate(all="ignore"):
+            exact = candidate.compute("float64", name).get(name)
+        if exact is None:
+            continue
+        exact = comparable(entry, exact)
+        rest = layouts.closest(entry, lambda x, exact=exact: distance(x, exact, slack)).rms
+        if not rest < before / 2 or distance(exact, twin.exact).rms == 0:
+            continue
+        share = rest / before if math.isfinite(before) else 0.0
+        with np.errstate(all="ignore"):
+            wrong = pair(case, lambda precision, c=candidate: c.compute(precision, None))
+        same = [gives(wrong, d.entry, ours, case) for d in after if d.entry.name in wrong]
+        causes.append(Cause(candidate.text, sum(same), len(same), not same[0], share))
+        if all(same) and share < CERTAIN:
+            break
+    return causes
+
+
+def gives(wrong, entry, ours, case):  # does a mistake's Twin of this tensor make theirs?
+    twin = select(entry, wrong[entry.name])
+    slack, limit = tolerance(entry.name, twin, ours | wrong, case)
+    return layouts.closest(entry, lambda x: distance(x, twin.exact, slack)).within(limit)
+
+
+def forward_candidates(case, ours, name):
+    for mistake in mistakes.FORWARD:
+        yield forward_candidate(case, mistake)
+
+
+def block_candidates(case, name):
+    """The same in a single block: the one whose tensor differs, or (after the last) any."""
+    parts = name.split(".")
+    blocks = [int(parts[1])] if parts[0] == "blocks" else range(case.sizes()["n_layer"])
+    local = ("gelu", "softmax", "layer_norm", "linear", "mha", "attention_weights",
+             "transformer_block")  # fmt: skip
+    if case.sizes()["n_layer"] > 1:
+        for block in blocks:
+            for mistake in mistakes.FORWARD:
+                if mistake.function in local and mistake.layer != "ln_f":
+                    yield forward_candidate(case, mistake, block)
+
+
+def forward_candidate(case, mistake, block=None):
+    def compute(precision, until):
+        return forward(case, precision, mistake, block, until)
+
+    where = "" if block is None else f" (in block {block} alone)"
+    return Candidate(mistake.cause + where, compute)
+
+
+def gradient_candidates(case, ours, name):
+    sizes = case.sizes()
+    n_batch, n_seq = sizes["n_batch"], sizes["n_seq"]
+    gradients = {name: twin for name, twin in ours.items() if name.startswith("grad.")}
+
+    def changed(change):
+        def compute(precision, until):
+            part = part_of(precision)
+            return {name: change(name, twin[part], part) for name, twin in gradients.items()}
+
+        return compute
+
+    scales = {
+        f"the gradients are not averaged: they are a sum over all {n_batch * n_seq} tokens":
+            n_batch * n_seq,
+        "the gradients are not averaged over the sequences: a sum over n_batch": n_batch,
+        "the gradients are the mean over the wrong axis: a sum over positions": n_seq,
+        "the gradients are divided by n_batch twice": 1 / n_batch,
+        "the gradients are twice as large: were they added to those of another pass?": 2,
+    }  # fmt: skip
+    for text, scale in scales.items():
+        if scale != 1:
+            yield Candidate(text, changed(lambda name, x, part, scale=scale: scale * x))
+    for text, is_head in (
+        ("wte's gradient lacks the embedding's share, which comes back to the inputs' rows", True),
+        ("wte's gradient lacks the head's share: the two are not tied", False),
+    ):
+        yield Candidate(text, changed(tied_share(case, ours, is_head)))
+    for mistake in mistakes.BACKWARD:
+        yield Candidate(
+            mistake.cause, lambda precision, until, m=mistake: backward(case, precision, m)
+        )
+
+
+def part_of(precision):  # -> the place in a Twin
+    return 0 if precision == "float64" else 2 if precision.startswith(SHAKEN) else 1
+
+
+def tied_share(case, ours, is_head):
+    """wte's gradient in two parts: d_logits^T x of the head, and the rest of the embedding."""
+    d_logits = ours["grad.logits"]
+    streams = pair(case, lambda precision: forward(case, precision, until="ln_f"))
+
+    def change(name, x, part):
+        if name != "grad.wte":
+            return x
+        of_head = np.einsum("btv,bte->ve", d_logits[part], streams["ln_f"][part])
+        return of_head if is_head else x - of_head
+
+    return change
+
+
+def step_candidates(case, ours, name):
+    gradients = {name: twin for name, twin in ours.items() if name.startswith("grad.")}
+    for mistake in mistakes.STEP:
+
+        def compute(precision, until, mistake=mistake):
+            part = part_of(precision)
+            return step(case, precision, {n: twin[part] for n, twin in gradients.items()}, mistake)
+
+        yield Candidate(mistake.cause, compute)
+
+
+def by_slopes(first, ours, case):
+    """Mistakes of the forward pass that would give their gradient, found without one of ours.
+
+    A gradient says how steep the loss is in every direction. Where theirs differs from ours, the
+    loss with the right mistake must be as steep as theirs says, and that can be measured.
+    """
+    name = first.entry.name.removeprefix("grad.")
+    arrays = leaves(case.params["float64"])
+    if name not in arrays:
+        return []
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (3, *arrays[name].shape))
+    exact = ours[first.entry.name].exact
+    for theirs in first.entry.arrays:
+        gap = theirs - exact
+        directions = [gap, *(gap * signs)]
+        for mistake in mistakes.FORWARD:
+            if all(fits(case, mistake, name, theirs, gap, d) for d in directions):
+                evidence = "With it, the loss is as steep as this gradient says"
+                return [Cause(mistake.cause, 1, 1, evidence=evidence)]
+    return []
+
+
+def fits(case, mistake, name, theirs, gap, direction):
+    """Does the loss rise along the direction as theirs says, to a fiftieth of the gap?"""
+    length = np.linalg.norm(direction)
+    direction = direction / length
+    slope = measured_slope(case, mistake, name, direction)
+    claimed = float((theirs * direction).sum())
+    return abs(slope - claimed) < 0.02 * np.linalg.norm(gap)
+
+
+def measured_slope(case, mistake, name, direction):
+    arrays = leaves(case.params["float64"])
+    size = 1e-5 * max(1.0, float(np.linalg.norm(arrays[name])))
+    losses = []
+    for sign in (1, -1):
+        moved = nest(arrays | {name: arrays[name] + sign * size * direction})
+        with np.errstate(all="ignore"):
+            losses.append(float(forward(case, "float64", mistake, params=moved)["loss"]))
+    return (losses[0] - losses[1]) / (2 * size)
+
+
+# --- Causes that are not one function's -----------------------------------------------------------
+
+
+def find_dropout(first, after, ours, case):
+    """Dropout sets numbers to zero at random, and makes the others larger to match."""
+    exact = first.entry.select(ours[first.entry.name].exact)
+    for x in first.entry.arrays:
+        dropped = (x == 0) & (exact != 0)
+        share = dropped.mean()
+        for rate in DROP_RATES:
+            if not rate / 3 < share < 3 * rate:
+                continue
+            scaled = np.where(dropped, 0, exact / (1 - rate))
+            if distance(x, scaled).rms < 0.02 * first.theirs.rms:
+                evidence = (
+                    f"{share:.0%} of the numbers are 0, the others {1 / (1 - rate):.2f} x ours"
+                )
+                text = f"dropout is on, at a rate of {rate}; compare in evaluation mode"
+                return Cause(text, 1, 1, evidence=evidence)
+    return None
+
+
+def find_other_head(first, after, ours, case):
+    """Logits may be a product of the right stream with another matrix than wte.
+
+    With more tokens than n_embd, that can be seen: no matrix at all would give arbitrary logits.
+    """
+    if first.entry.name != "logits" or first.entry.rows != slice(None):
+        return None
+    x = ours["ln_f"].exact.reshape(-1, case.sizes()["n_embd"])
+    if len(x) <= x.shape[1] + 2:
+        return None
+    for logits in first.entry.arrays:
+        flat = logits.reshape(len(x), -1)
+        head, *_ = np.linalg.lstsq(x, flat, rcond=None)
+        if distance(x @ head, flat).rms < 0.01 * first.theirs.rms:
+            text = "the head is another matrix than wte: GPT-2 ties the two"
+            evidence = "These logits are a product of the right stream with some matrix"
+            return Cause(text, 1, 1, evidence=evidence)
+    return None
+
+
+def find_precision(first, after, ours, case):
+    """Is all that differs as near as a shorter type would bring it?"""
+    for dtype in ("float16", "bfloat16"):
+        if UNITS[dtype] <= UNITS[case.dtype]:
+            continue
+        shorter = case._replace(params=casts(case.params["float64"], dtype), dtype=dtype)
+        kinds = {names.split_kind(d.entry.name)[0] for d in after}
+        theirs = twins(shorter, kinds)
+        same = [measure(d.entry, theirs, shorter).agrees for d in after]
+        if same[0]:
+            evidence = f"With --dtype {dtype} it agrees"
+            return Cause(f"sums or results in {dtype}", sum(same), len(same), evidence=evidence)
+    return None

@@ -1,0 +1,292 @@
+"""What every tensor is called here and elsewhere, what it means, and which line makes it.
+
+A tensor of ours has one of these names, with a block's number for {i}:
+
+    params.NAME   a parameter, with the checkpoint's name: params.blocks.0.attn.c_attn.w
+    NAME          an intermediate of the forward pass, of the table below: blocks.0.attn.q
+    grad.NAME     the gradient of the mean loss, by a parameter or by an intermediate
+    step.NAME     a parameter after one step of AdamW
+"""
+
+import functools
+import inspect
+import re
+from typing import NamedTuple
+
+import gpt2
+from model_files.weights import hugging_face_name, leaves
+from plumbing.cli import did_you_mean
+
+
+class Made(NamedTuple):
+    """An intermediate: its axes, its meaning, and where it is made."""
+
+    name: str
+    axes: str  # B n_batch, T n_seq, E n_embd, H n_head, D d_head, V n_vocab, and 3E, I n_inner
+    meaning: str
+    maker: str  # the function of gpt2.py that computes it
+    caller: str  # the function with the line that makes it ...
+    line: str  # ... which contains this
+    others: tuple = ()  # the names that others give it
+
+
+EMBEDDINGS = [
+    Made("wte", "B T E", "rows of wte: what each token is", "hidden_state", "hidden_state",
+         "wte[inputs]", ("hook_embed",)),
+    Made("wpe", "B T E", "rows of wpe: where each token stands", "hidden_state", "hidden_state",
+         "wpe[", ("hook_pos_embed",)),
+    Made("embed", "B T E", "the stream that the first block is given", "hidden_state",
+         "hidden_state", "wpe[", ("drop", "encoded", "embd", "blocks.0.hook_resid_pre")),
+]  # fmt: skip
+BLOCK = [
+    Made("ln_1", "B T E", "the stream, normalised for attention", "layer_norm",
+         "transformer_block", "**ln_1", ("ln1", "norm_1", "norm1")),
+    Made("attn.c_attn", "B T 3E", "queries, keys and values side by side", "linear", "mha",
+         "**c_attn", ("attn.qkv", "qkv")),
+    Made("attn.q", "B H T D", "the heads' queries", "mha", "mha", "split(", ("attn.hook_q", "q")),
+    Made("attn.k", "B H T D", "the heads' keys", "mha", "mha", "split(", ("attn.hook_k", "k")),
+    Made("attn.v", "B H T D", "the heads' values", "mha", "mha", "split(", ("attn.hook_v", "v")),
+    Made("attn.scores", "B H T T", "query times key over the root of d_head, before the mask",
+         "attention_weights", "attention_weights", "scores =", ("preatt",)),
+    Made("attn.masked", "B H T T", "the scores with -inf for what comes later",
+         "attention_weights", "attention_weights", "scores +=", ("attn.hook_attn_scores",)),
+    Made("attn.weights", "B H T T", "softmax of the scores", "softmax", "attention_weights",
+         "softmax(", ("attn.hook_pattern", "att", "attn.probs", "attn.attn_dropout")),
+    Made("attn.out", "B T HD", "weighted averages of the values, the heads side by side",
+         "attention", "mha", "attend(", ("attn.hook_z", "atty", "attn.z")),
+    Made("attn.c_proj", "B T E", "what attention adds to the stream", "linear", "mha", "**c_proj",
+         ("attn", "attn.resid_dropout", "hook_attn_out", "attproj")),
+    Made("resid_mid", "B T E", "the stream after attention", "transformer_block",
+         "transformer_block", "mha(", ("hook_resid_mid", "residual2")),
+    Made("ln_2", "B T E", "the stream, normalised for the ffn", "layer_norm", "transformer_block",
+         "**ln_2", ("ln2", "norm_2", "norm2")),
+    Made("mlp.c_fc", "B T I", "the ffn, widened", "linear", "ffn", "**c_fc",
+         ("mlp.hook_pre", "fch")),
+    Made("mlp.gelu", "B T I", "the same, bent by gelu", "gelu", "ffn", "gelu(",
+         ("mlp.act", "mlp.hook_post", "fch_gelu")),
+    Made("mlp.c_proj", "B T E", "what the ffn adds to the stream", "linear", "ffn", "**c_proj",
+         ("mlp", "mlp.dropout", "hook_mlp_out", "fcproj")),
+    Made("resid_post", "B T E", "the stream after the ffn", "transformer_block",
+         "transformer_block", "ffn(", ("", "hook_resid_post", "residual3")),
+]  # fmt: skip
+HEAD = [
+    Made("ln_f", "B T E", "the stream's end, normalised", "layer_norm", "hidden_state", "**ln_f",
+         ("lnf", "norm_f")),
+    Made("logits", "B T V", "a score for every token that may come next", "gpt2", "gpt2", "@ wte",
+         ("lm_head",)),
+    Made("losses", "B T", "-ln of the next token's probability, in nats", "cross_entropy", "", ""),
+    Made("loss", "", "the mean of losses", "cross_entropy", "", "", ("mean_loss",)),
+]  # fmt: skip
+LLM_C_WEIGHTS = {  # llm.c stacks the blocks: [n_layer, ...]
+    "ln1w": "ln_1.g", "ln1b": "ln_1.b", "qkvw": "attn.c_attn.w", "qkvb": "attn.c_attn.b",
+    "attprojw": "attn.c_proj.w", "attprojb": "attn.c_proj.b", "ln2w": "ln_2.g", "ln2b": "ln_2.b",
+    "fcw": "mlp.c_fc.w", "fcb": "mlp.c_fc.b", "fcprojw": "mlp.c_proj.w", "fcprojb": "mlp.c_proj.b",
+}  # fmt: skip
+LLM_C_STACKED = {
+    "ln1": "ln_1", "qkv": "attn.c_attn", "preatt": "attn.scores", "att": "attn.weights",
+    "atty": "attn.out", "attproj": "attn.c_proj", "residual2": "resid_mid", "ln2": "ln_2",
+    "fch": "mlp.c_fc", "fch_gelu": "mlp.gelu", "fcproj": "mlp.c_proj", "residual3": "resid_post",
+    **LLM_C_WEIGHTS,
+}  # fmt: skip
+NOT_COMPARED = ("ln1_mean", "ln1_rstd", "ln2_mean", "ln2_rstd", "lnf_mean", "lnf_rstd", "probs")
+GRADIENTS = ("grad.", "grads.", "gradients.", "d_")  # what marks a gradient; or .grad at the end
+STEPS = ("step.", "after.", "updated.")
+
+
+def all_names(case):
+    """Our names, in the order in which they are computed."""
+    n_layer = case.sizes()["n_layer"]
+    blocks = [f"blocks.{i}.{made.name}" for i in range(n_layer) for made in BLOCK]
+    params = list(leaves(case.params["float64"]))
+    forward = [made.name for made in EMBEDDINGS] + blocks + [made.name for made in HEAD]
+    return [
+        *(f"params.{name}" for name in params),
+        *forward,
+        *(f"grad.{name}" for name in gradient_order(params, n_layer)),
+        *(f"step.{name}" for name in params),
+    ]
+
+
+def gradient_order(params, n_layer):
+    """Parameters and intermediates from the loss back to the embeddings."""
+    order = ["logits", "ln_f", "ln_f.g", "ln_f.b"]
+    within = [
+        "resid_post", "mlp.c_proj.", "mlp.gelu", "mlp.c_fc", "mlp.c_fc.", "ln_2", "ln_2.",
+        "resid_mid", "attn.c_proj.", "attn.out", "attn.c_attn",
+        "attn.c_attn.", "ln_1", "ln_1.",
+    ]  # fmt: skip
+    for i in reversed(range(n_layer)):
+        for part in within:
+            name = f"blocks.{i}.{part}"
+            order += [p for p in params if p.startswith(name)] if name.endswith(".") else [name]
+    return [*order, "wpe", "wte"]
+
+
+def about(name):  # an intermediate's name, with a block's number or without -> its row in the table
+    short = re.sub(r"^blocks\.\d+\.", "", name)
+    return next(made for made in [*EMBEDDINGS, *BLOCK, *HEAD] if made.name == short)
+
+
+# --- Others' names --------------------------------------------------------------------------------
+
+
+@functools.cache
+def known_names(n_layer, params):  # -> {what others may call it: ours}
+    """params: a tuple of the parameters' names, as `leaves` gives them."""
+    known = {}
+    for made in [*EMBEDDINGS, *HEAD]:
+        known |= dict.fromkeys((made.name, *made.others), made.name)
+    for i in range(n_layer):
+        for made in BLOCK:
+            ours = f"blocks.{i}.{made.name}"
+            for other in (made.name, *made.others):
+                for prefix in (f"blocks.{i}", f"h.{i}"):
+                    known[f"{prefix}.{other}".removesuffix(".")] = ours
+    known["blocks.0.hook_resid_pre"] = "embed"
+    return known | weight_names(params)
+
+
+def weight_names(params):  # -> {what others may call a parameter: "params.NAME"}
+    known = {}
+    for name in params:
+        theirs = hugging_face_name(name)
+        for other in (theirs, theirs.replace("h.", "blocks.", 1), f"params.{name}"):
+            known[other] = f"params.{name}"
+        if name not in ("wte", "wpe"):
+            known[name] = f"params.{name}"
+    return known | {
+        "lm_head.weight": "params.wte",
+        "lnfw": "params.ln_f.g",
+        "lnfb": "params.ln_f.b",
+    }
+
+
+def find_name(name, n_layer, params):
+    """Somebody's name -> [(our name, the row of their array that it is, or None for all of it)].
+
+    Empty for what is known but not compared. Raises KeyError for a name that is not known.
+    """
+    kind, base = split_kind(name)
+    base = re.sub(r"^(_orig_mod\.|module\.|model\.|transformer\.)+", "", base)
+    if base in NOT_COMPARED:
+        return []
+    if base in LLM_C_STACKED:
+        is_weight = base in LLM_C_WEIGHTS
+        kind = kind or ("params." if is_weight else "")
+        return [(f"{kind}blocks.{i}.{LLM_C_STACKED[base]}", i) for i in range(n_layer)]
+    if kind in ("grad.", "step.") and base in ("wte", "wpe"):
+        return [(kind + base, None)]  # not the rows that a text takes, the parameter
+    ours = known_names(n_layer, params)[base]
+    if kind and ours.startswith("params."):
+        ours = ours.removeprefix("params.")
+    elif (
+        kind in ("step.", "params.")
+        and ours not in params
+        or kind == "grad."
+        and f"grad.{ours}" not in {f"grad.{x}" for x in gradient_order(params, n_layer)}
+    ):
+        raise KeyError(name)
+    return [(kind + ours, None)]
+
+
+def split_kind(name):  # "transformer.wte.weight.grad" -> ("grad.", "transformer.wte.weight")
+    if name.endswith(".grad"):
+        return "grad.", name.removesuffix(".grad")
+    for kind, prefixes in (("grad.", GRADIENTS), ("step.", STEPS), ("params.", ("params.",))):
+        for prefix in prefixes:
+            if name.startswith(prefix):
+                return kind, name.removeprefix(prefix)
+    if name.startswith("d") and name[1:] in {*LLM_C_STACKED, "wte", "wpe", "lnfw", "lnfb"}:
+        return "grad.", name[1:]
+    return "", name
+
+
+def suggest(name, n_layer, params):  # -> "blocks.0.ln1x: did you mean blocks.0.ln_1?"
+    kind, base = split_kind(name)
+    base = base.removeprefix("transformer.")
+    names = [*known_names(n_layer, params), *LLM_C_STACKED]
+    alike = did_you_mean(base, [other for other in names if other], kind)
+    return f"{name}{alike}"
+
+
+def table():  # -> lines for people
+    """Every accepted name: ours, the axes, and what others call it."""
+    lines = ["name                     axes         also accepted as"]
+    for made in [*EMBEDDINGS, *BLOCK, *HEAD]:
+        name, others = made.name, list(made.others)
+        if made in BLOCK:
+            stacked = [other for other in others if other in LLM_C_STACKED]
+            alone = [other for other in (name, *others) if other not in LLM_C_STACKED]
+            others = [f"h.{{i}}.{other}".rstrip(".") for other in alone] + stacked
+            name = f"blocks.{{i}}.{name}"
+        lines.append(f"{name:24} {made.axes:12} {', '.join(others)}".rstrip())
+        lines.append(f"{'':24} {made.meaning}")
+    lines += [
+        "",
+        "B n_batch, T n_seq, E n_embd, H n_head, D d_head = E / H, I n_inner = 4 E, V n_vocab.",
+        "A batch of one needs no B. B and T may be swapped, or one axis; so may H and T, H and D.",
+        "One T more is cut off, and columns of V beyond n_vocab. Logits may be the last T's.",
+        "",
+        "params.NAME   a parameter: wte, wpe, blocks.{i}.attn.c_attn.w, .b, blocks.{i}.ln_1.g ...",
+        "              also h.{i}.attn.c_attn.weight, lm_head.weight, and llm.c's qkvw, ln1b ...",
+        "grad.NAME     the gradient of the mean loss by a parameter or an intermediate;",
+        "              also NAME.grad, grads.NAME, llm.c's dqkvw ...",
+        "step.NAME     a parameter after one step of AdamW. Matrices may be [n_in, n_out] or",
+        "              [n_out, n_in]. llm.c's names stand for the arrays of all blocks, stacked.",
+        "tokens        the ids, [n_batch, n_seq + 1]: if they are there, they are the text.",
+        "transformer., model., module. and _orig_mod. before a name do not matter.",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+# --- Lines of the source --------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """The line of a file that makes a tensor, and the function that it calls for it."""
+
+    function: str
+    file: str
+    line: int
+    text: str
+
+
+def source(name, backprop):
+    """Where gpt2.py (or backprop.py) makes the tensor of this name."""
+    kind, base = split_kind(name)
+    if kind == "grad.":
+        maker = gradient_maker(base)
+        return find_line(backprop, maker, maker, "return")
+    if kind:
+        maker = "adamw" if kind == "step." else "gpt2"
+        module = backprop if kind == "step." else gpt2
+        return find_line(module, maker, maker, "def ")
+    made = about(base)
+    if made.maker == "cross_entropy":
+        return find_line(backprop, made.maker, made.maker, "nats =")
+    return find_line(gpt2, made.maker, made.caller, made.line)
+
+
+def gradient_maker(name):  # the part of backprop.py that computes this gradient
+    if name == "logits":
+        return "cross_entropy"
+    if name in ("wte", "wpe"):
+        return "gpt2_forward"
+    if ".ln_" in name and name.endswith((".g", ".b")) or name.startswith("ln_f."):
+        return "layer_norm_backward"
+    if name.endswith("mlp.c_fc"):
+        return "gelu_backward"
+    if name.endswith("attn.c_attn"):
+        return "mha_forward"
+    if name.endswith(("resid_post", "resid_mid")):
+        return "transformer_block_forward"
+    return "linear_backward"
+
+
+def find_line(module, maker, caller, text):
+    """The last line of `caller` that contains `text`: not its docstring's. Otherwise its first."""
+    function = inspect.unwrap(getattr(module, caller))
+    lines, first = inspect.getsourcelines(function)
+    place = max((i for i, line in enumerate(lines) if text in line), default=0)
+    file = inspect.getsourcefile(function).replace("\\", "/").rpartition("/")[2]
+    return Source(maker, file, first + place, lines[place].split("  #")[0].strip())
