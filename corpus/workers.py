@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+CAN_BLOCK = hasattr(signal, "pthread_sigmask")
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -54,7 +55,13 @@ def finished(running):
 
 @contextlib.contextmanager
 def delayed(signal_number):
-    """Delay a signal until the end; in a process started here, until it unblocks the signal."""
+    """Delay a signal until the end; in a process started here, until it unblocks the signal.
+
+    On Windows, which cannot, nothing is delayed.
+    """
+    if not CAN_BLOCK:
+        yield
+        return
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal_number])
     try:
         yield
@@ -65,7 +72,8 @@ def delayed(signal_number):
 def follow_parent():
     """End this worker at once on Ctrl-C, and when its parent has ended, even by SIGKILL."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    if CAN_BLOCK:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

@@ -83,7 +83,7 @@ def interact(answer):
     ask = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while True:
         try:
-            line = input(ask)
+            line = input(ask).removesuffix("\r")  # as in a file from Windows
         except EOFError:
             if ask:
                 print()

@@ -70,14 +70,21 @@ def convert_checkpoint(model_dir, path):
         )
         *_, message = done.stderr.decode(errors="replace").strip().split("\n")
         message = message.replace(readable_dir, model_dir)
-        if done.returncode < 0:
-            name = signal.Signals(-done.returncode).name
-            message = f"{checkpoint}: damaged, or too large: TensorFlow's reader died of {name}"
+        end = how_it_died(done.returncode)
+        if end:
+            message = f"{checkpoint}: damaged, or too large: TensorFlow's reader died of {end}"
         if done.returncode != 0:
             raise ValueError(message.removeprefix("error: "))
         if message.startswith("notice: ") and sys.stderr.isatty():
             print(message, file=sys.stderr)
         return read_safetensors(path if os.path.isfile(path) else spare)  # a map outlives its file
+
+
+def how_it_died(code):  # a process's exit code -> "SIGABRT", "exit code 3", or "" if it ended
+    """Python itself ends with 0, 1 or 2. Windows, which has no signals, gives larger numbers."""
+    if code < 0:
+        return signal.Signals(-code).name
+    return f"exit code {code}" if code > 2 else ""
 
 
 def is_utf8(path):

@@ -11,7 +11,7 @@ import json
 import os
 import time
 
-from plumbing.files import open_locked, open_no_link, read_json, remove
+from plumbing.files import close_before_renaming, open_locked, open_no_link, read_json, remove
 
 SIZES = ("124M", "355M", "774M", "1558M")
 RELEASED = "https://openaipublic.blob.core.windows.net/gpt-2/models"
@@ -99,6 +99,7 @@ def gather(url, f, path, sha256):
         try:
             verify(f, fetch(url, f, note), sha256)
             os.fsync(f.fileno())
+            close_before_renaming(f)
             os.replace(part, path)  # before the note goes: without it the part would be useless
             remove(note)
             return
@@ -109,9 +110,11 @@ def gather(url, f, path, sha256):
             words, can_help = reason(error)
             if failures == ATTEMPTS or not can_help:
                 if size == 0:
+                    close_before_renaming(f)
                     remove(part, note)
                 raise ConnectionError(f"cannot download {url}: {words}") from None
             time.sleep(BACKOFF * 2 ** (failures - 1))
+    close_before_renaming(f)
     remove(part, note)
 
 
@@ -141,7 +144,7 @@ def fetch(url, f, note):
                 "length": int(length) if length.isdecimal() else None,
                 "md5": sent.get("Content-MD5"),
             }
-            with open(note, "w", opener=open_no_link) as g:
+            with open(note, "w", encoding="utf-8", opener=open_no_link) as g:
                 json.dump(known, g)
             ends = "Content-Length" in sent or "Transfer-Encoding" in sent
             if not (ends or known["md5"]):  # a part could not be told from the whole

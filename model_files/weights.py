@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import re
+import sys
 
 import numpy as np
 
@@ -127,7 +128,7 @@ def read_safetensors(path):
             with safe_open(path, "np"):  # opening the file checks it
                 pass
             header = json.loads(f.read(n_header))
-            data = np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            data = map_or_read(f)
     except SafetensorError as error:
         raise ValueError(f"{path}: cut short or corrupt ({error})") from None
     header.pop("__metadata__", None)
@@ -138,6 +139,14 @@ def read_safetensors(path):
         start, stop = (8 + n_header + offset for offset in entry["data_offsets"])
         tensors[key] = entry["dtype"], tuple(entry["shape"]), data[start:stop]
     return tensors
+
+
+def map_or_read(file):  # -> its bytes, read-only uint8
+    """Map an open file or, on Windows, read it: a mapped file could not be replaced there."""
+    if sys.platform == "win32":
+        file.seek(0)
+        return np.frombuffer(file.read(), np.uint8)
+    return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
 def read_index(path):  # -> the names of the shards, each once

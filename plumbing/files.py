@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+import sys
 from pathlib import Path
 
 try:
@@ -78,7 +79,7 @@ def replacing(path):
     remove(temporary)  # through a link of that name we would write elsewhere
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows flushes only a file that it may write
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -90,7 +91,7 @@ def remove_left_over(path):
 
     If another machine is still writing one, its os.replace fails: an error, but no broken file.
     """
-    if os.name == "nt":  # there os.kill would end the process
+    if sys.platform == "win32":  # there os.kill would end the process
         return
     name = re.compile(re.escape(os.path.basename(path)) + r"\.([0-9]{1,9})\.tmp")
     folder = os.path.dirname(path) or "."
@@ -131,6 +132,15 @@ def open_locked(part, wait=True):
             if os.path.samestat(os.fstat(f.fileno()), os.stat(part)):
                 return f
         f.close()
+
+
+def close_before_renaming(file):
+    """Close it on Windows, where an open file can be neither renamed nor deleted.
+
+    Elsewhere it stays open, because closing it would give up the lock of open_locked.
+    """
+    if sys.platform == "win32":
+        file.close()
 
 
 def open_no_link(path, flags):

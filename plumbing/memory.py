@@ -20,7 +20,7 @@ def free_bytes():
     Only Linux says. A container's limit counts, where cgroups of version 2 set it.
     """
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
         free = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}["MemAvailable"]
     except (OSError, KeyError):
         return None
@@ -30,7 +30,7 @@ def free_bytes():
 def control_groups():
     """The folders of this process's control group and of those around it."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
     except OSError:
         return []
     paths = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
@@ -39,9 +39,11 @@ def control_groups():
 
 def group_bytes(folder):  # -> what is free in a control group; infinite without a limit
     try:
-        limit = int((folder / "memory.max").read_text())
-        used = int((folder / "memory.current").read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        limit = int((folder / "memory.max").read_text("utf-8"))
+        used = int((folder / "memory.current").read_text("utf-8"))
+        stat = dict(
+            line.split() for line in (folder / "memory.stat").read_text("utf-8").splitlines()
+        )
     except (OSError, ValueError):  # no such file, or "max", which is no limit
         return float("inf")
     return max(0, limit - used + int(stat.get("inactive_file", 0)))  # file pages can be dropped

@@ -18,7 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from model_files.weights import tensor_shapes
-from plumbing.files import open_locked, parse_json, replacing, write_whole
+from plumbing.files import (
+    close_before_renaming,
+    open_locked,
+    parse_json,
+    replacing,
+    write_whole,
+)
 from plumbing.quiet import quiet_tensorflow
 
 
@@ -97,10 +103,11 @@ def open_log(out, run, n_done):  # -> an open file
     path = Path(out, "metrics.jsonl")
     try:
         os.makedirs(out, exist_ok=True)
-        with open_locked(path, wait=False):
+        with open_locked(path, wait=False) as file:
             lines = [line for line in read_log(path) if line["step"] <= n_done] if n_done else []
             if run is not None and find_run(lines) is None:
                 lines = [{"step": 0, "run": run}, *lines]
+            close_before_renaming(file)
             write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         return open_locked(path, wait=False)
     except BlockingIOError:
