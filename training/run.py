@@ -29,6 +29,7 @@ got it. Of several processes each calls every method. No JAX here.
 
 import contextlib
 import math
+import os
 import secrets
 import signal
 import sys
@@ -146,10 +147,10 @@ def run(trainer_class, typed, options):
         if not stopped:
             output.show(f"the best model is in {flags['out']}")
 
-    if stopped == signal.SIGTERM:
-        sys.exit(143)
-    if stopped:
+    if stopped == signal.SIGINT:
         raise KeyboardInterrupt
+    if stopped:
+        sys.exit(128 + stopped)
 
 
 # --- A checkpoint that is resumed ---------------------------------------------------------------
@@ -209,8 +210,10 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
                 seconds = time.perf_counter() - began
                 values["tokens_per_second"] = n * tokens_per_step / seconds
             is_compiled = True
-            bar.set_postfix(output.log(values), refresh=False)
-            bar.update(n)
+            values_shown = output.log(values)
+            with contextlib.suppress(OSError):  # a closed terminal must not end the run
+                bar.set_postfix(values_shown, refresh=False)
+                bar.update(n)
             is_last = n_done == n_steps
             if n_done % eval_every == 0 or is_last:
                 validate(trainer, state, output, f"step {n_done}: train {loss:.4f},")
@@ -267,6 +270,7 @@ class Output:
         self.description = text.description
         self.versions = trainer.versions
         self.is_main = trainer.is_main
+        self.is_unheard = False  # has printing failed?
         self.log = lambda values: {}  # what open_log opens
         self.number = secrets.randbits(48)  # by which the run knows its checkpoints
         self.checkpoint = None  # the folder of the last one
@@ -287,8 +291,15 @@ class Output:
             delete_half_written(self.out)
 
     def show(self, text):
-        if self.is_main:
+        """Print a line for people. If nobody can read it any more, the run goes on without."""
+        if not self.is_main or self.is_unheard:
+            return
+        try:
             tqdm.write(text)
+        except OSError:  # the reader of a pipe has gone, or the disk of a log is full
+            self.is_unheard = True
+            with contextlib.suppress(OSError, ValueError):  # what is left must not fail at the exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def show_sample(self, generate, params):
         """Show some lines that the model writes after a line's end: 100 tokens of it at most."""
