@@ -28,14 +28,20 @@ import codecs
 import re
 from collections import Counter, defaultdict
 from heapq import heapify, heappop, heappush
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from operator import index
 from pathlib import Path
 
 import regex
 
 from model_files.tokenizer import read_tokenizer, write_tokenizer
-from model_files.vocabulary import BYTE_OF_CHAR, CHAR_OF_BYTE, add_special, check_vocab
+from model_files.vocabulary import (
+    BYTE_OF_CHAR,
+    CHAR_OF_BYTE,
+    ENDOFTEXT,
+    add_special,
+    check_vocab,
+)
 from plumbing.files import naming
 
 # GPT-2's pattern, letter for letter, because another one would give other ids. It lists what a
@@ -60,7 +66,6 @@ SPACE = r"[^\S\x1c-\x1f]"  # what `regex` calls \s
 SOLID = r"[\S\x1c-\x1f]"  # what `regex` calls \S
 WORD = re.compile(rf"{SPACE}?{SOLID}+|{SPACE}+(?!{SOLID})")
 
-ENDOFTEXT = "<|endoftext|>"  # stands between the documents that GPT-2 was trained on
 LONG_PIECE = 50  # bytes from which merge_long is faster than merge_short
 CACHE_ENTRIES = 2**17  # texts that a Cache holds before it is emptied: about 25 MB
 CACHE_CHARS = 64  # longer texts are unlikely to occur again
@@ -144,18 +149,19 @@ class Encoder:
     merges: pairs of pieces in printable form, the first to be merged first. vocab: {piece: id}, by
     default numbered as GPT-2's is: the 256 bytes, what each merge makes, then <|endoftext|>.
     special: {text: id} of texts that encode() turns into a single id when asked to; by default
-    <|endoftext|>, if the vocabulary has it. Raises ValueError for a merge of pieces that are not in
+    <|endoftext|>, if the vocabulary has it. end_ids: the ids that end a text, by default that of
+    <|endoftext|>; a model can have others. Raises ValueError for a merge of pieces that are not in
     the vocabulary, and for a vocabulary that check_vocab refuses.
 
-    n_vocab: one more than the largest id. endoftext: its id, None if the vocabulary has none.
-    piece_of_id: the inverse of vocab.
+    n_vocab: one more than the largest id. endoftext: the first of end_ids, which is written after
+    a document; None if there are none. piece_of_id: the inverse of vocab.
 
     >>> encoder = Encoder([("Ġ", "a"), ("b", "c")])
     >>> encoder.encode(" abc"), encoder.decode([256, 257]), encoder.endoftext, encoder.n_vocab
     ([256, 257], ' abc', 258, 259)
     """
 
-    def __init__(self, merges, vocab=None, special=None):
+    def __init__(self, merges, vocab=None, special=None, end_ids=None):
         self.merges = [(left, right) for left, right in merges]
         vocab = number_pieces(self.merges) if vocab is None else check_vocab(vocab)
         if special:
@@ -165,7 +171,10 @@ class Encoder:
         self.vocab = vocab
         self.special = special or {}
         self.n_vocab = max(self.vocab.values()) + 1
-        self.endoftext = self.vocab.get(ENDOFTEXT)
+        if end_ids is None:
+            end_ids = [self.vocab[ENDOFTEXT]] if ENDOFTEXT in self.vocab else []
+        self.end_ids = tuple(end_ids)
+        self.endoftext = self.end_ids[0] if self.end_ids else None
         self.piece_of_id = {id: piece for piece, id in self.vocab.items()}
         self._byte_ids = [self.vocab[CHAR_OF_BYTE[byte]] for byte in range(256)]
         self._ranks, self._merged = rank_merges(self.merges, self.vocab)
@@ -193,7 +202,7 @@ class Encoder:
         return ids
 
     def encode_prompt(self, text, n_ctx=None):
-        """Return encode(text), or for an empty text <|endoftext|> alone, if the vocabulary has it.
+        """Return encode(text), or for an empty text the end token alone, if there is one.
 
         Raises ValueError for a text that would be too long even if each of n_ctx tokens were the
         longest in the vocabulary. This check costs nothing; encoding a huge file would fill memory.
@@ -214,6 +223,10 @@ class Encoder:
         Raises ValueError for an id that is not in the vocabulary.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def before_end(self, ids):
+        """Yield the ids before the first that ends a text."""
+        return takewhile(lambda id: id not in self.end_ids, ids)
 
     def decode_bytes(self, ids):  # -> bytes
         """Return the bytes of ids, which may begin or end inside a character.
@@ -243,7 +256,8 @@ class Encoder:
 
     def save(self, model_dir):
         """Write the vocabulary to a folder, for get_encoder and Hugging Face's transformers."""
-        end_token = None if self.endoftext is None else ENDOFTEXT
+        ends = [text for text, id in self.special.items() if id == self.endoftext]
+        end_token = ends[0] if ends else None
         write_tokenizer(model_dir, self.merges, self.vocab, self.special, end_token)
 
     def _encode_plain(self, text):
@@ -426,4 +440,4 @@ def get_encoder(model_name, models_dir):
     """
     tokenizer = read_tokenizer(Path(models_dir, model_name))
     with naming(tokenizer.merges_file):  # what else is wrong has been found while reading
-        return Encoder(tokenizer.merges, tokenizer.vocab, tokenizer.special)
+        return Encoder(tokenizer.merges, tokenizer.vocab, tokenizer.special, tokenizer.end_ids)

@@ -83,12 +83,13 @@ def query_scales(model_dir, hparams):  # -> [n_layer], a factor for each block's
 
 def hugging_face_config(encoder, hparams, dtype):
     """Return the config.json with which transformers computes what gpt2.py computes."""
+    end_ids = list(encoder.end_ids)
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{key: values[0] for key, values in SUPPORTED.items()},
         **{key: hparams[name] for name, key in HUGGING_FACE_SIZES.items()},
         "n_inner": hparams.get("n_inner"),
         "bos_token_id": encoder.endoftext,
-        "eos_token_id": encoder.endoftext,
+        "eos_token_id": end_ids[0] if len(end_ids) == 1 else end_ids or None,
         "torch_dtype": dtype,
     }

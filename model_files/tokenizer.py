@@ -13,11 +13,12 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from model_files.vocabulary import add_special, check_vocab
+from model_files.vocabulary import ENDOFTEXT, add_special, check_vocab, printable
 from plumbing.files import check_file, naming, read_json, write_whole
 
 TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",)]
 TOKENIZER_CONFIG = "tokenizer_config.json"
+ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 # The settings of a tokenizer.json, and the values with which its ids are encoder.py's.
 SUPPORTED = {
@@ -37,6 +38,7 @@ class Tokenizer(NamedTuple):
     merges: list  # of (left piece, right piece), the first to be merged first
     vocab: dict  # {piece: id}
     special: dict  # {text: id} of the texts that can become a single id
+    end_ids: tuple  # the ids that end a text, () if none do; the first stands between documents
     merges_file: Path  # the file that the merges are in, for error messages
 
 
@@ -63,22 +65,74 @@ def read_tokenizer(folder):  # -> Tokenizer
     file, if one is malformed or not supported.
     """
     paths = find_tokenizer(folder)
+    merges_file = paths[-1]
+    config = read_optional(folder, TOKENIZER_CONFIG)
     if len(paths) == 1:
-        [file] = paths
-        with naming(file):
-            return Tokenizer(*parse_tokenizer(read_json(file)), file)
-    vocab_file, merges_file = paths
-    with naming(vocab_file):
-        vocab = check_vocab(read_json(vocab_file))
-    config_file = Path(folder, TOKENIZER_CONFIG)
-    with naming(config_file):
-        config = read_json(config_file) if config_file.is_file() else {}
-        special = parse_added(config.get("added_tokens_decoder") or {})
-        vocab = add_special(vocab, special)
-    with naming(merges_file):
-        check_file(merges_file)
-        merges = parse_merges(merges_file.read_text("utf-8"))
-    return Tokenizer(merges, vocab, special, merges_file)
+        with naming(merges_file):
+            merges, vocab, special = parse_tokenizer(read_json(merges_file))
+            vocab = add_special(vocab, special)
+    else:
+        with naming(paths[0]):
+            vocab = check_vocab(read_json(paths[0]))
+        with naming(Path(folder, TOKENIZER_CONFIG)):
+            special = parse_added(config.get("added_tokens_decoder") or {})
+            vocab = add_special(vocab, special)
+        with naming(merges_file):
+            check_file(merges_file)
+            merges = parse_merges(merges_file.read_text("utf-8"))
+    roles = read_roles(folder, config)
+    for text in [ENDOFTEXT, *roles.values()]:
+        if is_text(text) and printable(text) in vocab:
+            special[text] = vocab[printable(text)]
+    return Tokenizer(
+        merges, vocab, special, read_end_ids(folder, roles, special, vocab), merges_file
+    )
+
+
+def read_optional(folder, name):  # -> the JSON object in a file, {} if there is no such file
+    path = Path(folder, name)
+    return read_json(path) if path.is_file() else {}
+
+
+def read_roles(folder, config):  # -> {"eos_token": "<|endoftext|>", ...}
+    """Return the texts that have a role. config: the content of tokenizer_config.json.
+
+    Older folders name them in special_tokens_map.json; transformers reads it if
+    tokenizer_config.json has no added_tokens_decoder, and there it comes first.
+    """
+    roles = {key: token_text(config.get(key)) for key in ROLES}
+    if "added_tokens_decoder" not in config:
+        named = read_optional(folder, "special_tokens_map.json")
+        roles |= {key: token_text(named[key]) for key in ROLES if named.get(key)}
+    return {key: text for key, text in roles.items() if text}
+
+
+def token_text(token):  # "</s>", or {"content": "</s>", ...} -> "</s>"; None if it is neither
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if is_text(text) else None
+
+
+def read_end_ids(folder, roles, special, vocab):  # -> a tuple of ids, without duplicates
+    """Return the ids that end a text: the model's if it names any, otherwise the tokenizer's.
+
+    A model names them as eos_token_id, a number or a list. generation_config.json comes first, as
+    in transformers. Ids that the tokenizer does not have are left out, because configurations of
+    small models often keep GPT-2's 50256. Raises ValueError, which names the file, if eos_token_id
+    is neither a number nor a list of numbers.
+    """
+    known = set(vocab.values())
+    for name in ("generation_config.json", "config.json"):
+        ids = read_optional(folder, name).get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        for id in ids:
+            if id is not None and type(id) is not int:
+                raise ValueError(f"{Path(folder, name)}: eos_token_id {id!r} is not an id")
+        if end_ids := tuple(id for id in dict.fromkeys(ids) if id in known):
+            return end_ids
+    for text in (roles.get("eos_token"), ENDOFTEXT):
+        if text in special:
+            return (special[text],)
+    return ()
 
 
 def parse_merges(text):

@@ -1,5 +1,6 @@
 """What a vocabulary is: pieces of text, spelled in printable characters, each with an id."""
 
+ENDOFTEXT = "<|endoftext|>"  # stands between the documents that GPT-2 was trained on
 MOST_IDS = 2**24  # each id is a row of the model's embedding: no tokenizer has nearly as many
 
 
