@@ -211,7 +211,7 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> 
     top_p: keeps the likeliest tokens that together reach p, the one that crosses p included
         (Holtzman et al. 2019, arXiv:1904.09751).
 
-    They apply in this order. A token that ties with the last one kept is kept, too. All is float64,
+    They apply in this order. A token that ties with the last one kept is also kept. All is float64,
     so that 50257 small numbers add up to 1.
     """
     logits = logits.astype(np.float64)
@@ -231,9 +231,9 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> 
 
 
 def sample(logits, rng, temperature=0.0, top_k=0, top_p=1.0):  # [n_vocab] -> one token id
-    """At temperature 0 the likeliest token (the first if tied), else a draw with rng.
+    """The likeliest token at temperature 0 (the first if tied), otherwise a random one, by rng.
 
-    ValueError where the largest logit is not finite, as with damaged weights.
+    Raises ValueError if the largest logit is not finite, as with damaged weights.
     """
     best = int(logits.argmax())  # if there are NaNs, argmax finds the first
     if not math.isfinite(logits[best]):
@@ -282,18 +282,20 @@ def latest(ids, n_ctx):  # list of ids -> its end, at most n_ctx ids
 
 
 def generate_stream(
-    inputs, params, n_head, n_tokens_to_generate,
-    temperature=0.0, top_k=0, top_p=1.0, seed=None, endoftext=None, slide=False,
-):  # fmt: skip
+    inputs, params, n_head, n_tokens_to_generate, seed=None, endoftext=None, slide=False, **sampling
+):
     """Yields new token ids one at a time; ends early at `endoftext`, which is not yielded.
 
     Autoregression: run the model, choose a token from the last position's logits, append, repeat.
-    Each step runs the whole sequence again, although only its last token is new. With
-    `slide`, a text may outgrow n_ctx: the model sees only its end. What check_sampling and
-    check_length refuse is a ValueError when the first token is asked for.
+    Each step runs the whole sequence again, although only its last token is new.
+
+    sampling: temperature, top_k and top_p, as `sample` takes them; greedy by default.
+    slide: let the text outgrow n_ctx; then the model sees only its end.
+
+    The first next() raises ValueError for what check_sampling and check_length refuse.
     """
     n_ctx = len(params["wpe"])
-    check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)
+    check_sampling(n_tokens_to_generate, seed=seed, **sampling)
     check_length(len(inputs), n_tokens_to_generate, math.inf if slide else n_ctx)
     inputs = list(inputs)  # a copy: the caller's list stays as it is
     rng = np.random.default_rng(seed)
@@ -301,16 +303,16 @@ def generate_stream(
         inputs = latest(inputs, n_ctx)
         x = hidden_state(inputs, **params, n_head=n_head)
         logits = params["wte"] @ x[-1]  # as in gpt2, but of the last position only
-        token = sample(logits, rng, temperature, top_k, top_p)
+        token = sample(logits, rng, **sampling)
         if token == endoftext:
             return
         inputs.append(token)
         yield token
 
 
-def generate(inputs, params, n_head, n_tokens_to_generate, **sampling):
-    """list of ids -> list of the new ids. `sampling` as in generate_stream; greedy by default."""
-    return list(generate_stream(inputs, params, n_head, n_tokens_to_generate, **sampling))
+def generate(inputs, params, n_head, n_tokens_to_generate, **options):
+    """list of ids -> list of the new ids. `options` as in generate_stream; greedy by default."""
+    return list(generate_stream(inputs, params, n_head, n_tokens_to_generate, **options))
 
 
 def main(
@@ -330,7 +332,7 @@ def main(
         prompt: the text to continue; empty to start from nothing.
         n_tokens_to_generate: add at most this many tokens.
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
-            the Hugging Face Hub. What is not here yet is downloaded once.
+            the Hugging Face Hub. A missing model is downloaded once.
         models_dir: the folder that holds the models.
         temperature: 0 always takes the likeliest token; around 0.8 writes livelier text.
         top_k: draw from the k likeliest tokens only; 0 for all.
@@ -341,14 +343,15 @@ def main(
     from plumbing.cli import notice
     from utils import load_encoder_hparams_and_params
 
-    check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)  # before any download
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    check_sampling(n_tokens_to_generate, seed=seed, **sampling)  # before any download
     if temperature == 0 and (top_k > 0 or top_p < 1):
         notice("top_k and top_p change nothing at temperature 0, which takes the likeliest token")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     inputs = encoder.encode_prompt(prompt, None if slide else hparams["n_ctx"])
     new_ids = generate_stream(
         inputs, params, hparams["n_head"], n_tokens_to_generate,
-        temperature, top_k, top_p, seed, encoder.endoftext, slide,
+        seed, encoder.endoftext, slide, **sampling,
     )  # fmt: skip
     for text in encoder.decode_stream(new_ids):
         print(text, end="", flush=True)

@@ -20,9 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from generation.rows import Event, ids_of
+from generation.sampling import Sampling
 from gpt2 import attention, check_length, check_sampling, hidden_state, softmax
+from plumbing.memory import n_that_fit
 from training.devices import to_host
 
+MAX_ROWS = 64  # in a batch, unless the caller says how many
 STEPS_PER_CALL = 32  # Python sees the new tokens only between calls
 STATIC = ("n_head", "n_vocab", "sampling")  # each new value is compiled anew
 
@@ -45,27 +49,28 @@ def mask(logits, temperature, top_k=0, top_p=1.0):  # [..., n_vocab] -> the same
     return logits
 
 
-def draw(logits, keys, n_drawn, temperature=0.0, top_k=0, top_p=1.0):  # -> [n_rows] ids
+def sample(logits, keys, n_sampled, sampling):  # -> [n_rows] ids
     """gpt2.sample for [n_rows, n_vocab], a key for each row.
 
     -1 where logits are not finite: compiled code cannot raise an error, so add_token does.
     """
     tokens = logits.argmax(-1)
-    if temperature > 0:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, n_drawn)
-        tokens = jax.vmap(jax.random.categorical)(keys, mask(logits, temperature, top_k, top_p))
+    if sampling.temperature > 0:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, n_sampled)
+        tokens = jax.vmap(jax.random.categorical)(keys, mask(logits, *sampling))
     return jnp.where(jnp.isfinite(logits.max(-1)), tokens, -1)
 
 
 # A batch: {"kv": a pair of [n_rows, capacity, n_head, d_head] for each layer, "n_seq": [n_rows]
-# tokens in "kv", "tokens": [n_rows] the next ones, not in it yet, "keys": [n_rows], "n_drawn": []}
+# tokens in "kv", "tokens": [n_rows] the next ones, not in it yet, "keys": [n_rows],
+# "n_sampled": []}
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", *STATIC))
 def read_prompts(params, ids, n_seq, seed, rows, n_head, n_vocab, capacity, sampling):
     """Prompts [n_rows, n_longest] -> a batch. A row's first n_seq [n_rows] ids are tokens.
 
-    The seed and a row's number in rows [n_rows] decide what is drawn for it.
+    The seed and a row's number in rows [n_rows] decide which tokens are sampled for it.
     """
     kv, keys = [], jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
 
@@ -75,11 +80,11 @@ def read_prompts(params, ids, n_seq, seed, rows, n_head, n_vocab, capacity, samp
         return attention(q, k, v)
 
     model = params | {"blocks": [block | {"attend": attend} for block in params["blocks"]]}
-    with jax.default_matmul_precision("float32"):  # else a GPU would round to 10 bits
+    with jax.default_matmul_precision("float32"):  # otherwise a GPU would round to 10 bits
         x = hidden_state(ids, **model, n_head=n_head)[jnp.arange(len(ids)), n_seq - 1]
         logits = (x @ params["wte"].T)[:, :n_vocab]  # the trainer pads wte
-    tokens = draw(logits, keys, 0, *sampling)
-    return {"kv": kv, "n_seq": n_seq, "tokens": tokens, "keys": keys, "n_drawn": 1}
+    tokens = sample(logits, keys, 0, sampling)
+    return {"kv": kv, "n_seq": n_seq, "tokens": tokens, "keys": keys, "n_sampled": 1}
 
 
 def step(params, batch, n_head, n_vocab, sampling):  # -> the batch, each row longer by a token
@@ -97,8 +102,8 @@ def step(params, batch, n_head, n_vocab, sampling):  # -> the batch, each row lo
     with jax.default_matmul_precision("float32"):
         x = hidden_state(batch["tokens"][:, None], **model, n_head=n_head)[:, 0]
         logits = (x @ params["wte"].T)[:, :n_vocab]
-    new = {"tokens": draw(logits, batch["keys"], batch["n_drawn"], *sampling)}
-    return batch | new | {"kv": kv, "n_seq": n_seq + 1, "n_drawn": batch["n_drawn"] + 1}
+    new = {"tokens": sample(logits, batch["keys"], batch["n_sampled"], sampling)}
+    return batch | new | {"kv": kv, "n_seq": n_seq + 1, "n_sampled": batch["n_sampled"] + 1}
 
 
 @functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="batch")
@@ -122,20 +127,20 @@ def write_steps(params, batch, alive, n, endoftext, n_head, n_vocab, sampling):
 
 
 def generate_stream(
-    prompts, params, n_head, n_tokens_to_generate,
-    temperature=0.0, top_k=0, top_p=1.0, seed=None, endoftext=None,
-    stop=None, n_samples=1, batch_size=8, n_vocab=None,
+    prompts, params, n_head, n_tokens_to_generate, seed=None, endoftext=None,
+    stop=None, n_samples=1, batch_size=None, n_vocab=None, **sampling,
 ):  # fmt: skip
-    """kv_cache.generate_stream, compiled: the same arguments, and the same triples.
+    """kv_cache.generate_stream, compiled: the same arguments, and the same Events.
 
-    At temperature 0 it writes the same. What a row draws depends on the seed and its number alone,
-    as there, but the random numbers are JAX's. params: NumPy's or JAX's, on any device; n_vocab:
-    how many rows of wte are tokens, if not all. Memory: batch_size caches of at most
-    8 * n_layer * n_embd * n_ctx bytes. ValueError for wrong arguments.
+    At temperature 0 it writes the same. What a row samples depends on the seed and its number
+    alone, as there, but the random numbers are JAX's. params: NumPy's or JAX's, on any device;
+    n_vocab: how many rows of wte are tokens, if not all. Memory: see row_bytes. batch_size: see
+    default_batch_size. Raises ValueError for wrong arguments.
     """
-    check_sampling(n_tokens_to_generate, temperature, top_k, top_p, seed)
+    sampling = Sampling(**sampling)
+    check_sampling(n_tokens_to_generate, seed=seed, **sampling._asdict())
     n_vocab, n_ctx = n_vocab or len(params["wte"]), len(params["wpe"])
-    if not prompts or min(n_samples, batch_size) < 1:
+    if not prompts or n_samples < 1 or batch_size is not None and batch_size < 1:
         raise ValueError("n_samples, batch_size and the number of prompts must be 1 or more")
     for i, ids in enumerate(prompts, 1):
         check_length(len(ids), n_tokens_to_generate, n_ctx)
@@ -143,11 +148,15 @@ def generate_stream(
             raise ValueError(f"prompt {i} of {len(prompts)}: an id is not in 0 .. {n_vocab - 1}")
     texts = [list(ids) for ids in prompts for _ in range(n_samples)]
     if n_tokens_to_generate == 0:
-        yield from ((row, [], "length") for row in range(len(texts)))
+        yield from (Event(row, None, "length") for row in range(len(texts)))
         return
-    params, seed = jax.tree.map(jnp.asarray, params), np.random.SeedSequence(seed)
-    how = {"n_head": n_head, "n_vocab": n_vocab, "sampling": (temperature, top_k, top_p)}
-    batch_size, seed = min(batch_size, len(texts)), seed.generate_state(1)[0]
+    params = jax.tree.map(jnp.asarray, params)
+    seed = np.random.SeedSequence(seed).generate_state(1)[0]
+    static = {"n_head": n_head, "n_vocab": n_vocab, "sampling": sampling}
+    if batch_size is None:
+        n_longest = max(map(len, texts))
+        batch_size = default_batch_size(len(texts), n_longest, n_tokens_to_generate, params, n_head)
+    batch_size = min(batch_size, len(texts))
     for first in range(0, len(texts), batch_size):
         rows = np.arange(first, first + batch_size)
         group = texts[first : first + batch_size]
@@ -156,39 +165,71 @@ def generate_stream(
         n_seq = [len(ids) for ids in group]
         n_longest = round_up(max(n_seq), n_ctx)
         ids = np.array([ids + [0] * (n_longest - len(ids)) for ids in group])
-        room = {"capacity": round_up(max(n_seq) + n_tokens_to_generate, n_ctx)}
-        batch = read_prompts(params, ids, np.array(n_seq), seed, rows, **room, **how)
-        yield from write_all(params, batch, rows, begun, n_tokens_to_generate, endoftext, stop, how)
+        capacity = round_up(max(n_seq) + n_tokens_to_generate, n_ctx)
+        batch = read_prompts(params, ids, np.array(n_seq), seed, rows, capacity=capacity, **static)
+        yield from write_all(
+            params, batch, rows, begun, n_tokens_to_generate, endoftext, stop, static
+        )
 
 
-def write_all(params, batch, rows, begun, n_tokens, endoftext, stop, how):
-    """The triples of one batch. begun: {row: its ids}, for those of `rows` that have not ended."""
-    tokens, n, n_done = batch["tokens"][None], 1, 0
+def default_batch_size(n_rows, n_longest, n_tokens, params, n_head):
+    """n_rows, but at most 64, and at most as many as fit into half of the free memory.
+
+    The more rows, the better: a batch costs an accelerator little more than a row, and another
+    number of rows is compiled anew, but so is another length. Free is what the device says or, if
+    it does not say, what the host says. (Rows of about equal length are better off together: all
+    have as much room as the longest, and all run until the last one has ended.)
+    """
+    n_bytes = row_bytes(n_longest, n_tokens, params, n_head)
+    stats = jax.local_devices()[0].memory_stats()
+    free = stats["bytes_limit"] - stats["bytes_in_use"] if stats else None
+    return n_that_fit(min(n_rows, MAX_ROWS), n_bytes, free)
+
+
+def row_bytes(n_longest, n_tokens, params, n_head):
+    """Bytes that a row needs: its cache, and at first the scores of all heads of one layer, twice.
+
+    The scores are why a batch of long prompts must be smaller: 1024 tokens with 12 heads have
+    scores of 48 MiB.
+    """
+    n_ctx, n_embd = params["wpe"].shape
+    n_read = round_up(n_longest, n_ctx)
+    capacity = round_up(n_longest + n_tokens, n_ctx)
+    return 8 * len(params["blocks"]) * n_embd * capacity + 2 * 4 * n_head * n_read**2
+
+
+def write_all(params, batch, rows, begun, n_tokens, endoftext, stop, static):
+    """The Events of one batch. begun: {row: its ids}, for those of `rows` that have not ended."""
+    tokens = batch["tokens"][None]  # [n, n_rows]
+    n = 1  # of these, the tokens that count
+    n_done = 0
     while True:
         for new in to_host(tokens)[:n].tolist():
             for row, token in zip(rows.tolist(), new, strict=True):
                 if row in begun:
-                    why = add_token(begun[row], token, n_tokens, endoftext, stop)
-                    yield row, list(begun[row]), why
-                    if why:
+                    event = add_token(row, begun[row], token, n_tokens, endoftext, stop)
+                    yield event
+                    if event.end:
                         del begun[row]
         if not begun:
             return
         n_done += n
-        n, alive = min(STEPS_PER_CALL, n_tokens - n_done), np.isin(rows, list(begun))
+        n = min(STEPS_PER_CALL, n_tokens - n_done)
+        alive = np.isin(rows, list(begun))
         end = -1 if endoftext is None else endoftext
-        batch, tokens = write_steps(params, batch, alive, n, end, **how)
+        batch, tokens = write_steps(params, batch, alive, n, end, **static)
 
 
-def add_token(ids, token, n_tokens, endoftext, stop):  # -> why the row ends with it, or None
+def add_token(row, ids, token, n_tokens, endoftext, stop):  # -> Event
+    """Adds the token to the row's ids. Raises ValueError for the token of damaged weights."""
     if token < 0:
         raise ValueError("the logits are not finite: the model's weights must be damaged")
     if token == endoftext:
-        return "endoftext"
+        return Event(row, None, "endoftext")
     ids.append(token)
     if stop and stop(ids):
-        return "stop"
-    return "length" if len(ids) == n_tokens else None
+        return Event(row, token, "stop")
+    return Event(row, token, "length" if len(ids) == n_tokens else None)
 
 
 def round_up(n, n_ctx):  # -> a power of two from 16 on, or n_ctx
@@ -197,6 +238,4 @@ def round_up(n, n_ctx):  # -> a power of two from 16 on, or n_ctx
 
 def generate(prompts, params, n_head, n_tokens_to_generate, **options):
     """Ragged lists of ids -> one list of new ids a row; `options` as in generate_stream."""
-    triples = generate_stream(prompts, params, n_head, n_tokens_to_generate, **options)
-    rows = {row: ids for row, ids, _ in triples}
-    return [rows[row] for row in sorted(rows)]
+    return ids_of(generate_stream(prompts, params, n_head, n_tokens_to_generate, **options))

@@ -5,15 +5,17 @@
 
 Two threads. The first is asyncio's: it reads requests, checks them and sends answers (the routes,
 below). The second is the engine's, which does all the arithmetic. Each text that is asked for is a
-row, and the loop is kv_cache.py's: between two passes, rows that wait join the batch, rows that
-have ended leave it, and rows whose client has gone are taken out; a pass then writes a token of
-each. So nobody waits for another's text to end, and one reading of the weights serves all.
+Choice, written by a row, and the batch is kv_cache.py's: between two passes, rows that wait join
+it, rows that have ended leave it, and rows whose client has gone are taken out; a pass then writes
+a token of each. So nobody waits for another's text to end, and one reading of the weights serves
+all.
 
-What passes between the threads: rows into a deque, events out by call_soon_threadsafe.
+What passes between the threads: Choices into a deque, their Parts out by call_soon_threadsafe.
 """
 
 import asyncio
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -34,16 +36,13 @@ except ModuleNotFoundError as missing:  # nothing else needs them, so they may n
     sys.exit(2)
 
 import kv_cache
-from engine import products
-from engine.kept import keep, touch
-from engine.rows import drawing, new_row
 from engine.threads import own_threads
+from generation.prefix_cache import PrefixCache
 from pages.explanation import explain
 from serving import about, play
 from serving import metrics as figures
-from serving.answers import answer_stream, answer_whole, choice_of
+from serving.answers import Answer
 from serving.chat import delta_of, message_of, read_chat, role_of
-from serving.choices import Choice
 from serving.connections import Server, listen
 from serving.guard import Cors, Guard, read_allowed
 from serving.protocol import Refusal, new_answer, read_completion
@@ -54,15 +53,27 @@ from serving.protocol import Refusal, new_answer, read_completion
 
 
 class Engine:
-    """The thread that owns the arithmetic. Other threads call submit, drop and stop only."""
+    """The thread that owns the arithmetic: a kv_cache.Batch, whose rows' samplers are Choices.
 
-    def __init__(self, params, n_head, batch_size, max_waiting):
-        self.params, self.n_head = products.wrap(params), n_head
-        self.batch_size, self.max_waiting = batch_size, max_waiting
-        self.inbox, self.wake = deque(), threading.Event()  # what others touch
-        self.waiting, self.rows, self.begun, self.kept = deque(), [], [], []
-        self.is_stopped, self.is_late, self.loop = False, False, None
-        self.metrics = figures.new_metrics()
+    Other threads call start, submit, drop, gauges and stop, and read params and logits_of. Each
+    figure in metrics is counted by one thread alone.
+    """
+
+    def __init__(self, params, n_head, batch_size, max_waiting, metrics):
+        self.batch = kv_cache.Batch(params, n_head, batch_size)
+        self.params = self.batch.params
+        self.logits_of = partial(kv_cache.next_logits, params=self.params)
+        self.max_waiting = max_waiting
+        self.metrics = metrics
+        self.inbox = deque()  # choices, from other threads
+        self.wake = threading.Event()
+        self.is_stopped = False
+        self.is_late = False
+        self.loop = None
+        self.waiting = deque()  # choices, in the order of their arrival
+        self.begun = {}  # {row's number: its choice}, of which nobody has heard the end
+        self.numbers = itertools.count()
+        self.prefixes = PrefixCache()
 
     def start(self, loop):
         self.loop = loop
@@ -79,97 +90,109 @@ class Engine:
         self.is_late = True
         self.wake.set()
 
-    def submit(self, rows):
-        """Queues new rows; Refusal if too many wait. row["deliver"] is given what they write."""
+    def submit(self, choices, n_prompt_tokens):
+        """Queues choices, which get their parts. Raises Refusal if too many wait."""
         if self.n_waiting() >= self.max_waiting:
             words = f"{self.n_waiting()} texts wait already (--max_waiting): try again later"
             raise Refusal(words, 429, code="queue_full", headers={"retry-after": "1"})
-        self.inbox.extend(rows)
+        figures.count(self.metrics, "prompt_tokens_total", n_prompt_tokens)
+        self.inbox.extend(choices)
         self.wake.set()
 
     def n_waiting(self):
         return len(self.inbox) + len(self.waiting)
 
-    def drop(self, rows):
+    def gauges(self):
+        running = len(self.batch.rows)
+        return {("rows_waiting", ""): self.n_waiting(), ("rows_running", ""): running}
+
+    def drop(self, choices):
         """Their client has gone: they leave before the next pass."""
-        for row in rows:
-            row["is_dropped"] = True
+        for choice in choices:
+            choice.is_dropped = True
 
     def run(self):
         """The thread's loop. Whatever goes wrong ends the rows it concerns, and nothing else."""
         self.warm_up()
-        while not self.is_stopped:
-            self.wake.clear()
+        while True:
+            self.wake.clear()  # first: whatever is set from here on, ends the wait below
+            if self.is_stopped:
+                return
             if self.is_late:
                 self.end_all(Refusal("the server is shutting down", 503, code="shutting_down"))
-            if not (self.rows or self.n_waiting()):
+            if not (self.batch.rows or self.n_waiting()):
                 self.wake.wait()
             try:
-                self.turn()
+                self.step()
             except Exception as error:
                 self.fail(error)
 
     def warm_up(self):
         """A pass of two rows, so that libraries and threads are ready for the first client."""
-        caches = [kv_cache.new_cache(self.params, self.n_head) for _ in "ab"]
-        kv_cache.step(caches, [0, 0], self.params, self.n_head)
+        caches = [self.batch.new_cache() for _ in "ab"]
+        kv_cache.step(caches, [0, 0], self.params, self.batch.n_head)
 
-    def turn(self):
+    def step(self):
         """A pass of all rows; then what they wrote goes to those who wait for it."""
         self.sort_out()
-        n_rows, n_begun, start = len(self.rows), len(self.begun), time.perf_counter()
-        written = kv_cache.turn(
-            self.rows, self.arrivals(), self.batch_size, self.params, self.n_head, kept=self.kept
-        )
+        n_rows = len(self.batch.rows)
+        start = time.perf_counter()
+        events = self.batch.step(self.arrivals(), self.prefixes.rows)
         if n_rows:
-            self.measure(len(written), time.perf_counter() - start)
-        for row in self.begun[n_begun:]:
-            touch(self.kept, row)
-        heard = [(row, why) for row, _, why in written if why or row["is_streamed"]]
-        events = [(row["deliver"], event_of(row, why)) for row, why in heard]
-        for row, why in heard:
-            if why:
-                keep(self.kept, row)
-        self.send(events)
-        self.begun = [row for row in self.begun if not row["end"]]
+            self.measure(len(events), time.perf_counter() - start)
+        for row in self.batch.rows:
+            if row.source is not None:
+                self.prefixes.touch(row.source)
+        heard = [(self.begun[event.row], event.end) for event in events]
+        heard = [(choice, end) for choice, end in heard if end or choice.asked.stream]
+        parts = [(choice.deliver, choice.take(end)) for choice, end in heard]
+        for choice, end in heard:
+            if end:
+                self.prefixes.add(choice.row)
+                del self.begun[choice.row.number]
+        self.send(parts)
 
     def sort_out(self):
-        """Takes in the rows that have arrived; takes out those whose client has gone."""
+        """Takes in the choices that have arrived; takes out those whose client has gone."""
         while self.inbox:
             self.waiting.append(self.inbox.popleft())
-        if any(row["is_dropped"] for row in (*self.rows, *self.waiting)):
-            for row in self.rows:
-                row["end"] = "dropped" if row["is_dropped"] else None
-            self.rows[:] = [row for row in self.rows if not row["is_dropped"]]
-            self.begun = [row for row in self.begun if not row["is_dropped"]]
-            self.waiting = deque(row for row in self.waiting if not row["is_dropped"])
+        self.waiting = deque(choice for choice in self.waiting if not choice.is_dropped)
+        for choice in list(self.begun.values()):
+            if choice.is_dropped:
+                choice.row.end = "dropped"
+                del self.begun[choice.row.number]
+        self.batch.rows = [row for row in self.batch.rows if row.end != "dropped"]
 
-    def arrivals(self):  # the rows that wait, as long as there are any
+    def arrivals(self):  # the rows of choices that wait, as long as there are any
         while self.waiting:
-            self.begun.append(self.waiting.popleft())
-            yield self.begun[-1]
+            choice = self.waiting.popleft()
+            choice.row.number = next(self.numbers)
+            self.begun[choice.row.number] = choice
+            yield choice.row
 
     def fail(self, error):
         """Ends all rows whose end nobody has heard of, with the error."""
-        rows, self.begun = self.begun, []
-        for row in rows:
-            row["end"] = "failed"
-        self.rows.clear()
-        self.kept.clear()  # memory may be what is missing
-        self.send([(row["deliver"], error) for row in rows])
+        choices = list(self.begun.values())
+        self.begun.clear()
+        for choice in choices:
+            choice.row.end = "failed"
+        self.batch.rows = []
+        self.prefixes.clear()  # memory may be what is missing
+        self.send([(choice.deliver, error) for choice in choices])
 
     def end_all(self, refusal):
-        """Ends all rows, those that wait included."""
+        """Ends all texts, those that wait included."""
         self.sort_out()
-        self.begun += self.waiting
+        for choice in self.waiting:
+            self.begun[next(self.numbers)] = choice
         self.waiting.clear()
         self.fail(refusal)
 
-    def send(self, events):
-        """All events of a pass, handed to asyncio's thread at once."""
-        if events:
+    def send(self, parts):
+        """All parts of a pass, handed to asyncio's thread at once."""
+        if parts:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear
-                self.loop.call_soon_threadsafe(deliver, events)
+                self.loop.call_soon_threadsafe(deliver, parts)
 
     def measure(self, n_written, seconds):
         figures.count(self.metrics, "passes_total")
@@ -179,13 +202,9 @@ class Engine:
             figures.observe(self.metrics, "seconds_per_token", seconds, n_written)
 
 
-def event_of(row, why):  # -> (index, new text, new entries, why it ended, tokens drawn)
-    return row["index"], *row["choice"].take(why), why, row["choice"].n_drawn
-
-
-def deliver(events):
-    for receive, event in events:
-        receive(event)
+def deliver(parts):
+    for receive, part in parts:
+        receive(part)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,50 +217,19 @@ async def completions(request):
     state, body = request.app.state, await request.body()
     # In a thread: a large body takes a while, and the loop could do nothing else meanwhile.
     asked = await asyncio.to_thread(read_completion, body, state.name, state.encoder, state.n_ctx)
-    return await begin(request, asked, new_answer(state.name))
+    return Answer(state, asked, new_answer(state.name))
 
 
 async def chats(request):
     """POST /v1/chat/completions"""
     state, body = request.app.state, await request.body()
     asked = await asyncio.to_thread(read_chat, body, state.name, state.encoder, state.n_ctx)
-    if not asked["stream"]:
-        answer = new_answer(state.name, "chat.completion", "chatcmpl")
-        return await begin(request, asked, answer, message_of)
-    answer = new_answer(state.name, "chat.completion.chunk", "chatcmpl")
-    return await begin(request, asked, answer, delta_of, map(role_of, range(asked["n"])))
-
-
-async def begin(request, asked, answer, shape=choice_of, opening=()):  # -> the response
-    """Submits the rows that a checked request asks for.
-
-    answer: what each part of the answer repeats; shape: what makes its choices; opening: what a
-    stream sends first.
-    """
-    engine, events = request.app.state.engine, asyncio.Queue()
-    rows = rows_of(asked, request.app.state, events.put_nowait)
-    engine.submit(rows)
-    n_prompt = sum(map(len, asked["prompts"]))
-    figures.count(engine.metrics, "prompt_tokens_total", n_prompt)
-    if asked["stream"]:
-        return answer_stream(request, asked, rows, events, answer, shape, opening)
-    return await answer_whole(request, asked, rows, events, answer, shape)
-
-
-def rows_of(asked, state, deliver):  # -> a row for each of n texts of each prompt, in this order
-    rows, engine = [], state.engine
-    logits_of = partial(kv_cache.next_logits, params=engine.params)
-    sampling = asked["temperature"], asked["top_k"], asked["top_p"]
-    seed = None if asked["seed"] is None else asked["seed"] % 2**64
-    for index in range(len(asked["prompts"]) * asked["n"]):
-        prompt = asked["prompts"][index // asked["n"]]
-        draw = drawing(seed, index, sampling)
-        choice = Choice(prompt, asked, state.encoder, draw, logits_of)
-        row = new_row(prompt, asked["max_tokens"], choice.draw, choice.end, choice.stop)
-        row |= {"choice": choice, "index": index, "deliver": deliver, "is_dropped": False}
-        row |= {"is_streamed": asked["stream"], "read": choice.read if choice.is_scored else None}
-        rows.append(row)
-    return rows
+    if asked.stream:
+        fields = new_answer(state.name, "chat.completion.chunk", "chatcmpl")
+        roles = [role_of(index) for index in range(asked.n_choices)]
+        return Answer(state, asked, fields, delta_of, opening=roles)
+    fields = new_answer(state.name, "chat.completion", "chatcmpl")
+    return Answer(state, asked, fields, message_of)
 
 
 async def explain_text(request):
@@ -293,7 +281,8 @@ async def failed(request, error):
 def make_app(name, encoder, hparams, params, host="127.0.0.1", allow=(), api_key=None,
              batch_size=64, max_waiting=256, timeout=600.0):  # fmt: skip
     """The ASGI application. Its engine starts and ends with its lifespan."""
-    engine = Engine(params, hparams["n_head"], batch_size, max_waiting)
+    metrics = figures.new_metrics()
+    engine = Engine(params, hparams["n_head"], batch_size, max_waiting, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
@@ -306,16 +295,21 @@ def make_app(name, encoder, hparams, params, host="127.0.0.1", allow=(), api_key
         routes=ROUTES,
         lifespan=lifespan,
         middleware=[
-            Middleware(figures.Counted, metrics=engine.metrics),
+            Middleware(figures.Counted, metrics=metrics),
             Middleware(Cors, allowed=allowed),
             Middleware(Guard, allowed=allowed, api_key=api_key, most_seconds=timeout + 10),
         ],
         exception_handlers={Refusal: refused, HTTPException: not_found, Exception: failed},
     )
-    app.state.engine, app.state.encoder, app.state.name = engine, encoder, name
-    app.state.hparams, app.state.n_ctx = hparams, hparams["n_ctx"]
+    app.state.engine = engine
+    app.state.metrics = metrics
+    app.state.name = name
+    app.state.encoder = encoder
+    app.state.hparams = hparams
+    app.state.n_ctx = hparams["n_ctx"]
     app.state.room = asyncio.Semaphore(2)  # for passes beside the engine's
-    app.state.timeout, app.state.created = timeout, int(time.time())
+    app.state.timeout = timeout
+    app.state.created = int(time.time())
     return app
 
 
@@ -334,7 +328,7 @@ def main(
 
     Args:
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
-            the Hugging Face Hub. What is not here yet is downloaded once.
+            the Hugging Face Hub. A missing model is downloaded once.
         host: the address to listen on; 0.0.0.0 for all addresses of this machine.
         port: the port to listen on; 0 takes any that is free.
         models_dir: the folder that holds the models.

@@ -1,7 +1,7 @@
 """Model folders: find, download, load and save them.
 
     encoder, hparams, params = load_encoder_hparams_and_params("shakespeare")
-    save_model("models/mine", encoder, hparams, params)
+    save_model("models/copy", encoder, hparams, params)
     python utils.py merge models/adapter models/whole     # a LoRA adapter and its base: one model
 
 Two layouts load: OpenAI's (hparams.json and a TensorFlow checkpoint, which is converted once) and
@@ -22,9 +22,9 @@ from pathlib import Path
 from encoder import get_encoder
 from model_files.adapters import CONFIG, is_adapter, merge, read_adapter, read_config
 from model_files.config import hugging_face_config, query_scales, read_hparams, sizes_file
-from model_files.convert import convert_checkpoint
+from model_files.convert import convert_checkpoint, has_tensorflow, needs_tensorflow
 from model_files.download import SIZES, download
-from model_files.hub import fetch_repository, is_repository
+from model_files.hub import fetch_released, fetch_repository, is_repository
 from model_files.weights import (
     WEIGHTS,
     WEIGHTS_INDEX,
@@ -41,7 +41,15 @@ from model_files.weights import (
 from plumbing.cli import did_you_mean
 from plumbing.files import remove, write_whole
 
-HUGGING_FACE_NAMES = dict(zip(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), SIZES, strict=True))
+OPENAI = "openai:"  # before a released size: its TensorFlow checkpoint
+OTHER_NAMES = {  # of the released sizes
+    "gpt2": "124M",
+    "gpt2-small": "124M",
+    "gpt2-medium": "355M",
+    "gpt2-large": "774M",
+    "gpt2-xl": "1558M",
+}
+HUB_NAMES = ["distilbert/distilgpt2"]  # suggested where a part of it is asked for
 
 # --- Finding and loading a model ----------------------------------------------------------------
 
@@ -95,18 +103,19 @@ def check_base(model_dir):
 def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an absolute path
     """Return the folder that `model_size` means; download a released size if a file is missing.
 
-    owner/name is fetched from the Hugging Face Hub, unless a folder has that path. If the current
-    directory has no `models`, the default, then the project's own is used. Hugging Face's names of
-    the released sizes are understood, unless a folder has such a name.
+    A released size is OpenAI's checkpoint where TensorFlow can read it, otherwise the same weights
+    from the Hub; openai:124M is always the checkpoint. Hugging Face's names of the released sizes
+    are understood, unless a folder has such a name. owner/name is fetched from the Hub, unless a
+    folder has that path. If the current directory has no `models`, the default, then the project's
+    own is used.
     """
     if models_dir == "models" and not os.path.isdir(models_dir):
         models_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
     folders = os.path.join(models_dir, model_size), model_size
     if not any(map(os.path.isdir, folders)):
-        model_size = HUGGING_FACE_NAMES.get(model_size, model_size)
-    if model_size in SIZES:
-        download(model_size, models_dir, only_tokenizer)
-        folders = os.path.join(models_dir, model_size), model_size
+        model_size = OTHER_NAMES.get(model_size, model_size)
+    if model_size.removeprefix(OPENAI) in SIZES:
+        return find_released(model_size, models_dir, only_tokenizer)
     for folder in folders:
         if model_size and os.path.isdir(folder):
             return os.path.abspath(folder)
@@ -118,9 +127,32 @@ def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an 
     paths = {name: os.path.join(models_dir, name) for name in names if name not in SIZES}
     local = sorted(name for name, path in paths.items() if sizes_file(path) or is_adapter(path))
     names = [*local, *SIZES]
-    hint = did_you_mean(model_size, [*names, *HUGGING_FACE_NAMES]) or ":"
+    hint = did_you_mean(model_size, names) or did_you_mean(model_size, [*OTHER_NAMES, *HUB_NAMES])
     choice = f"choose one of {', '.join(names)}, or a folder's path"
-    raise ValueError(f"no model {model_size!r}{hint} {choice}")
+    raise ValueError(f"no model {model_size!r}{hint or ':'} {choice}")
+
+
+def find_released(model_size, models_dir, only_tokenizer):  # -> an absolute path
+    """Return the folder of a released size, such as 124M, or of OpenAI's checkpoint, openai:124M.
+
+    A tokenizer and converted weights are read without TensorFlow.
+    """
+    size = model_size.removeprefix(OPENAI)
+    folder = os.path.join(models_dir, size)
+    if only_tokenizer or has_safetensors(folder) or has_tensorflow():
+        download(size, models_dir, only_tokenizer)
+        return os.path.abspath(folder)
+    if size != model_size:
+        raise ImportError(
+            f"{needs_tensorflow(model_size)}; {size} has the same weights, from the Hub"
+        )
+    return fetch_released(size)
+
+
+def has_safetensors(folder):
+    """Does a model's folder have weights that can be read without TensorFlow?"""
+    names = "config.json", WEIGHTS, WEIGHTS_INDEX
+    return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
 def check_vocabulary(encoder, hparams, model_dir):
@@ -232,7 +264,7 @@ def check_target(model_dir, for_adapter=False):
 
 
 def main(command: str, adapter: str, out: str, models_dir: str = "models", dtype: str = "float32"):
-    """Merge an adapter into its model: `python utils.py merge models/mine models/whole`.
+    """Merge an adapter into its model: `python utils.py merge models/adapter models/whole`.
 
     Args:
         command: merge.

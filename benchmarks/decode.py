@@ -151,7 +151,7 @@ def one_more(params, n):
 
     def cached():
         for _ in range(5):
-            cache["n_seq"] = n - 1  # forgets the token that the last step appended
+            cache.n_seq = n - 1  # forgets the token that the last step appended
             kv_cache.step([cache], ids[-1:], params, N_HEAD)
 
     def plain():
@@ -167,7 +167,7 @@ def by_length(params):
     print(f"{'n':>6}{'cached ms':>12}{'without ms':>12}{'':8}{'MiB':>8}{'docstring: MiB':>17}")
     for n in (10, 100, 1000):
         cached, plain, cache = one_more(params, n)
-        room = cache["kv"].shape[3]
+        room = cache.kv.shape[3]
         print(f"{n:>6}{cached * 1e3:12.1f}{plain * 1e3:12.1f}{plain / cached:7.1f}x", end="")
         print(f"{cache['kv'].nbytes / 2**20:8.2f}{room * 72 / 2**10:17.2f}")
 

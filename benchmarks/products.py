@@ -45,7 +45,7 @@ def passes(params, hparams, n_rows, n_new):  # -> a function that makes some pas
     def run(n=1):
         for _ in range(n):
             for cache in caches:
-                cache["n_seq"] = n_before
+                cache.n_seq = n_before
             x = kv_cache.extend(caches, ids, params, n_head)
             kv_cache.next_logits(x, params, n_rows * n_new)
 

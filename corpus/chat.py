@@ -87,27 +87,3 @@ def possible_starts(messages, start):  # -> indices of the messages that can com
         start += 2 if is_answered else 1
         starts.append(start)
     return starts
-
-
-def converse(answer, encoder, n_most):  # -> a function of [line], as kv_cache.py calls it
-    """Each line is a user's message. It is answered on stdout; message and answer are kept.
-
-    answer(ids): the text of an answer in parts. If Ctrl-C stops an answer, the part before counts
-    as the whole. ValueError for a line of more than n_most ids, which is then forgotten.
-    """
-    messages = []
-
-    def say(lines):
-        asked = [*messages, {"role": "user", "content": lines[0]}]
-        ids, said = encode_conversation(asked, encoder, n_most), ""
-        messages[:] = asked
-        try:
-            for text in answer(ids):
-                text = text if said else text.lstrip()  # drops the space after "Assistant:"
-                print(text, end="", flush=True)
-                said += text
-            print()
-        finally:
-            messages.append({"role": "assistant", "content": said})
-
-    return say

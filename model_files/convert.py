@@ -30,6 +30,16 @@ from plumbing.files import remove_left_over
 from plumbing.quiet import quiet_tensorflow
 
 
+def has_tensorflow():
+    """Is TensorFlow installed? This does not import it."""
+    return importlib.util.find_spec("tensorflow") is not None
+
+
+def needs_tensorflow(checkpoint):  # -> the error's text
+    advice = "pip install -r requirements.txt, with Python 3.13 or older"
+    return f"{checkpoint}: reading it, once, needs tensorflow: {advice}"
+
+
 def convert_checkpoint(model_dir, path):
     """Write the tensors of a TensorFlow checkpoint to `path`; return them as read_safetensors does.
 
@@ -38,11 +48,8 @@ def convert_checkpoint(model_dir, path):
     again. Raises ValueError if the checkpoint cannot be read.
     """
     checkpoint = os.path.join(model_dir, "model.ckpt")
-    if importlib.util.find_spec("tensorflow") is None:
-        raise ImportError(
-            f"{checkpoint}: reading it, once, needs tensorflow: "
-            "pip install -r requirements.txt, with Python 3.13 or older"
-        )
+    if not has_tensorflow():
+        raise ImportError(needs_tensorflow(checkpoint))
     if sys.stderr.isatty():
         print(f"notice: converting {checkpoint}, which is needed once ...", file=sys.stderr)
     project = str(Path(__file__).resolve().parent.parent)

@@ -25,6 +25,7 @@ SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+NO_NETWORK = "--model_size shakespeare needs no network"
 ATTEMPTS = 5  # in a row, without a new byte
 PATIENCE = 30  # seconds a server may stay silent
 BACKOFF = 0.25  # seconds before the first retry; doubled for every further one
@@ -52,14 +53,21 @@ def download(model_size, models_dir="models", only_tokenizer=False):
     except ConnectionError as error:
         with contextlib.suppress(OSError):
             os.rmdir(folder)  # if it is empty
-        which = "--tokenizer" if only_tokenizer else "--model_size"
-        raise ConnectionError(f"{error}; {which} shakespeare needs no network") from None
+        advice = NO_NETWORK.replace("--model_size", "--tokenizer") if only_tokenizer else NO_NETWORK
+        raise ConnectionError(f"{error}; {advice}") from None
 
 
 def download_shakespeare():  # -> its path
-    """Fetch tiny Shakespeare (1.1 MB) to data/shakespeare.txt, unless the file exists."""
+    """Fetch tiny Shakespeare (1.1 MB) to data/shakespeare.txt, unless the file exists.
+
+    Raises ConnectionError, which says where to put a copy of it.
+    """
     path = os.path.join("data", "shakespeare.txt")
-    download_file(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
+    try:
+        download_file(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
+    except ConnectionError as error:
+        place = os.path.abspath(path)
+        raise ConnectionError(f"{error}; put a copy at {place}, or name your own text") from None
     return path
 
 

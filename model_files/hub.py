@@ -13,9 +13,17 @@ import re
 
 from encoder import get_encoder
 from model_files.config import read_hparams
+from model_files.download import NO_NETWORK
 from model_files.tokenizer import TOKENIZER_FILES
 from model_files.weights import WEIGHTS, WEIGHTS_INDEX, read_index
+from plumbing.cli import notice
 
+RELEASED = {  # GPT-2's sizes: the same weights as in OpenAI's checkpoints, as safetensors
+    "124M": "openai-community/gpt2",
+    "355M": "openai-community/gpt2-medium",
+    "774M": "openai-community/gpt2-large",
+    "1558M": "openai-community/gpt2-xl",
+}
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@.+)?")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TEXTS = ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json", WEIGHTS_INDEX)
@@ -27,11 +35,24 @@ def is_repository(name):
     return bool(REPOSITORY.fullmatch(name)) and not os.path.isdir(name.split("/")[0])
 
 
-def fetch_repository(name, only_tokenizer=False):  # -> a folder
+def fetch_released(size):  # -> a folder
+    """Fetch a released GPT-2 as safetensors. Raises what fetch_repository raises."""
+    name = RELEASED[size]
+    words = (
+        f"without TensorFlow, {size} is read from the Hugging Face Hub, {name}: the same weights"
+    )
+    try:
+        return fetch_repository(name, words=words)
+    except ConnectionError as error:
+        raise ConnectionError(f"{size}, without TensorFlow: {error}; {NO_NETWORK}") from None
+
+
+def fetch_repository(name, only_tokenizer=False, words=None):  # -> a folder
     """Fetch a model's files, unless all of them are in the cache.
 
-    Raises ValueError, before anything large is fetched, if we cannot open the model, and
-    ConnectionError if a file cannot be fetched. Both are one line.
+    words: a notice, printed before anything is fetched. Raises ValueError, before anything large is
+    fetched, if we cannot open the model, and ConnectionError if a file cannot be fetched. Both are
+    one line.
     """
     try:
         from huggingface_hub import constants, errors
@@ -44,6 +65,8 @@ def fetch_repository(name, only_tokenizer=False):  # -> a folder
     revision = revision or constants.DEFAULT_REVISION
     try:
         folder = find_cached(repo, revision, only_tokenizer)
+        if folder is None and words is not None:
+            notice(words)
         return folder or fetch(repo, revision, only_tokenizer)
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         if getattr(error, "errno", None) is not None:  # an error of our own disk, which can be full

@@ -21,10 +21,9 @@ async def health(request):
 
 
 async def metrics(request):
-    engine = request.app.state.engine
-    now = {("rows_waiting", ""): engine.n_waiting(), ("rows_running", ""): len(engine.rows)}
+    state = request.app.state
     kind = "text/plain; version=0.0.4"  # Prometheus's, of this way to write them
-    return PlainTextResponse(render(engine.metrics | now), media_type=kind)
+    return PlainTextResponse(render(state.metrics | state.engine.gauges()), media_type=kind)
 
 
 async def tokenizer_info(request):

@@ -1,7 +1,6 @@
-"""Answers to a request: whole, or as a stream of events, from what the engine sends.
+"""Answers to a request: whole, or as a stream of events, from what the engine delivers.
 
-The engine delivers events into a request's queue: (index of the text, what is new of it, its new
-entries of log-probabilities, why it ended or None, tokens drawn so far), or an exception.
+The engine delivers into a request's queue: a Part of one of its choices, or an exception.
 """
 
 import asyncio
@@ -9,117 +8,124 @@ import time
 
 from starlette.responses import JSONResponse, StreamingResponse
 
-from serving.choices import logprobs_of
+from serving.choices import Choice, Part, logprobs_of
 from serving.protocol import Refusal, server_sent, usage
 
 REASONS = {"endoftext": "stop", "stop": "stop", "length": "length"}
 
 
-def choice_of(index, text, entries, why, asked, encoder):  # a completion's; chat.py has a chat's
-    known = None if asked["logprobs"] is None else logprobs_of(entries, encoder)
-    reason = why and REASONS[why]
-    return {"index": index, "text": text, "logprobs": known, "finish_reason": reason}
+def choice_of(part, asked, encoder):  # a completion's; chat.py has a chat's
+    known = None if asked.logprobs is None else logprobs_of(part.entries, encoder)
+    reason = part.end and REASONS[part.end]
+    return {"index": part.index, "text": part.text, "logprobs": known, "finish_reason": reason}
 
 
-async def answer_whole(request, asked, rows, events, answer, shape=choice_of):
-    """The response with all choices, once they are complete. The client may go away before."""
-    state, choices, n_drawn = request.app.state, [None] * len(rows), 0
+class Answer:
+    """The response to a checked request, whose texts wait or are being written.
 
-    async def collect():
-        nonlocal n_drawn
-        async for index, text, entries, why, n in until_all_end(state, rows, events):
-            choices[index] = shape(index, text, entries, why, asked, state.encoder)
-            n_drawn += n
-
-    try:
-        await unless_gone(request, collect())
-    finally:
-        state.engine.drop(rows)
-    counts = usage(sum(map(len, asked["prompts"])), n_drawn)
-    return JSONResponse(answer | {"choices": choices, "usage": counts})
-
-
-def answer_stream(request, asked, rows, events, answer, shape=choice_of, opening=()):
-    """The response that sends each token as it is written. It may end before it has begun.
-
-    opening: choices to send before there is any text.
+    fields: what each piece of the answer repeats; shape(part, asked, encoder): a choice in it;
+    opening: choices that a stream sends before there is any text. Raises Refusal if too many texts
+    wait already.
     """
-    chunks = stream(request.app.state, asked, rows, events, answer, shape, opening)
 
-    async def respond(scope, receive, send):
+    def __init__(self, state, asked, fields, shape=choice_of, opening=()):
+        self.state = state
+        self.asked = asked
+        self.fields = fields
+        self.shape = shape
+        self.opening = opening
+        self.queue = asyncio.Queue()
+        self.choices = [
+            Choice(asked, index, state.encoder, state.engine.logits_of, self.queue.put_nowait)
+            for index in range(asked.n_choices)
+        ]
+        state.engine.submit(self.choices, asked.n_prompt_tokens)
+
+    async def __call__(self, scope, receive, send):  # as ASGI calls a response
         try:
-            await StreamingResponse(chunks, media_type="text/event-stream")(scope, receive, send)
-        finally:
-            request.app.state.engine.drop(rows)
+            if self.asked.stream:
+                response = StreamingResponse(self.stream(), media_type="text/event-stream")
+            else:
+                response = JSONResponse(await unless_gone(receive, self.whole()))
+            await response(scope, receive, send)
+        finally:  # the client may have gone before the end, or before the beginning
+            self.state.engine.drop(self.choices)
 
-    return respond
+    async def whole(self):  # -> what can be JSON
+        """All choices, once they are complete."""
+        shapes = [None] * len(self.choices)
+        n_sampled = 0
+        async for part in self.parts():
+            shapes[part.index] = self.shape(part, self.asked, self.state.encoder)
+            n_sampled += part.n_sampled
+        counts = usage(self.asked.n_prompt_tokens, n_sampled)
+        return self.fields | {"choices": shapes, "usage": counts}
+
+    async def stream(self):
+        """An event for each token, as it is written. An error is also sent as an event."""
+        no_usage = {"usage": None} if self.asked.include_usage else {}
+        n_sampled = 0
+        try:
+            for choice in self.opening:
+                yield server_sent(self.fields | {"choices": [choice]} | no_usage)
+            async for part in self.parts():
+                n_sampled += part.n_sampled if part.end else 0
+                if part.text or part.entries or part.end:
+                    choice = self.shape(part, self.asked, self.state.encoder)
+                    yield server_sent(self.fields | {"choices": [choice]} | no_usage)
+            if self.asked.include_usage:
+                counts = usage(self.asked.n_prompt_tokens, n_sampled)
+                yield server_sent(self.fields | {"choices": [], "usage": counts})
+        except Refusal as refusal:
+            yield server_sent(refusal.body)
+        yield server_sent("[DONE]")
+
+    async def parts(self):
+        """The parts of all choices. Raises Refusal if the engine fails, or it takes too long.
+
+        Parts of one choice that have come meanwhile are merged, so that a late reader catches up.
+        """
+        deadline = time.monotonic() + self.state.timeout
+        n_left = len(self.choices)
+        while n_left:
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    found = [await self.queue.get()]
+            except TimeoutError:
+                words = f"the request took longer than {self.state.timeout:g} seconds (--timeout)"
+                raise Refusal(words, 408, code="timeout") from None
+            while not self.queue.empty():
+                found.append(self.queue.get_nowait())
+            for part in merge(found) if len(found) > 1 else found:
+                if isinstance(part, Refusal):
+                    raise part
+                if isinstance(part, Exception):
+                    raise Refusal(f"the model failed: {part}", 500, code="engine_failed")
+                n_left -= part.end is not None
+                yield part
 
 
-async def stream(state, asked, rows, events, answer, shape, opening):
-    """The answer's events; an error, too, is an event."""
-    n_drawn, more = 0, {"usage": None} if asked["include_usage"] else {}
-    try:
-        for choice in opening:
-            yield server_sent(answer | {"choices": [choice]} | more)
-        async for index, text, entries, why, n in until_all_end(state, rows, events):
-            n_drawn += n if why else 0
-            if text or entries or why:
-                choice = shape(index, text, entries, why, asked, state.encoder)
-                yield server_sent(answer | {"choices": [choice]} | more)
-        if asked["include_usage"]:
-            counts = usage(sum(map(len, asked["prompts"])), n_drawn)
-            yield server_sent(answer | {"choices": [], "usage": counts})
-    except Refusal as refusal:
-        yield server_sent(refusal.body)
-    yield server_sent("[DONE]")
+def merge(parts):  # -> one for each choice, or the first exception alone
+    merged = {}
+    for part in parts:
+        if isinstance(part, Exception):
+            return [part]
+        before = merged.get(part.index, Part(part.index, "", [], None, 0))
+        merged[part.index] = part._replace(
+            text=before.text + part.text, entries=before.entries + part.entries
+        )
+    return list(merged.values())
 
 
-async def until_all_end(state, rows, events):
-    """The events of these rows. Refusal where the engine failed, or it took too long."""
-    deadline, n_left = time.monotonic() + state.timeout, len(rows)
-    while n_left:
-        for event in await next_events(events, deadline, state.timeout):
-            if isinstance(event, Refusal):
-                raise event
-            if isinstance(event, Exception):
-                raise Refusal(f"the model failed: {event}", 500, code="engine_failed")
-            n_left -= event[3] is not None
-            yield event
-
-
-async def next_events(events, deadline, timeout):
-    """All that have come; those of one text are joined, so that a late reader catches up."""
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            found = [await events.get()]
-    except TimeoutError:
-        words = f"the request took longer than {timeout:g} seconds (--timeout)"
-        raise Refusal(words, 408, code="timeout") from None
-    while not events.empty():
-        found.append(events.get_nowait())
-    return join(found) if len(found) > 1 else found
-
-
-def join(events):
-    joined = {}
-    for event in events:
-        if isinstance(event, Exception):
-            return [event]
-        index, text, entries, why, n = event
-        _, before, earlier, _, _ = joined.get(index, (index, "", [], None, 0))
-        joined[index] = index, before + text, earlier + entries, why, n
-    return list(joined.values())
-
-
-async def unless_gone(request, work):
-    """Awaits the work. Refusal where the client goes away first."""
+async def unless_gone(receive, work):
+    """Awaits the work and returns its result. Raises Refusal if the client goes away first."""
     work = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(request.receive())  # the body is read: only a goodbye can come
+    gone = asyncio.ensure_future(receive())  # the body is read: only a goodbye can come
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             raise Refusal("the client has gone", 499)
-        await work
+        return await work
     finally:
         work.cancel()
         gone.cancel()

@@ -4,6 +4,8 @@ https://platform.openai.com/docs/api-reference/chat. What is not asked for has v
 answer may be as long as fits, and the temperature is 1.
 """
 
+from dataclasses import replace
+
 from corpus.chat import NEXT_TURN, check_messages, encode_conversation
 from serving.answers import REASONS
 from serving.protocol import (
@@ -20,17 +22,23 @@ from serving.protocol import (
 # --- Reading a request ----------------------------------------------------------------------------
 
 
-def read_chat(body, name, encoder, n_ctx):  # bytes -> dict, as protocol.read_completion's
+def read_chat(body, name, encoder, n_ctx):  # bytes -> Asked
     """A chat's request. Its one prompt is the conversation, as much of its end as fits."""
     data = read_object(body)
     check_model(data, name)
     refuse_what_is_not_text(data)
-    most, own = read_most(data, n_ctx), {"logprobs": read_logprobs(data), "max_tokens": None}
-    asked = read_settings(data | own, encoder.n_vocab)
+    n_most = read_most(data, n_ctx)
+    translated = {"logprobs": read_logprobs(data), "max_tokens": None}
+    settings = read_settings(data | translated, encoder.n_vocab)
     # Without a limit of the client's, old messages leave room for a quarter of the positions.
-    ids = read_messages(data.get("messages"), encoder, n_ctx - (most or n_ctx // 4))
-    asked |= {"prompts": [ids], "max_tokens": most or n_ctx - len(ids)}
-    return asked | {"stop": [*asked["stop"], NEXT_TURN], "strip": True}
+    ids = read_messages(data.get("messages"), encoder, n_ctx - (n_most or n_ctx // 4))
+    return replace(
+        settings,
+        prompts=(ids,),
+        max_tokens=n_most or n_ctx - len(ids),
+        stop=[*settings.stop, NEXT_TURN],
+        strip=True,
+    )
 
 
 def refuse_what_is_not_text(data):
@@ -71,15 +79,14 @@ def read_messages(messages, encoder, room):  # -> at most `room` ids
 # --- The shapes of answers ------------------------------------------------------------------------
 
 
-def message_of(index, text, entries, why, asked, encoder):
-    message = {"role": "assistant", "content": text, "refusal": None}
-    return choice_with({"message": message}, index, entries, why, asked, encoder)
+def message_of(part, asked, encoder):
+    message = {"role": "assistant", "content": part.text, "refusal": None}
+    return choice_with({"message": message}, part, asked, encoder)
 
 
-def delta_of(index, text, entries, why, asked, encoder):
-    return choice_with(
-        {"delta": {"content": text} if text else {}}, index, entries, why, asked, encoder
-    )
+def delta_of(part, asked, encoder):
+    delta = {"content": part.text} if part.text else {}
+    return choice_with({"delta": delta}, part, asked, encoder)
 
 
 def role_of(index):  # what a stream says of each answer before its text
@@ -87,11 +94,13 @@ def role_of(index):  # what a stream says of each answer before its text
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-def choice_with(said, index, entries, why, asked, encoder):
+def choice_with(said, part, asked, encoder):
     known = None
-    if asked["logprobs"] is not None:
-        known = {"content": [token_of(*entry[:4], encoder) for entry in entries], "refusal": None}
-    return {"index": index, **said, "logprobs": known, "finish_reason": why and REASONS[why]}
+    if asked.logprobs is not None:
+        tokens = [token_of(*entry[:4], encoder) for entry in part.entries]
+        known = {"content": tokens, "refusal": None}
+    reason = part.end and REASONS[part.end]
+    return {"index": part.index, **said, "logprobs": known, "finish_reason": reason}
 
 
 def token_of(id, log_prob, best_ids, best, encoder):

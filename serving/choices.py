@@ -5,86 +5,113 @@ The engine's thread adds a token at a time, and takes what may be shown by then.
 
 import codecs
 import math
+from typing import NamedTuple
 
 import numpy as np
 
-from engine.stops import sort_stops, until_stop
+from generation.rows import Row
+from generation.sampling import new_rng
+from generation.stops import sort_stops, until_stop
+from gpt2 import sample
 from pages.predictions import likeliest
 
 SCORED = 64  # positions whose logits are held at once, while a prompt is scored
 
 
-class Choice:
-    """What a row's "draw", "stop" and "read" are. asked: protocol.read_completion's.
+class Part(NamedTuple):
+    """What is new of a choice since its last part."""
 
-    draw_from(logits) -> a token id; logits_of(x) -> what hidden states, [n, n_embd], predict.
+    index: int  # the choice's
+    text: str
+    entries: list  # of log-probabilities: (id, its own, likeliest ids, theirs, offset in the text)
+    end: str | None  # why the text has ended, None while it goes on
+    n_sampled: int  # tokens, since the text began
+
+
+class Choice:
+    """One of the texts that a request asks for, written by a row whose sampler it is.
+
+    logits_of(x): what hidden states, [n, n_embd], predict. deliver(part) is called, in asyncio's
+    thread, with each Part.
     """
 
-    def __init__(self, prompt, asked, encoder, draw_from, logits_of):
-        self.prompt, self.encoder = prompt, encoder
-        self.draw_from, self.logits_of = draw_from, logits_of
-        self.stops, self.n_logprobs = sort_stops(asked["stop"]), asked["logprobs"]
-        self.end = None if asked["ignore_eos"] else encoder.endoftext
-        self.bias = bias_of(asked["logit_bias"], encoder.n_vocab)
+    def __init__(self, asked, index, encoder, logits_of, deliver):
+        self.asked = asked
+        self.index = index
+        self.encoder = encoder
+        self.logits_of = logits_of
+        self.deliver = deliver
+        self.is_dropped = False  # has its client gone?
+        self.prompt = asked.prompts[index // asked.n]
+        endoftext = None if asked.ignore_eos else encoder.endoftext
+        self.row = Row(self.prompt, asked.max_tokens, sampler=self, endoftext=endoftext)
+        self.rng = new_rng(asked.seed, index)
+        self.bias = bias_of(asked.logit_bias, encoder.n_vocab)
+        self.stops = sort_stops(asked.stop)
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.text, self.held, self.has_stopped = "", "", False
-        self.strip = asked["strip"]  # leave out the white space that the text begins with?
-        self.entries = []  # (id, its log-probability, likeliest ids, theirs, offset) of each token
-        self.n_drawn = self.n_scored = 0
-        self.n_taken, self.n_entries_taken = 0, 0  # of text and of entries
-        self.is_scored = asked["echo"] and self.n_logprobs is not None
-        if self.is_scored:
-            self.note(prompt[0], None, None, None)
-        elif asked["echo"]:
-            self.text = self.utf8.decode(encoder.decode_bytes(prompt))
+        self.text = ""
+        self.held = ""  # text that may yet become a stop
+        self.has_stopped = False
+        self.entries = []
+        self.n_sampled = 0
+        self.n_scored = 0  # tokens of the prompt
+        self.n_text_taken = 0
+        self.n_entries_taken = 0
+        self.needs_states = asked.echo and asked.logprobs is not None
+        if self.needs_states:
+            self.note(self.prompt[0], None, None, None)
+        elif asked.echo:
+            self.text = self.utf8.decode(encoder.decode_bytes(self.prompt))
 
-    def read(self, x):  # [n, n_embd]: the states of the prompt's next n tokens
+    def read_states(self, x):  # [n, n_embd], of the prompt's next n tokens
         """Scores the prompt's tokens after these, a few logits at a time."""
         targets = self.prompt[self.n_scored + 1 : self.n_scored + 1 + len(x)]
         self.n_scored += len(x)
         for start in range(0, len(targets), SCORED):
             ids = targets[start : start + SCORED]
             logits = self.logits_of(x[start : start + len(ids)])
-            for entry in zip(ids, *log_probs_of(logits, ids, self.n_logprobs), strict=True):
+            for entry in zip(ids, *log_probs_of(logits, ids, self.asked.logprobs), strict=True):
                 self.note(*entry)
 
-    def draw(self, logits):  # [n_vocab] -> one token id
-        id = self.draw_from(logits if self.bias is None else logits + self.bias)
-        self.n_drawn += 1
+    def sample(self, logits):  # [n_vocab] -> one token id
+        biased = logits if self.bias is None else logits + self.bias
+        id = sample(biased, self.rng, *self.asked.sampling)
+        self.n_sampled += 1
         entry = None, None, None
-        if self.n_logprobs is not None:
-            entry = (array[0] for array in log_probs_of(logits[None], [id], self.n_logprobs))
+        if self.asked.logprobs is not None:
+            entry = (array[0] for array in log_probs_of(logits[None], [id], self.asked.logprobs))
         self.note(id, *entry)
         return id
 
-    def stop(self, ids):
+    def is_complete(self, ids):
         return self.has_stopped
 
     def note(self, id, log_prob, best_ids, best):
-        """The next token, of the prompt or drawn: its text, and what is known of it."""
-        if self.n_logprobs is not None:
+        """The next token, of the prompt or sampled: its text, and what is known of it."""
+        if self.asked.logprobs is not None:
             offset = len(self.text) + len(self.held)
             self.entries.append((id, log_prob, best_ids, best, offset))
-        if self.n_drawn and id == self.end:
+        if self.n_sampled and id == self.row.endoftext:
             return
         text = self.utf8.decode(self.encoder.decode_bytes([id]))
-        if self.n_drawn:
-            shown, self.held, stopped = until_stop(self.held + text, len(text), self.stops)
-            text, self.has_stopped = shown, stopped
+        if self.n_sampled:
+            text, self.held, self.has_stopped = until_stop(self.held + text, len(text), self.stops)
         self.add(text)
 
     def add(self, text):
-        self.text += text.lstrip() if self.strip and not self.text else text
+        strip = self.asked.strip and not self.text
+        self.text += text.lstrip() if strip else text
 
-    def take(self, why):  # -> the text and the entries that are new since the last call
-        """why: None while the text goes on. At its end, what was held back comes, too."""
-        if why and not self.has_stopped:
+    def take(self, end):  # -> Part
+        """end: why the text ends, or None. At its end, the part also has what was held back."""
+        if end and not self.has_stopped:
             self.add(self.held + self.utf8.decode(b"", final=True))
-        text, self.n_taken = self.text[self.n_taken :], len(self.text)
-        sure = math.inf if why and not self.has_stopped else len(self.text)
-        new = [entry for entry in self.entries[self.n_entries_taken :] if entry[-1] < sure]
-        self.n_entries_taken += len(new)
-        return text, new
+        text = self.text[self.n_text_taken :]
+        self.n_text_taken = len(self.text)
+        n_sure = math.inf if end and not self.has_stopped else len(self.text)
+        entries = [entry for entry in self.entries[self.n_entries_taken :] if entry[-1] < n_sure]
+        self.n_entries_taken += len(entries)
+        return Part(self.index, text, entries, end, self.n_sampled)
 
 
 def bias_of(bias, n_vocab):  # {id: float} -> [n_vocab], or None

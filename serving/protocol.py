@@ -8,7 +8,9 @@ import json
 import sys
 import time
 import uuid
+from dataclasses import dataclass, replace
 
+from generation.sampling import Sampling
 from gpt2 import check_length
 
 MOST_CHOICES = 1024  # texts that one request may ask for
@@ -33,6 +35,33 @@ class Refusal(Exception):
 # --- Reading a request ----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request that has been checked. What it left out has the protocol's default."""
+
+    max_tokens: int
+    n: int  # texts for each prompt
+    sampling: Sampling
+    seed: int | None  # 0 or more
+    logprobs: int | None  # how many of the likeliest tokens to name
+    stop: list[str]
+    logit_bias: dict[int, float]
+    echo: bool
+    stream: bool
+    ignore_eos: bool
+    include_usage: bool
+    prompts: tuple[list[int], ...] = ()
+    strip: bool = False  # a chat's answer begins with a space that is none of it
+
+    @property
+    def n_choices(self):
+        return len(self.prompts) * self.n
+
+    @property
+    def n_prompt_tokens(self):
+        return sum(map(len, self.prompts))
+
+
 def read_object(body):  # bytes -> dict
     try:
         data = json.loads(body)
@@ -43,54 +72,64 @@ def read_object(body):  # bytes -> dict
     return data
 
 
-def read_completion(body, name, encoder, n_ctx):  # bytes -> dict, every field there and legal
-    """A completions request, its prompts as lists of ids. Refusal says which field is wrong."""
+def read_completion(body, name, encoder, n_ctx):  # bytes -> Asked
+    """A completions request. Raises Refusal, which says which field is wrong."""
     data = read_object(body)
     check_model(data, name)
-    asked = read_settings(data, encoder.n_vocab)
-    asked["prompts"] = read_prompts(data.get("prompt"), encoder, n_ctx)
-    if len(asked["prompts"]) * asked["n"] > MOST_CHOICES:
+    settings = read_settings(data, encoder.n_vocab)
+    asked = replace(settings, prompts=read_prompts(data.get("prompt"), encoder, n_ctx))
+    if asked.n_choices > MOST_CHOICES:
         raise Refusal(f"at most {MOST_CHOICES} texts a request: prompts times n", param="prompt")
-    for ids in asked["prompts"]:
-        check_room(ids, asked["max_tokens"], n_ctx, "prompt")
+    for ids in asked.prompts:
+        check_room(ids, asked.max_tokens, n_ctx, "prompt")
     return asked
 
 
 def check_model(data, name):
-    asked = data.get("model")
-    if asked is not None and not isinstance(asked, str):
+    wanted = data.get("model")
+    if wanted is not None and not isinstance(wanted, str):
         raise Refusal("model must be a string", param="model")
-    if asked not in (None, name):
-        raise Refusal(
-            f"the model {asked[:100]!r} is not here, only {name!r}", 404, "model", "model_not_found"
-        )
+    if wanted not in (None, name):
+        words = f"the model {wanted[:100]!r} is not here, only {name!r}"
+        raise Refusal(words, 404, "model", "model_not_found")
 
 
-def read_settings(data, n_vocab):  # -> dict
-    """Everything but the prompts, with the defaults of the protocol."""
-    whole, real = sys.maxsize, sys.float_info.max
-    asked = {
-        "max_tokens": number(data, "max_tokens", 16, 0, whole),
-        "n": number(data, "n", 1, 1, MOST_N),
-        "temperature": number(data, "temperature", 1.0, 0, real, float),
-        "top_k": max(0, number(data, "top_k", 0, -1, whole)),  # -1 is vLLM's word for all
-        "top_p": number(data, "top_p", 1.0, sys.float_info.min, 1, float),
-        "seed": number(data, "seed", None, -whole, whole),
-        "logprobs": number(data, "logprobs", None, 0, MOST_LOGPROBS),
-        "stop": read_stops(data),
-        "logit_bias": read_bias(data, n_vocab),
-        "strip": False,  # a chat's answer begins with a space that is none of it
-    }
-    for name in ("echo", "stream", "ignore_eos"):
-        asked[name] = flag(data, name)
+def read_settings(data, n_vocab):  # -> Asked, all but its prompts
+    whole = sys.maxsize
+    real = sys.float_info.max
+    asked = Asked(
+        max_tokens=number(data, "max_tokens", 16, 0, whole),
+        n=number(data, "n", 1, 1, MOST_N),
+        sampling=Sampling(
+            temperature=number(data, "temperature", 1.0, 0, real, float),
+            top_k=max(0, number(data, "top_k", 0, -1, whole)),  # -1 is vLLM's word for all
+            top_p=number(data, "top_p", 1.0, sys.float_info.min, 1, float),
+        ),
+        seed=read_seed(data),
+        logprobs=number(data, "logprobs", None, 0, MOST_LOGPROBS),
+        stop=read_stops(data),
+        logit_bias=read_bias(data, n_vocab),
+        echo=flag(data, "echo"),
+        stream=flag(data, "stream"),
+        ignore_eos=flag(data, "ignore_eos"),
+        include_usage=read_include_usage(data),
+    )
+    if asked.max_tokens == 0 and not asked.echo:
+        raise Refusal("max_tokens may be 0 only with echo", param="max_tokens")
+    refuse_what_is_not_there(data, asked.n)
+    return asked
+
+
+def read_seed(data):  # -> as NumPy takes it
+    seed = number(data, "seed", None, -sys.maxsize, sys.maxsize)
+    return None if seed is None else seed % 2**64
+
+
+def read_include_usage(data):
     options = data.get("stream_options") or {}
     if not isinstance(options, dict):
         raise Refusal("stream_options must be an object", param="stream_options")
-    asked["include_usage"] = flag(options, "include_usage")
-    if asked["max_tokens"] == 0 and not asked["echo"]:
-        raise Refusal("max_tokens may be 0 only with echo", param="max_tokens")
-    refuse_what_is_not_there(data, asked["n"])
-    return asked
+    return flag(options, "include_usage")
 
 
 def refuse_what_is_not_there(data, n):

@@ -477,6 +477,7 @@ def test_damaged_weights_are_one_line_without_warnings(models, tmp_path, line, w
 
 
 def test_without_a_network_one_line_names_the_model_that_needs_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "has_tensorflow", lambda: True)
     monkeypatch.setenv("SIXTYGPT_DOWNLOAD_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(download, "BACKOFF", 0.001)
     code, out, err = call("gpt2.py", "Once", models_dir=tmp_path)

@@ -306,6 +306,7 @@ def test_what_cannot_get_better_is_not_retried(server, tmp_path):
 
 
 def test_no_network_names_the_model_that_needs_none(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "has_tensorflow", lambda: True)
     monkeypatch.setenv("SIXTYGPT_DOWNLOAD_URL", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(ConnectionError) as caught:
         utils.load_encoder_hparams_and_params("124M", str(tmp_path))

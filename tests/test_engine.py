@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from conftest import REPO, forks, on_linux, slow
 
-from engine import kernels, lookup, processes, products, threads
+from engine import kernels, processes, products, threads
+from generation import lookup
 
 X86_V4 = ["SkylakeX", "Cooperlake", "SapphireRapids"]  # OpenBLAS's processors with AVX-512
 

@@ -404,8 +404,8 @@ def test_no_cache_grows(rng, params, monkeypatch):
     for item in random_items(rng, 6):
         caches.clear()
         evaluate.score_items([item], params, N_HEAD)
-        assert {cache["kv"].shape[3] for cache in caches} == {item.n_seq}
-        assert max(cache["n_seq"] for cache in caches) == item.n_seq
+        assert {cache.kv.shape[3] for cache in caches} == {item.n_seq}
+        assert max(cache.n_seq for cache in caches) == item.n_seq
 
 
 def test_groups_keep_their_order_and_the_limit(rng, monkeypatch):

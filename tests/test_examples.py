@@ -11,12 +11,12 @@ from conftest import TINY, call, call_trainer, hugging_face, random_params, slow
 from corpus.chat import (
     NEXT_TURN,
     check_messages,
-    converse,
     encode_conversation,
     encode_messages,
 )
 from corpus.examples import BEGINS, READ, hold_out, is_learned, load_examples, mark, pack
 from encoder import ENDOFTEXT, Encoder, train
+from generation.terminal import converse
 from gpt2 import generate
 
 jax = pytest.importorskip("jax", reason="jax is not installed")

@@ -11,6 +11,7 @@ WINGS = (
     "pages",
     "training",
     "evaluation",
+    "generation",
     "corpus",
     "model_files",
     "engine",

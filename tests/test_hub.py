@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 
@@ -15,6 +16,7 @@ from conftest import TINY, call, call_trainer, run
 import utils
 from encoder import Encoder
 from gpt2 import generate
+from model_files.hub import RELEASED
 
 hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
 from huggingface_hub import constants  # noqa: E402
@@ -210,6 +212,87 @@ def test_training_goes_on_with_a_model_of_the_hub(server, tiny, tmp_path):
     flags = ["--init_from", "some/tiny", "--n_steps", "1", "--out", "mine", "--n_ctx", "16"]
     assert call_trainer("--data", "text.txt", *flags)[0] == 0
     assert gpt2("mine", "--models_dir", ".")[0] == 0
+
+
+@pytest.fixture
+def no_tensorflow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # importing it is an error now
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_a_released_size_needs_no_tensorflow(server, tiny, no_tensorflow, size):
+    """The Hub has the same weights as safetensors; nothing of OpenAI's is asked for."""
+    server.repositories[RELEASED[size]] = tiny[0]
+    assert gpt2(size) == (0, tiny[1], "")
+    assert call("gpt2_pico.py", "It was", "-n", "12", "--model_size", size) == (0, tiny[1], "")
+    assert fetched(server).count("model.safetensors") == 1
+
+
+def test_what_is_read_instead_of_the_checkpoint_is_said_once(
+    server, tiny, no_tensorflow, monkeypatch, capsys
+):
+    server.repositories["openai-community/gpt2"] = tiny[0]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    utils.find_model("gpt2-small")
+    assert capsys.readouterr().err.startswith(
+        "notice: without TensorFlow, 124M is read from the Hugging Face Hub, openai-community/gpt2"
+    )
+    utils.find_model("gpt2-small")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_that_waits_for_tensorflow_is_left_alone(
+    server, tiny, no_tensorflow, tmp_path
+):
+    """Converted weights are read where they are; before that the Hub's are."""
+    server.repositories["openai-community/gpt2"] = tiny[0]
+    folder = tmp_path / "models" / "124M"
+    folder.mkdir(parents=True)
+    for name in ("hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index"):
+        (folder / name).write_text("{}")
+    assert gpt2("124M") == (0, tiny[1], "")
+    assert utils.find_model("124M", only_tokenizer=True) == str(folder)
+    server.repositories.clear()
+    for name in ("encoder.json", "vocab.bpe"):
+        (folder / name).unlink()
+    for name, data in tiny[0].items():
+        (folder / name).write_bytes(data)
+    assert gpt2("124M") == (0, tiny[1], "")
+
+
+def test_openais_own_checkpoint_can_be_asked_for(server, tiny, monkeypatch, tmp_path):
+    sizes = []
+    monkeypatch.setattr(utils, "download", lambda size, *_: sizes.append(size))
+    monkeypatch.setattr(utils, "has_tensorflow", lambda: False)
+    server.repositories["openai-community/gpt2"] = tiny[0]
+    code, out, complaint = gpt2("openai:124M")
+    assert (code, out, complaint.count("\n")) == (2, "", 1)
+    assert complaint.startswith("error: openai:124M: reading it, once, needs tensorflow: pip inst")
+    assert complaint.endswith("; 124M has the same weights, from the Hub\n")
+    assert sizes == [] and server.seen == []
+    monkeypatch.setattr(utils, "has_tensorflow", lambda: True)
+    for name in ("openai:124M", "124M", "gpt2-small"):
+        assert utils.find_model(name, str(tmp_path)) == str(tmp_path / "124M")
+    assert sizes == ["124M"] * 3 and server.seen == []
+    with pytest.raises(ValueError, match="no model 'openai:9M'"):
+        utils.find_model("openai:9M")
+
+
+def test_without_tensorflow_and_network_one_line_names_the_model_that_needs_none(
+    server, no_tensorflow
+):
+    server.shutdown()
+    server.server_close()
+    code, out, complaint = gpt2("124M")
+    assert (code, out, complaint.count("\n")) == (2, "", 1)
+    assert complaint.startswith("error: 124M, without TensorFlow: no folder at openai-community/")
+    assert complaint.endswith("; --model_size shakespeare needs no network\n")
+
+
+def test_a_short_name_suggests_the_models_own(server):
+    for name in ("distilgpt2", "distilgpt"):
+        with pytest.raises(ValueError, match=f"{name}': did you mean distilbert/distilgpt2"):
+            utils.find_model(name)
 
 
 def test_a_tokenizer_alone(server, tiny):

@@ -23,10 +23,14 @@ import gpt2
 import kv_cache
 import utils
 from encoder import Encoder
-from engine import lookup, slices, threads
-from engine import rows as engine_rows
+from engine import slices, threads
+from generation import lookup, terminal
+from generation import rows as generation_rows
+from generation.rows import Event, Row
+from generation.sampling import Sampler, Sampling
+from generation.stops import stops_with, up_to
 from model_files import weights
-from plumbing import prompts as typed
+from plumbing import memory
 
 with contextlib.suppress(ImportError):  # Windows has none of them
     import fcntl
@@ -89,8 +93,8 @@ def test_chunks_of_every_size_read_the_same(rng, params):
     for chunk in range(1, 39):
         cache = kv_cache.new_cache(params, N_HEAD)
         assert_same_logits(kv_cache.prefill(cache, ids, params, N_HEAD, chunk), plain)
-        assert cache["n_seq"] == 37
-        assert_same_logits(cache["kv"], whole["kv"])
+        assert cache.n_seq == 37
+        assert_same_logits(cache.kv, whole.kv)
 
 
 def test_rows_of_one_pass_do_not_see_each_other(rng, params):
@@ -119,14 +123,14 @@ def test_every_new_token_has_its_state_in_the_order_of_the_rows(rng, params):
     states[2] = states[2][30:]
     x = kv_cache.extend_all(caches, new_ids, params, N_HEAD)
     assert_same_logits(x, np.concatenate(states))
-    assert x.dtype == np.float32 and [cache["n_seq"] for cache in caches] == [9, 1, 37, 4]
+    assert x.dtype == np.float32 and [cache.n_seq for cache in caches] == [9, 1, 37, 4]
 
 
 def test_float32_all_through(params):
     cache = kv_cache.new_cache(params, N_HEAD)
     x = kv_cache.extend([cache, kv_cache.copy_cache(cache)], [[1, 2], [3]], params, N_HEAD)
     logits = kv_cache.next_logits(x, params)
-    assert x.dtype == logits.dtype == cache["kv"].dtype == np.float32
+    assert x.dtype == logits.dtype == cache.kv.dtype == np.float32
     assert type(x) is type(logits) is np.ndarray
 
 
@@ -134,14 +138,14 @@ def test_room_doubles_up_to_n_ctx_and_costs_what_the_docstring_says(params):
     cache, sizes = kv_cache.new_cache(params, N_HEAD, capacity=4), []
     for n in range(1, 38):
         kv_cache.step([cache], [n], params, N_HEAD)
-        sizes.append(cache["kv"].shape[3])
-        assert cache["kv"].nbytes == 2 * 3 * 24 * 4 * sizes[-1]
+        sizes.append(cache.kv.shape[3])
+        assert cache.kv.nbytes == 2 * 3 * 24 * 4 * sizes[-1]
     assert sizes == [4] * 4 + [8] * 4 + [16] * 8 + [32] * 16 + [37] * 5
-    before = cache["kv"].copy()
+    before = cache.kv.copy()
     with pytest.raises(ValueError, match=r"38 tokens, but this model has only 37 positions"):
         kv_cache.step([cache], [0], params, N_HEAD)
-    assert cache["n_seq"] == 37 and np.array_equal(cache["kv"], before)
-    assert kv_cache.new_cache(params, N_HEAD, capacity=1000)["kv"].shape[3] == 37
+    assert cache.n_seq == 37 and np.array_equal(cache.kv, before)
+    assert kv_cache.new_cache(params, N_HEAD, capacity=1000).kv.shape[3] == 37
 
 
 def test_the_arithmetic_for_124m():
@@ -149,7 +153,7 @@ def test_the_arithmetic_for_124m():
     shapes = dict(weights.tensor_shapes(sizes))
     wide = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
     cache = kv_cache.new_cache(weights.nest(wide), 12, capacity=1024)
-    assert cache["kv"].nbytes == 72 * 2**20 == 72 * 1024 * 1024
+    assert cache.kv.nbytes == 72 * 2**20 == 72 * 1024 * 1024
     assert round(sum(array.nbytes for array in wide.values()) / 2**20) == 475
     assert "72 KiB per token, 72 MiB for a full context of 1024, beside 475" in kv_cache.__doc__
 
@@ -162,7 +166,7 @@ def test_no_new_ids_are_refused(params):
     ):
         with pytest.raises(ValueError, match="every row needs at least one new id"):
             call()
-    assert cache["n_seq"] == 0 and cache["kv"].shape[3] == 1
+    assert cache.n_seq == 0 and cache.kv.shape[3] == 1
 
 
 def test_a_cache_serves_one_row(params):
@@ -175,7 +179,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_its_first_chunk(params):
     cache = kv_cache.new_cache(params, N_HEAD)
     with pytest.raises(ValueError, match="38 tokens"):
         kv_cache.prefill(cache, [1] * 38, params, N_HEAD, chunk=5)
-    assert cache["n_seq"] == 0
+    assert cache.n_seq == 0
 
 
 def test_the_plain_functions_use_the_fast_products_too(params, monkeypatch):
@@ -193,11 +197,11 @@ def test_the_plain_functions_use_the_fast_products_too(params, monkeypatch):
 def test_what_the_caller_does_with_its_lists_changes_nothing(rng, params):
     prompts = random_prompts(rng, [3, 4, 5])
     expected = alone(prompts, params, 4)
-    rows = {}
-    for row, ids, why in kv_cache.generate_stream(prompts, params, N_HEAD, 4, batch_size=1):
-        if why:
-            rows[row] = list(ids)
-        ids.clear()
+    rows = {0: [], 1: [], 2: []}
+    for row, token, _ in kv_cache.generate_stream(prompts, params, N_HEAD, 4, batch_size=1):
+        rows[row].append(token)
+        for ids in prompts:
+            ids.clear()
         prompts.clear()
     assert [rows[row] for row in range(3)] == expected
     arrays = rng.integers(0, 61, (2, 4))
@@ -332,7 +336,7 @@ def test_an_error_in_one_slice_ends_all(rng, monkeypatch):
             ids = [0] * 10 + [1] * 10 + [2] * 10
             with pytest.raises(MemoryError, match="no room"):
                 kv_cache.prefill(cache, ids, params, N_HEAD)
-        assert cache["n_seq"] == 0
+        assert cache.n_seq == 0
         expected = gpt2.gpt2(ids, **params, n_head=N_HEAD)[-1]
         assert_same_logits(kv_cache.prefill(cache, ids, params, N_HEAD), expected)
     threads.start_workers.cache_clear()
@@ -449,13 +453,14 @@ def test_any_mixture_is_like_one_by_one(data):
     temperature = data.draw(st.sampled_from([0.0, 1.0]), label="temperature")
     prompts = random_prompts(rng, lengths)
     rows = {}
-    for row, ids, why in kv_cache.generate_stream(
+    for row, token, why in kv_cache.generate_stream(
         prompts, params, N_HEAD, n_tokens, temperature=temperature, seed=7, endoftext=endoftext,
         stop=lambda ids: ids[-1] == stop_at, n_samples=n_samples, batch_size=batch_size,
         chunk=chunk,
     ):  # fmt: skip
         assert rows.get(row, ([], None))[1] is None, "a row went on after its end"
-        rows[row] = list(ids), why
+        ids = rows.get(row, ([], None))[0]
+        rows[row] = ids + [token] * (token is not None), why
     assert sorted(rows) == list(range(len(prompts) * n_samples))
     for row, (ids, why) in rows.items():
         plain = one_row(prompts[row // n_samples], params, n_tokens, temperature, row)
@@ -532,12 +537,9 @@ def test_the_batch_stays_full_and_within_its_memory(rng, params, monkeypatch):
     """The bound on caches and on a pass; done rows leave; waiting ones do not wait for the rest."""
     alive, passes, plain = weakref.WeakSet(), [], kv_cache.extend_all
 
-    class Counted(dict):
-        __hash__ = object.__hash__
-
     def counting(function):
         def make(*args, **kwargs):
-            cache = Counted(function(*args, **kwargs))
+            cache = function(*args, **kwargs)
             alive.add(cache)
             return cache
 
@@ -567,6 +569,97 @@ def test_long_prompts_do_not_hold_up_those_that_write(rng, params):
         assert [row for row, _, _ in stream] == [first] * 7 + [1 - first] * 7
 
 
+@pytest.mark.parametrize("where", ["hidden_state", "next_logits"])
+def test_a_batch_goes_on_after_passes_that_were_interrupted(rng, params, monkeypatch, where):
+    """Every third one is: of rows that read, write, check guesses, wait for others and slide."""
+    n_calls, module = [], slices if where == "hidden_state" else kv_cache
+    plain = getattr(module, where)
+
+    def stumble(*args, **rest):
+        n_calls.append(1)
+        x = plain(*args, **rest)
+        if len(n_calls) % 3 == 0:
+            raise KeyboardInterrupt
+        return x
+
+    prompts = [[1, 2, 3] * 7, *random_prompts(rng, [1, 20, 33])]
+    prompts.append(prompts[2][:15] + [5, 5])
+    sampling = {"temperature": 0.5, "seed": 7}
+    how = {"lookup": 3, "slide": True, "chunk": 8}
+    expected = kv_cache.generate(prompts, params, N_HEAD, 25, **sampling, **how)
+    batch = kv_cache.Batch(params, N_HEAD, chunk=8)
+    samplers = [Sampler(Sampling(0.5), 7, number) for number in range(5)]
+    rows = [Row(prompts[i], 25, samplers[i], i, lookup=3) for i in range(5)]
+    for row in rows:
+        batch.admit(row)
+    monkeypatch.setattr(module, where, stumble)
+    n_interrupted = 0
+    while batch.rows:
+        try:
+            batch.advance()
+        except KeyboardInterrupt:
+            n_interrupted += 1
+    assert [row.ids for row in rows] == expected and n_interrupted > 10
+
+
+def test_rows_that_guess_share_a_small_pass_evenly(params, monkeypatch):
+    """Two rows that repeat one token, so that all guesses are right; a pass has four tokens."""
+    passes, plain = [], kv_cache.extend_all
+
+    def note(caches, new_ids, *rest):
+        passes.append([len(ids) for ids in new_ids])
+        return plain(caches, new_ids, *rest)
+
+    monkeypatch.setattr(kv_cache, "extend_all", note)
+    still, how = exclaiming(HPARAMS), {"lookup": 4, "chunk": 4}
+    one, two = kv_cache.generate([[1, 2], [3, 4]], still, N_HEAD, 20, **how)
+    assert one == two and len(one) == 20
+    assert max(map(sum, passes)) == 4 and [2, 2] in passes
+    assert all(max(sizes) - min(sizes) <= 1 for sizes in passes if len(sizes) == 2)
+    assert all(len(sizes) == 2 for sizes in passes)  # neither waits for the other
+
+
+def test_a_batch_has_as_many_rows_as_there_are_prompts_and_memory(rng, params, monkeypatch):
+    passes, plain = [], kv_cache.extend_all
+
+    def note(caches, new_ids, *rest):
+        passes.append((len(caches), max(cache.kv.nbytes for cache in caches)))
+        return plain(caches, new_ids, *rest)
+
+    monkeypatch.setattr(kv_cache, "extend_all", note)
+
+    def most_rows(n_prompts, n_tokens=3, **options):
+        passes.clear()
+        kv_cache.generate(random_prompts(rng, [2] * n_prompts), params, N_HEAD, n_tokens, **options)
+        return max(n_rows for n_rows, _ in passes)
+
+    assert [most_rows(n) for n in (1, 8, 32, 70)] == [1, 8, 32, 64]
+    assert most_rows(9, n_samples=4) == 36 and most_rows(32, batch_size=5) == 5
+    for n_tokens in (3, 35):  # a cache for 32 tokens, and one for 37, half as much while it grows
+        monkeypatch.setattr(memory, "free_bytes", lambda: None)
+        assert most_rows(32, n_tokens) == 32
+        cache_bytes = max(n_bytes for _, n_bytes in passes)
+        for n_rows in (1, 5, 31):
+            free = 2 * n_rows * 1.5 * cache_bytes
+            monkeypatch.setattr(memory, "free_bytes", lambda free=free: free + 1)
+            assert most_rows(32, n_tokens) == n_rows
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1)
+    assert most_rows(32) == 1
+    for text in (kv_cache.generate_stream.__doc__, kv_cache.main.__doc__):
+        words = " ".join(text.split())
+        assert (
+            "at most 64, and at most as many as fit, with their caches, into half of the" in words
+        )
+
+
+@pytest.mark.parametrize(
+    "generate", [gpt2.generate, lambda ids, *a, **o: kv_cache.generate([ids], *a, **o)]
+)
+def test_a_misspelt_option_fails(params, generate):
+    with pytest.raises(TypeError, match="temprature"):
+        generate([1], params, N_HEAD, 3, temprature=1.0)
+
+
 def test_the_last_token_may_be_the_stop(params):
     stream = kv_cache.generate_stream([[1]], params, N_HEAD, 4, stop=lambda ids: len(ids) == 4)
     assert list(stream)[-1][2] == "stop"
@@ -575,11 +668,8 @@ def test_the_last_token_may_be_the_stop(params):
 def test_a_row_that_has_ended_holds_no_cache(params, monkeypatch):
     caches, plain = [], kv_cache.new_cache
 
-    class Weak(dict):
-        __hash__ = object.__hash__
-
     def make(*args):
-        cache = Weak(plain(*args))
+        cache = plain(*args)
         caches.append(weakref.ref(cache))
         return cache
 
@@ -595,7 +685,7 @@ def test_nothing_to_write_is_legal_and_runs_nothing(params, monkeypatch):
     monkeypatch.setattr(kv_cache, "extend_all", None)
     assert kv_cache.generate([[1], [2, 3]], params, N_HEAD, 0, n_samples=2) == [[]] * 4
     stream = kv_cache.generate_stream([[1]], params, N_HEAD, 0)
-    assert list(stream) == [(0, [], "length")]
+    assert list(stream) == [Event(0, None, "length")]
 
 
 def test_a_full_context_is_legal_and_the_callers_lists_stay(rng, params):
@@ -715,53 +805,61 @@ def test_what_another_row_has_written_is_not_read_again(rng, params, monkeypatch
     answer, n_run, plain = alone([first], params, 6)[0], [], kv_cache.extend_all
     second = first + answer + [1, 2]
     expected = alone([second], params, 5)
-    rows = []
-    kv_cache.admit(rows, kv_cache.new_row(first, 10, np.argmax))
+    batch = kv_cache.Batch(params, N_HEAD)
+    batch.admit(greedy_row(first, 10))
     for _ in range(8):
-        kv_cache.advance(rows, params, N_HEAD)
+        batch.advance()
     monkeypatch.setattr(
         kv_cache,
         "extend_all",
         lambda c, new, *a: n_run.append(list(map(len, new))) or plain(c, new, *a),
     )
-    row = kv_cache.new_row(second, 5, np.argmax)
-    kv_cache.admit(rows, row)
-    kv_cache.advance(rows, params, N_HEAD)
-    assert n_run == [[1, 2]] and row["ids"] == expected[0][:1]
+    row = greedy_row(second, 5)
+    batch.admit(row)
+    batch.advance()
+    assert n_run == [[1, 2]] and row.ids == expected[0][:1]
+
+
+def greedy_row(prompt, n_tokens, **fields):
+    return Row(prompt, n_tokens, Sampler(Sampling()), **fields)
 
 
 def test_rows_join_and_leave_between_passes(rng, params):
     """As a server drives it: one comes while others write, one is taken out half-way."""
     prompts = random_prompts(rng, [20, 4, 20])
     prompts[2] = prompts[0][:15] + prompts[2][15:]
-    expected, rows = alone(prompts, params, 8), []
-    made = [kv_cache.new_row(p, 8, np.argmax) for p in prompts]
-    kv_cache.admit(rows, made[0])
-    kv_cache.admit(rows, made[2])  # waits for what made[0] is to read ...
-    kv_cache.advance(rows, params, N_HEAD, chunk=5)
-    assert made[2]["cache"] is None
-    rows.remove(made[0])
-    made[0]["end"] = "cancelled"  # ... and reads the rest itself
-    kv_cache.admit(rows, made[1])
-    while rows:
-        kv_cache.advance(rows, params, N_HEAD, chunk=5)
-    assert [row["ids"] for row in made[1:]] == expected[1:] and made[0]["ids"] == []
-    assert [row["end"] for row in made] == ["cancelled", "length", "length"]
+    expected, batch = alone(prompts, params, 8), kv_cache.Batch(params, N_HEAD, chunk=5)
+    made = [greedy_row(p, 8) for p in prompts]
+    batch.admit(made[0])
+    batch.admit(made[2])  # waits for what made[0] is to read ...
+    batch.advance()
+    assert made[2].cache is None
+    batch.rows.remove(made[0])
+    made[0].end = "cancelled"  # ... and reads the rest itself
+    batch.admit(made[1])
+    while batch.rows:
+        batch.advance()
+    assert [row.ids for row in made[1:]] == expected[1:] and made[0].ids == []
+    assert [row.end for row in made] == ["cancelled", "length", "length"]
 
 
 def test_a_row_waits_for_its_source_no_longer_than_it_must():
-    n = engine_rows.MIN_SHARED
-    source = {"prompt": [*range(n), 50, 51, 52], "ids": [53], "has_slid": False}
+    n = generation_rows.MIN_SHARED
+
+    def source_with(n_read, end=None):
+        cache = None if n_read is None else kv_cache.Cache(None, n_read)
+        return greedy_row([*range(n), 50, 51, 52], 9, ids=[53], cache=cache, end=end)
+
     for n_read, end, n_copied in [
         (n - 1, None, None), (n, None, n), (n + 2, None, n), (n - 1, "stop", n - 1), (0, "stop", 0),
     ]:  # fmt: skip
-        row = kv_cache.new_row([*range(n), 40], 1, np.argmax)
-        kv_cache.admit([source | {"cache": {"n_seq": n_read}, "end": end}], row)
-        assert row["n_shared"] == n and engine_rows.n_to_copy(row) == n_copied
-    row = kv_cache.new_row([*range(n), 40], 1, np.argmax)
-    kv_cache.admit([source | {"cache": None, "end": "dropped"}], row)  # before it read anything
-    assert engine_rows.n_to_copy(row) == 0
-    source |= {"cache": {"n_seq": n + 3}, "end": None}
+        row = greedy_row([*range(n), 40], 1)
+        row.find_source([source_with(n_read, end)])
+        assert row.n_shared == n and row.n_to_copy() == n_copied
+    row = greedy_row([*range(n), 40], 1)
+    row.find_source([source_with(None, "dropped")])  # before it read anything
+    assert row.n_to_copy() == 0
+    source = source_with(n + 3)
     for prompt, n_copied in [
         ([*range(n - 1), 40, 41], 0),  # one token less in common is not worth it
         ([*range(n)], 0),  # its last one must run, whatever others have read
@@ -769,10 +867,10 @@ def test_a_row_waits_for_its_source_no_longer_than_it_must():
         ([*range(n), 50, 51, 52, 60], n + 3),
         ([*range(n), 50, 51, 52, 53, 60], None),  # 53 is written, but runs in the next pass
     ]:
-        row = kv_cache.new_row(prompt, 1, np.argmax)
-        kv_cache.admit([source], row)
-        assert engine_rows.n_to_copy(row) == n_copied
-        assert row["source"] is (None if n_copied == 0 else source)
+        row = greedy_row(prompt, 1)
+        row.find_source([source])
+        assert row.n_to_copy() == n_copied
+        assert row.source is (None if n_copied == 0 else source)
 
 
 @settings(max_examples=40, deadline=None)
@@ -827,9 +925,9 @@ def test_lookup_gives_up_where_it_guesses_wrong(monkeypatch):
 @given(pieces=st.lists(st.text("ab\n", max_size=4), max_size=12), stop=st.text("ab\n", min_size=1))
 def test_cut_ends_before_the_stop_wherever_the_pieces_break(pieces, stop):
     text = "".join(pieces)
-    shown = list(kv_cache.up_to(iter(pieces), [stop]))
+    shown = list(up_to(iter(pieces), [stop]))
     assert "".join(shown) == text.split(stop)[0]
-    assert "".join(kv_cache.up_to(iter(pieces), [])) == text
+    assert "".join(up_to(iter(pieces), [])) == text
 
 
 @given(
@@ -843,7 +941,7 @@ def test_of_several_stops_the_one_that_is_there_first_counts(pieces, stops):
         if found := [text.index(stop) for stop in stops if stop in text]:
             wanted = text[: min(found)]
             break
-    assert "".join(kv_cache.up_to(iter(pieces), stops)) == wanted
+    assert "".join(up_to(iter(pieces), stops)) == wanted
 
 
 def test_up_to_shows_text_as_soon_as_it_is_sure():
@@ -854,10 +952,24 @@ def test_up_to_shows_text_as_soon_as_it_is_sure():
             taken.append(piece)
             yield piece
 
-    stream = kv_cache.up_to(pieces(), ["END"])
+    stream = up_to(pieces(), ["END"])
     assert next(stream) == "Hel" and taken == ["Hel"]
     assert next(stream) == "lo, " and next(stream) == "Enough " and list(stream) == [""]
     assert taken[-1] == "ND of"  # nothing after the stop is even asked for
+
+
+@given(
+    text=st.text("aé中🙂\n", max_size=20), stops=st.lists(st.text("aé中\n", min_size=1), max_size=3)
+)
+def test_a_row_ends_with_the_token_that_completes_a_stop(text, stops):
+    encoder = Encoder([])  # every byte a token, so that characters have several
+    ids = encoder.encode(text)
+    found = [any(s in encoder.decode(ids[:n]) for s in stops) for n in range(1, len(ids) + 1)]
+    n_first = found.index(True) + 1 if True in found else len(ids)
+    stop = stops_with(stops, encoder)
+    assert stops or stop is None
+    if stops:
+        assert [stop(ids[:n]) for n in range(1, n_first + 1)] == found[:n_first]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -938,9 +1050,9 @@ def test_stops_may_be_several_and_have_escapes(models, monkeypatch, capsys):
         args = [f"--stop={stop}" for stop in stops]
         done = conftest.run("kv_cache.py", "Once", *where, *args, models_dir=models[0])
         assert done == (0, text + "\n", "")
-    assert typed.unescape(r"\n\t\\n\x \\\n") == "\n\t\\n\\x \\\n"
+    assert terminal.unescape(r"\n\t\\n\x \\\n") == "\n\t\\n\\x \\\n"
     seen = []
-    monkeypatch.setattr(kv_cache, "print_stream", lambda *args: seen.append(args[-1]))
+    monkeypatch.setattr(terminal, "print_stream", lambda *args: seen.append(args[-1]))
     how = {"model_size": "loud", "models_dir": str(models[0])}
     kv_cache.main("Once", stop=(r"\n\n", "é"), **how)
     kv_cache.main("Once", **how)
@@ -1048,7 +1160,7 @@ def test_prompts_from_a_file_a_line_each(models, tmp_path, where):
 
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(models, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfOne\r\nTw\xef\xbb\xbfo\r\n")
-    assert typed.read_lines(tmp_path / "prompts.txt") == ["One", "Tw\ufeffo"]
+    assert terminal.read_lines(tmp_path / "prompts.txt") == ["One", "Tw\ufeffo"]
 
 
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(models, tmp_path, monkeypatch):
@@ -1109,37 +1221,38 @@ def test_samples_of_several_prompts_name_their_own(models):
 
 
 def test_rows_that_end_out_of_order_are_all_printed(capsys):
-    steps = [(1, [5], None), (0, [6], None), (2, [7], "stop")]
-    steps += [(1, [5, 5], "length"), (0, [6, 6], "length")]
-    kv_cache.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), [], True, bar=False)
+    steps = [Event(1, 5, None), Event(0, 6, None), Event(2, 7, "stop")]
+    steps += [Event(1, 5, "length"), Event(0, 6, "length")]
+    terminal.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), [], True, bar=False)
     entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [entry["prompt"] for entry in entries] == ["a", "b", "c"]
 
 
 def test_the_bar_counts_tokens_and_ends_full(monkeypatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", terminal)
-    steps = [(0, [6], None), (1, [7], "stop"), (0, [6, 6], "length"), (2, [], "endoftext")]
-    kv_cache.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), [], True, bar=True)
-    assert " 0/6 " in terminal.getvalue() and " 3/3 " in terminal.getvalue().split("\r")[-1]
-    terminal.truncate(0)
-    kv_cache.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), [], True, bar=False)
-    assert terminal.getvalue() == ""
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    steps = [Event(0, 6, None), Event(1, 7, "stop")]
+    steps += [Event(0, 6, "length"), Event(2, None, "endoftext")]
+    terminal.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), [], True, bar=True)
+    assert " 0/6 " in screen.getvalue() and " 3/3 " in screen.getvalue().split("\r")[-1]
+    screen.truncate(0)
+    terminal.print_rows(iter(steps), ["a", "b", "c"], 1, 2, Encoder([]), [], True, bar=False)
+    assert screen.getvalue() == ""
 
 
 def test_prompts_of_a_file_have_a_bar(models, tmp_path, monkeypatch):
     (tmp_path / "prompts").write_text("One\nTwo\n")
     bars, how = [], {"model_size": "tiny", "models_dir": str(models[0])}
-    monkeypatch.setattr(kv_cache, "print_rows", lambda *_, bar, echo: bars.append(bar))
+    monkeypatch.setattr(terminal, "print_rows", lambda *_, bar, echo: bars.append(bar))
     kv_cache.main("One", "Two", **how)
     kv_cache.main(prompts_file=str(tmp_path / "prompts"), **how)
     assert bars == [False, True]
 
 
 def test_a_title_is_the_prompt_as_it_was(capsys):
-    kv_cache.print_rows(
-        iter([(0, [0], "length")]), ['é "中"\n'], 1, 1, Encoder([]), [], False, bar=False
+    terminal.print_rows(
+        iter([Event(0, 0, "length")]), ['é "中"\n'], 1, 1, Encoder([]), [], False, bar=False
     )
     assert capsys.readouterr().out == '==> "é \\"中\\"\\n" <==\n!\n\n'
 
@@ -1177,6 +1290,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(models, case):
 
 def test_what_is_left_out_means_the_same_everywhere():
     functions = (gpt2.generate_stream, gpt2.main, kv_cache.generate_stream, kv_cache.main)
+    functions += (Sampling, gpt2.sample)
     defaults = [inspect.signature(function).parameters for function in functions]
     for mine, others in itertools.permutations(defaults, 2):
         for name in mine.keys() & others.keys():

@@ -14,6 +14,9 @@ from conftest import random_params
 import gpt2
 import kv_cache
 import kv_cache_jax
+from generation.rows import Event
+from generation.sampling import Sampling
+from plumbing import memory
 
 N_HEAD, N_VOCAB, N_CTX = 2, 61, 37
 HPARAMS = {"n_vocab": N_VOCAB, "n_ctx": N_CTX, "n_embd": 24, "n_head": N_HEAD, "n_layer": 2}
@@ -76,7 +79,7 @@ def test_rows_that_pad_the_vocabulary_are_never_written(rng, params):
 
 
 def test_float32_all_through(params):
-    how = {"n_head": N_HEAD, "n_vocab": N_VOCAB, "sampling": tuple(SAMPLED.values())}
+    how = {"n_head": N_HEAD, "n_vocab": N_VOCAB, "sampling": Sampling(**SAMPLED)}
     ids, n_seq, rows = np.zeros((2, 16), np.int32), np.ones(2, int), np.arange(2)
     tree = jax.tree.map(jnp.asarray, params)
     batch = kv_cache_jax.read_prompts(tree, ids, n_seq, np.uint32(0), rows, capacity=16, **how)
@@ -86,10 +89,34 @@ def test_float32_all_through(params):
     assert batch["tokens"].dtype == jnp.int32
 
 
+def test_a_batch_has_as_many_rows_as_there_are_texts_and_memory(rng, params, monkeypatch):
+    sizes, plain = [], kv_cache_jax.read_prompts
+
+    def note(params, ids, *rest, **static):
+        sizes.append(len(ids))
+        return plain(params, ids, *rest, **static)
+
+    monkeypatch.setattr(kv_cache_jax, "read_prompts", note)
+    prompts = random_prompts(rng, [3] * 35)
+    ours = kv_cache_jax.generate(prompts, params, N_HEAD, 2, n_samples=2)
+    assert sizes == [64, 64]  # the second one's last rows are dummies
+    sizes.clear()
+    n_bytes = kv_cache_jax.row_bytes(3, 2, params, N_HEAD)
+    assert n_bytes == 2 * 2 * 24 * 16 * 4 + 2 * N_HEAD * 16 * 16 * 4
+    monkeypatch.setattr(memory, "free_bytes", lambda: 2 * 35 * n_bytes)
+    again = kv_cache_jax.generate(prompts, params, N_HEAD, 2, n_samples=2)
+    assert sizes == [35, 35] and same_up_to_ties(ours[:35], again[:35], prompts, params)
+
+
+def test_a_misspelt_option_fails(params):
+    with pytest.raises(TypeError, match="temprature"):
+        kv_cache_jax.generate([[1]], params, N_HEAD, 3, temprature=1.0)
+
+
 # --- Ends -----------------------------------------------------------------------------------------
 
 
-def test_triples_are_those_of_the_cache_in_numpy(rng, params):
+def test_events_are_those_of_the_cache_in_numpy(rng, params):
     """Every token of every row, and why it ends, with endoftext and a stop that both come."""
     prompts = random_prompts(rng, [2, 8, 5, 11])
     texts = kv_cache.generate(prompts, params, N_HEAD, 16)
@@ -107,13 +134,13 @@ def test_triples_are_those_of_the_cache_in_numpy(rng, params):
         assert ours == theirs
 
 
-def by_row(triple):
-    return triple[0], len(triple[1]), triple[2] == "endoftext"
+def by_row(event):  # sorting keeps the order of a row's events
+    return event.row
 
 
 def test_no_tokens_to_generate_are_none(params):
-    triples = kv_cache_jax.generate_stream([[1], [2]], params, N_HEAD, 0, n_samples=2)
-    assert list(triples) == [(row, [], "length") for row in range(4)]
+    events = kv_cache_jax.generate_stream([[1], [2]], params, N_HEAD, 0, n_samples=2)
+    assert list(events) == [Event(row, None, "length") for row in range(4)]
 
 
 def test_what_is_wrong_is_said(params):
@@ -136,7 +163,8 @@ def test_damaged_weights_write_nothing(params):
         kv_cache_jax.generate([[1, 2]], damaged, N_HEAD, 4)
     logits = jnp.zeros((3, 5)).at[1, 2].set(np.nan).at[2].set(-np.inf)
     for temperature in (0.0, 1.0):
-        tokens = kv_cache_jax.draw(logits, jax.random.split(jax.random.key(0), 3), 0, temperature)
+        keys = jax.random.split(jax.random.key(0), 3)
+        tokens = kv_cache_jax.sample(logits, keys, 0, Sampling(temperature))
         assert tokens[0] >= 0 and tokens[1:].tolist() == [-1, -1]
 
 
@@ -192,8 +220,9 @@ def test_draws_have_gpt2s_distribution(setting):
     print("seed", seed)
     logits = np.random.default_rng(seed).standard_normal(N_VOCAB, dtype=np.float32) * 2
     keys = jax.random.split(jax.random.key(seed), 1000)
-    draw = jax.jit(lambda i: kv_cache_jax.draw(jnp.tile(logits, (1000, 1)), keys, i, *setting))
-    tokens = np.concatenate([draw(i) for i in range(n // 1000)])
+    rows, sampling = jnp.tile(logits, (1000, 1)), Sampling(*setting)
+    sample = jax.jit(lambda i: kv_cache_jax.sample(rows, keys, i, sampling))
+    tokens = np.concatenate([sample(i) for i in range(n // 1000)])
     p = gpt2.probabilities(logits, *setting)
     assert_drawn_from(p, np.bincount(tokens, minlength=N_VOCAB) / n, n)
 

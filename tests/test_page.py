@@ -209,8 +209,8 @@ def test_branches_stay_and_can_be_returned_to(page, params):
 
 def test_stop_and_continue(page, params, app, monkeypatch):
     engine, start = app.state.engine, ENCODER.encode("Stop")
-    turn = engine.turn
-    monkeypatch.setattr(engine, "turn", lambda: (time.sleep(0.02), turn()))
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.02), step()))
     slide(page, "temperature", 0)
     js(page, "($('prompt').value = 'Stop', $('n_tokens').value = 300)")
     click(page, "#write")
@@ -221,11 +221,11 @@ def test_stop_and_continue(page, params, app, monkeypatch):
     n_written = len(js(page, CHOSEN))
     assert n_written < 200
     deadline = time.monotonic() + 10
-    while engine.rows and time.monotonic() < deadline:
+    while engine.batch.rows and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert engine.rows == []  # the server, too, has stopped
+    assert engine.batch.rows == []  # the server, too, has stopped
     assert len(js(page, CHOSEN)) == n_written
-    monkeypatch.setattr(engine, "turn", turn)
+    monkeypatch.setattr(engine, "step", step)
     js(page, "$('n_tokens').value = 20")
     click(page, "#continue")
     wait_for_end(page)

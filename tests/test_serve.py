@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,8 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,8 +27,9 @@ import kv_cache
 import utils
 from corpus.chat import NEXT_TURN, encode_conversation
 from encoder import Encoder
-from engine import kept
-from engine.stops import sort_stops, until_stop
+from generation import prefix_cache
+from generation.rows import Row
+from generation.stops import sort_stops, until_stop
 
 pytest.importorskip("starlette", reason="starlette is not installed")
 from starlette.testclient import TestClient  # noqa: E402
@@ -35,6 +37,8 @@ from starlette.testclient import TestClient  # noqa: E402
 import serve  # noqa: E402
 from serving import connections, guard  # noqa: E402
 from serving.choices import Choice, log_probs_of  # noqa: E402
+from serving.metrics import new_metrics  # noqa: E402
+from serving.protocol import read_settings  # noqa: E402
 
 N_HEAD, N_CTX, END = TINY["n_head"], TINY["n_ctx"], 256
 ENCODER = Encoder([])  # every byte a token
@@ -340,31 +344,24 @@ def test_a_stream_is_the_whole_answer_in_parts(client):
     assert "usage" not in events(client, "One")[0]
 
 
-class Told:
-    """What a Choice is told to draw."""
-
-    def __init__(self, ids):
-        self.ids = iter(ids)
-
-    def __call__(self, logits):
-        return next(self.ids)
+def a_choice(strip=False, **fields):
+    asked = replace(read_settings(fields, ENCODER.n_vocab), prompts=([65],), strip=strip)
+    return Choice(asked, 0, ENCODER, None, None)
 
 
-def written_by(ids, stops, **fields):  # -> the parts of a text, its entries, what was drawn
-    asked = {"stop": stops, "logprobs": 1, "ignore_eos": False, "logit_bias": {}, "echo": False}
-    asked["strip"] = False
-    choice = Choice([65], asked | fields, ENCODER, Told(ids), None)
+def written_by(ids, stops, **fields):  # -> the parts of a text, its entries, what was sampled
+    choice = a_choice(stop=stops, logprobs=1, temperature=0, **fields)
     parts, entries, why = [], [], None
     for n, id in enumerate(ids, 1):
-        choice.draw(np.zeros(257, np.float32))
-        why = "endoftext" if id == END else "stop" if choice.stop(ids[:n]) else None
+        assert choice.sample(np.eye(257, dtype=np.float32)[id]) == id
+        why = "endoftext" if id == END else "stop" if choice.is_complete(ids[:n]) else None
         why = why or ("length" if n == len(ids) else None)
-        text, new = choice.take(why)
-        parts.append(text)
-        entries += new
+        part = choice.take(why)
+        parts.append(part.text)
+        entries += part.entries
         if why:
             break
-    return parts, entries, choice.n_drawn
+    return parts, entries, choice.n_sampled
 
 
 @given(
@@ -906,7 +903,7 @@ def test_a_pass_that_fails_ends_its_rows_and_no_more(params, monkeypatch, error)
         return plain(*args)
 
     with serving(params) as client:
-        until(lambda: client.app.state.engine.kept == [])
+        until(lambda: client.app.state.engine.prefixes.rows == [])
         good = ask(client, "One", max_tokens=2, temperature=0, ignore_eos=True)["choices"]
         with monkeypatch.context() as patch:
             patch.setattr(kv_cache, "extend_all", stumble)
@@ -923,14 +920,14 @@ def test_what_cannot_join_fails_alone(params, monkeypatch):
     """An error while rows are admitted: they are in no batch yet, and hear of it all the same."""
     with serving(params) as client:
         with monkeypatch.context() as patch:
-            patch.setattr(kv_cache, "admit", lambda *_: 1 / 0)
+            patch.setattr(kv_cache.Batch, "admit", lambda *_: 1 / 0)
             assert client.post("/v1/completions", json={"prompt": "One"}).status_code == 500
         assert ask(client, "One")
 
 
 def test_an_error_in_a_route_is_an_error_of_the_same_shape(params, monkeypatch):
     with serving(params) as client:
-        monkeypatch.setattr(serve, "rows_of", lambda *_: 1 / 0)
+        monkeypatch.setattr(serve, "Answer", lambda *_: 1 / 0)
         response = client.post("/v1/completions", json={"prompt": "One"})
         assert response.status_code == 500
         assert response.json()["error"]["type"] == "server_error"
@@ -960,21 +957,22 @@ def test_kept_caches_stay_within_their_bound(params, rng):
     def ended(ids):
         cache = kv_cache.new_cache(params, N_HEAD)
         kv_cache.prefill(cache, ids, params, N_HEAD)
-        return {"prompt": ids, "ids": [], "cache": cache, "end": "length", "has_slid": False}
+        return Row(ids, 0, None, cache=cache, end="length")
 
-    texts = []
+    prefixes = prefix_cache.PrefixCache()
     first = ended([7, 8, 9])
-    kept.keep(texts, first)
-    for i in range(3 * kept.MOST_KEPT):
-        kept.keep(texts, ended([i, *rng.integers(0, 256, 9).tolist()]))
-        kept.touch(texts, {"source": next(t for t in texts if t["prompt"] == [7, 8, 9])})
-    assert len(texts) == kept.MOST_KEPT and texts[-1]["prompt"] == [7, 8, 9]
-    kept.keep(texts, ended([7, 8, 9, 10]))
-    assert [t["prompt"] for t in texts if t["prompt"][:1] == [7]] == [[7, 8, 9, 10]]
+    prefixes.add(first)
+    for i in range(3 * prefix_cache.MAX_ROWS):
+        prefixes.add(ended([i, *rng.integers(0, 256, 9).tolist()]))
+        prefixes.touch(next(row for row in prefixes.rows if row.prompt == [7, 8, 9]))
+    assert len(prefixes.rows) == prefix_cache.MAX_ROWS
+    assert prefixes.rows[-1].prompt == [7, 8, 9]
+    prefixes.add(ended([7, 8, 9, 10]))
+    assert [row.text for row in prefixes.rows if row.text[:1] == [7]] == [[7, 8, 9, 10]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept, "KEPT_BYTES", 3 * first["cache"]["kv"].nbytes)
-        kept.keep(texts, ended([1]))
-        assert len(texts) == 3
+        patch.setattr(prefix_cache, "MAX_BYTES", 3 * first.cache.kv.nbytes)
+        prefixes.add(ended([1]))
+        assert len(prefixes.rows) == 3
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1022,32 +1020,89 @@ def test_a_client_that_goes_away_frees_its_row(slow, stream):
     address, engine = slow
     fields = ENDLESS | {"stream": stream}
     connections = [post(address, fields) for _ in range(8)]  # 4 run, 4 wait
-    until(lambda: len(engine.rows) == 4 and engine.n_waiting() == 4)
+    until(lambda: len(engine.batch.rows) == 4 and engine.n_waiting() == 4)
     if stream:
         assert b"data: " in connections[0].makefile("rb").read(500)
     for connection in connections:
         connection.close()
-    until(lambda: not engine.rows and not engine.n_waiting(), seconds=10)
+    until(lambda: not engine.batch.rows and not engine.n_waiting(), seconds=10)
     assert answers(address)
 
 
 def test_rows_whose_client_has_gone_leave_and_no_others(params):
-    engine = serve.Engine(params, N_HEAD, batch_size=4, max_waiting=9)
-    rows = [{"index": i, "is_dropped": i % 2 == 1, "end": None} for i in range(8)]
-    engine.rows, engine.begun, engine.waiting = rows[:4], rows[:4], deque(rows[4:6])
-    engine.inbox.extend(rows[6:])
+    engine = serve.Engine(params, N_HEAD, batch_size=4, max_waiting=9, metrics=new_metrics())
+    choices = [a_choice() for _ in range(8)]
+    engine.waiting.extend(choices[:4])
+    engine.batch.rows = list(engine.arrivals())
+    engine.waiting.extend(choices[4:6])
+    engine.inbox.extend(choices[6:])
+    engine.drop(choices[1::2])
     engine.sort_out()
-    assert engine.rows == engine.begun == [rows[0], rows[2]]
-    assert list(engine.waiting) == [rows[4], rows[6]] and not engine.inbox
-    assert [row["end"] for row in rows[:4]] == [None, "dropped", None, "dropped"]
+    assert engine.batch.rows == [choices[0].row, choices[2].row]
+    assert list(engine.begun.values()) == [choices[0], choices[2]]
+    assert list(engine.waiting) == [choices[4], choices[6]] and not engine.inbox
+    assert [choice.row.end for choice in choices[:4]] == [None, "dropped", None, "dropped"]
+
+
+@pytest.mark.parametrize("moment", ["clear", "wait"])
+def test_a_stop_at_any_moment_ends_the_engine_at_once(params, moment):
+    """Even just before `wake` is cleared, or just before the thread waits for it."""
+    engine = serve.Engine(params, N_HEAD, batch_size=4, max_waiting=9, metrics=new_metrics())
+
+    class Wake(threading.Event):
+        def stop_first(self):
+            if threading.current_thread() is engine.thread and not engine.is_stopped:
+                engine.is_stopped = True  # as engine.stop does, in another thread
+                self.set()
+
+        def clear(self):
+            if moment == "clear":
+                self.stop_first()
+            super().clear()
+
+        def wait(self, timeout=None):
+            if moment == "wait":
+                self.stop_first()
+            return super().wait(timeout)
+
+    engine.wake = Wake()
+    engine.start(None)
+    engine.thread.join(3)
+    has_ended = not engine.thread.is_alive()
+    engine.stop()
+    assert has_ended
+
+
+def test_other_threads_touch_only_what_the_engine_lets_them(params, monkeypatch):
+    """Whatever a request does with the engine from asyncio's thread is named in its docstring."""
+    touched, read = set(), serve.Engine.__getattribute__
+
+    def watched(engine, name):
+        caller = sys._getframe(1).f_locals.get("self")
+        in_thread = threading.current_thread() is not read(engine, "__dict__").get("thread")
+        if caller is not engine and in_thread and not name.startswith("__"):
+            touched.add(name)
+        return read(engine, name)
+
+    with serving(params) as client:
+        monkeypatch.setattr(serve.Engine, "__getattribute__", watched)
+        ask(client, "One", echo=True, logprobs=2)
+        events(client, "One")
+        client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]})
+        for path in ("/", "/metrics", "/health", "/v1/models", "/explain?text=One"):
+            assert client.get(path).status_code == 200
+        assert client.post("/predictions", json={"text": "One"}).status_code == 200
+        monkeypatch.undo()
+    said = serve.Engine.__doc__.partition("Other threads")[2].partition(".")[0]
+    assert touched and touched <= set(re.findall(r"\w+", said)), touched
 
 
 def test_one_who_does_not_read_holds_nobody_up(slow):
     address, engine = slow
     with contextlib.closing(post(address, ENDLESS | {"stream": True})):
-        until(lambda: engine.rows)
+        until(lambda: engine.batch.rows)
         assert answers(address)
-    until(lambda: not engine.rows, seconds=10)
+    until(lambda: not engine.batch.rows, seconds=10)
 
 
 def test_half_a_request_is_closed_in_time(slow, monkeypatch):

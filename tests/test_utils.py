@@ -634,6 +634,7 @@ def test_hugging_faces_names_mean_the_released_sizes(tmp_path, monkeypatch):
         (tmp_path / size).mkdir(exist_ok=True)
 
     monkeypatch.setattr(utils, "download", download)
+    monkeypatch.setattr(utils, "has_tensorflow", lambda: True)
     monkeypatch.chdir(tmp_path)
     names = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
     for name, size in names.items():

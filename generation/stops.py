@@ -1,4 +1,7 @@
-"""Stop strings: a text arrives in parts and is shown only up to the first stop string."""
+"""Stop strings: a text arrives in parts and is shown only up to the first stop string.
+
+`stops_with` ends a row, `up_to` cuts the text that is shown; both find a stop where it is complete.
+"""
 
 from bisect import bisect_left
 
@@ -39,3 +42,20 @@ def up_to(texts, stops):  # iterable of str -> iterable of str
         if is_complete:
             return
     yield held
+
+
+def stops_with(stops, encoder):  # list of str -> stop(ids), as generate_stream takes it, or None
+    """stop(ids): has the last token completed one of the strings?
+
+    Every token has a byte or more, so only the last few tokens can hold the string. Bytes are
+    compared, because a token may begin within a character. UTF-8 allows that: no character's bytes
+    look like a part of another's.
+    """
+    wanted = [stop.encode() for stop in stops]
+    n_longest = max(map(len, wanted), default=0)
+
+    def stop(ids):
+        tail = encoder.decode_bytes(ids[-n_longest:])
+        return any(text in tail for text in wanted)
+
+    return stop if wanted else None

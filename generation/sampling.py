@@ -1,0 +1,44 @@
+"""How a row's tokens are sampled: its settings as one value, and its own random generator."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt2 import sample
+
+
+class Sampling(NamedTuple):
+    """The settings that gpt2.sample takes after its rng. Hashable, so JAX takes it as static."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def new_rng(seed, number):
+    """A row's random generator. Row 0 has gpt2.py's for that seed.
+
+    Every other row's comes from the seed and its own number. So a row's text does not depend on its
+    neighbours.
+    """
+    return np.random.default_rng([seed, number] if seed is not None and number > 0 else seed)
+
+
+class Sampler:
+    """What a row asks while it is written. The server's rows ask serving.choices.Choice instead."""
+
+    needs_states = False  # must read_states be called? Then the row's whole prompt is run
+
+    def __init__(self, sampling, seed=None, number=0, stop=None):
+        self.sampling = sampling
+        self.rng = new_rng(seed, number)
+        self.stop = stop  # ids -> bool; None for never
+
+    def sample(self, logits):  # [n_vocab] -> one token id
+        return sample(logits, self.rng, *self.sampling)
+
+    def is_complete(self, ids):  # the row's new ids, never empty -> does the last of them end it?
+        return self.stop is not None and self.stop(ids)
+
+    def read_states(self, x):
+        """x: [n, n_embd], the hidden states of the prompt's next n tokens."""
