@@ -12,7 +12,7 @@ import numpy as np
 from generation.rows import Row
 from generation.sampling import new_rng
 from generation.stops import sort_stops, until_stop
-from gpt2 import sample
+from gpt2 import end_ids_of, sample
 from pages.predictions import likeliest
 
 SCORED = 64  # positions whose logits are held at once, while a prompt is scored
@@ -43,7 +43,7 @@ class Choice:
         self.deliver = deliver
         self.is_dropped = False  # has its client gone?
         self.prompt = asked.prompts[index // asked.n]
-        endoftext = None if asked.ignore_eos else encoder.endoftext
+        endoftext = None if asked.ignore_eos else encoder.end_ids
         self.row = Row(self.prompt, asked.max_tokens, sampler=self, endoftext=endoftext)
         self.rng = new_rng(asked.seed, index)
         self.bias = bias_of(asked.logit_bias, encoder.n_vocab)
@@ -91,7 +91,7 @@ class Choice:
         if self.asked.logprobs is not None:
             offset = len(self.text) + len(self.held)
             self.entries.append((id, log_prob, best_ids, best, offset))
-        if self.n_sampled and id == self.row.endoftext:
+        if self.n_sampled and id in end_ids_of(self.row.endoftext):
             return
         text = self.utf8.decode(self.encoder.decode_bytes([id]))
         if self.n_sampled:
