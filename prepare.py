@@ -125,7 +125,7 @@ def get_tokenizer(name, models_dir):  # -> Encoder
     folder = find_model(name, models_dir, only_tokenizer=True)
     encoder = get_encoder("", folder)
     if encoder.endoftext is None:
-        raise ValueError(f"{folder}: its tokenizer has no {ENDOFTEXT}, which separates documents")
+        raise ValueError(f"{folder}: its tokenizer has no end token, which separates documents")
     return encoder
 
 

@@ -116,7 +116,7 @@ def sample(generate, params, encoder, hparams, seed):  # -> some lines of text, 
     """What the model writes after a line's end, up to 100 tokens of it. generate: kv_cache.py's."""
     n, how = min(100, hparams["n_ctx"] - 1), {"temperature": 0.8, "seed": seed}
     prompts = [encoder.encode("\n")]
-    ids = generate(prompts, params, hparams["n_head"], n, endoftext=encoder.endoftext, **how)[0]
+    ids = generate(prompts, params, hparams["n_head"], n, endoftext=encoder.end_ids, **how)[0]
     lines = [line for line in encoder.decode(ids).splitlines() if line.strip()]
     return "\n".join("    " + line for line in lines)
 
