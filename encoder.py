@@ -39,8 +39,11 @@ from model_files.vocabulary import (
     BYTE_OF_CHAR,
     CHAR_OF_BYTE,
     ENDOFTEXT,
-    add_special,
+    AddedToken,
+    add_tokens,
+    added_pattern,
     check_vocab,
+    split_added,
 )
 from plumbing.files import naming
 
@@ -149,36 +152,41 @@ class Encoder:
     merges: pairs of pieces in printable form, the first to be merged first. vocab: {piece: id}, by
     default numbered as GPT-2's is: the 256 bytes, what each merge makes, then <|endoftext|>.
     special: {text: id} of texts that encode() turns into a single id when asked to; by default
-    <|endoftext|>, if the vocabulary has it. end_ids: the ids that end a text, by default that of
-    <|endoftext|>; a model can have others. Raises ValueError for a merge of pieces that are not in
-    the vocabulary, and for a vocabulary that check_vocab refuses.
+    <|endoftext|>, if the vocabulary has it. added: {text: AddedToken} of further such texts; those
+    that are not special always become a single id. end_ids: the ids that end a text, by default
+    that of <|endoftext|>; a model can have others. Raises ValueError for a merge of pieces that are
+    not in the vocabulary, and for a vocabulary that check_vocab refuses.
 
     n_vocab: one more than the largest id. endoftext: the first of end_ids, which is written after
-    a document; None if there are none. piece_of_id: the inverse of vocab.
+    a document; None if there are none. piece_of_id: the inverse of vocab, with all added tokens.
 
     >>> encoder = Encoder([("Ġ", "a"), ("b", "c")])
     >>> encoder.encode(" abc"), encoder.decode([256, 257]), encoder.endoftext, encoder.n_vocab
     ([256, 257], ' abc', 258, 259)
     """
 
-    def __init__(self, merges, vocab=None, special=None, end_ids=None):
+    def __init__(self, merges, vocab=None, special=None, end_ids=None, added=None):
         self.merges = [(left, right) for left, right in merges]
         vocab = number_pieces(self.merges) if vocab is None else check_vocab(vocab)
-        if special:
-            vocab = add_special(vocab, special)
-        elif ENDOFTEXT in vocab:
+        if not special and not added and ENDOFTEXT in vocab:
             special = {ENDOFTEXT: vocab[ENDOFTEXT]}
-        self.vocab = vocab
-        self.special = special or {}
-        self.n_vocab = max(self.vocab.values()) + 1
+        self.added = {text: AddedToken(id) for text, id in (special or {}).items()} | (added or {})
+        self.special = {text: token.id for text, token in self.added.items() if token.is_special}
+        self.vocab, self.piece_of_id = add_tokens(vocab, self.added)
+        self.n_vocab = max(self.piece_of_id) + 1
         if end_ids is None:
             end_ids = [self.vocab[ENDOFTEXT]] if ENDOFTEXT in self.vocab else []
         self.end_ids = tuple(end_ids)
         self.endoftext = self.end_ids[0] if self.end_ids else None
-        self.piece_of_id = {id: piece for piece, id in self.vocab.items()}
         self._byte_ids = [self.vocab[CHAR_OF_BYTE[byte]] for byte in range(256)]
         self._ranks, self._merged = rank_merges(self.merges, self.vocab)
-        self._n_longest = max(map(len, self.vocab))
+        self._n_longest = max(map(len, self.piece_of_id.values()))
+        self._passes = []  # of split_added
+        for normalized in (False, True):
+            tokens = {t: token for t, token in self.added.items() if token.normalized == normalized}
+            if tokens:
+                self._passes.append((tokens, added_pattern(tokens)))
+        self._has_plain_added = len(self.special) < len(self.added)
         self._ids_of_piece = Cache(self._encode_piece)
         self._ids_of_word = Cache(self._encode_word)
 
@@ -186,19 +194,25 @@ class Encoder:
         """Return the token ids of a string: list[int].
 
         "<|endoftext|>" is encoded as ordinary text unless allow_endoftext is true: then it becomes
-        one id, as do the other texts of `special`; where two match, the longer one. Lone
-        surrogates, which UTF-8 cannot encode, become U+FFFD.
+        one id, as do the other texts of `special`; where two match, the longer one. Added tokens
+        that are not special always become one id. Lone surrogates, which UTF-8 cannot encode,
+        become U+FFFD.
         """
         text = mend_surrogates(text)
-        if not allow_endoftext or not self.special:
+        if not allow_endoftext and not self._has_plain_added:
             return self._encode_plain(text)
-        longest_first = sorted(self.special, key=len, reverse=True)
-        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        parts = [text]  # texts, and the ids of added tokens
+        for tokens, pattern in self._passes:
+            split = []
+            for part in parts:
+                if isinstance(part, str):
+                    split += split_added(part, tokens, pattern, allow_endoftext)
+                else:
+                    split.append(part)
+            parts = split
         ids = []
-        for plain, special in zip(parts[::2], [*parts[1::2], None], strict=True):
-            ids += self._encode_plain(plain)
-            if special is not None:
-                ids.append(self.special[special])
+        for part in parts:
+            ids += self._encode_plain(part) if isinstance(part, str) else [part]
         return ids
 
     def encode_prompt(self, text, n_ctx=None):
@@ -258,7 +272,7 @@ class Encoder:
         """Write the vocabulary to a folder, for get_encoder and Hugging Face's transformers."""
         ends = [text for text, id in self.special.items() if id == self.endoftext]
         end_token = ends[0] if ends else None
-        write_tokenizer(model_dir, self.merges, self.vocab, self.special, end_token)
+        write_tokenizer(model_dir, self.merges, self.vocab, self.added, end_token)
 
     def _encode_plain(self, text):
         if not self._ranks and max(self._byte_ids) < 256:  # without merges, a table is enough
@@ -440,4 +454,4 @@ def get_encoder(model_name, models_dir):
     """
     tokenizer = read_tokenizer(Path(models_dir, model_name))
     with naming(tokenizer.merges_file):  # what else is wrong has been found while reading
-        return Encoder(tokenizer.merges, tokenizer.vocab, tokenizer.special, tokenizer.end_ids)
+        return Encoder(tokenizer.merges, tokenizer.vocab, None, tokenizer.end_ids, tokenizer.added)

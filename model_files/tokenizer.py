@@ -1,9 +1,11 @@
 """A tokenizer's files, in OpenAI's layout and in Hugging Face's: read, checked and written.
 
     encoder.json + vocab.bpe     OpenAI's: {piece: id}, and a merge a line
-    vocab.json + merges.txt      Hugging Face's names for the same two files; beside them, added
-                                 tokens are in tokenizer_config.json
     tokenizer.json               Hugging Face's newer format: all of it in one file
+    vocab.json + merges.txt      Hugging Face's names for OpenAI's two files
+
+Added tokens are also in tokenizer_config.json or, in older folders, in added_tokens.json.
+special_tokens_map.json, also an older file, says which of them are special.
 
 encoder.py makes an Encoder of what is read. Only the second layout is written. After
 https://github.com/openai/gpt-2/blob/master/src/encoder.py and https://huggingface.co/docs/tokenizers.
@@ -13,10 +15,10 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from model_files.vocabulary import ENDOFTEXT, add_special, check_vocab, printable
+from model_files.vocabulary import ENDOFTEXT, AddedToken, add_tokens, check_vocab, printable
 from plumbing.files import check_file, naming, read_json, write_whole
 
-TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",)]
+TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("tokenizer.json",), ("vocab.json", "merges.txt")]
 TOKENIZER_CONFIG = "tokenizer_config.json"
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
@@ -37,7 +39,7 @@ class Tokenizer(NamedTuple):
 
     merges: list  # of (left piece, right piece), the first to be merged first
     vocab: dict  # {piece: id}
-    special: dict  # {text: id} of the texts that can become a single id
+    added: dict  # {text: AddedToken} of the texts that are or can become a single id
     end_ids: tuple  # the ids that end a text, () if none do; the first stands between documents
     merges_file: Path  # the file that the merges are in, for error messages
 
@@ -54,7 +56,7 @@ def find_tokenizer(folder):
         paths = [Path(folder, name) for name in names]
         if all(path.is_file() for path in paths):
             return paths
-    expected = " or ".join(" + ".join(names) for names in TOKENIZER_FILES)
+    expected = "encoder.json + vocab.bpe or vocab.json + merges.txt or tokenizer.json"
     raise FileNotFoundError(f"no tokenizer in {folder}: expected {expected}")
 
 
@@ -69,24 +71,30 @@ def read_tokenizer(folder):  # -> Tokenizer
     config = read_optional(folder, TOKENIZER_CONFIG)
     if len(paths) == 1:
         with naming(merges_file):
-            merges, vocab, special = parse_tokenizer(read_json(merges_file))
-            vocab = add_special(vocab, special)
+            merges, vocab, added = parse_tokenizer(read_json(merges_file))
+            add_tokens(vocab, added)
     else:
         with naming(paths[0]):
             vocab = check_vocab(read_json(paths[0]))
-        with naming(Path(folder, TOKENIZER_CONFIG)):
-            special = parse_added(config.get("added_tokens_decoder") or {})
-            vocab = add_special(vocab, special)
+            added = {}
         with naming(merges_file):
             check_file(merges_file)
             merges = parse_merges(merges_file.read_text("utf-8"))
-    roles = read_roles(folder, config)
-    for text in [ENDOFTEXT, *roles.values()]:
-        if is_text(text) and printable(text) in vocab:
-            special[text] = vocab[printable(text)]
-    return Tokenizer(
-        merges, vocab, special, read_end_ids(folder, roles, special, vocab), merges_file
-    )
+    roles, special = read_special(folder, config)
+    path, found = read_added(folder, config, special)
+    with naming(path):
+        for text, token in found.items():
+            if text in added and added[text].id != token.id:
+                raise ValueError(f"{text!r} has two ids, {added[text].id} and {token.id}")
+        added |= found
+        for text in special:
+            id = added[text].id if text in added else vocab.get(printable(text))
+            if id is not None:
+                normalized = text in added and added[text].normalized
+                added[text] = AddedToken(id, is_special=True, normalized=normalized)
+        vocab, piece_of_id = add_tokens(vocab, added)
+    end_ids = read_end_ids(folder, roles, added, piece_of_id)
+    return Tokenizer(merges, vocab, added, end_ids, merges_file)
 
 
 def read_optional(folder, name):  # -> the JSON object in a file, {} if there is no such file
@@ -94,17 +102,44 @@ def read_optional(folder, name):  # -> the JSON object in a file, {} if there is
     return read_json(path) if path.is_file() else {}
 
 
-def read_roles(folder, config):  # -> {"eos_token": "<|endoftext|>", ...}
-    """Return the texts that have a role. config: the content of tokenizer_config.json.
+def read_special(folder, config):
+    """Return {"eos_token": "</s>", ...}, the tokens with a role, and a set of all special texts.
 
-    Older folders name them in special_tokens_map.json; transformers reads it if
-    tokenizer_config.json has no added_tokens_decoder, and there it comes first.
+    config: the content of tokenizer_config.json. Older folders name them in
+    special_tokens_map.json, which as in transformers is read if tokenizer_config.json has no
+    added_tokens_decoder, and then comes first.
     """
-    roles = {key: token_text(config.get(key)) for key in ROLES}
+    sources = [config]
     if "added_tokens_decoder" not in config:
-        named = read_optional(folder, "special_tokens_map.json")
-        roles |= {key: token_text(named[key]) for key in ROLES if named.get(key)}
-    return {key: text for key, text in roles.items() if text}
+        sources.append(read_optional(folder, "special_tokens_map.json"))
+    roles = {}
+    special = {ENDOFTEXT}
+    for source in sources:
+        roles |= {role: token_text(source[role]) for role in ROLES if source.get(role)}
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            tokens = source.get(key) or []
+            tokens = tokens.values() if isinstance(tokens, dict) else tokens
+            special.update(map(token_text, tokens if hasattr(tokens, "__iter__") else []))
+    special.update(roles.values())
+    return roles, special - {None}
+
+
+def read_added(folder, config, special):  # -> the file that they are in, {text: AddedToken}
+    """Read the added tokens beside a vocabulary. config, special: as in read_special.
+
+    Older folders have added_tokens.json, {text: id}, instead of an added_tokens_decoder.
+    """
+    path = Path(folder, TOKENIZER_CONFIG)
+    if "added_tokens_decoder" in config:
+        with naming(path):
+            return path, parse_added(config["added_tokens_decoder"] or {})
+    path = Path(folder, "added_tokens.json")
+    with naming(path):
+        tokens = {}
+        for text, id in read_optional(folder, path.name).items():
+            is_special = text in special
+            tokens[str(id)] = {"content": text, "special": is_special}
+        return path, parse_added(tokens)
 
 
 def token_text(token):  # "</s>", or {"content": "</s>", ...} -> "</s>"; None if it is neither
@@ -112,7 +147,7 @@ def token_text(token):  # "</s>", or {"content": "</s>", ...} -> "</s>"; None if
     return text if is_text(text) else None
 
 
-def read_end_ids(folder, roles, special, vocab):  # -> a tuple of ids, without duplicates
+def read_end_ids(folder, roles, added, known):  # -> a tuple of ids, without duplicates
     """Return the ids that end a text: the model's if it names any, otherwise the tokenizer's.
 
     A model names them as eos_token_id, a number or a list. generation_config.json comes first, as
@@ -120,7 +155,6 @@ def read_end_ids(folder, roles, special, vocab):  # -> a tuple of ids, without d
     small models often keep GPT-2's 50256. Raises ValueError, which names the file, if eos_token_id
     is neither a number nor a list of numbers.
     """
-    known = set(vocab.values())
     for name in ("generation_config.json", "config.json"):
         ids = read_optional(folder, name).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
@@ -130,8 +164,8 @@ def read_end_ids(folder, roles, special, vocab):  # -> a tuple of ids, without d
         if end_ids := tuple(id for id in dict.fromkeys(ids) if id in known):
             return end_ids
     for text in (roles.get("eos_token"), ENDOFTEXT):
-        if text in special:
-            return (special[text],)
+        if text in added:
+            return (added[text].id,)
     return ()
 
 
@@ -152,7 +186,7 @@ def parse_merges(text):
     return merges
 
 
-def parse_tokenizer(content):  # -> merges, vocab, special
+def parse_tokenizer(content):  # -> merges, vocab, {text: AddedToken}
     """Read the content of a tokenizer.json.
 
     Current versions of transformers save this file alone. It can describe many kinds of tokenizers;
@@ -176,7 +210,7 @@ def parse_tokenizer(content):  # -> merges, vocab, special
     added = content.get("added_tokens") or []
     if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
         raise ValueError("added_tokens is not a list of objects")
-    special = parse_added({str(token.get("id")): token for token in added})
+    added = parse_added({str(token.get("id")): token for token in added})
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise ValueError("model.merges is not a list")
@@ -184,15 +218,15 @@ def parse_tokenizer(content):  # -> merges, vocab, special
     for number, pair in enumerate(pairs, 1):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(is_text, pair)):
             raise ValueError(f"merge {number} is {merges[number - 1]!r}, not a pair of pieces")
-    return pairs, check_vocab(model.get("vocab")), special
+    return pairs, check_vocab(model.get("vocab")), added
 
 
 def is_text(value):
     return isinstance(value, str) and value != ""
 
 
-def parse_added(tokens):  # {id as text: {"content": text, ...}} -> {text: id}
-    """Read Hugging Face's added tokens.
+def parse_added(tokens):  # {id as text: {"content": text, ...}} -> {text: AddedToken}
+    """Read Hugging Face's added tokens. A token is not special unless it says so.
 
     Raises ValueError for a token that takes spaces or words beside it into account.
     """
@@ -205,28 +239,39 @@ def parse_added(tokens):  # {id as text: {"content": text, ...}} -> {text: id}
             raise ValueError(f"the added token {id!r} has no id or no text")
         if any(token.get(key) for key in ("lstrip", "rstrip", "single_word")):
             raise ValueError(f"the added token {content!r} takes its surroundings into account")
-        added[content] = int(id)
+        is_special = bool(token.get("special", False))
+        normalized = bool(token.get("normalized", not is_special))
+        added[content] = AddedToken(int(id), is_special, normalized)
     return added
 
 
 # --- Writing ------------------------------------------------------------------------------------
 
 
-def write_tokenizer(folder, merges, vocab, special, end_token):
+def write_tokenizer(folder, merges, vocab, added, end_token):
     """Write Hugging Face's vocab.json, merges.txt and tokenizer_config.json.
 
-    end_token: the text that ends a document, None if the vocabulary has none. Each file appears
-    under its name only when it is complete.
+    added: {text: AddedToken}. end_token: the text that ends a document, None if the vocabulary has
+    none. Each file appears under its name only when it is complete.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": False}
     config |= {f"{role}_token": end_token for role in ("bos", "eos", "unk")}
-    if special.keys() - {end_token}:
-        settings = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    if added.keys() - {end_token}:
+        settings = dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
         config["added_tokens_decoder"] = {
-            id: {"content": text, "special": True} | settings for text, id in special.items()
+            token.id: {"content": text, "special": token.is_special}
+            | {"normalized": token.normalized}
+            | settings
+            for text, token in added.items()
         }
+    # `tokenizers` looks for an added token as it is, in a vocabulary that has "ĠĠ" for two spaces.
+    # It then numbers those that it has not found, in order, from the end of the vocabulary.
+    respelled = [token.id for text, token in added.items() if printable(text) != text]
+    n_pieces = min([*respelled, len(vocab) + len(added)])
+    left_out = {printable(text) for text, token in added.items() if token.id >= n_pieces}
+    vocab = {piece: id for piece, id in vocab.items() if piece not in left_out or id < n_pieces}
     lines = [f"{left} {right}\n" for left, right in merges]
     write_whole(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
     write_whole(folder / "merges.txt", "#version: 0.2\n" + "".join(lines))

@@ -1,0 +1,157 @@
+"""Added tokens and settings of tokenizers' files: the ids are those of the tokenizers library."""
+
+import json
+
+import pytest
+from conftest import TINY, random_params
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import utils
+from encoder import ENDOFTEXT, Encoder, get_encoder, train
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+SMALL = train("The covid wave, the   coved way: low lower lowest, the covid waves. " * 3, 290)
+N = SMALL.n_vocab
+START, PAD = "<|startoftext|>", "<|pad|>"
+TEXTS = [
+    "The covid wave",
+    f"{START}The covid wave{ENDOFTEXT}{PAD}{PAD}",
+    f"covidcovid  a   b    {START} <|start",
+    "",
+    "The  covid",
+]
+
+
+def write_json(folder, **contents):
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def check_ids(folder, texts=TEXTS, also_as_text=True):
+    """Our ids are transformers', with special tokens as text and as ids; and so is our text."""
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    ours = get_encoder("", folder)
+    assert ours.n_vocab == len(theirs)
+    for text in texts:
+        if also_as_text:
+            plain = theirs(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+            assert ours.encode(text) == plain, text
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text, allow_endoftext=True) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False), text
+    return ours
+
+
+@pytest.fixture
+def folder(tmp_path):
+    SMALL.save(tmp_path / "m")
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize("special", [(), (PAD,), (START, PAD)])
+def test_a_folder_of_transformers_4_0_to_4_33(folder, special):
+    """vocab.json, merges.txt, added_tokens.json and special_tokens_map.json."""
+    roles = {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT, "unk_token": ENDOFTEXT}
+    if special:
+        roles |= {"pad_token": PAD, "additional_special_tokens": list(special)}
+    write_json(
+        folder,
+        added_tokens={START: N, PAD: N + 1, "covid": N + 2},
+        special_tokens_map=roles,
+        tokenizer_config={"model_max_length": 1024, "tokenizer_class": "GPT2Tokenizer"},
+    )
+    # transformers 5 takes additional_special_tokens, which version 4 wrote, for plain ones
+    ours = check_ids(folder, also_as_text=START not in special)
+    assert set(ours.special) == {ENDOFTEXT, *special}
+
+
+@pytest.mark.parametrize("with_vocabulary", [False, True])
+def test_a_tokenizer_json_with_added_tokens(folder, tmp_path, with_vocabulary):
+    """As transformers writes it, alone, and beside vocab.json and merges.txt."""
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    theirs.add_special_tokens({"additional_special_tokens": [START, PAD]})
+    theirs.add_tokens(["covid", "  ", "    "])
+    theirs.save_pretrained(tmp_path / "theirs")
+    if with_vocabulary:
+        for name in ("vocab.json", "merges.txt"):
+            (tmp_path / "theirs" / name).write_bytes((folder / name).read_bytes())
+    ours = check_ids(tmp_path / "theirs")
+    assert ours.n_vocab == N + 5
+    ours.save(tmp_path / "again")
+    again = check_ids(tmp_path / "again")
+    assert (again.added, again.piece_of_id) == (ours.added, ours.piece_of_id)
+
+
+def test_tokens_that_are_not_special_are_always_one_id(folder):
+    plain = {"content": "covid", "special": False}
+    special = {"content": START, "special": True}
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {N: plain, N + 1: special}
+    write_json(folder, tokenizer_config=config)
+    ours = check_ids(folder)
+    the, wave = SMALL.encode("The "), SMALL.encode(" wave")
+    assert ours.encode("The covid wave") == [*the, N, *wave]
+    assert N + 1 not in ours.encode(START)
+
+
+def test_the_rows_of_added_tokens_are_kept(rng, folder):
+    """They were cut off as padding where only added_tokens.json named the tokens."""
+    sizes = TINY | {"n_vocab": N + 2}
+    params = random_params(rng, sizes)
+    added = Encoder(SMALL.merges, SMALL.vocab, {ENDOFTEXT: N - 1, START: N, PAD: N + 1})
+    utils.save_model(folder, added, sizes, params)
+    SMALL.save(folder)
+    write_json(folder, added_tokens={START: N, PAD: N + 1})
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    encoder, hparams, loaded = utils.load_encoder_hparams_and_params(str(folder))
+    assert (encoder.n_vocab, hparams["n_vocab"], len(loaded["wte"])) == (N + 2, N + 2, N + 2)
+    assert encoder.decode([N, N + 1]) == START + PAD
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_added_tokens_give_the_ids_of_the_tokenizers_library(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("fuzz")
+    SMALL.save(folder)
+    texts = data.draw(st.lists(st.text("abc <|é", min_size=1, max_size=4), unique=True, max_size=5))
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    raw = theirs.get_vocab()
+    for text in texts:
+        if text in raw or "é" in text:  # the library takes "é" for the byte that is spelled so
+            continue
+        normalized, special = data.draw(st.booleans()), data.draw(st.booleans())
+        token = transformers.AddedToken(text, normalized=normalized, special=special)
+        theirs.add_tokens([token], special_tokens=special)
+    theirs.save_pretrained(folder)
+    samples = st.lists(st.sampled_from([*texts, "a", "b", " ", ENDOFTEXT, "é", "covid"]))
+    check_ids(folder, ["".join(data.draw(samples)) for _ in range(4)])
+
+
+REFUSED = {
+    "'covid' has two ids": ({"covid": N + 1}, {str(N): {"content": "covid"}}),
+    "have the same id": ({}, {"97": {"content": "xyz"}}),
+    "takes its surroundings into account": ({}, {str(N): {"content": "x", "lstrip": True}}),
+    "has no id or no text": ({"x": -1}, None),
+}
+
+
+@pytest.mark.parametrize("problem", REFUSED)
+def test_added_tokens_that_contradict_each_other_are_refused(folder, problem):
+    in_tokenizer, decoder = REFUSED[problem]
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if decoder is None:
+        write_json(folder, added_tokens=in_tokenizer)
+    else:
+        config["added_tokens_decoder"] = decoder
+    write_json(folder, tokenizer_config=config)
+    if in_tokenizer and decoder:
+        added = [{"id": id, "content": text} for text, id in in_tokenizer.items()]
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+        model = {"type": "BPE", "vocab": SMALL.vocab, "merges": list(SMALL.merges)}
+        content = {"model": model, "pre_tokenizer": byte_level, "added_tokens": added}
+        write_json(folder, tokenizer=content)
+    with pytest.raises(ValueError, match=problem) as caught:
+        get_encoder("", folder)
+    assert str(caught.value).startswith(f"{folder}/") and "\n" not in str(caught.value)
