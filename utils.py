@@ -15,9 +15,12 @@ import errno
 import filecmp
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
+
+import numpy as np
 
 from encoder import get_encoder
 from model_files.adapters import CONFIG, is_adapter, merge, read_adapter, read_config
@@ -41,6 +44,8 @@ from model_files.weights import (
 from plumbing.cli import did_you_mean
 from plumbing.files import remove, write_whole
 
+# GPT2LMHeadModel's prefix, and those of torch.compile and DistributedDataParallel before it.
+WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)*(transformer\.)?")
 OPENAI = "openai:"  # before a released size: its TensorFlow checkpoint
 OTHER_NAMES = {  # of the released sizes
     "gpt2": "124M",
@@ -170,6 +175,12 @@ def load_params(model_dir, hparams):
     not have the shape that `hparams` ask for.
     """
     tensors, source = read_weights(model_dir)
+    if (
+        "wte.weight" not in tensors and "lm_head.weight" in tensors
+    ):  # as safetensors' save_model does
+        tensors["wte.weight"] = tensors.pop(
+            "lm_head.weight"
+        )  # with tied weights: only one is stored
     arrays = {}
     for name, shape in tensor_shapes(hparams):
         key = hugging_face_name(name)
@@ -180,15 +191,26 @@ def load_params(model_dir, hparams):
             raise ValueError(f"{source}: {key} is {found}, but its sizes ask for {shape}")
         arrays[name] = to_float32(dtype, data, f"{source}: {key}").reshape(shape)
     # Of the tensors that are left, a mask or a copy of wte is harmless, a thirteenth layer is not.
-    for key, (_, shape, _) in tensors.items():
-        head = key == "lm_head.weight" and shape != arrays["wte"].shape
-        if head or (key.startswith("h.") and not key.endswith((".attn.bias", ".attn.masked_bias"))):
+    for key, (dtype, shape, data) in tensors.items():
+        if key == "lm_head.weight" and shape == arrays["wte"].shape:
+            check_head(to_float32(dtype, data, f"{source}: {key}"), arrays["wte"], source)
+        elif key == "lm_head.weight" or (
+            key.startswith("h.") and not key.endswith((".attn.bias", ".attn.masked_bias"))
+        ):
             raise ValueError(f"{source}: {key} {shape} does not belong in a model of its sizes")
     for i, scale in enumerate(query_scales(model_dir, hparams)):
         for name in (f"blocks.{i}.attn.c_attn.w", f"blocks.{i}.attn.c_attn.b"):
             if scale != 1:
                 arrays[name] = scale_queries(arrays[name], scale)
     return nest(arrays)
+
+
+def check_head(head, wte, source):  # [n_vocab * n_embd], [n_vocab, n_embd]
+    """Raises ValueError if the head's values differ from wte's, which gpt2.py would use instead."""
+    if not np.array_equal(head, wte.ravel(), equal_nan=True):
+        raise ValueError(
+            f"{source}: lm_head.weight differs from wte.weight: a head of its own is not supported"
+        )
 
 
 def read_weights(model_dir):
@@ -208,7 +230,13 @@ def read_weights(model_dir):
         raise FileNotFoundError(
             f"{model_dir}: no weights, neither model.safetensors nor model.ckpt"
         )
-    return {key.removeprefix("transformer."): entry for key, entry in tensors.items()}, path
+    plain = {}
+    for key, entry in tensors.items():
+        name = WRAPPERS.sub("", key)
+        if name in plain:
+            raise ValueError(f"{path}: {name} is in it twice, the second time as {key}")
+        plain[name] = entry
+    return plain, path
 
 
 # --- Saving -------------------------------------------------------------------------------------

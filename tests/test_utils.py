@@ -12,7 +12,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import REPO, on_linux, random_params
+from conftest import REPO, hugging_face, on_linux, random_params
 
 import utils
 from encoder import Encoder
@@ -301,6 +301,50 @@ def test_masks_and_the_tied_head_of_older_files_are_ignored(saved):
     head = {"lm_head.weight": params["wte"][:-1]}
     weights.write_safetensors(folder / "model.safetensors", tensors | head)
     assert "lm_head.weight" in refusal(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_head_with_other_values_than_wte_is_refused(saved, dtype):
+    """It was replaced by wte without a word; transformers computes with it."""
+    folder, params = saved
+    tensors = {weights.hugging_face_name(n): a for n, a in leaves(params, HPARAMS).items()}
+    head = params["wte"].copy()
+    head[7, 3] += 1e-3
+    tensors = {name: array.astype(dtype) for name, array in tensors.items()}
+    path = folder / "model.safetensors"
+    weights.write_safetensors(path, tensors | {"lm_head.weight": head.astype(dtype)})
+    assert "lm_head.weight differs from wte.weight" in refusal(folder)
+    weights.write_safetensors(path, tensors | {"lm_head.weight": tensors["wte.weight"].copy()})
+    assert np.array_equal(load(folder)[2]["wte"], tensors["wte.weight"].astype("float32"))
+
+
+def test_a_file_of_safetensors_own_save_model_loads(saved):
+    """It stores lm_head.weight, and no wte: of tied weights, the first by name."""
+    torch_files = pytest.importorskip("safetensors.torch")
+    folder, params = saved
+    torch_files.save_model(hugging_face(params, HPARAMS), folder / "model.safetensors")
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "np") as f:
+        names = list(f.keys())
+    assert "lm_head.weight" in names and "transformer.wte.weight" not in names
+    assert_same(load(folder)[2], params, HPARAMS)
+
+
+PREFIXES = ["_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod.transformer."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_wrapped_models_are_stripped(saved, prefix):
+    folder, params = saved
+    tensors = {weights.hugging_face_name(n): a for n, a in leaves(params, HPARAMS).items()}
+    wrapped = {prefix + name: array for name, array in tensors.items()}
+    wrapped[prefix.removesuffix("transformer.") + "lm_head.weight"] = params["wte"].copy()
+    weights.write_safetensors(folder / "model.safetensors", wrapped)
+    assert_same(load(folder)[2], params, HPARAMS)
+    twice = wrapped | {"wte.weight": params["wte"].copy()}
+    weights.write_safetensors(folder / "model.safetensors", twice)
+    assert "wte.weight is in it twice" in refusal(folder)
 
 
 # --- refusals ------------------------------------------------------------------------------
