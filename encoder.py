@@ -178,15 +178,19 @@ class Encoder:
             end_ids = [self.vocab[ENDOFTEXT]] if ENDOFTEXT in self.vocab else []
         self.end_ids = tuple(end_ids)
         self.endoftext = self.end_ids[0] if self.end_ids else None
-        self._byte_ids = [self.vocab[CHAR_OF_BYTE[byte]] for byte in range(256)]
+        self._byte_ids = [self.vocab.get(CHAR_OF_BYTE[byte]) for byte in range(256)]
         self._ranks, self._merged = rank_merges(self.merges, self.vocab)
         self._n_longest = max(map(len, self.piece_of_id.values()))
+        self._is_limited = False
         self._passes = []  # of split_added
         for normalized in (False, True):
             tokens = {t: token for t, token in self.added.items() if token.normalized == normalized}
             if tokens:
                 self._passes.append((tokens, added_pattern(tokens)))
         self._has_plain_added = len(self.special) < len(self.added)
+        self.is_byte_model = (  # does encode() only look up each byte?
+            not self.merges and not self._has_plain_added and None not in self._byte_ids
+        )
         self._ids_of_piece = Cache(self._encode_piece)
         self._ids_of_word = Cache(self._encode_word)
 
@@ -200,7 +204,7 @@ class Encoder:
         """
         text = mend_surrogates(text)
         if not allow_endoftext and not self._has_plain_added:
-            return self._encode_plain(text)
+            return self._checked(self._encode_plain(text))
         parts = [text]  # texts, and the ids of added tokens
         for tokens, pattern in self._passes:
             split = []
@@ -213,6 +217,14 @@ class Encoder:
         ids = []
         for part in parts:
             ids += self._encode_plain(part) if isinstance(part, str) else [part]
+        return self._checked(ids)
+
+    def _checked(self, ids):
+        """Return ids. Raises ValueError if limit_ids has taken one of them away."""
+        if self._is_limited and ids and max(ids) >= self.n_vocab:
+            raise ValueError(
+                f"the text has the id {max(ids)}, but the model has only {self.n_vocab} rows"
+            )
         return ids
 
     def encode_prompt(self, text, n_ctx=None):
@@ -230,6 +242,15 @@ class Encoder:
         if not ids and self.endoftext is not None:
             ids = [self.endoftext]
         return ids
+
+    def limit_ids(self, n_vocab):
+        """Leave n_vocab ids: those beyond are no rows of the model. Encoding one is an error."""
+        self.n_vocab = n_vocab
+        self.end_ids = tuple(id for id in self.end_ids if id < n_vocab)
+        self.endoftext = self.end_ids[0] if self.end_ids else None
+        self.piece_of_id = {id: piece for id, piece in self.piece_of_id.items() if id < n_vocab}
+        self._is_limited = True
+        self.is_byte_model = False
 
     def decode(self, ids):
         """Return the text of an iterable of ids; bytes that are not UTF-8 become U+FFFD.
@@ -275,7 +296,7 @@ class Encoder:
         write_tokenizer(model_dir, self.merges, self.vocab, self.added, end_token)
 
     def _encode_plain(self, text):
-        if not self._ranks and max(self._byte_ids) < 256:  # without merges, a table is enough
+        if self.is_byte_model and max(self._byte_ids) < 256:
             return list(text.encode().translate(bytes(self._byte_ids)))
         ids = []
         ids_of_word = self._ids_of_word
@@ -291,6 +312,9 @@ class Encoder:
 
     def _encode_piece(self, piece):
         ids = [self._byte_ids[byte] for byte in piece.encode()]
+        if None in ids:
+            byte = piece.encode()[ids.index(None)]
+            raise ValueError(f"the vocabulary has no id for the byte {byte:#04x}, in {piece!r}")
         merge = merge_short if len(ids) < LONG_PIECE else merge_long
         return merge(ids, self._ranks, self._merged)
 

@@ -72,7 +72,8 @@ def load_encoder_hparams_and_params(model_size, models_dir="models"):
         return encoder, hparams, merge(params, adapters)
     hparams = read_hparams(model_dir)
     encoder = get_encoder("", model_dir)
-    check_vocabulary(encoder, hparams, model_dir)
+    if encoder.n_vocab > hparams["n_vocab"]:  # for example, of a padding token without a row
+        encoder.limit_ids(hparams["n_vocab"])
     params = load_params(model_dir, hparams)
     # Rows beyond the tokenizer's ids only pad the matrix to a rounder size. No text may draw them.
     params["wte"] = params["wte"][: encoder.n_vocab]

@@ -52,9 +52,8 @@ def check_vocab(vocab):
         if id in piece_of_id:
             raise ValueError(f"{piece_of_id[id]!r} and {piece!r} have the same id, {id}")
         piece_of_id[id] = piece
-    missing = [char for char in BYTE_OF_CHAR if char not in vocab]
-    if missing:
-        raise ValueError(f"{len(missing)} of the 256 bytes have no id, the first is {missing[0]!r}")
+    if BYTE_OF_CHAR.keys().isdisjoint(vocab):
+        raise ValueError(f"256 of the 256 bytes have no id, the first is {[*BYTE_OF_CHAR][0]!r}")
     unknown = set("".join(vocab)) - BYTE_OF_CHAR.keys()
     if unknown:
         raise ValueError(f"{min(unknown)!r} is in a piece, but stands for no byte")

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import TINY, random_params
+from conftest import TINY, call, random_params
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -155,3 +155,40 @@ def test_added_tokens_that_contradict_each_other_are_refused(folder, problem):
     with pytest.raises(ValueError, match=problem) as caught:
         get_encoder("", folder)
     assert str(caught.value).startswith(f"{folder}/") and "\n" not in str(caught.value)
+
+
+def test_the_courses_own_recipe_lacks_some_bytes(tmp_path):
+    """A BpeTrainer knows the bytes of its text; encoding another one is the error."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=[ENDOFTEXT])
+    theirs.train_from_iterator(["def f(x):\n    return x + 1\n" * 9], trainer=trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = get_encoder("", tmp_path)
+    assert ours.endoftext == 0 and ours.n_vocab == theirs.get_vocab_size()
+    for text in "def f(x):\n", "return x + 1", "x x  x\n\n":
+        assert ours.encode(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+    with pytest.raises(ValueError, match=r"^the vocabulary has no id for the byte 0x7a, in 'z'$"):
+        ours.encode("(z")
+    ours.save(tmp_path / "again")
+    assert get_encoder("again", tmp_path).vocab == ours.vocab
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(rng, folder):
+    """As after add_special_tokens without resize_token_embeddings: the rest works as before."""
+    sizes = TINY | {"n_vocab": N}
+    utils.save_model(folder, SMALL, sizes, random_params(rng, sizes))
+    plain = utils.load_encoder_hparams_and_params(str(folder))
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    write_json(folder, added_tokens={PAD: N}, special_tokens_map={"pad_token": PAD})
+    encoder, hparams, params = utils.load_encoder_hparams_and_params(str(folder))
+    assert (encoder.n_vocab, hparams) == (N, plain[1]) and len(params["wte"]) == N
+    assert encoder.encode("low, low") == SMALL.encode("low, low")
+    code, out, err = call("gpt2.py", "low", "-n", "5", "--model_size", folder)
+    assert (code, err) == (0, "")
+    with pytest.raises(ValueError, match=f"the id {N}, but the model has only {N} rows"):
+        encoder.encode(f"a{PAD}", allow_endoftext=True)

@@ -16,7 +16,7 @@ from conftest import REPO, hugging_face, on_linux, random_params
 
 import utils
 from encoder import Encoder
-from gpt2 import gpt2
+from gpt2 import gelu, gpt2
 from model_files import config, download, weights
 from plumbing import cli, files
 
@@ -384,6 +384,58 @@ def test_a_configuration_we_would_compute_wrongly_is_refused(saved, change):
     folder, _ = saved
     edit_json(folder / "config.json", **change)
     assert str(folder) in refusal(folder)
+
+
+OLD_NAMES = {
+    "n_positions": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_other_names_of_the_sizes_load(saved, rng, keep):
+    """Those of transformers' attribute_map; where a file has both names, they come first."""
+    transformers = pytest.importorskip("transformers")
+    folder, params = saved
+    settings = json.loads((folder / "config.json").read_text())
+    for name, other in OLD_NAMES.items():
+        settings[other] = settings[name]
+        if keep:
+            settings[name] += 1
+        else:
+            del settings[name]
+    (folder / "config.json").write_text(json.dumps(settings))
+    theirs = transformers.GPT2Config.from_pretrained(folder)
+    assert theirs.attribute_map == {other: name for name, other in OLD_NAMES.items()}
+    hparams = config.read_hparams(folder)
+    assert hparams == HPARAMS
+    assert [getattr(theirs, key) for key in config.HUGGING_FACE_SIZES.values()] == [
+        hparams[name] for name in config.HUGGING_FACE_SIZES
+    ]
+    assert_same(load(folder)[2], params, HPARAMS)
+
+
+def test_sizes_that_a_configuration_leaves_out_are_gpt2s(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    theirs = transformers.GPT2Config.from_pretrained(tmp_path)
+    assert config.read_hparams(tmp_path) == {
+        name: getattr(theirs, key) for name, key in config.HUGGING_FACE_SIZES.items()
+    }
+
+
+@pytest.mark.parametrize("name", config.SUPPORTED["activation_function"])
+def test_every_name_of_the_tanh_form_is_the_same_function(saved, rng, name):
+    torch = pytest.importorskip("torch")
+    activations = pytest.importorskip("transformers.activations")
+    folder, params = saved
+    edit_json(folder / "config.json", activation_function=name)
+    assert_same(load(folder)[2], params, HPARAMS)
+    x = rng.standard_normal(1000, dtype=np.float32) * 4
+    theirs = activations.ACT2FN[name](torch.tensor(x)).numpy()
+    np.testing.assert_allclose(gelu(x), theirs, atol=2e-6)
 
 
 def test_harmless_spellings_load(saved):
