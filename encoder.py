@@ -154,8 +154,9 @@ class Encoder:
     special: {text: id} of texts that encode() turns into a single id when asked to; by default
     <|endoftext|>, if the vocabulary has it. added: {text: AddedToken} of further such texts; those
     that are not special always become a single id. end_ids: the ids that end a text, by default
-    that of <|endoftext|>; a model can have others. Raises ValueError for a merge of pieces that are
-    not in the vocabulary, and for a vocabulary that check_vocab refuses.
+    that of <|endoftext|>; a model can have others. add_prefix_space: encode a text, and the text
+    after an added token, as if it began with a space. Raises ValueError for a merge of pieces that
+    are not in the vocabulary, and for a vocabulary that check_vocab refuses.
 
     n_vocab: one more than the largest id. endoftext: the first of end_ids, which is written after
     a document; None if there are none. piece_of_id: the inverse of vocab, with all added tokens.
@@ -165,7 +166,9 @@ class Encoder:
     ([256, 257], ' abc', 258, 259)
     """
 
-    def __init__(self, merges, vocab=None, special=None, end_ids=None, added=None):
+    def __init__(
+        self, merges, vocab=None, special=None, end_ids=None, added=None, add_prefix_space=False
+    ):
         self.merges = [(left, right) for left, right in merges]
         vocab = number_pieces(self.merges) if vocab is None else check_vocab(vocab)
         if not special and not added and ENDOFTEXT in vocab:
@@ -176,6 +179,7 @@ class Encoder:
         self.n_vocab = max(self.piece_of_id) + 1
         if end_ids is None:
             end_ids = [self.vocab[ENDOFTEXT]] if ENDOFTEXT in self.vocab else []
+        self.add_prefix_space = add_prefix_space
         self.end_ids = tuple(end_ids)
         self.endoftext = self.end_ids[0] if self.end_ids else None
         self._byte_ids = [self.vocab.get(CHAR_OF_BYTE[byte]) for byte in range(256)]
@@ -189,7 +193,10 @@ class Encoder:
                 self._passes.append((tokens, added_pattern(tokens)))
         self._has_plain_added = len(self.special) < len(self.added)
         self.is_byte_model = (  # does encode() only look up each byte?
-            not self.merges and not self._has_plain_added and None not in self._byte_ids
+            not self.merges
+            and not self._has_plain_added
+            and not add_prefix_space
+            and None not in self._byte_ids
         )
         self._ids_of_piece = Cache(self._encode_piece)
         self._ids_of_word = Cache(self._encode_word)
@@ -293,9 +300,13 @@ class Encoder:
         """Write the vocabulary to a folder, for get_encoder and Hugging Face's transformers."""
         ends = [text for text, id in self.special.items() if id == self.endoftext]
         end_token = ends[0] if ends else None
-        write_tokenizer(model_dir, self.merges, self.vocab, self.added, end_token)
+        write_tokenizer(
+            model_dir, self.merges, self.vocab, self.added, end_token, self.add_prefix_space
+        )
 
     def _encode_plain(self, text):
+        if self.add_prefix_space and text and not text.startswith(" "):
+            text = " " + text
         if self.is_byte_model and max(self._byte_ids) < 256:
             return list(text.encode().translate(bytes(self._byte_ids)))
         ids = []
@@ -478,4 +489,10 @@ def get_encoder(model_name, models_dir):
     """
     tokenizer = read_tokenizer(Path(models_dir, model_name))
     with naming(tokenizer.merges_file):  # what else is wrong has been found while reading
-        return Encoder(tokenizer.merges, tokenizer.vocab, None, tokenizer.end_ids, tokenizer.added)
+        return Encoder(
+            tokenizer.merges,
+            tokenizer.vocab,
+            end_ids=tokenizer.end_ids,
+            added=tokenizer.added,
+            add_prefix_space=tokenizer.add_prefix_space,
+        )

@@ -31,7 +31,7 @@ SUPPORTED = {
     "byte_fallback": (False, None),
     "ignore_merges": (False, None),
 }
-PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+PRE_TOKENIZER = {"type": "ByteLevel", "use_regex": True}
 
 
 class Tokenizer(NamedTuple):
@@ -41,6 +41,7 @@ class Tokenizer(NamedTuple):
     vocab: dict  # {piece: id}
     added: dict  # {text: AddedToken} of the texts that are or can become a single id
     end_ids: tuple  # the ids that end a text, () if none do; the first stands between documents
+    add_prefix_space: bool  # does a text that begins without a space get one?
     merges_file: Path  # the file that the merges are in, for error messages
 
 
@@ -69,9 +70,17 @@ def read_tokenizer(folder):  # -> Tokenizer
     paths = find_tokenizer(folder)
     merges_file = paths[-1]
     config = read_optional(folder, TOKENIZER_CONFIG)
+    with naming(Path(folder, TOKENIZER_CONFIG)):
+        for key in ("add_bos_token", "add_eos_token"):
+            if config.get(key):
+                raise ValueError(f"{key} is not supported: no token is added to a text")
+        add_prefix_space = read_flag(config, "add_prefix_space")
     if len(paths) == 1:
         with naming(merges_file):
-            merges, vocab, added = parse_tokenizer(read_json(merges_file))
+            content = read_json(merges_file)
+            merges, vocab, added = parse_tokenizer(content)
+            in_same_file = read_flag(content["pre_tokenizer"], "add_prefix_space")
+            add_prefix_space = in_same_file if add_prefix_space is None else add_prefix_space
             add_tokens(vocab, added)
     else:
         with naming(paths[0]):
@@ -94,7 +103,14 @@ def read_tokenizer(folder):  # -> Tokenizer
                 added[text] = AddedToken(id, is_special=True, normalized=normalized)
         vocab, piece_of_id = add_tokens(vocab, added)
     end_ids = read_end_ids(folder, roles, added, piece_of_id)
-    return Tokenizer(merges, vocab, added, end_ids, merges_file)
+    return Tokenizer(merges, vocab, added, end_ids, bool(add_prefix_space), merges_file)
+
+
+def read_flag(settings, key):  # -> True, False, or None if there is no such setting
+    value = settings.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{key} is {value!r}, not true or false")
+    return value
 
 
 def read_optional(folder, name):  # -> the JSON object in a file, {} if there is no such file
@@ -203,7 +219,7 @@ def parse_tokenizer(content):  # -> merges, vocab, {text: AddedToken}
         pre_tokenizer = {}
     pre_tokenizer = {"use_regex": True} | pre_tokenizer  # older files do not have it
     if any(pre_tokenizer.get(key) != value for key, value in PRE_TOKENIZER.items()):
-        raise ValueError("only GPT-2's pre_tokenizer is supported: ByteLevel, no prefix space")
+        raise ValueError("only GPT-2's pre_tokenizer is supported: ByteLevel, with its pattern")
     post_processor = content.get("post_processor")
     if isinstance(post_processor, dict) and post_processor.get("special_tokens"):
         raise ValueError("a post_processor that adds tokens is not supported")
@@ -248,7 +264,7 @@ def parse_added(tokens):  # {id as text: {"content": text, ...}} -> {text: Added
 # --- Writing ------------------------------------------------------------------------------------
 
 
-def write_tokenizer(folder, merges, vocab, added, end_token):
+def write_tokenizer(folder, merges, vocab, added, end_token, add_prefix_space=False):
     """Write Hugging Face's vocab.json, merges.txt and tokenizer_config.json.
 
     added: {text: AddedToken}. end_token: the text that ends a document, None if the vocabulary has
@@ -258,6 +274,8 @@ def write_tokenizer(folder, merges, vocab, added, end_token):
     folder.mkdir(parents=True, exist_ok=True)
     config = {"tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": False}
     config |= {f"{role}_token": end_token for role in ("bos", "eos", "unk")}
+    if add_prefix_space:
+        config["add_prefix_space"] = True
     if added.keys() - {end_token}:
         settings = dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
         config["added_tokens_decoder"] = {

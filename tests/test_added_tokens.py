@@ -192,3 +192,59 @@ def test_a_tokenizer_with_more_ids_than_the_model(rng, folder):
     assert (code, err) == (0, "")
     with pytest.raises(ValueError, match=f"the id {N}, but the model has only {N} rows"):
         encoder.encode(f"a{PAD}", allow_endoftext=True)
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder, tokenizer_config=config | changes)
+
+
+PREFIXED = [
+    *TEXTS,
+    "Hello",
+    " x",
+    "\nx",
+    f"a{ENDOFTEXT}b{ENDOFTEXT}",
+    f"a{ENDOFTEXT} \n",
+    "low,low",
+]
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "tokenizer.json"])
+def test_a_prefix_space_is_added_where_the_tokenizer_adds_one(folder, tmp_path, place):
+    change_config(folder, add_prefix_space=True)
+    if place == "tokenizer.json":
+        theirs = transformers.GPT2TokenizerFast.from_pretrained(folder)
+        theirs.add_tokens(["covid"])
+        theirs.save_pretrained(tmp_path / "theirs")
+        folder = tmp_path / "theirs"
+        content = json.loads((folder / "tokenizer.json").read_text())
+        assert content["pre_tokenizer"]["add_prefix_space"] is True
+    ours = check_ids(folder, PREFIXED, also_as_text=False)
+    assert ours.encode("low") == SMALL.encode(" low") != SMALL.encode("low")
+    ours.save(tmp_path / "again")
+    again = check_ids(tmp_path / "again", PREFIXED, also_as_text=False)
+    assert again.add_prefix_space
+
+
+def test_a_tokenizer_json_alone_says_whether_a_space_is_added(folder, tmp_path):
+    change_config(folder, add_prefix_space=True)
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    theirs.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = get_encoder("", tmp_path)
+    for text in PREFIXED:
+        assert ours.encode(text, allow_endoftext=True) == theirs.backend_tokenizer.encode(text).ids
+
+
+def test_a_bytes_only_tokenizer_with_a_prefix_space(tmp_path):
+    Encoder([], add_prefix_space=True).save(tmp_path)
+    check_ids(tmp_path, PREFIXED, also_as_text=False)
+
+
+@pytest.mark.parametrize("key", ["add_bos_token", "add_eos_token"])
+def test_tokens_that_would_be_added_to_every_text_are_refused(folder, key):
+    change_config(folder, **{key: True})
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {key} is not supported"):
+        get_encoder("", folder)
+    change_config(folder, **{key: False})
+    check_ids(folder)
