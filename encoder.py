@@ -180,6 +180,7 @@ class Encoder:
         if end_ids is None:
             end_ids = [self.vocab[ENDOFTEXT]] if ENDOFTEXT in self.vocab else []
         self.add_prefix_space = add_prefix_space
+        self.chat_template = None  # for transformers, see corpus/chat.py
         self.end_ids = tuple(end_ids)
         self.endoftext = self.end_ids[0] if self.end_ids else None
         self._byte_ids = [self.vocab.get(CHAR_OF_BYTE[byte]) for byte in range(256)]
@@ -300,9 +301,7 @@ class Encoder:
         """Write the vocabulary to a folder, for get_encoder and Hugging Face's transformers."""
         ends = [text for text, id in self.special.items() if id == self.endoftext]
         end_token = ends[0] if ends else None
-        write_tokenizer(
-            model_dir, self.merges, self.vocab, self.added, end_token, self.add_prefix_space
-        )
+        write_tokenizer(model_dir, self, end_token)
 
     def _encode_plain(self, text):
         if self.add_prefix_space and text and not text.startswith(" "):
@@ -489,10 +488,12 @@ def get_encoder(model_name, models_dir):
     """
     tokenizer = read_tokenizer(Path(models_dir, model_name))
     with naming(tokenizer.merges_file):  # what else is wrong has been found while reading
-        return Encoder(
+        encoder = Encoder(
             tokenizer.merges,
             tokenizer.vocab,
             end_ids=tokenizer.end_ids,
             added=tokenizer.added,
             add_prefix_space=tokenizer.add_prefix_space,
         )
+    encoder.chat_template = tokenizer.chat_template
+    return encoder

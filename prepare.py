@@ -57,7 +57,7 @@ from plumbing.cli import count
 from plumbing.files import open_locked, write_whole
 
 TRAINING_BYTES = 10**8  # of text that a tokenizer learns from, give or take a document
-TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json"]
+TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"]
 DELETABLE = re.compile(  # the files in the shards' folder that this program has written
     rf"{SHARD.pattern}|({'|'.join(map(re.escape, TOKENIZER))})(\.\d+\.tmp)?|meta\.json\.\d+\.tmp"
 )

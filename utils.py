@@ -278,7 +278,8 @@ def save_model(model_dir, encoder, hparams, params, dtype="float32"):
 def check_target(model_dir, for_adapter=False):
     """Raises ValueError or OSError if save_model cannot write, or if other files contradict it."""
     others = "config.json" if for_adapter else CONFIG
-    for name in ("hparams.json", "encoder.json", "tokenizer.json", others):
+    stale = ("added_tokens.json", "special_tokens_map.json", "generation_config.json")
+    for name in ("hparams.json", "encoder.json", *stale, others):
         if os.path.exists(os.path.join(model_dir, name)):
             raise ValueError(f"{model_dir}: has {name}, of another model; save to another folder")
     paths = (Path(model_dir), *Path(model_dir).absolute().parents)

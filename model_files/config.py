@@ -103,6 +103,7 @@ def hugging_face_config(encoder, hparams, dtype):
         "architectures": ["GPT2LMHeadModel"],
         **{key: values[0] for key, values in SUPPORTED.items()},
         **{key: hparams[name] for name, key in HUGGING_FACE_SIZES.items()},
+        "n_ctx": hparams["n_ctx"],  # the older name of n_positions, which llama.cpp reads
         "n_inner": hparams.get("n_inner"),
         "bos_token_id": encoder.endoftext,
         "eos_token_id": end_ids[0] if len(end_ids) == 1 else end_ids or None,

@@ -7,7 +7,7 @@
 Added tokens are also in tokenizer_config.json or, in older folders, in added_tokens.json.
 special_tokens_map.json, also an older file, says which of them are special.
 
-encoder.py makes an Encoder of what is read. Only the second layout is written. After
+encoder.py makes an Encoder of what is read. Both of Hugging Face's layouts are written. After
 https://github.com/openai/gpt-2/blob/master/src/encoder.py and https://huggingface.co/docs/tokenizers.
 """
 
@@ -20,6 +20,7 @@ from plumbing.files import check_file, naming, read_json, write_whole
 
 TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("tokenizer.json",), ("vocab.json", "merges.txt")]
 TOKENIZER_CONFIG = "tokenizer_config.json"
+VERSION = "#version: 0.2"  # the first line of a merges.txt
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 # The settings of a tokenizer.json, and the values with which its ids are encoder.py's.
@@ -42,6 +43,7 @@ class Tokenizer(NamedTuple):
     added: dict  # {text: AddedToken} of the texts that are or can become a single id
     end_ids: tuple  # the ids that end a text, () if none do; the first stands between documents
     add_prefix_space: bool  # does a text that begins without a space get one?
+    chat_template: str | None  # Jinja, for transformers; only copied when the model is saved
     merges_file: Path  # the file that the merges are in, for error messages
 
 
@@ -103,7 +105,10 @@ def read_tokenizer(folder):  # -> Tokenizer
                 added[text] = AddedToken(id, is_special=True, normalized=normalized)
         vocab, piece_of_id = add_tokens(vocab, added)
     end_ids = read_end_ids(folder, roles, added, piece_of_id)
-    return Tokenizer(merges, vocab, added, end_ids, bool(add_prefix_space), merges_file)
+    chat_template = config.get("chat_template") if is_text(config.get("chat_template")) else None
+    return Tokenizer(
+        merges, vocab, added, end_ids, bool(add_prefix_space), chat_template, merges_file
+    )
 
 
 def read_flag(settings, key):  # -> True, False, or None if there is no such setting
@@ -264,33 +269,80 @@ def parse_added(tokens):  # {id as text: {"content": text, ...}} -> {text: Added
 # --- Writing ------------------------------------------------------------------------------------
 
 
-def write_tokenizer(folder, merges, vocab, added, end_token, add_prefix_space=False):
-    """Write Hugging Face's vocab.json, merges.txt and tokenizer_config.json.
+def write_tokenizer(folder, encoder, end_token):
+    """Write Hugging Face's vocab.json, merges.txt, tokenizer_config.json and tokenizer.json.
 
-    added: {text: AddedToken}. end_token: the text that ends a document, None if the vocabulary has
-    none. Each file appears under its name only when it is complete.
+    end_token: the text that ends a document, None if the vocabulary has none. Each file appears
+    under its name only when it is complete.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": False}
     config |= {f"{role}_token": end_token for role in ("bos", "eos", "unk")}
-    if add_prefix_space:
+    if encoder.add_prefix_space:
         config["add_prefix_space"] = True
-    if added.keys() - {end_token}:
-        settings = dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+    if encoder.chat_template:
+        config["chat_template"] = encoder.chat_template
+    if encoder.added.keys() - {end_token}:
         config["added_tokens_decoder"] = {
-            token.id: {"content": text, "special": token.is_special}
-            | {"normalized": token.normalized}
-            | settings
-            for text, token in added.items()
+            token.id: added_settings(text, token) for text, token in encoder.added.items()
         }
-    # `tokenizers` looks for an added token as it is, in a vocabulary that has "ĠĠ" for two spaces.
-    # It then numbers those that it has not found, in order, from the end of the vocabulary.
-    respelled = [token.id for text, token in added.items() if printable(text) != text]
-    n_pieces = min([*respelled, len(vocab) + len(added)])
-    left_out = {printable(text) for text, token in added.items() if token.id >= n_pieces}
-    vocab = {piece: id for piece, id in vocab.items() if piece not in left_out or id < n_pieces}
-    lines = [f"{left} {right}\n" for left, right in merges]
+    vocab = vocab_to_write(encoder)
+    merges = [f"{left} {right}" for left, right in encoder.merges]
     write_whole(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
-    write_whole(folder / "merges.txt", "#version: 0.2\n" + "".join(lines))
+    write_whole(folder / "merges.txt", "".join(f"{line}\n" for line in [VERSION, *merges]))
     write_whole(folder / TOKENIZER_CONFIG, json.dumps(config, indent=2))
+    content = tokenizer_json(encoder, vocab, merges)
+    write_whole(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False))
+
+
+def added_settings(text, token):
+    settings = {"content": text, "special": token.is_special, "normalized": token.normalized}
+    return settings | dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+
+
+def vocab_to_write(encoder):  # -> {piece: id}
+    """Return the vocabulary without those added tokens that `tokenizers` would not find in it.
+
+    It looks for an added token as it is, in a vocabulary that has "ĠĠ" for two spaces. Then it
+    numbers those that it has not found, in order, from the end of the vocabulary.
+    """
+    respelled = [token.id for text, token in encoder.added.items() if printable(text) != text]
+    if not respelled:
+        return encoder.vocab
+    added_later = {
+        printable(text) for text, token in encoder.added.items() if token.id >= min(respelled)
+    }
+    return {
+        piece: id
+        for piece, id in encoder.vocab.items()
+        if piece not in added_later or id < min(respelled)
+    }
+
+
+def tokenizer_json(encoder, vocab, merges):  # merges: ["Ġ t", ...]
+    """Return the content of a tokenizer.json: all that `tokenizers` needs, in one file."""
+    byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+    added = sorted(encoder.added.items(), key=lambda item: item[1].id)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": token.id} | added_settings(text, token) for text, token in added],
+        "normalizer": None,
+        "pre_tokenizer": byte_level | {"add_prefix_space": encoder.add_prefix_space},
+        "post_processor": byte_level | {"add_prefix_space": True, "trim_offsets": False},
+        "decoder": byte_level | {"add_prefix_space": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }

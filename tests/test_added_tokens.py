@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import utils
 from encoder import ENDOFTEXT, Encoder, get_encoder, train
+from model_files.vocabulary import AddedToken
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -248,3 +249,24 @@ def test_tokens_that_would_be_added_to_every_text_are_refused(folder, key):
         get_encoder("", folder)
     change_config(folder, **{key: False})
     check_ids(folder)
+
+
+@pytest.mark.parametrize("kind", ["GPT2TokenizerFast", "PreTrainedTokenizerFast", "AutoTokenizer"])
+def test_an_exports_tokenizer_json_gives_our_ids(tmp_path, kind):
+    """By itself, without the other files, and with all kinds of added tokens."""
+    added = {
+        PAD: AddedToken(N),
+        "covid": AddedToken(N + 1, False, True),
+        "  ": AddedToken(N + 2, False),
+    }
+    ours = Encoder(SMALL.merges, SMALL.vocab, {ENDOFTEXT: N - 1}, added=added)
+    ours.save(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink()
+    theirs = getattr(transformers, kind).from_pretrained(tmp_path)
+    assert theirs.eos_token_id == N - 1 and len(theirs) == ours.n_vocab
+    for text in TEXTS:
+        ids = ours.encode(text, allow_endoftext=True)
+        assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
+    again = get_encoder("", tmp_path)
+    assert (again.added, again.piece_of_id) == (ours.added, ours.piece_of_id)

@@ -372,7 +372,10 @@ REFUSED = {  # files -> files, and what is said of them
         "model.safetensors.index.json: weight_map should name files of this folder",
     ),
     "no config": (lambda f: without(f, "config.json"), "some/one: not a model that transformers"),
-    "no tokenizer": (lambda f: without(f, "vocab.json"), "no tokenizer in some/one: expected"),
+    "no tokenizer": (
+        lambda f: without(without(f, "vocab.json"), "tokenizer.json"),
+        "no tokenizer in some/one: expected",
+    ),
     "another tokenizer": (
         lambda f: without(f, "vocab.json") | {"tokenizer.json": b'{"model": {"type": "Unigram"}}'},
         "some/one/tokenizer.json: model.type 'Unigram' is not supported",

@@ -78,6 +78,7 @@ def test_saved_model_loads_the_same(saved):
         "vocab.json",
         "merges.txt",
         "tokenizer_config.json",
+        "tokenizer.json",
     }
     assert set(os.listdir(folder)) == names
 
@@ -461,6 +462,8 @@ def test_missing_pieces_are_named(saved, tmp_path):
     assert "shakespeare, 124M" in refusal("no-such-model") and "shakespeare, 124M" in refusal("")
     with pytest.raises(ValueError, match="small"):
         utils.load_encoder_hparams_and_params("smal", str(tmp_path))
+    os.unlink(folder / "tokenizer.json")  # either layout is enough
+    load(folder)
     for name, error in [
         ("vocab.json", "tokenizer"),
         ("model.safetensors", "weights"),
@@ -649,13 +652,19 @@ def test_enormous_sizes_cost_nothing(saved, change):
     assert time.process_time() - start < 5
 
 
-@pytest.mark.parametrize("name", ["config.json", "vocab.json", "merges.txt", "index"])
+NAMES_OF_TEXTS = ["config.json", "vocab.json", "merges.txt", "tokenizer.json"]
+NAMES_OF_TEXTS += ["added_tokens.json", "special_tokens_map.json", "generation_config.json"]
+
+
+@pytest.mark.parametrize("name", [*NAMES_OF_TEXTS, "index"])
 def test_a_text_file_of_any_size_is_not_read(saved, name):
     """A file may have holes, of which a terabyte takes no room on the disk."""
     folder, _ = saved
     if name == "index":
         name = "model.safetensors.index.json"
         os.unlink(folder / "model.safetensors")
+    if name in ("vocab.json", "merges.txt"):
+        os.unlink(folder / "tokenizer.json")
     with open(folder / name, "ab") as file:
         file.truncate(2**40)
     assert f"{name}: {2**40} bytes, more than the {2**24} allowed" in refusal(folder)
