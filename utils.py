@@ -25,7 +25,13 @@ import numpy as np
 from encoder import get_encoder
 from model_files.adapters import CONFIG, is_adapter, merge, read_adapter, read_config
 from model_files.config import hugging_face_config, query_scales, read_hparams, sizes_file
-from model_files.convert import convert_checkpoint, has_tensorflow, needs_tensorflow
+from model_files.convert import (
+    convert_checkpoint,
+    converted_path,
+    find_checkpoint,
+    has_tensorflow,
+    needs_tensorflow,
+)
 from model_files.download import SIZES, download
 from model_files.hub import fetch_released, fetch_repository, is_repository
 from model_files.weights import (
@@ -218,15 +224,18 @@ def read_weights(model_dir):
     """Return {Hugging Face's key: (dtype, shape, bytes)}, and the path for error messages."""
     path = os.path.join(model_dir, WEIGHTS)
     index = os.path.join(model_dir, WEIGHTS_INDEX)
-    checkpoint = os.path.join(model_dir, "model.ckpt")
+    checkpoint = find_checkpoint(model_dir)
+    converted = converted_path(checkpoint)
     if os.path.isfile(path):
         tensors = read_safetensors(path)
     elif os.path.isfile(index):
         tensors, path = {}, index
         for shard in read_index(index):
             tensors |= read_safetensors(os.path.join(model_dir, shard))
+    elif os.path.isfile(checkpoint + ".index") and os.path.isfile(converted):
+        tensors, path = read_safetensors(converted), converted
     elif os.path.isfile(checkpoint + ".index"):
-        tensors, path = convert_checkpoint(model_dir, path), checkpoint
+        tensors, path = convert_checkpoint(checkpoint, converted), checkpoint
     else:
         raise FileNotFoundError(
             f"{model_dir}: no weights, neither model.safetensors nor model.ckpt"
