@@ -21,7 +21,7 @@ folder of shards holds:
 
     train_000000.bin ..., val_000000.bin ...   ids, little-endian uint16 (uint32 above 65535 ids)
     meta.json                                  what is in them, and from where; written last of all
-    vocab.json, merges.txt, ...                the tokenizer
+    vocab.json, merges.txt, tokenizer.json ... the tokenizer
 """
 
 import contextlib
