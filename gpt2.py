@@ -311,6 +311,13 @@ def latest(ids, n_ctx):  # list of ids -> its end, at most n_ctx ids
     return ids if len(ids) <= n_ctx else ids[-max(1, n_ctx // 2) :]
 
 
+def end_ids_of(endoftext):  # an id, several, or None -> a collection of ids
+    """Return the ids that end a text: some models have more than one."""
+    if endoftext is None:
+        return ()
+    return (endoftext,) if isinstance(endoftext, int | np.integer) else tuple(endoftext)
+
+
 def generate_stream(
     inputs, params, n_head, n_tokens_to_generate, seed=None, endoftext=None, slide=False, **sampling
 ):
@@ -321,6 +328,7 @@ def generate_stream(
 
     sampling: temperature, top_k, top_p, min_p and repetition_penalty, as `sample` takes them;
         greedy by default.
+    endoftext: an id, or several of which any ends the text.
     slide: let the text outgrow n_ctx; then the model sees only its end.
 
     The first next() raises ValueError for what check_sampling and check_length refuse.
@@ -328,6 +336,7 @@ def generate_stream(
     n_ctx = len(params["wpe"])
     check_sampling(n_tokens_to_generate, seed=seed, **sampling)
     check_length(len(inputs), n_tokens_to_generate, math.inf if slide else n_ctx)
+    end_ids = end_ids_of(endoftext)
     inputs = list(inputs)  # a copy: the caller's list stays as it is
     rng = np.random.default_rng(seed)
     for _ in range(n_tokens_to_generate):
@@ -335,7 +344,7 @@ def generate_stream(
         x = hidden_state(inputs, **params, n_head=n_head)
         logits = params["wte"] @ x[-1]  # as in gpt2, but of the last position only
         token = sample(logits, rng, **sampling, ids=inputs)
-        if token == endoftext:
+        if token in end_ids:
             return
         inputs.append(token)
         yield token
@@ -396,7 +405,7 @@ def main(
     inputs = encoder.encode_prompt(prompt, None if slide else hparams["n_ctx"])
     new_ids = generate_stream(
         inputs, params, hparams["n_head"], n_tokens_to_generate,
-        seed, encoder.endoftext, slide, **sampling,
+        seed, encoder.end_ids, slide, **sampling,
     )  # fmt: skip
     for text in encoder.decode_stream(new_ids):
         print(text, end="", flush=True)

@@ -74,7 +74,7 @@ def main(prompt: str, n_tokens_to_generate: int = 40, model_size="124M", models_
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     ids = encoder.encode_prompt(prompt, hparams["n_ctx"])
     new_ids = generate(ids, params, hparams["n_head"], n_tokens_to_generate)
-    print(encoder.decode(new_ids).split("<|endoftext|>")[0])
+    print(encoder.decode(encoder.before_end(new_ids)))
 
 
 if __name__ == "__main__":

@@ -467,7 +467,7 @@ def main(
     def write(batch):  # lists of ids -> their events
         return stream(
             batch, params, hparams["n_head"], n_tokens_to_generate,
-            seed=seed, endoftext=encoder.endoftext, stop=stops_with(stops, encoder),
+            seed=seed, endoftext=encoder.end_ids, stop=stops_with(stops, encoder),
             n_samples=n_samples, batch_size=batch_size, **sampling._asdict(),
         )  # fmt: skip
 

@@ -21,7 +21,7 @@ folder of shards holds:
 
     train_000000.bin ..., val_000000.bin ...   ids, little-endian uint16 (uint32 above 65535 ids)
     meta.json                                  what is in them, and from where; written last of all
-    vocab.json, merges.txt, ...                the tokenizer
+    vocab.json, merges.txt, tokenizer.json ... the tokenizer
 """
 
 import contextlib
@@ -57,7 +57,7 @@ from plumbing.cli import count
 from plumbing.files import open_locked, write_whole
 
 TRAINING_BYTES = 10**8  # of text that a tokenizer learns from, give or take a document
-TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json"]
+TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"]
 DELETABLE = re.compile(  # the files in the shards' folder that this program has written
     rf"{SHARD.pattern}|({'|'.join(map(re.escape, TOKENIZER))})(\.\d+\.tmp)?|meta\.json\.\d+\.tmp"
 )
@@ -125,7 +125,7 @@ def get_tokenizer(name, models_dir):  # -> Encoder
     folder = find_model(name, models_dir, only_tokenizer=True)
     encoder = get_encoder("", folder)
     if encoder.endoftext is None:
-        raise ValueError(f"{folder}: its tokenizer has no {ENDOFTEXT}, which separates documents")
+        raise ValueError(f"{folder}: its tokenizer has no end token, which separates documents")
     return encoder
 
 

@@ -15,6 +15,17 @@ The space before a message belongs to its first word, as always in GPT-2, so no 
 from bisect import bisect_left
 
 NAMES = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
+CHAT_TEMPLATE = (  # the same for transformers' apply_chat_template, in Jinja
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}"
+    "Assistant: {{ message.content | trim }}{{ eos_token }}"
+    "{{ '\n' if not loop.last or add_generation_prompt }}"
+    "{% else %}"
+    "{{ 'User' if message.role == 'user' else 'System' }}: {{ message.content | trim }}{{ '\n' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{{ 'Assistant:' if add_generation_prompt }}"
+)
 NEXT_TURN = "\nUser:"  # where a model that has not learned to end its answers goes on by itself
 
 

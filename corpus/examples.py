@@ -14,7 +14,7 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
-from corpus.chat import check_messages, encode_answer, encode_messages
+from corpus.chat import CHAT_TEMPLATE, check_messages, encode_answer, encode_messages
 from model_files.vocabulary import MOST_IDS
 from plumbing.cli import count
 from plumbing.files import check_file, parse_json
@@ -72,6 +72,7 @@ def read_example(line, where, encoder):  # -> [(ids, whether they are learned), 
             messages = check_messages(messages)
         except ValueError as problem:
             raise ValueError(f"{where}: {problem}") from None
+        encoder.chat_template = CHAT_TEMPLATE  # so that the model's folder says what it learned
         return encode_messages(messages, encoder), False
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise ValueError(f"{where}: expected a prompt and a completion, both text, or messages")

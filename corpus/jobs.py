@@ -276,7 +276,7 @@ def mend(texts):  # [bytes] -> [UTF-8], how many invalid sequences became U+FFFD
 
 def encode(texts, ends, encoder, dtype):  # [UTF-8], [bool] -> [n] ids
     """Encode the texts, with the id of <|endoftext|> after each text that ends."""
-    if not encoder.merges:  # a table is enough; 0xFF, which UTF-8 never has, ends a document
+    if encoder.is_byte_model:  # a table is enough; 0xFF, which UTF-8 never has, ends a document
         table = [encoder.vocab[CHAR_OF_BYTE[byte]] for byte in range(255)] + [encoder.endoftext]
         pieces = []
         for text, end in zip(texts, ends, strict=True):

@@ -596,10 +596,10 @@ MALFORMED = {
     "merges of one line": (BYTES, b"a" * 10**6, "merges.txt: line 1 is 'aaaaaaaa"),
     "many spaces": (BYTES, b" " * 10**6, "merges.txt: line 1 is '        "),
     "no bytes": ({}, "", "vocab.json: 256 of the 256 bytes have no id, the first is '!'"),
-    "a byte lacks": (
-        {piece: id for piece, id in BYTES.items() if piece != "Ġ"},
-        "",
-        "vocab.json: 1 of the 256 bytes have no id, the first is 'Ġ'",
+    "a byte lacks that a merge needs": (
+        {piece: id for piece, id in BYTES.items() if piece != "Ġ"} | {"Ġa": 300},
+        "Ġ a\n",
+        "merges.txt: the vocabulary has no 'Ġ', which merge 1 needs: 'Ġ' + 'a'",
     ),
     "raw space": (
         BYTES | {"a b": 300},
@@ -806,8 +806,9 @@ BAD_TOKENIZERS = {
     "merge 1 is 'abc'": lambda t: t["model"]["merges"].__setitem__(0, "abc"),
     "merge 1 is ['a', '']": lambda t: t["model"]["merges"].__setitem__(0, ["a", ""]),
     "a vocabulary is one JSON object": lambda t: t["model"].update(vocab=[1]),
-    "bytes have no id": lambda t: t["model"]["vocab"].pop("a"),
-    "only GPT-2's pre_tokenizer": lambda t: t["pre_tokenizer"].update(add_prefix_space=True),
+    "the vocabulary has no 'a', which": lambda t: t["model"]["vocab"].pop("a"),
+    "only GPT-2's pre_tokenizer": lambda t: t["pre_tokenizer"].update(use_regex=False),
+    "add_prefix_space is 1, not": lambda t: t["pre_tokenizer"].update(add_prefix_space=1),
     "only GPT-2's pre_tokenizer is": lambda t: t.update(pre_tokenizer=None),
     "a normalizer is not supported": lambda t: t.update(normalizer={"type": "NFC"}),
     "a post_processor that adds": lambda t: t["post_processor"].update(special_tokens={"a": 1}),

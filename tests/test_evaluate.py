@@ -658,7 +658,7 @@ def test_shards_of_others_have_ids_of_the_models(models, tmp_path):
     Encoder([("a", "b")]).save(tmp_path)
     code, _, err = run(models[0], "perplexity", "--data", tmp_path)
     assert (code, err) == (2, f"error: {tmp_path}: its tokenizer is not the model's\n")
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"):
         (tmp_path / name).unlink()
     np.array([1, 257], "<u2").tofile(tmp_path / "val.bin")
     code, _, err = run(models[0], "perplexity", "--data", tmp_path)

@@ -309,7 +309,7 @@ class Output:
         n = min(100, hparams["n_ctx"] - 1)
         [ids] = generate(
             [encoder.encode("\n")], params, hparams["n_head"], n,
-            endoftext=encoder.endoftext, temperature=0.8, seed=self.flags["seed"],
+            endoftext=encoder.end_ids, temperature=0.8, seed=self.flags["seed"],
         )  # fmt: skip
         lines = [line for line in encoder.decode(ids).splitlines() if line.strip()]
         self.show("\n".join("    " + line for line in lines))
