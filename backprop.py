@@ -16,30 +16,47 @@ A batch's tokens stand one after the other, [n_tokens, n_embd], because a few la
 faster than many small ones; only attention sees the sequences. Memory: 4 bytes for each parameter,
 twice that for Adam, once more for each thread's gradient; and for each token of the batch
 4 * (n_layer * (16 * n_embd + n_head * n_seq) + 3 * n_vocab). Small models have processes instead.
+
+Training is a loop over two functions, for parameters and batches of ids of your own:
+
+    for n_done, tokens in enumerate(batches):
+        loss, gradients = loss_and_gradients(params, tokens, n_head)
+        for name, p in leaves(params).items():
+            adamw(p, leaves(gradients)[name], m[name], v[name], n_done, rate=1e-3)
 """
 
+import contextlib
 import functools
 import math
 
 import numpy as np
 
-from engine import memory
-from engine.processes import share_in_threads
-from engine.threads import in_threads, own_threads
-from gpt2 import attention_weights, gelu, layer_norm, linear, mha, softmax
+from engine import sharing
+from gpt2 import attention_weights, gelu, gpt2, layer_norm, linear, softmax
 from kv_cache import generate
 from model_files.weights import leaves, nest
 from plumbing.cli import run_cli
-from training.flags import read_flags
-from training.host import run
+from training.checkpoints import State
+from training.flags import check_numpy, numpy_flags, read_flags
+from training.init import init_tree
+from training.progress import Machine, measure_peak
+from training.run import run
+from training.text import draw_stretches
 
 # --- The gradient -------------------------------------------------------------------------------
 
 
 def gelu_backward(dy, x, y):  # [...] each, y = gelu(x) -> dx
-    """y = x s with s = (1 + tanh u) / 2 has the slope s + x s', and tanh' = 1 - tanh^2 makes
-    s' = s (1 - s) 2u'. Since x s is y, that is s (1 + (x - y) 2u'). s is y / x, so tanh is not
-    computed again; only at x = 0 that is 0 / 0, and s is 1/2."""
+    """gelu(x) = x s, where s = (1 + tanh u) / 2 and u = sqrt(2 / pi) (x + 0.044715 x^3).
+
+        slope = s + x s'                  the product rule
+        s'    = s (1 - s) 2u'             because tanh' = 1 - tanh^2
+        slope = s (1 + (x - x s) 2u')     s' put in, s taken out
+              = s (1 + (x - y) 2u')       because x s is y
+        2u'   = 2 sqrt(2 / pi) (1 + 3 * 0.044715 x^2)
+
+    s is y / x, so tanh is not computed again. Only at x = 0 that is 0 / 0, where s is 1/2.
+    """
     with np.errstate(invalid="ignore"):
         s = y / x
     s[x == 0] = 0.5
@@ -128,32 +145,31 @@ def attention_in_blocks_forward(q, k, v):  # the same
 
 
 def mha_forward(x, c_attn, c_proj, n_head, n_seq):  # [n_tokens, n_embd] -> y, backward
-    """gpt2.mha lets us hand in `attend`, which sees the sequences apart and keeps what it makes."""
-    kept = {}
+    """Heads and sequences stand apart only for attention; c_attn and c_proj see tokens alone."""
+    d_head = x.shape[-1] // n_head
 
     def split(x):  # [n_tokens, n_embd] -> [n_head, n_batch, n_seq, d_head]
-        return x.reshape(-1, n_seq, n_head, x.shape[-1] // n_head).transpose(2, 0, 1, 3)
+        return x.reshape(-1, n_seq, n_head, d_head).transpose(2, 0, 1, 3)
 
-    def merge(x):  # and back
-        return x.transpose(1, 2, 0, 3).reshape(-1, n_head * x.shape[-1])
+    def merge(x):  # [n_head, n_batch, n_seq, d_head] -> [n_tokens, n_embd]
+        return x.transpose(1, 2, 0, 3).reshape(-1, n_head * d_head)
 
-    def attend(q, k, v):  # [n_head, n_tokens, d_head] each
-        sequences = (x.reshape(n_head, -1, n_seq, x.shape[-1]) for x in (q, k, v))
-        y, kept["backward"] = attention_in_blocks_forward(*sequences)
-        kept["y"] = merge(y)  # what c_proj is given
-        return kept["y"].reshape(len(x), n_head, -1).swapaxes(0, 1)
+    q, k, v = np.split(linear(x, **c_attn), 3, axis=-1)  # three of [n_tokens, n_embd]
+    y, attention_backward = attention_in_blocks_forward(split(q), split(k), split(v))
+    heads = merge(y)
 
     def backward(dy):  # -> dx, {"c_attn", "c_proj"}
-        d, d_proj = linear_backward(dy, kept["y"], **c_proj)
-        d = np.concat([merge(x) for x in kept["backward"](split(d))], axis=-1)
+        d_heads, d_proj = linear_backward(dy, heads, **c_proj)
+        dq, dk, dv = attention_backward(split(d_heads))
+        d = np.concat([merge(dq), merge(dk), merge(dv)], axis=-1)  # [n_tokens, 3 * n_embd]
         dx, d_attn = linear_backward(d, x, **c_attn)
         return dx, {"c_attn": d_attn, "c_proj": d_proj}
 
-    return mha(x, c_attn, c_proj, n_head, attend), backward
+    return linear(heads, **c_proj), backward
 
 
 def transformer_block_forward(x, mlp, attn, ln_1, ln_2, n_head, n_seq):  # -> y, backward
-    """A sum has the slope 1 by both sides: dy goes on along the stream, and into each half."""
+    """The gradient of x + f(x) reaches x twice: directly, and through f."""
     y, mha_backward = mha_forward(layer_norm(x, **ln_1), **attn, n_head=n_head, n_seq=n_seq)
     middle = x + y
     y, ffn_backward = ffn_forward(layer_norm(middle, **ln_2), **mlp)
@@ -214,86 +230,197 @@ def cross_entropy(logits, targets):  # [n, n_vocab], [n] -> nats [n], the gradie
     return nats, p
 
 
-def loss_and_gradients(params, tokens, n_head):  # [n_batch, n_seq + 1] ids
-    """-> nats per token, a float, the mean of -ln p[next token]; its gradient, a tree like params.
+def loss_and_gradients(params, tokens, n_head, n_tokens=None):  # [n_batch, n_seq + 1] ids
+    """The mean of -ln p[next token], in nats, a float; and its gradient, a tree like params.
 
-    Threads share the sequences, each with OpenBLAS to itself, so that not just the products run in
-    parallel. Their sums are made in the batch's order: the same bits each time, on one machine.
+    n_tokens: what the sums are divided by, if the batch is a part of a larger one; by default the
+    batch's own number of predicted tokens. Threads share the sequences; their sums are added in
+    the batch's order, which gives the same bits each time, on one machine.
     """
-    work = functools.partial(share_of_mean, params=params, n_head=n_head)
-    loss, gradients = add_up(share_in_threads(work, tokens, n=tokens[:, 1:].size))
+    if n_tokens is None:
+        n_tokens = tokens[:, 1:].size
+
+    def evaluate(sequences):  # a slice of the batch
+        rows = tokens[sequences]
+        logits, backward = gpt2_forward(rows[:, :-1], **params, n_head=n_head)
+        nats, d_logits = cross_entropy(logits, rows[:, 1:].ravel())
+        d_logits /= n_tokens
+        return nats.sum(dtype=np.float64) / n_tokens, leaves(backward(d_logits))
+
+    loss, gradients = sharing.add_up(sharing.over_sequences(evaluate, len(tokens)))
     return loss, nest(gradients)
-
-
-def share_of_mean(tokens, params, n_head, n):  # -> what some sequences add to a mean over n tokens
-    memory.keep()
-    logits, backward = gpt2_forward(tokens[:, :-1], **params, n_head=n_head)
-    nats, d_logits = cross_entropy(logits, tokens[:, 1:].ravel())
-    d_logits /= n
-    return nats.sum(dtype=np.float64) / n, leaves(backward(d_logits))
-
-
-def add_up(parts):  # (number, {name: array}), ... -> their sums, in the arrays of the first
-    total, sums = next(parts := iter(parts))
-    for number, arrays in parts:
-        total += number
-        for name, x in arrays.items():
-            sums[name] += x
-    return float(total), sums
 
 
 # --- Training -----------------------------------------------------------------------------------
 
 
-def learning_rate(n_done, n_steps, learning_rate, min_learning_rate, n_warmup, **_):
-    """The next step's: a line up from learning_rate / n_warmup, then half a cosine down."""
-    first, n_warmup = learning_rate / n_warmup, min(n_warmup, n_steps // 2)
+def learning_rate(n_done, n_steps, learning_rate, min_learning_rate, n_warmup):
+    """Linear warmup from learning_rate / n_warmup, then cosine decay to min_learning_rate."""
+    first = learning_rate / n_warmup
+    n_warmup = min(n_warmup, n_steps // 2)
     if n_done < n_warmup:
         return first + (learning_rate - first) * n_done / n_warmup
     height = 1 + math.cos(math.pi * min(1, (n_done - n_warmup) / (n_steps - n_warmup)))
     return min_learning_rate + (learning_rate - min_learning_rate) * height / 2
 
 
-def adamw(params, gradients, moments, n_done, grad_clip, weight_decay, adam_b2, **schedule):
-    """A step, in place: Adam (Kingma & Ba 2015, arXiv:1412.6980), with decay of the matrices alone
-    (Loshchilov & Hutter 2019, arXiv:1711.05101). moments: {"m.wte": zeros, "v.wte": zeros, ...} at
-    first, means of the gradients and of their squares; c1 and c2 make up for these beginnings."""
-    rate, b1, b2, small, large = learning_rate(n_done, **schedule), 0.9, adam_b2, [], []
-    c1, c2, gradients = 1 - b1 ** (n_done + 1), 1 - b2 ** (n_done + 1), leaves(gradients)
-    for name, p in leaves(params).items():  # pieces of 2^17 numbers stay in the cache meanwhile
-        four = p, gradients[name], moments["m." + name], moments["v." + name]
-        four, kept = [x.reshape(-1) for x in four], 1 - rate * weight_decay * (p.ndim == 2)
-        pieces = ([kept, *(x[i : i + 2**17] for x in four)] for i in range(0, p.size, 2**17))
-        (small if p.size < 2**13 else large).extend(pieces)
-    with own_threads(len(large)):
-        clip = min(1, grad_clip / (sum(float(g @ g) for _, _, g, *_ in small + large) ** 0.5 or 1))
-
-    def work(pieces):
-        for kept, p, g, m, v in pieces:
-            m *= b1
-            m += g * ((1 - b1) * clip)
-            v *= b2
-            v += np.square(g) * ((1 - b2) * clip**2)
-            p *= kept
-            p -= m / (np.sqrt(v) + 1e-8 * c2**0.5) * (rate * c2**0.5 / c1)
-
-    work(small)  # threads would wait for each other longer than these take
-    in_threads(lambda mine: work(large[mine]), len(large))
+def scheduled_rate(n_done, flags):  # the learning rate of a run with these flags
+    names = "n_steps", "learning_rate", "min_learning_rate", "n_warmup"
+    return learning_rate(n_done, *(flags[name] for name in names))
 
 
-def train_step(params, moments, n_done, batches, flags, share):  # -> loss; the others in place
-    """batches: [n_accumulate, batch_size, n_ctx + 1], whose gradients are averaged. share: calls
-    share_of_mean in threads or processes, and returns what each returns, joined as params are."""
-    n = batches[..., 1:].size
-    loss, gradients = add_up(add_up(share(tokens, n=n)) for tokens in batches)
-    adamw(params, gradients, moments, n_done, **flags)
+def adamw(p, gradient, m, v, n_done, rate, weight_decay=0.0, b2=0.99, scale=1.0, b1=0.9):
+    """The update of one array p, in place; m and v are zeros like p before the first step.
+
+    Adam (Kingma & Ba 2015, arXiv:1412.6980) divides the mean m of the gradients by the root of the
+    mean v of their squares. Both begin at 0, too small by the factors c1 and c2. Weight decay
+    shrinks p by itself (Loshchilov & Hutter 2019, arXiv:1711.05101). scale: what the gradient is
+    multiplied by, below 1 if it is clipped.
+    """
+    c1, c2 = 1 - b1 ** (n_done + 1), 1 - b2 ** (n_done + 1)
+    m *= b1
+    m += gradient * ((1 - b1) * scale)
+    v *= b2
+    v += np.square(gradient) * ((1 - b2) * scale**2)
+    p *= 1 - rate * weight_decay
+    p -= m / (np.sqrt(v) + 1e-8 * c2**0.5) * (rate * c2**0.5 / c1)
+
+
+def is_matrix(name):  # "blocks.0.attn.c_attn.w" -> True, "blocks.0.ln_1.g" -> False
+    """Weight decay is for matrices, not for biases and gains; "vectors" are these, joined."""
+    return not name.endswith((".b", ".g", "vectors"))
+
+
+def train_step(params, moments, n_done, batches, flags, evaluate):
+    """One step, in place; returns the loss. batches: [n_accumulate, batch_size, n_ctx + 1].
+
+    params: {name: array}; moments: {"m.wte": array, "v.wte": array, ...}. evaluate(tokens,
+    n_tokens=n) is loss_and_gradients, whose gradients have the names of params.
+    """
+    n_tokens = batches[..., 1:].size
+    loss, gradients = sharing.add_up(evaluate(tokens, n_tokens=n_tokens) for tokens in batches)
+    m = {name: moments[f"m.{name}"] for name in params}
+    v = {name: moments[f"v.{name}"] for name in params}
+    pieces = sharing.cut(params, gradients, m, v)
+    rate = scheduled_rate(n_done, flags)
+    norm = sharing.norm(pieces, index=2)  # of the gradients
+    scale = min(1, flags["grad_clip"] / (norm or 1))
+
+    def update(name, p, gradient, m, v):
+        weight_decay = flags["weight_decay"] if is_matrix(name) else 0.0
+        adamw(p, gradient, m, v, n_done, rate, weight_decay, flags["adam_b2"], scale)
+
+    sharing.for_each(update, pieces)
     return loss
+
+
+# --- The trainer --------------------------------------------------------------------------------
+
+
+class NumpyTrainer:
+    """What training/run.py's loop asks of a trainer, which is explained there."""
+
+    is_main = True
+    versions = {"numpy": np.__version__}
+    steps_per_call, seconds_per_call = (10, 5, 1), 0.5  # Ctrl-C is seen only between calls
+    generate = staticmethod(generate)
+
+    @staticmethod
+    def running(options):
+        return contextlib.nullcontext("cpu")
+
+    def __init__(self, flags):
+        check_numpy(flags)  # a run that is resumed may be the other trainer's
+        self.flags = flags
+        self.stack = contextlib.ExitStack()
+
+    def new_model(self, n_vocab):  # -> hparams, parameters
+        rng = np.random.default_rng(self.flags["seed"])
+        hparams = {"n_vocab": n_vocab}
+        hparams |= {name: self.flags[name] for name in ("n_ctx", "n_embd", "n_head", "n_layer")}
+        return hparams, init_tree(hparams, lambda shape: rng.standard_normal(shape, np.float32))
+
+    def moment_shapes(self, params):  # -> {"m.wte": (shape, dtype), ..., "v.wte": ...}
+        shapes = {name: (x.shape, np.dtype("<f4")) for name, x in leaves(params).items()}
+        return {f"{moment}.{name}": shapes[name] for moment in "mv" for name in shapes}
+
+    def start(self, model, moments, n_done, text):
+        self.text = text
+        if moments is None:
+            shapes = self.moment_shapes(model.params)
+            moments = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        context = start_sharing(model.params, moments, self.flags)
+        self.shared = self.stack.enter_context(context)
+        arrays, moments = self.shared.by_name
+        return State(nest(arrays), moments, n_done)
+
+    def machine(self):
+        return Machine("NumPy", measure_peak(), "measured")
+
+    def read(self, n_done, n):  # -> [n, n_accumulate, batch_size, n_ctx + 1]
+        flags = self.flags
+        shape = flags["n_accumulate"], flags["batch_size"], flags["n_ctx"] + 1
+        steps = range(n_done, n_done + n)
+        return [draw_stretches(self.text.train, flags["seed"], step, shape) for step in steps]
+
+    def steps(self, state, batches, n):
+        params, moments, evaluate = self.shared.params, self.shared.moments, self.shared.evaluate
+        losses = []
+        for i in range(n):
+            step = state.n_done + i
+            losses.append(train_step(params, moments, step, batches[i], self.flags, evaluate))
+        return state._replace(n_done=state.n_done + n), math.fsum(losses) / n
+
+    def learning_rate(self, n_done):
+        return scheduled_rate(n_done, self.flags)
+
+    def validate(self, params):
+        windows, n = self.text.windows, self.flags["batch_size"]
+        total = 0.0
+        for start in range(0, len(windows), n):
+            total += sum_of_nats(params, windows[start : start + n], self.flags["n_head"])
+        return total / windows[:, 1:].size
+
+    def measure_tasks(self, params):
+        return {}
+
+    def gather_params(self, params):
+        return params
+
+    def gather(self, state):
+        return state
+
+    def agree(self, signals):  # -> one of them, or 0
+        return max(signals, default=0)
+
+    def close(self):
+        self.stack.close()
+
+
+def start_sharing(params, moments, flags):  # a context, which gives a sharing.Shared
+    """engine/sharing.py's, for loss_and_gradients and copies of a model's tree and its moments."""
+
+    def evaluate(arrays, tokens, n_tokens):  # {name: array} -> loss, {name: array}
+        loss, gradients = loss_and_gradients(nest(arrays), tokens, flags["n_head"], n_tokens)
+        return loss, leaves(gradients)
+
+    return sharing.share(evaluate, leaves(params), moments, flags["batch_size"])
+
+
+def sum_of_nats(params, tokens, n_head):  # [n, n_seq + 1] -> the sum over all tokens
+    def evaluate(sequences):
+        rows = tokens[sequences]
+        logits = gpt2(rows[:, :-1], **params, n_head=n_head)
+        logits = logits.reshape(-1, logits.shape[-1])
+        return cross_entropy(logits, rows[:, 1:].ravel())[0].sum(dtype=np.float64)
+
+    return float(sum(sharing.over_sequences(evaluate, len(tokens))))
 
 
 @functools.wraps(read_flags, assigned=["__doc__"])  # every flag is explained there
 def main(*args, **kwargs):
-    trainer = train_step, share_of_mean, cross_entropy, learning_rate, generate
-    run(*read_flags(*args, **kwargs), trainer)
+    typed, options = read_flags(*args, **kwargs)
+    run(NumpyTrainer, numpy_flags(typed, options), options)
 
 
 if __name__ == "__main__":

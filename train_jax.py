@@ -19,14 +19,10 @@ sequences are spread over them, and with --fsdp so are the parameters and moment
 compiler works out what to send where; no function below knows how many devices there are.
 """
 
+import contextlib
 import functools
-import math
 import operator
-import secrets
-import signal
 import sys
-
-from tqdm import tqdm
 
 try:
     import jax
@@ -42,12 +38,10 @@ from corpus.examples import is_examples
 from evaluation.tasks import TASKS, accuracy, encode_item, load_items
 from gpt2 import hidden_state
 from kv_cache_jax import generate
-from plumbing.cli import run_cli
-from training import progress
-from training.adapters import base_name
-from training.attention import fused_attention
-from training.batches import batches_shape, fill_batches, read_batches, step_keys
-from training.checkpoints import check_out, clear_away, find_checkpoint, find_out
+from plumbing.cli import either, run_cli
+from training.attention import fused_attention, learned_share, unpack
+from training.batches import fill_batches, read_batches, step_keys
+from training.checkpoints import State
 from training.devices import (
     any_process,
     check_agreement,
@@ -59,22 +53,20 @@ from training.devices import (
     start_jax,
     to_host,
 )
-from training.flags import check_saved, choose, extend, read_flags, read_tasks
-from training.loop import load_start, make_savers, train
-from training.packed import learned_share, unpack
+from training.flags import OPTIMIZERS, read_flags, read_tasks
+from training.progress import Machine
+from training.run import run
 from training.scoring import make_scorer, score_items
 from training.state import (
+    combine,
     count_rows,
-    join,
+    init_params,
     moment_shapes,
     name_leaves,
-    new_model,
+    partition,
     resize_vocab,
-    split,
     start_state,
 )
-from training.text import check_data, describe
-from utils import check_base, find_model, load_encoder_hparams_and_params
 
 LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
 
@@ -82,15 +74,39 @@ LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
 # --- The model ----------------------------------------------------------------------------------
 
 
-def losses(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None, packed=False):
-    """[n_batch, n_seq + 1] -> [n_batch], nats per token: each predicted from the tokens before it.
+def losses(params, tokens, n_head, packed=False, **options):
+    """[n_batch, n_seq + 1] -> [n_batch], the mean of -log p(next token), in nats per token.
 
-    The mean of -log p(next token). Most options do not change the result, up to rounding. n_vocab:
-    how many rows of wte are tokens, if the rest are padding. The logits are computed in n_chunks
-    parts, of which one is held at a time, and computed again for the gradient. `attend` replaces
-    gpt2.attention. Logits and everything after are float32, whatever the parameters are.
+    Each token is predicted from those before it. packed: the rows are packed examples
+    (corpus/examples.py), and only the tokens that are to be learned count. options: those of
+    `row_nats`.
+    """
+    nats = row_nats(params, tokens, n_head, packed=packed, **options)
+    n_targets = tokens.shape[1] - 1
+    return nats / n_targets / learned_share(tokens, packed)
 
-    If the rows are packed examples (corpus/examples.py), targets not to be learned count as 0.
+
+def mean_loss(params, tokens, n_head, share=None, packed=False, **options):
+    """[n_batch, n_seq + 1] -> [], the mean over all tokens that are to be learned.
+
+    share: the share of targets that are learned, if it is not these rows' own. With that of all
+    batches that make a step, every learned token of the step has equal weight.
+    """
+    nats = row_nats(params, tokens, n_head, packed=packed, **options)
+    n_targets = tokens.shape[1] - 1
+    if share is None:
+        share = learned_share(tokens, packed).mean()
+    return (nats / n_targets).mean() / share
+
+
+def row_nats(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None, packed=False):
+    """[n_batch, n_seq + 1] -> [n_batch], the sum of -log p(next token) over a row.
+
+    Most options do not change the result, up to rounding. n_vocab: how many rows of wte are tokens,
+    if the rest are padding. The logits are computed in n_chunks parts, of which one is held at a
+    time, and computed again for the gradient. `attend` replaces gpt2.attention. Logits and
+    everything after are float32, whatever the parameters are. In packed rows, targets that are not
+    to be learned count as 0.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     if packed:
@@ -111,15 +127,15 @@ def losses(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None, packed
         return x.reshape(len(x), n_chunks, -1, *x.shape[2:]).swapaxes(0, 1)
 
     if n_chunks == 1:
-        return nats(x, targets) / targets.shape[1]
+        return nats(x, targets)
     sums = jax.lax.map(lambda a: jax.checkpoint(nats)(*a), (chunks(x), chunks(targets)))
-    return sums.sum(0) / targets.shape[1]
+    return sums.sum(0)
 
 
 def narrow(params, dtype):
     """A copy with the blocks' weights in `dtype`; embeddings and norms stay float32.
 
-    The stream x that the blocks add to stays float32, too, and so do layer_norm's means and
+    The stream x that the blocks add to also stays float32, and so do layer_norm's means and
     variances.
     """
 
@@ -153,8 +169,8 @@ def drop_weights(key, params, drop_rate):
     def drop(key, x, is_hidden):
         if not is_hidden:
             return x
-        kept = jax.random.bits(key, x.shape, jnp.uint8) >= n_dropped
-        return x * kept * (256 / (256 - n_dropped))
+        mask = jax.random.bits(key, x.shape, jnp.uint8) >= n_dropped
+        return x * mask * (256 / (256 - n_dropped))
 
     return jax.tree.map(drop, keys, params, is_hidden_matrix(params))
 
@@ -162,7 +178,7 @@ def drop_weights(key, params, drop_rate):
 # --- The optimizer ------------------------------------------------------------------------------
 
 
-def make_schedule(n_steps, learning_rate, min_learning_rate, n_warmup, **_):
+def make_schedule(n_steps, learning_rate, min_learning_rate, n_warmup):
     """The learning rate, a function of the steps done: linear warmup, then half a cosine down."""
     return optax.warmup_cosine_decay_schedule(
         init_value=learning_rate / n_warmup,  # not 0: the first step should learn something
@@ -173,37 +189,48 @@ def make_schedule(n_steps, learning_rate, min_learning_rate, n_warmup, **_):
     )
 
 
-def make_optimizer(schedule, optimizer, weight_decay, grad_clip, adam_b2, **_):
-    """adamw: Adam, with weight decay for all matrices, not for biases and gains.
+def make_optimizer(schedule, optimizer, weight_decay, grad_clip, adam_b2):
+    """One of training/flags.py's OPTIMIZERS. Raises ValueError for another name.
+
+    adamw: Adam, with weight decay for all matrices, not for biases and gains.
 
     muon: Muon with weight decay for the blocks' matrices, Adam without it for all else. Muon
     (Jordan 2024) replaces a matrix's momentum by the orthogonal matrix nearest to it, so that all
     directions learn at one pace. `consistent_rms` gives its steps the size of Adam's (Liu et al.
     2025, arXiv:2502.16982), so that one learning rate serves both.
-
-    Muon gets all blocks stacked into one, with the layers as the first axis of each array: that
-    makes fewer and larger operations, and devices can share the work along this axis.
     """
+    clip = optax.clip_by_global_norm(grad_clip)
     if optimizer == "adamw":
         rule = optax.adamw(schedule, b2=adam_b2, weight_decay=weight_decay, mask=is_matrix)
-        return optax.chain(optax.clip_by_global_norm(grad_clip), rule)
+        return optax.chain(clip, rule)
+    if optimizer == "muon":
+        rule = optax.contrib.muon(
+            schedule,
+            weight_decay=weight_decay,
+            weight_decay_mask=is_hidden_matrix,
+            muon_weight_dimension_numbers=muon_dimensions,
+            consistent_rms=0.2,
+            adam_b2=adam_b2,
+        )
+        return on_stacked_blocks(optax.chain(clip, rule))
+    raise ValueError(f"no optimizer {optimizer!r}: choose {either(OPTIMIZERS)}")
+
+
+def muon_dimensions(params):
+    """Which arrays are Muon's, and that their last two axes are a matrix's; None for the others."""
     layers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return jax.tree.map(lambda is_hidden: layers if is_hidden else None, is_hidden_matrix(params))
 
-    def for_muon(params):
-        return jax.tree.map(lambda hidden: layers if hidden else None, is_hidden_matrix(params))
 
-    rule = optax.contrib.muon(
-        schedule,
-        weight_decay=weight_decay,
-        weight_decay_mask=is_hidden_matrix,
-        muon_weight_dimension_numbers=for_muon,
-        consistent_rms=0.2,
-        adam_b2=adam_b2,
-    )
-    rule = optax.chain(optax.clip_by_global_norm(grad_clip), rule)
+def on_stacked_blocks(rule):
+    """The optimizer `rule`, which gets all blocks as one, with the layers as each array's first
+    axis: that makes fewer and larger operations, and devices can share the work along this axis."""
 
     def stack(tree):
         return tree | {"blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *tree["blocks"])}
+
+    def init(params):
+        return rule.init(stack(params))
 
     def update(gradients, moments, params):
         updates, moments = rule.update(stack(gradients), moments, stack(params))
@@ -211,51 +238,53 @@ def make_optimizer(schedule, optimizer, weight_decay, grad_clip, adam_b2, **_):
         blocks = [jax.tree.map(operator.itemgetter(i), updates["blocks"]) for i in n_layer]
         return updates | {"blocks": blocks}, moments
 
-    return optax.GradientTransformation(lambda params: rule.init(stack(params)), update)
+    return optax.GradientTransformation(init, update)
 
 
-# --- Training -----------------------------------------------------------------------------------
+# --- Steps --------------------------------------------------------------------------------------
 
 
-def make_train_steps(optimizer, drop_rate=0.0, seed=0, dtype="float32", shardings=None, **how):
-    """The compiled function (state, batches, n) -> (state after n more steps, their mean loss).
+def make_train_steps(
+    optimizer, drop_rate=0.0, seed=0, dtype="float32", shardings=None, packed=False, **options
+):
+    """The compiled function (state, batches, n) -> (State after n more steps, their mean loss).
 
     batches: [n or more, n_accumulate, batch_size, n_ctx + 1]. Do not use the old state again: the
-    new one takes over its memory. shardings: a tree like the state, or None for one device.
-    how: the options of `losses`.
+    new one takes over its memory. shardings: a State of them, or None for one device. packed and
+    options: those of `losses`.
 
     If the parameters hold adapters, only these have gradients and moments, and only they change.
     """
 
     def batch_loss(trained, frozen, batch, key, share):
-        weights = join(trained, frozen)
+        weights = combine(trained, frozen)
         if drop_rate:
             weights = drop_weights(key, weights, drop_rate)
-        return losses(weights, batch, **how).mean() / share
+        return mean_loss(weights, batch, share=share, packed=packed, **options)
 
     def value_and_gradients(params, batch, key):  # [n_accumulate, batch_size, n_ctx + 1]
-        weights = split(narrow(params, dtype))  # once a step; the sums below are float32 again
-        share = learned_share(batch, **how).mean()  # so that every learned token has equal weight
+        weights = partition(narrow(params, dtype))  # once a step; the sums below are float32 again
+        share = learned_share(batch, packed).mean()
 
-        def one(i, total):
+        def add_batch(i, total):
             key_i = jax.random.fold_in(key, i)
             result = jax.value_and_grad(batch_loss)(*weights, batch[i], key_i, share)
             return jax.tree.map(jnp.add, total, result)
 
-        total = jnp.float32(0), jax.tree.map(jnp.zeros_like, split(params)[0])
+        total = jnp.float32(0), jax.tree.map(jnp.zeros_like, partition(params)[0])
         if len(batch) == 1:
-            return one(0, total)
-        total = jax.lax.fori_loop(0, len(batch), one, total)
+            return add_batch(0, total)
+        total = jax.lax.fori_loop(0, len(batch), add_batch, total)
         return jax.tree.map(lambda x: x / len(batch), total)
 
     def step(batch, state):
         params, moments, n_done = state
         _, key = step_keys(seed, n_done)
         value, gradients = value_and_gradients(params, batch, key)
-        trained, frozen = split(params)
+        trained, frozen = partition(params)
         updates, moments = optimizer.update(gradients, moments, trained)
-        params = join(optax.apply_updates(trained, updates), frozen)
-        return (params, moments, n_done + 1), value
+        params = combine(optax.apply_updates(trained, updates), frozen)
+        return State(params, moments, n_done + 1), value
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def train_steps(state, batches, n):
@@ -263,7 +292,7 @@ def make_train_steps(optimizer, drop_rate=0.0, seed=0, dtype="float32", sharding
             state, value = step(batches[i], carry[0])
             return state, carry[1] + value
 
-        state, total = jax.lax.fori_loop(0, n, add_step, (state, 0.0))
+        state, total = jax.lax.fori_loop(0, n, add_step, (State(*state), 0.0))
         return state, total / n
 
     return train_steps
@@ -272,187 +301,20 @@ def make_train_steps(optimizer, drop_rate=0.0, seed=0, dtype="float32", sharding
 @functools.partial(
     jax.jit, static_argnames=("dtype", "n_head", "n_vocab", "n_chunks", "attend", "packed")
 )
-def validation_loss(params, windows, counts, dtype="float32", **how):  # -> [], nats per token
+def validation_loss(params, windows, counts, dtype="float32", packed=False, **options):
     """The loss on all of the validation text, [n, batch_size, n_ctx + 1], a batch at a time.
 
-    counts: [n, batch_size], 1 for a window, 0 for what only fills the last batch.
+    counts: [n, batch_size], 1 for a window, 0 for what only fills the last batch. -> [], nats per
+    token
     """
     weights = narrow(params, dtype)
-    nats = jax.lax.map(lambda w: losses(weights, w, **how), windows)
-    return (nats * counts).sum() / (learned_share(windows, **how) * counts).sum()
+    n_targets = windows.shape[-1] - 1
 
+    def mean_nats(batch):  # [batch_size, n_ctx + 1] -> [batch_size]
+        return row_nats(weights, batch, packed=packed, **options) / n_targets
 
-# --- The command line ---------------------------------------------------------------------------
-
-
-@functools.wraps(read_flags, assigned=["__doc__"])  # every flag is explained there
-def main(*args, **kwargs):
-    typed, how = read_flags(*args, **kwargs)
-    resume, models_dir, tensorboard = how["resume"], how["models_dir"], how["tensorboard"]
-    if tensorboard:
-        progress.import_writer()
-    place = saved = model = None
-    if resume is None:
-        is_adapter = "lora_rank" in typed
-        check_out(typed["out"], how["overwrite"], is_adapter)  # fail before any steps
-        if "init_from" in typed:
-            check_data(typed.get("data"))  # before a download in vain
-            folder = find_model(typed["init_from"], models_dir)
-            if is_adapter:
-                check_base(folder)  # before its weights are read
-                typed["init_from"] = base_name(typed["init_from"], models_dir)
-            model = load_encoder_hparams_and_params(folder, models_dir)
-    else:
-        out = find_out(resume, models_dir)
-        place, saved = find_checkpoint(out)
-        flags = extend(check_saved(saved, place), saved["step"], typed.get("n_steps"))
-        flags |= {"out": out}
-    start_jax(how["coordinator"], how["num_processes"], how["process_id"])
-    with end_together():
-        if resume is None:
-            flags = choose(typed, jax.default_backend(), model and model[1])
-        try:
-            stopped = run_training(flags, tensorboard, model, place, saved, models_dir)
-        except jax.errors.JaxRuntimeError as error:  # out of memory, as a rule
-            raise MemoryError(str(error)) from None
-    if stopped == signal.SIGTERM:
-        sys.exit(143)
-    if stopped:
-        raise KeyboardInterrupt
-    if jax.process_index() == 0:
-        if saved and saved["step"] == flags["n_steps"]:
-            print(f"all {saved['step']} steps were done: --n_steps goes on, with a larger number")
-        print(f"the best model is in {flags['out']}")
-
-
-# --- A run --------------------------------------------------------------------------------------
-
-
-def run_training(flags, tensorboard=False, model=None, place=None, saved=None, models_dir="models"):
-    """Train from the beginning, from (tokenizer, sizes, parameters), or from a checkpoint.
-
-    place, saved: find_checkpoint's answers. -> the signal that ended the run early, or 0.
-    """
-    mesh, is_main = make_mesh(flags["batch_size"]), jax.process_index() == 0
-    if flags["dtype"] == "float32":  # else accelerators would use fewer bits
-        jax.config.update("jax_default_matmul_precision", "float32")
-    schedule = make_schedule(**flags)
-    optimizer, is_tuned = make_optimizer(schedule, **flags), model is not None
-    shapes = functools.partial(moment_shapes, optimizer)
-    shards, windows, text, (encoder, hparams, params), moments = load_start(
-        flags, shapes, new_model, model, place, saved, models_dir
-    )
-    check_agreement([flags, text])
-    measure = make_measure(flags, mesh, encoder, hparams, not is_main)
-    if is_main:
-        n_params, n_frozen = (sum(x.size for x in jax.tree.leaves(p)) for p in split(params))
-        beside = f" beside {n_frozen} frozen ones" if n_frozen else ""
-        print(f"{n_params} parameters{beside}, {describe(text, windows)}")
-    n_done = saved["step"] if saved else 0
-    each = 4 if "lora_rank" in flags else 6  # operations per parameter and token
-    flops = progress.flops_per_token(hparams, flags["n_ctx"], each)
-    state, train_steps, validate = set_up(flags, mesh, optimizer, params, moments, n_done, windows)
-    model = params = moments = None  # their memory is free again
-    peak, source = peak_flops(mesh.devices.ravel(), flags["dtype"])
-    shape = batches_shape(flags, flops, peak)
-    run = saved.get("run") if saved else secrets.randbits(48)
-    log = progress.no_log
-    if is_main:
-        speed = f"{jax.device_count()} x {jax.devices()[0].device_kind}", flops, peak, source
-        log = progress.make_log(flags["out"], run, n_done, *speed, schedule, tensorboard, each)
-        if saved and n_done < flags["n_steps"]:
-            now, last = float(schedule(n_done)), flags["min_learning_rate"]
-            print(f"going on after step {n_done} of {flags['n_steps']}: ", end="")
-            print(f"the learning rate is {now:.2g} now and {last:.2g} at the end")
-        clear_away(flags["out"])  # no other run is at work there, or make_log would have refused
-    write = functools.partial(generate, n_vocab=hparams["n_vocab"])  # without the padding's rows
-    about = text, run, place, write, {"jax": jax.__version__, "optax": optax.__version__}
-    whole = make_whole(hparams["n_vocab"])
-    keep, checkpoint = make_savers(flags, encoder, hparams, *about, *whole, quiet=not is_main)
-
-    def read(n_done):
-        spec = make_sharding(mesh, None, None, "data")
-        return read_batches(shards["train"], flags["seed"], n_done, shape, flags["n_ctx"], spec)
-
-    best = saved and saved["best"]
-    if is_tuned:  # the model that it starts with is the best so far
-        best = validate(state[0])
-        log({"step": 0, "validation": best})
-        if is_main:
-            tqdm.write(f"step 0: validation {best:.4f}")
-        keep(state[0], is_best=True)
-        if measure:
-            measure(0, state[0], log)
-    n_vocab = hparams["n_vocab"]  # on an unfamiliar text the loss may start above its logarithm
-    start = {"place": place, "best": best, "worst": 2 * max(math.log(n_vocab), best or 0)}
-    return train(
-        state, flags, train_steps, read, validate, keep, checkpoint, log, start,
-        quiet=not is_main, agree=any_process, measure=measure,
-    )  # fmt: skip
-
-
-def set_up(flags, mesh, optimizer, params, moments, n_done, windows):
-    """-> the state on the devices, train_steps and validate(params), both compiled when called."""
-    n_vocab, batch_size = len(params["wte"]), flags["batch_size"]
-    n_rows = count_rows(n_vocab)
-    trained, frozen = split(params)
-    params = join(trained, narrow(frozen, flags["dtype"]))  # frozen weights need no float32
-    state, shardings = start_state(params, moments, n_done, optimizer, n_rows, mesh, flags["fsdp"])
-    how = loss_options(flags, n_vocab, batch_size // mesh.size)
-    dropping = {"drop_rate": flags["drop_rate"], "seed": flags["seed"]}
-    train_steps = make_train_steps(optimizer, **dropping, shardings=shardings, **how)
-    windows = put(fill_batches(windows, batch_size), 2 * (make_sharding(mesh, None, "data"),))
-
-    def validate(params):  # -> nats per token
-        return float(validation_loss(params, *windows, **how))
-
-    return state, train_steps, validate
-
-
-def make_measure(flags, mesh, encoder, hparams, quiet):
-    """-> measure(step, params, log), as `train` takes it, for --eval_tasks; or None without them.
-
-    It runs on all devices and leaves the parameters where they are. Every process must call it.
-    """
-    tasks, items = read_tasks(flags.get("eval_tasks")), {}
-    n_ctx, n_vocab = hparams["n_ctx"], hparams["n_vocab"]
-    if not tasks:
-        return None
-    for task, path in tasks.items():
-        texts = load_items(task, path, f"--eval_tasks {task}=")
-        items[task] = [encode_item(*item, encoder, n_ctx) for item in texts]
-    check_agreement(items)
-    how = loss_options(flags, n_vocab, 1)
-    to_dtype = functools.partial(narrow, dtype=flags["dtype"])
-    score_rows = make_scorer(mesh, flags["n_head"], n_ctx, n_vocab, to_dtype, how["attend"])
-
-    def measure(step, params, log):
-        figures = {}
-        for task, some in items.items():
-            scored = score_items(some, functools.partial(score_rows, params))
-            shown = {"desc": task, "leave": False, "disable": quiet or None}
-            found = accuracy(some, TASKS[task][1], scored, **shown)
-            figures |= {f"{task}_{name}": found[name] for name in found if name.startswith("acc")}
-        log({"step": step} | figures)
-        if not quiet:
-            shares = ", ".join(f"{name} {share:.4f}" for name, share in figures.items())
-            tqdm.write(f"step {step}: {shares}")
-
-    return measure
-
-
-def make_whole(n_vocab):
-    """-> what brings home the parameters, and the state: make_savers' last two functions."""
-
-    def whole_model(params):
-        return resize_vocab(to_host(split(params)[0]), n_vocab)
-
-    def whole_state(state):
-        params, moments, n_done = state
-        params, moments = resize_vocab(to_host((split(params)[0], moments)), n_vocab)
-        return params, name_leaves(moments), int(n_done)
-
-    return whole_model, whole_state
+    nats = jax.lax.map(mean_nats, windows)
+    return (nats * counts).sum() / (learned_share(windows, packed) * counts).sum()
 
 
 def loss_options(flags, n_vocab, n_batch):
@@ -460,9 +322,148 @@ def loss_options(flags, n_vocab, n_batch):
     n_chunks, n_bytes = 1, 4 * n_batch * flags["n_ctx"] * count_rows(n_vocab)
     while n_bytes > n_chunks * LOGITS_BYTES and flags["n_ctx"] % (2 * n_chunks) == 0:
         n_chunks *= 2
-    attend = fused_attention if flags["dtype"] == "bfloat16" else None
-    how = {"n_head": flags["n_head"], "n_vocab": n_vocab, "n_chunks": n_chunks, "attend": attend}
-    return how | {"dtype": flags["dtype"], "packed": is_examples(flags["data"])}
+    return {
+        "n_head": flags["n_head"],
+        "n_vocab": n_vocab,
+        "n_chunks": n_chunks,
+        "attend": fused_attention if flags["dtype"] == "bfloat16" else None,
+        "dtype": flags["dtype"],
+        "packed": is_examples(flags["data"]),
+    }
+
+
+# --- The trainer --------------------------------------------------------------------------------
+
+
+class JaxTrainer:
+    """What training/run.py's loop asks of a trainer, which is explained there."""
+
+    versions = {"jax": jax.__version__, "optax": optax.__version__}
+    steps_per_call, seconds_per_call = (20, 5, 1), 1  # Ctrl-C is seen only between calls
+    agree = staticmethod(any_process)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def running(options):
+        """Joins the other processes, if there are any; an error in one of them ends all."""
+        start_jax(options.coordinator, options.num_processes, options.process_id)
+        with end_together():
+            try:
+                yield jax.default_backend()
+            except jax.errors.JaxRuntimeError as error:  # out of memory, as a rule
+                raise MemoryError(str(error)) from None
+
+    def __init__(self, flags):
+        self.flags = flags
+        self.is_main = jax.process_index() == 0
+        self.mesh = make_mesh(flags["batch_size"])
+        if flags["dtype"] == "float32":  # otherwise accelerators would use fewer bits
+            jax.config.update("jax_default_matmul_precision", "float32")
+        self.schedule = make_schedule(
+            flags["n_steps"],
+            flags["learning_rate"],
+            flags["min_learning_rate"],
+            flags["n_warmup"],
+        )
+        self.optimizer = make_optimizer(
+            self.schedule,
+            flags["optimizer"],
+            flags["weight_decay"],
+            flags["grad_clip"],
+            flags["adam_b2"],
+        )
+
+    def new_model(self, n_vocab):  # -> hparams, parameters
+        flags = self.flags
+        hparams = {"n_vocab": n_vocab}
+        hparams |= {name: flags[name] for name in ("n_ctx", "n_embd", "n_head", "n_layer")}
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it may not fit on one GPU
+            return hparams, init_params(jax.random.key(flags["seed"]), **hparams)
+
+    def moment_shapes(self, params):
+        return moment_shapes(self.optimizer, params)
+
+    def start(self, model, moments, n_done, text):
+        """Puts everything on the devices. What is compiled is compiled when it is first called."""
+        flags, mesh = self.flags, self.mesh
+        check_agreement([flags, text.description])
+        self.n_vocab, self.train = model.hparams["n_vocab"], text.train
+        self.tasks = {}
+        if "eval_tasks" in flags:
+            self.load_tasks(model.encoder, model.hparams)
+        params = model.params
+        if "lora_rank" in flags:  # frozen weights need no float32
+            trained, frozen = partition(params)
+            params = combine(trained, narrow(frozen, flags["dtype"]))
+        n_rows = count_rows(self.n_vocab)
+        state, shardings = start_state(
+            params, moments, n_done, self.optimizer, n_rows, mesh, flags["fsdp"]
+        )
+        self.options = loss_options(flags, self.n_vocab, flags["batch_size"] // mesh.size)
+        self.steps = make_train_steps(
+            self.optimizer, flags["drop_rate"], flags["seed"], shardings=shardings, **self.options
+        )
+        windows = fill_batches(text.windows, flags["batch_size"])
+        self.windows = put(windows, 2 * (make_sharding(mesh, None, "data"),))
+        return state
+
+    def machine(self):
+        name = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        return Machine(name, *peak_flops(self.mesh.devices.ravel(), self.flags["dtype"]))
+
+    def read(self, n_done, n):
+        flags = self.flags
+        shape = n, flags["n_accumulate"], flags["batch_size"]
+        sharding = make_sharding(self.mesh, None, None, "data")
+        return read_batches(self.train, flags["seed"], n_done, shape, flags["n_ctx"], sharding)
+
+    def learning_rate(self, n_done):
+        return float(self.schedule(n_done))
+
+    def validate(self, params):
+        return float(validation_loss(params, *self.windows, **self.options))
+
+    def load_tasks(self, encoder, hparams):
+        """Reads what --eval_tasks asks for, and makes the function that scores it."""
+        n_ctx = hparams["n_ctx"]
+        for task, path in read_tasks(self.flags.get("eval_tasks")).items():
+            items = load_items(task, path, f"--eval_tasks {task}=")
+            self.tasks[task] = [encode_item(*item, encoder, n_ctx) for item in items]
+        check_agreement(self.tasks)
+        to_dtype = functools.partial(narrow, dtype=self.flags["dtype"])
+        attend = loss_options(self.flags, self.n_vocab, 1)["attend"]
+        self.score_rows = make_scorer(
+            self.mesh, self.flags["n_head"], n_ctx, self.n_vocab, to_dtype, attend
+        )
+
+    def measure_tasks(self, params):
+        shares = {}
+        for task, items in self.tasks.items():
+            scored = score_items(items, functools.partial(self.score_rows, params))
+            shown = {"desc": task, "leave": False, "disable": None if self.is_main else True}
+            found = accuracy(items, TASKS[task][1], scored, **shown)
+            shares |= {f"{task}_{name}": found[name] for name in found if name.startswith("acc")}
+        return shares
+
+    def generate(self, prompts, params, n_head, n_tokens_to_generate, **options):
+        options["n_vocab"] = self.n_vocab  # without the padding's rows
+        return generate(prompts, params, n_head, n_tokens_to_generate, **options)
+
+    def gather_params(self, params):
+        return resize_vocab(to_host(partition(params)[0]), self.n_vocab)
+
+    def gather(self, state):
+        trained = partition(state.params)[0]
+        params, moments = resize_vocab(to_host((trained, state.moments)), self.n_vocab)
+        return State(params, name_leaves(moments), int(state.n_done))
+
+    def close(self):
+        """JAX's processes end by themselves."""
+
+
+@functools.wraps(read_flags, assigned=["__doc__"])  # every flag is explained there
+def main(*args, **kwargs):
+    run(JaxTrainer, *read_flags(*args, **kwargs))
 
 
 if __name__ == "__main__":

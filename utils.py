@@ -17,9 +17,10 @@ import json
 import os
 import shutil
 import tempfile
+import typing
 from pathlib import Path
 
-from encoder import get_encoder
+from encoder import Encoder, get_encoder
 from model_files.adapters import CONFIG, is_adapter, merge, read_adapter, read_config
 from model_files.config import hugging_face_config, query_scales, read_hparams, sizes_file
 from model_files.convert import convert_checkpoint
@@ -46,8 +47,16 @@ HUGGING_FACE_NAMES = dict(zip(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), 
 # --- Finding and loading a model ----------------------------------------------------------------
 
 
+class Model(typing.NamedTuple):
+    """A tokenizer, its model's sizes, and the parameters: `encoder, hparams, params = model`."""
+
+    encoder: Encoder
+    hparams: dict
+    params: dict
+
+
 def load_encoder_hparams_and_params(model_size, models_dir="models"):
-    """The tokenizer, the sizes and the weights (read-only float32 arrays) of one model.
+    """Returns a Model: the tokenizer, the sizes and the weights (read-only float32 arrays).
 
     `model_size` is a released size (downloaded when missing), a folder under `models_dir`, a path,
     or owner/name[@revision] of the Hugging Face Hub. An adapter is merged into the model that it
@@ -56,14 +65,14 @@ def load_encoder_hparams_and_params(model_size, models_dir="models"):
     model_dir = find_model(model_size, models_dir)
     if is_adapter(model_dir):
         encoder, hparams, params, adapters = load_base_and_adapter(model_dir, models_dir)
-        return encoder, hparams, merge(params, adapters)
+        return Model(encoder, hparams, merge(params, adapters))
     hparams = read_hparams(model_dir)
     encoder = get_encoder("", model_dir)
     check_vocabulary(encoder, hparams, model_dir)
     params = load_params(model_dir, hparams)
     # Rows beyond the tokenizer's ids only pad the matrix to a rounder size. No text may draw them.
     params["wte"] = params["wte"][: encoder.n_vocab]
-    return encoder, hparams | {"n_vocab": encoder.n_vocab}, params
+    return Model(encoder, hparams | {"n_vocab": encoder.n_vocab}, params)
 
 
 def load_base_and_adapter(model_dir, models_dir="models"):
@@ -191,6 +200,7 @@ def save_model(model_dir, encoder, hparams, params, dtype="float32"):
     check_vocabulary(encoder, hparams, model_dir)
     tensors = named_tensors(params, hparams, dtype)
     check_target(model_dir)
+    was_there = os.path.isdir(model_dir)
     stage = None
     try:
         os.makedirs(model_dir, exist_ok=True)
@@ -210,8 +220,9 @@ def save_model(model_dir, encoder, hparams, params, dtype="float32"):
     finally:
         if stage:
             shutil.rmtree(stage, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.rmdir(model_dir)  # works only if it is empty, so after a failure
+        if not was_there:
+            with contextlib.suppress(OSError):
+                os.rmdir(model_dir)  # works only if it is empty, so after a failure
 
 
 def check_target(model_dir, for_adapter=False):

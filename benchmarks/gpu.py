@@ -131,7 +131,7 @@ def trainer(flags, n_vocab, whole):  # -> a function that trains some steps, and
     from training.state import count_rows, init_params, start_state
 
     n_steps, mesh = 10, devices.make_mesh(flags["batch_size"])
-    rule = train_jax.make_optimizer(train_jax.make_schedule(**flags), **flags)
+    rule = train_jax.JaxTrainer(flags).optimizer
     sizes = {name: flags[name] for name in ("n_ctx", "n_embd", "n_layer")}
     params = init_params(jax.random.key(0), n_vocab, **sizes)
     state, shardings = start_state(params, None, 0, rule, count_rows(n_vocab), mesh, False)

@@ -36,7 +36,7 @@ def measure(shape, lora_rank):  # -> what one process prints
     params = common.random_params(sizes)
     if lora_rank:
         params = adapt(params, new_adapters(params, flags))
-    rule = train_jax.make_optimizer(train_jax.make_schedule(**flags), **flags)
+    rule = train_jax.JaxTrainer(flags).optimizer
     state, shardings = start_state(params, None, 0, rule, 50257, make_mesh(1), False)
     del params
     steps = train_jax.make_train_steps(rule, shardings=shardings, n_head=n_head)

@@ -21,7 +21,7 @@ from common import alternate, hugging_face, machine, print_table
 import backprop
 import train_jax
 from model_files import weights
-from training import devices, host, progress
+from training import devices, progress
 from training.flags import choose
 from training.state import count_rows, start_state
 
@@ -31,7 +31,7 @@ N_STEPS = 20  # a measurement; with a batch of one's own, 1
 def ours(flags, params, tokens, optimizer):  # -> a function that trains N_STEPS steps
     flags = flags | {"optimizer": optimizer}
     mesh = devices.make_mesh(flags["batch_size"])
-    rule = train_jax.make_optimizer(train_jax.make_schedule(**flags), **flags)
+    rule = train_jax.JaxTrainer(flags).optimizer
     n_vocab = len(params["wte"])
     n_rows = count_rows(n_vocab)
     state, shardings = start_state(params, None, 0, rule, n_rows, mesh, flags["fsdp"])
@@ -48,15 +48,17 @@ def ours(flags, params, tokens, optimizer):  # -> a function that trains N_STEPS
 
 
 def by_hand(flags, params, tokens, stack):
-    sharing = host.start_sharing(backprop.share_of_mean, params, None, flags)
-    _, whole, share = stack.enter_context(sharing)
+    shapes = backprop.NumpyTrainer(flags).moment_shapes(params)
+    moments = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    shared = stack.enter_context(backprop.start_sharing(params, moments, flags))
     n_done = 0
 
     def train():
         nonlocal n_done
         total = 0.0
         for batches in tokens:
-            total += backprop.train_step(*whole, n_done, batches, flags, share)
+            arrays = shared.params, shared.moments
+            total += backprop.train_step(*arrays, n_done, batches, flags, shared.evaluate)
             n_done += 1
         return total / len(tokens)
 

@@ -16,7 +16,7 @@ import sys
 
 import numpy as np
 
-from engine.threads import cut, in_threads, own_threads, parts
+from engine.threads import cut, in_threads, own_threads, parts, undivided
 
 LARGEST = 16 << 20  # bytes of the parameters: larger models are left to threads
 
@@ -55,7 +55,7 @@ def sharing(work, n, arrays):
 
         def share(rows, **options):
             mine, *others = cut(len(rows), n)
-            with own_threads(n):
+            with own_threads(n), undivided():
                 for helper, theirs in zip(helpers, others, strict=True):
                     ask(helper, rows[theirs], options)
                 return [work(rows[mine], None, **options), *map(hear, helpers)]
@@ -90,7 +90,7 @@ def fork(work, arrays, elder):  # gives a helper: pipe, room for its arrays, pro
 
 def serve(work, link, room):
     """A helper's life: it ends when nobody is left at the pipe's other end."""
-    with contextlib.suppress(EOFError, OSError), own_threads(2):
+    with contextlib.suppress(EOFError, OSError), own_threads(2), undivided():
         while True:
             rows, options = link.recv()
             try:

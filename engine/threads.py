@@ -70,6 +70,17 @@ def own_threads(n_rows):
                 limit(restore)
 
 
+@contextlib.contextmanager
+def undivided():
+    """Inside, work that this thread asks for is not shared out: others do their parts elsewhere."""
+    before = getattr(this_thread, "busy", False)
+    this_thread.busy = True
+    try:
+        yield
+    finally:
+        this_thread.busy = before
+
+
 def parts(n):
     """How many threads share n things. Just one if this thread is doing a share of work already."""
     return 1 if getattr(this_thread, "busy", False) else max(1, min(n_threads(), n))

@@ -1,12 +1,18 @@
 """Trainers that run as processes of their own, for tests that stop them half-way."""
 
+import gc
 import re
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
-from conftest import REPO, run
+import numpy as np
+from conftest import REPO, run, tree_map
+
+import training.run
+from model_files import weights
 
 
 def begin(script, *args):
@@ -33,3 +39,28 @@ def stop_and_go_on(script, args, out, sign, step, n_steps):
     assert (out / "checkpoints" / f"{stopped:08d}" / "run.json").exists()
     code, printed, err = run(script, "--resume", out)
     assert (code, err) == (0, "") and f"step {n_steps}:" in printed
+
+
+def count_arrays_left(monkeypatch, trainer_class):
+    """-> a list: whenever batches are read, how many arrays of the model it began with still exist.
+
+    That is before the first step, and after each.
+    """
+    load, read = training.run.load_encoder_hparams_and_params, trainer_class.read
+    arrays, n_left = [], []
+
+    def load_copies(*args):
+        model = load(*args)
+        params = tree_map(np.array, model.params)
+        arrays.extend(map(weakref.ref, weights.leaves(params).values()))
+        return model._replace(params=params)
+
+    def count_and_read(*args):
+        gc.collect()
+        assert arrays
+        n_left.append(sum(array() is not None for array in arrays))
+        return read(*args)
+
+    monkeypatch.setattr(training.run, "load_encoder_hparams_and_params", load_copies)
+    monkeypatch.setattr(trainer_class, "read", count_and_read)
+    return n_left

@@ -1,6 +1,5 @@
 """backprop.py against jax.grad, PyTorch, and slopes measured in float64."""
 
-import functools
 import math
 
 import numpy as np
@@ -12,7 +11,7 @@ import gpt2
 from engine import processes, threads
 from model_files import weights
 from model_files.weights import leaves
-from training import host
+from training.text import draw_stretches
 
 SHAPES = {  # n_batch, n_seq, n_vocab, n_ctx, n_embd, n_head, n_layer
     "odd sizes": (3, 7, 13, 11, 15, 3, 2),
@@ -337,6 +336,15 @@ SCHEDULE = {"n_steps": 200, "learning_rate": 3e-3, "min_learning_rate": 3e-4, "n
 ADAMW = SCHEDULE | {"grad_clip": 1.0, "weight_decay": 0.1, "adam_b2": 0.99}
 
 
+def update(params, gradients, moments, n_done):
+    """train_step, with these gradients."""
+
+    def evaluate(tokens, n_tokens):
+        return 0.0, leaves(gradients)
+
+    backprop.train_step(leaves(params), moments, n_done, np.zeros((1, 1, 2)), ADAMW, evaluate)
+
+
 def zeros(params):
     return {
         f"{kind}.{name}": np.zeros_like(x) for kind in "mv" for name, x in leaves(params).items()
@@ -359,7 +367,7 @@ def test_200_steps_have_the_losses_of_train_jaxs_adamw(rng):
     train_jax = pytest.importorskip("train_jax", reason="optax is not installed")
     hparams = {"n_vocab": 60, "n_ctx": 12, "n_embd": 24, "n_head": 3, "n_layer": 2}
     flags = hparams | {"seed": int(rng.integers(2**31))}
-    _, params = host.new_model(flags, hparams["n_vocab"])
+    _, params = backprop.NumpyTrainer(flags).new_model(hparams["n_vocab"])
     text = np.cumsum(rng.integers(0, 3, 4000)) % 60  # each id follows from the one before, almost
     starts = rng.integers(0, len(text) - 13, (200, 1, 8))
     batches = text[starts[..., None] + np.arange(13)].astype(np.int32)
@@ -374,7 +382,7 @@ def test_200_steps_have_the_losses_of_train_jaxs_adamw(rng):
         state, wanted = steps(state, batches[n_done : n_done + 1], 1)
         loss, gradients = backprop.loss_and_gradients(params, batches[n_done, 0], 3)
         clipped += math.hypot(*(np.linalg.norm(x) for x in leaves(gradients).values())) > 1
-        backprop.adamw(params, gradients, moments, n_done, **ADAMW)
+        update(params, gradients, moments, n_done)
         losses.append(loss)
         gaps.append(abs(loss - float(wanted)))
     print("losses", losses[0], losses[-1], "largest gap", max(gaps), "clipped", clipped)
@@ -401,21 +409,42 @@ def test_adamw_is_pytorchs(rng):
         for group in optimizer.param_groups:
             group["lr"] = backprop.learning_rate(n_done, **SCHEDULE)
         optimizer.step()
-        backprop.adamw(params, gradients, moments, n_done, **ADAMW)
+        update(params, gradients, moments, n_done)
     assert {x.dtype for x in [*leaves(params).values(), *moments.values()]} == {np.dtype("float32")}
     for name, x in leaves(params).items():
         assert np.allclose(x, twins[name].detach().numpy(), rtol=1e-5, atol=1e-6), name
+
+
+def test_a_parameter_in_any_memory_order_is_updated(rng):
+    """A view of it as one row of numbers would be a copy, whose update is lost."""
+    params, _, hparams = make(rng, (1, 1, 300, 9, 48, 3, 1))
+    gradients = random_params(rng, hparams)
+    for x in leaves(gradients).values():
+        x *= 1e-4  # too small to be clipped: the norm's sum has another order
+    ours = {name: np.array(x, order="F") for name, x in leaves(params).items()}
+    wanted = {name: x.copy() for name, x in leaves(params).items()}
+    for arrays in (ours, wanted):
+        update(weights.nest(arrays), gradients, zeros(params), 0)
+    assert not ours["wte"].flags.c_contiguous
+    for name, x in wanted.items():
+        assert (ours[name] == x).all() and (x != leaves(params)[name]).any(), name
 
 
 def test_accumulated_batches_are_one_large_batch(rng):
     params, _, hparams = make(rng, (1, 1, 30, 9, 8, 2, 1))
     batches, flags = rng.integers(0, 30, (3, 2, 10)), ADAMW | {"n_head": 2}
     ours, whole = zeros(params), zeros(params)
-    work = functools.partial(backprop.share_of_mean, params=params, n_head=2)
-    share = functools.partial(processes.share_in_threads, work)
     wanted, _ = backprop.loss_and_gradients(params, batches.reshape(6, 10), 2)
-    a = backprop.train_step(tree_map(np.copy, params), ours, 0, batches, flags, share)
-    b = backprop.train_step(params, whole, 0, batches.reshape(1, 6, 10), flags, share)
+
+    def step(params, moments, batches):
+        def evaluate(tokens, n_tokens):
+            loss, gradients = backprop.loss_and_gradients(params, tokens, 2, n_tokens)
+            return loss, leaves(gradients)
+
+        return backprop.train_step(leaves(params), moments, 0, batches, flags, evaluate)
+
+    a = step(tree_map(np.copy, params), ours, batches)
+    b = step(params, whole, batches.reshape(1, 6, 10))
     assert math.isclose(a, b, rel_tol=1e-5) and math.isclose(a, wanted, rel_tol=1e-5)
     first = {name.removeprefix("m."): x for name, x in whole.items() if name.startswith("m.")}
     assert_close(weights.nest({name: ours["m." + name] for name in first}), weights.nest(first))
@@ -423,13 +452,16 @@ def test_accumulated_batches_are_one_large_batch(rng):
 
 def some_steps(start, flags, batches):
     """-> the losses, the parameters and the moments by name, how many arrays train_step got."""
-    sharing = host.start_sharing(backprop.share_of_mean, start, None, flags)
-    with sharing as ((params, moments), whole, share):
-        steps = enumerate(batches)
-        losses = [backprop.train_step(*whole, n, batch, flags, share) for n, batch in steps]
+    with backprop.start_sharing(start, zeros(start), flags) as shared:
+        arrays = shared.params, shared.moments
+        losses = [
+            backprop.train_step(*arrays, n_done, batch, flags, shared.evaluate)
+            for n_done, batch in enumerate(batches)
+        ]
+        params, moments = shared.by_name
     assert list(moments) == list(zeros(start)) and len(set(losses)) == len(losses)
     assert (params["wte"] != start["wte"]).any()  # a copy was trained
-    return losses, leaves(params) | moments, len(leaves(whole[0]))
+    return losses, params | moments, len(shared.params)
 
 
 def alone(n_rows, n_bytes):
@@ -478,7 +510,7 @@ def test_arrays_that_stand_joined_are_trained_like_those_of_large_models(rng, mo
 
 def test_the_beginning_has_gpt2s_deviations(rng):
     flags = {"n_ctx": 64, "n_embd": 128, "n_head": 4, "n_layer": 8, "seed": int(rng.integers(99))}
-    hparams, params = host.new_model(flags, 257)
+    hparams, params = backprop.NumpyTrainer(flags).new_model(257)
     for name, x in leaves(params).items():
         assert x.dtype == np.float32
         if x.ndim == 1:
@@ -492,8 +524,8 @@ def test_the_beginning_has_gpt2s_deviations(rng):
 
 def test_batches_are_stretches_from_anywhere_that_the_seed_and_the_step_decide(rng):
     text, seed = [np.arange(7, dtype=np.uint16), np.arange(7, 20, dtype=np.uint16)], 5
-    found = np.array([host.draw(text, seed, step, (2, 5, 17)) for step in range(50)])
+    found = np.array([draw_stretches(text, seed, step, (2, 5, 17)) for step in range(50)])
     assert found.shape == (50, 2, 5, 17) and (np.diff(found) == 1).all()
     assert set(found[..., 0].flat) == {0, 1, 2, 3}  # the last stretch ends with the last token
-    assert (host.draw(text, seed, 7, (2, 5, 17)) == found[7]).all()
-    assert (host.draw(text, seed + 1, 7, (2, 5, 17)) != found[7]).any()
+    assert (draw_stretches(text, seed, 7, (2, 5, 17)) == found[7]).all()
+    assert (draw_stretches(text, seed + 1, 7, (2, 5, 17)) != found[7]).any()

@@ -224,6 +224,15 @@ def test_finetuning_starts_at_the_models_own_loss(models, tmp_path):
     assert (tuned["wpe"][:16] != params["wpe"][:16]).any()
 
 
+def test_the_model_that_a_run_starts_from_does_not_stay_in_memory(models, tmp_path, monkeypatch):
+    n_left = runs.count_arrays_left(monkeypatch, backprop.NumpyTrainer)
+    flags = ["--init_from", models[0] / "tiny", "--data", REPO / "gpt2.py", "--n_ctx", 16]
+    flags += ["--n_steps", 3, "--eval_every", 1, "--out", tmp_path / "out"]
+    code, _, err = conftest.call("backprop.py", *flags)
+    assert code == 0, err
+    assert n_left == [0, 0, 0, 0]
+
+
 def test_a_loss_that_explodes_ends_the_run_and_names_the_last_checkpoint(tmp_path):
     flags = ["--learning_rate", 1e9, "--n_warmup", 10**9, "--n_steps", 10**6, "--grad_clip", 1e30]
     flags += ["--checkpoint_every", 1, "--eval_every", 10**6]

@@ -101,7 +101,7 @@ def test_the_picture_has_a_curve_for_each(out, monkeypatch):
         return plot(self, *args, **how)
 
     monkeypatch.setattr(axes.Axes, "plot", look)
-    progress.draw(out)
+    progress.plot(out)
     found = figures(out)
     for i, name in enumerate(sorted(NAMES)):
         (steps, shares), _ = drawn[f"C{2 + i}"]

@@ -26,7 +26,6 @@ import jax.numpy as jnp  # noqa: E402
 
 import train_jax  # noqa: E402
 from training import batches, devices  # noqa: E402
-from training.packed import learned_share  # noqa: E402
 
 HPARAMS = {"n_vocab": 257, "n_ctx": 32, "n_embd": 24, "n_head": 3, "n_layer": 2}
 TALK = [
@@ -282,7 +281,7 @@ def test_loss_and_gradients_are_those_of_each_example_by_itself(rng, n_chunks):
     how = {"n_head": 3, "n_chunks": n_chunks, "packed": True}
 
     def loss(params):
-        return train_jax.losses(params, rows, **how).mean() / learned_share(rows, **how).mean()
+        return train_jax.mean_loss(params, rows, **how)
 
     value, ours = jax.jit(jax.value_and_grad(loss))(jax.tree.map(jnp.asarray, params))
     wanted, grads = theirs(hugging_face(params, HPARAMS), examples)
@@ -297,6 +296,23 @@ def test_loss_and_gradients_are_those_of_each_example_by_itself(rng, n_chunks):
         jax.tree.map(jnp.asarray, params), rows[None], counts, **how
     )
     assert abs(validation / wanted - 1) < 1e-5
+
+
+def test_the_loss_of_a_row_is_the_mean_over_what_it_learns(rng):
+    params = jax.tree.map(jnp.asarray, random_params(rng, HPARAMS))
+    rows = jnp.asarray(pack(random_examples(rng, 12, 33), 33))
+    losses = train_jax.losses(params, rows, 3, packed=True)
+    n_learned = (np.asarray(rows)[:, 1:] & READ == 0).sum(-1)
+    nats = train_jax.row_nats(params, rows, 3, packed=True)
+    assert len(set(n_learned)) > 1 and np.allclose(losses, nats / n_learned, rtol=1e-5)
+    wanted = (np.asarray(losses) * n_learned).sum() / n_learned.sum()
+    assert np.isclose(train_jax.mean_loss(params, rows, 3, packed=True), wanted, rtol=1e-5)
+    first = jnp.float32(n_learned.sum() / rows[:, 1:].size)  # of a step's two batches, all rows
+    halves = [
+        train_jax.mean_loss(params, x, 3, first, packed=True) for x in (rows[::2], rows[1::2])
+    ]
+    sizes = np.array([len(rows[::2]), len(rows[1::2])]) / len(rows)
+    assert np.isclose(sizes @ np.array(halves), wanted, rtol=1e-5)
 
 
 def test_no_example_sees_another(rng):

@@ -146,9 +146,10 @@ def begin(out, run):  # as a new run does
         f.write(json.dumps({"step": 0, "run": run}) + chr(10))
 
 def save(out, k, step, saved=(), run=8):
-    moments, about = {"mu": np.full(3, k, "f4")}, {"flags": {"seed": k}, "run": run}
-    what = params(k), moments, about, encoders[k], hparams
-    return checkpoints.save_checkpoint(out, [*saved], step, *what)
+    state = checkpoints.State(params(k), {"mu": np.full(3, k, "f4")}, step)
+    metadata, previous = {"flags": {"seed": k}, "run": run}, ([None] + [*saved])[-1]
+    model = utils.Model(encoders[k], hparams, None)
+    return checkpoints.save_checkpoint(out, model, state, metadata, previous)
 
 def found():  # (step, the number of the model) of the checkpoint that would be resumed, or None
     try:
@@ -547,8 +548,7 @@ def meet_full_disks(script, flags, whole, tmp_path, n_less, n_more):
     fill_disk(process, n_more)  # for a model, but not for the moments
     assert ends(process, *places).endswith(": File too large\n")
     process = start("--resume", out)
-    if script == "train_jax.py":
-        assert process.stdout.readline().startswith("going on after step ")
+    assert process.stdout.readline().startswith("going on after step ")
     process.stdout.readline()  # a look at the validation text
     process.send_signal(signal.SIGSTOP)
     os.rename(out, away)
@@ -652,9 +652,11 @@ def test_what_a_kill_cut_short_in_jaxs_cache_is_made_again_without_a_word(tmp_pa
 def test_what_a_kill_left_of_a_save_is_cleared_away(tmp_path):
     (tmp_path / ".saving-abc").mkdir()
     (tmp_path / ".saving-abc" / "model.safetensors").write_bytes(b"half")
-    for name in ("metrics.jsonl.123.tmp", "loss.png.123.tmp", "metrics.jsonl", "notes.tmp"):
+    half_written = ["metrics.jsonl.123.tmp", "loss.png.123.tmp"]
+    half_written += ["adapter_config.json.123.tmp", "adapter_model.safetensors.123.tmp"]
+    for name in (*half_written, "metrics.jsonl", "notes.tmp"):
         (tmp_path / name).write_text("x")
-    checkpoints.clear_away(tmp_path)
+    checkpoints.delete_half_written(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "notes.tmp"]
 
 

@@ -27,7 +27,7 @@ from model_files.adapters import merge, read_adapter, read_config, write_adapter
 from training import devices
 from training.adapters import Adapted, adapt, base_name, find_adapters, new_adapters
 from training.batches import read_batches
-from training.state import join, moment_shapes, split, start_state
+from training.state import combine, moment_shapes, partition, start_state
 
 pytestmark = pytest.mark.skipif(not find_spec("peft"), reason="peft is not installed")
 FLAGS = {"seed": 1, "lora_rank": 4, "lora_alpha": 6.0, "lora_targets": "c_attn,c_proj,c_fc"}
@@ -125,8 +125,8 @@ def test_gradients_are_pefts(rng):
     adapters = trained(rng, params)
     tokens = rng.integers(0, 257, (3, 21))
     tree = jax.tree.map(jnp.asarray, adapt(params, adapters))
-    ours, frozen = split(tree)
-    function = jax.value_and_grad(lambda t: losses(join(t, frozen), tokens))
+    ours, frozen = partition(tree)
+    function = jax.value_and_grad(lambda t: losses(combine(t, frozen), tokens))
     value, gradients = jax.jit(function)(ours)
 
     model = peft_model(params)
@@ -218,7 +218,7 @@ def test_narrow_products_are_near(rng):
     steps = train_jax.make_train_steps(optimizer, dtype="bfloat16", n_head=2)
     state, _ = start_state(tree, None, 0, optimizer, 257, devices.make_mesh(1), False)
     (after, _, _), _ = steps(state, tokens[None, None], 1)
-    assert {x.dtype.name for x in jax.tree.leaves(split(after)[0])} == {"float32"}
+    assert {x.dtype.name for x in jax.tree.leaves(partition(after)[0])} == {"float32"}
 
 
 # --- peft's layout --------------------------------------------------------------------------------
@@ -546,6 +546,11 @@ def test_adapters_need_a_model_and_jax(tmp_path):
     )
     code, out, err = conftest.call("backprop.py", *args)
     assert (code, out) == (2, "") and err == "error: --lora_rank 2 is train_jax.py's\n"
+
+
+def test_backprop_does_not_go_on_with_adapters(run):
+    code, out, err = conftest.call("backprop.py", "--resume", run[0])
+    assert (code, out, err) == (2, "", "error: --lora_rank 2 is train_jax.py's\n")
 
 
 A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"

@@ -24,9 +24,9 @@ def log(tmp_path):
     """make_log for tokens of 1000 FLOP, and 5 MFLOP/s."""
 
     def make(n_done=0, **options):
-        rate = {"machine": "1 x x", "flops": 1000, "peak": 5e6, "source": "measured"}
+        machine = progress.Machine("1 x x", 5e6, "measured")
         return progress.make_log(
-            tmp_path / "out", 7, n_done, schedule=lambda n: n / 100, **rate, **options
+            tmp_path / "out", 7, n_done, machine, 1000, lambda n: n / 100, **options
         )
 
     return make
@@ -107,7 +107,7 @@ def test_a_line_that_cannot_be_written_names_the_file(log, tmp_path):
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(log, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     write = log()
-    progress.draw(tmp_path / "out")
+    progress.plot(tmp_path / "out")
     before = (tmp_path / "out" / "loss.png").read_bytes()
     write({"step": 20, "loss": 2.0})
 
@@ -116,7 +116,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(log, tmp_path, monk
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(OSError, match="No space left"):
-        progress.draw(tmp_path / "out")
+        progress.plot(tmp_path / "out")
     assert sorted(os.listdir(tmp_path / "out")) == ["loss.png", "metrics.jsonl"]
     assert (tmp_path / "out" / "loss.png").read_bytes() == before
 
@@ -124,11 +124,11 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(log, tmp_path, monk
 def test_the_picture_shows_both_losses(log, tmp_path):
     matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     write = log()
-    progress.draw(tmp_path / "out")  # before there is anything to see
+    progress.plot(tmp_path / "out")  # before there is anything to see
     for step in range(20, 200, 20):
         write({"step": step, "loss": 4 - step / 100})
     write({"step": 100, "validation": 3.5})
-    progress.draw(tmp_path / "out")
+    progress.plot(tmp_path / "out")
     from matplotlib.image import imread
 
     picture = imread(tmp_path / "out" / "loss.png")
@@ -145,7 +145,7 @@ def test_pictures_do_not_pile_up_in_memory(log, tmp_path):
     gc.disable()
     try:
         for _ in range(3):
-            progress.draw(tmp_path / "out")
+            progress.plot(tmp_path / "out")
         left = [x for x in gc.get_objects() if type(x).__name__ in ("Figure", "FigureCanvasAgg")]
     finally:
         gc.enable()
@@ -191,7 +191,7 @@ def test_the_title_names_the_best(log, tmp_path, monkeypatch):
     write = log()
     for step, validation in ((100, 3.5), (200, 2.5), (300, 2.75)):
         write({"step": step, "validation": validation})
-    progress.draw(tmp_path / "out")
+    progress.plot(tmp_path / "out")
     assert titles == ["best validation loss 2.5000 at step 200"]
 
 
@@ -220,7 +220,7 @@ def test_lines_that_the_trainer_never_writes_are_left_out(log, tmp_path, line):
     good = json.dumps(GOOD).encode()
     path.write_bytes(b"\n".join([good, line, good]))
     assert progress.read_log(path) == [GOOD, GOOD]
-    progress.draw(tmp_path / "out")
+    progress.plot(tmp_path / "out")
     log(n_done=40)
     assert read(path) == [GOOD, GOOD]
 
@@ -242,7 +242,7 @@ def test_a_run_writes_to_no_link_that_came_with_its_folder(log, tmp_path):
     for name in ("loss.png", *temporary):
         (tmp_path / "out" / name).symlink_to("../precious")
     log(n_done=40)({"step": 60, "loss": 3.0})
-    progress.draw(tmp_path / "out")
+    progress.plot(tmp_path / "out")
     assert (tmp_path / "precious").read_text() == "precious"
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [line["step"] for line in read(tmp_path / "out" / "metrics.jsonl")] == [60]

@@ -29,6 +29,7 @@ from transformers import GPT2LMHeadModel
 
 import train_jax
 import training.flags
+import training.run
 import training.text
 import utils
 from encoder import Encoder
@@ -38,7 +39,9 @@ from plumbing.cli import note_signals
 from training import batches, checkpoints, progress, recipes
 from training.attention import fused_attention
 from training.batches import fill_batches, step_keys
+from training.checkpoints import State
 from training.devices import make_mesh, make_sharding
+from training.run import take_steps
 from training.state import init_params, moment_shapes, name_leaves, resize_vocab, start_state
 from training.text import cut_windows, load_text
 from utils import load_encoder_hparams_and_params
@@ -76,6 +79,23 @@ def test_initial_parameters_have_the_right_sizes_and_deviations(seed):
     tokens = jax.random.randint(jax.random.key(seed), (4, 65), 0, 257)
     losses = jax.jit(train_jax.losses, static_argnums=2)(tree, tokens, 4)
     assert abs(losses.mean() - np.log(257)) < 0.1  # it knows nothing yet
+
+
+def test_the_initial_numbers_are_drawn_in_the_trees_order(seed):
+    """So that a seed means the same model for ever: wte, wpe, and four matrices in each block."""
+    params = init_params(jax.random.key(seed), 257, 16, 8, 2)
+    keys = iter(jax.random.split(jax.random.key(seed), 10))
+    assert (params["wte"] == 0.02 * jax.random.normal(next(keys), (257, 8))).all()
+    assert (params["wpe"] == 0.02 * jax.random.normal(next(keys), (16, 8))).all()
+    for block in params["blocks"]:
+        for part, name, shape, scale in (
+            ("attn", "c_attn", (8, 24), 0.02),
+            ("attn", "c_proj", (8, 8), 0.01),
+            ("mlp", "c_fc", (8, 32), 0.02),
+            ("mlp", "c_proj", (32, 8), 0.01),
+        ):
+            wanted = scale * jax.random.normal(next(keys), shape)
+            assert (block[part][name]["w"] == wanted).all(), (part, name)
 
 
 def test_loss_is_the_mean_surprise(seed):
@@ -229,7 +249,9 @@ def test_every_recipe_says_everything(name):
     assert recipe["min_learning_rate"] < recipe["learning_rate"]
     parameters = inspect.signature(train_jax.main).parameters
     assert recipe.keys() <= parameters.keys()
-    assert recipe.keys() <= training.flags.LIMITS.keys() | {"data", "fsdp"}
+    limits = {flag.name: flag.limits for flag in training.flags.FLAGS}
+    checked = {name for name in limits if limits[name] is not training.flags.ANY}
+    assert recipe.keys() <= checked | {"data", "fsdp"}
     typed = {"n_steps": 7, "seed": 5, "data": "y", "grad_clip": 0.25}
     flags = training.flags.choose(
         {"recipe": name} | typed, "cpu", HPARAMS if name == "finetune" else None
@@ -543,33 +565,78 @@ def test_ctrl_c_keeps_the_model(tmp_path):
     assert GPT2LMHeadModel.from_pretrained(tmp_path / "out").config.n_embd == 8
 
 
+class StandInTrainer:
+    """steps(state, batches, n) is the function that it gets; the validation losses, too."""
+
+    is_main = True
+
+    def __init__(self, steps, validations=()):
+        self.steps = steps
+        self.validations = iter(validations)
+
+    def read(self, n_done, n):
+        return range(n)
+
+    def agree(self, signals):
+        return max(signals, default=0)
+
+    def validate(self, params):
+        return next(self.validations)
+
+    def measure_tasks(self, params):
+        return {}
+
+    def gather_params(self, params):
+        return params
+
+    def gather(self, state):
+        return state
+
+    generate = None
+
+
+class StandInOutput:
+    """Lists what it is told to save: best has parameters, saved has (state, best)."""
+
+    def __init__(self):
+        self.best, self.checkpoint = np.inf, None
+        self.kept, self.saved, self.n_samples = [], [], 0
+
+    def log(self, values):
+        return {}
+
+    def show(self, text):
+        pass
+
+    def show_sample(self, generate, params):
+        self.n_samples += 1
+
+    def save_best(self, params):
+        self.kept.append(params)
+
+    def save_checkpoint(self, state):
+        self.saved.append((state, self.best))
+        self.checkpoint = f"place {state.n_done}"
+
+
+SMALL = {"n_accumulate": 1, "batch_size": 1, "n_ctx": 1}
+
+
 def train_until(number, n_before):
-    """train() with stand-ins, and a signal after n_before steps: what it keeps and saves."""
-    kept, saved = [], []
+    """take_steps() with stand-ins, and a signal after n_before steps: what it keeps and saves."""
 
-    def train_steps(state, batches, n):
-        if state[2] + n == n_before:
+    def steps(state, batches, n):
+        if state.n_done + n == n_before:
             os.kill(os.getpid(), number)
-        return (state[0] + n, None, state[2] + n), 1.0
+        return State(state.params + n, None, state.n_done + n), 1.0
 
-    def checkpoint(state, best):
-        saved.append((state[0], best))
-        return "there"
-
-    def read(n_done):
-        if n_before == 0:
-            os.kill(os.getpid(), number)
-        return [0]
-
-    flags = {"n_steps": 10**6, "eval_every": 10**6, "checkpoint_every": 10**6}
-    flags |= {"n_accumulate": 1, "batch_size": 1, "n_ctx": 1}
-    begin = {"place": None, "best": None, "worst": 9}
-    stopped = train_jax.train(
-        (0, None, 0), flags, train_steps, read, None, lambda params, is_best: kept.append(params),
-        checkpoint, lambda values: {}, begin,
-    )  # fmt: skip
+    trainer, output = StandInTrainer(steps), StandInOutput()
+    if n_before == 0:
+        trainer.read = lambda n_done, n: os.kill(os.getpid(), number)
+    flags = {"n_steps": 10**6, "eval_every": 10**6, "checkpoint_every": 10**6} | SMALL
+    stopped = take_steps(trainer, State(0, None, 0), flags, output, 1, 9)
     assert stopped == number
-    return kept, saved
+    return output.kept, [(state.params, best) for state, best in output.saved]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -593,26 +660,22 @@ def test_a_second_signal_stops_at_once():
 def drive(
     losses, validations=(), eval_every=10**6, checkpoint_every=10**6, stop_at=None, n_steps=40
 ):
-    """train() with stand-ins, 20 steps a call -> [(is_best of keep)], [(step, best) saved]."""
-    kept, saved, validations = [], [], iter(validations)
+    """take_steps() with stand-ins, 20 steps a call -> [is_best of each], [(step, best) saved]."""
+    output, is_best = StandInOutput(), []
 
-    def train_steps(state, batches, n):
-        if stop_at is not None and state[2] + n >= stop_at:
+    def steps(state, batches, n):
+        if stop_at is not None and state.n_done + n >= stop_at:
             os.kill(os.getpid(), signal.SIGINT)
-        return (None, None, state[2] + n), losses(state[2] + n)
+        return State(None, None, state.n_done + n), losses(state.n_done + n)
 
-    def checkpoint(state, best):
-        saved.append((state[2], best))
-        return f"place {state[2]}"
+    def show_sample(generate, params):  # it follows each validation, and what that saves
+        is_best.append(len(output.kept) > sum(is_best))
 
+    output.show_sample = show_sample
     flags = {"n_steps": n_steps, "eval_every": eval_every, "checkpoint_every": checkpoint_every}
-    flags |= {"n_accumulate": 1, "batch_size": 1, "n_ctx": 1}
-    train_jax.train(
-        (None, None, 0), flags, train_steps, lambda n_done: range(20),
-        lambda params: next(validations), lambda params, is_best: kept.append(is_best), checkpoint,
-        lambda values: {}, {"place": None, "best": None, "worst": 9.0},
-    )  # fmt: skip
-    return kept, saved
+    trainer, start = StandInTrainer(steps, validations), State(None, None, 0)
+    take_steps(trainer, start, flags | SMALL, output, 20, 9.0)
+    return is_best, [(state.n_done, best) for state, best in output.saved]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 9.0, 10.0])
@@ -758,7 +821,9 @@ def test_a_finished_run_says_so_and_can_be_extended(never_stopped, tmp_path):
     code, out, err = run("--resume", "longer", "--n_steps", 700, models_dir=tmp_path)
     assert (code, err) == (0, "") and "step 700:" in out
     recipe = training.flags.choose({"data": "x", "n_steps": 700}, "cpu")
-    now = float(train_jax.make_schedule(**recipe)(600))  # on the cosine of 700 steps
+    sizes = ("n_steps", "learning_rate", "min_learning_rate", "n_warmup")
+    schedule = train_jax.make_schedule(*(recipe[name] for name in sizes))
+    now = float(schedule(600))  # on the cosine of 700 steps
     assert f"after step 600 of 700: the learning rate is {now:.2g} now and 5e-05 at the end" in out
     lines = progress.read_log(tmp_path / "longer" / "metrics.jsonl")
     rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
@@ -859,24 +924,98 @@ def test_a_damaged_run_json_is_refused(finished, change):
         training.flags.check_saved(plan, place)
 
 
+@pytest.mark.parametrize("name", ["drop_rate", "fsdp", "n_accumulate"])
+def test_a_run_json_without_a_flag_that_has_a_default_gets_it(finished, name):
+    place, plan = checkpoints.find_checkpoint(finished)
+    wanted = plan["flags"] | {name: {"drop_rate": 0.0, "fsdp": False, "n_accumulate": 1}[name]}
+    del plan["flags"][name]
+    assert training.flags.check_saved(plan, place) == wanted
+
+
+def test_a_run_is_resumed_by_a_trainer_that_has_a_newer_flag(finished, monkeypatch):
+    """The row of the table is all it takes, if the flag has a default or need not be there."""
+    place, plan = checkpoints.find_checkpoint(finished)
+    flag = training.flags.Flag("z_loss", float, training.flags.RECIPE, "its weight.", default=0.5)
+    monkeypatch.setattr(training.flags, "FLAGS", [*training.flags.FLAGS, flag])
+    assert training.flags.check_saved(plan, place) == plan["flags"] | {"z_loss": 0.5}
+    assert training.flags.choose({"data": "x"}, "cpu")["z_loss"] == 0.5
+    assert training.flags.choose({"data": "x", "z_loss": 0.25}, "cpu")["z_loss"] == 0.25
+    plan["flags"]["z_loss"] = 1
+    with pytest.raises(ValueError, match=r"run.json: damaged, or not of this trainer"):
+        training.flags.check_saved(plan, place)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: train_jax.main(resum="mine"),
+        lambda: train_jax.make_schedule(9, 1e-3, 1e-4, 2, n_warm=3),
+        lambda: make_optimizer(weight_dekay=0.1),
+        lambda: train_jax.make_optimizer(None, "adamw", 0.1, 1.0, 0.9, adam_b1=0.8),
+        lambda: train_jax.losses({}, jnp.zeros((1, 9), int), 2, n_chunk=2),
+        lambda: train_jax.validation_loss({"blocks": []}, jnp.zeros((1, 1, 9)), 1, n_haed=2),
+    ],
+)
+def test_a_misspelt_name_fails(call):
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        call()
+
+
+def test_an_optimizer_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="no optimizer 'sgd': choose adamw or muon"):
+        make_optimizer("sgd")
+    for name in training.flags.OPTIMIZERS:
+        assert callable(make_optimizer(name).update)
+
+
+def test_a_drop_rate_that_would_be_rounded_to_nothing_is_refused(finished):
+    for drop_rate in (0.0, 0.002, 0.9):
+        typed = {"recipe": "shakespeare-cpu", "drop_rate": drop_rate}
+        assert training.flags.choose(typed, "cpu")["drop_rate"] == drop_rate
+    with pytest.raises(ValueError, match="drop_rate is rounded to 256ths, and 0.001 would be 0"):
+        training.flags.choose({"recipe": "shakespeare-cpu", "drop_rate": 0.001}, "cpu")
+    place, plan = checkpoints.find_checkpoint(finished)  # earlier versions took it: it was 0
+    plan["flags"]["drop_rate"] = 0.001
+    assert training.flags.check_saved(plan, place)["drop_rate"] == 0.001
+
+
+def test_the_model_that_a_run_starts_from_does_not_stay_in_memory(models, tmp_path, monkeypatch):
+    n_left = runs.count_arrays_left(monkeypatch, train_jax.JaxTrainer)
+    flags = ["--init_from", models[0] / "tiny", "--data", REPO / "gpt2.py", "--n_ctx", 16]
+    flags += ["--n_steps", 3, "--eval_every", 1, "--out", tmp_path / "out"]
+    code, _, err = conftest.call_trainer(*flags)
+    assert (code, err) == (0, "")
+    assert len(n_left) == 4 and n_left[2:] == [0, 0]  # the first step may use NumPy's memory
+
+
 def test_only_the_flag_resume_says_where_to_write(finished, tmp_path, monkeypatch):
     """run.json has an `out`, too: that of the first run, on another machine perhaps."""
     place, plan = checkpoints.find_checkpoint(finished)
     plan["flags"]["out"] = str(tmp_path / "elsewhere")
-    monkeypatch.setattr(train_jax, "find_checkpoint", lambda out: (place, plan))
+    checkpoint = checkpoints.Checkpoint(place, plan)
+    monkeypatch.setattr(training.run, "find_checkpoint", lambda out: checkpoint)
     monkeypatch.setattr(train_jax, "start_jax", lambda *_: None)
-    monkeypatch.setattr(train_jax, "run_training", lambda flags, *_: runs.append(flags["out"]))
     runs = []
-    train_jax.main(resume="here")
+
+    def begin(trainer, flags):
+        runs.append(flags["out"])
+        raise InterruptedError
+
+    monkeypatch.setattr(train_jax.JaxTrainer, "__init__", begin)
+    with pytest.raises(InterruptedError):
+        train_jax.main(resume="here")
     assert runs == ["here"]
 
 
 @pytest.mark.parametrize("change", [{"n_head": 8}, {"n_layer": 2}, {"n_embd": 16}, {"n_ctx": 17}])
-def test_a_run_json_of_another_model_is_refused(finished, change):
-    place, plan = checkpoints.find_checkpoint(finished)
-    flags = training.flags.check_saved(plan, place) | change
-    with pytest.raises(ValueError, match="run.json has other sizes than the model"):
-        train_jax.run_training(flags, place=place, saved=plan)
+def test_a_run_json_of_another_model_is_refused(finished, tmp_path, change):
+    out = shutil.copytree(finished, tmp_path / "out")
+    place, plan = checkpoints.find_checkpoint(out)
+    plan["flags"] |= change
+    Path(place, "run.json").write_text(json.dumps(plan))
+    code, printed, err = conftest.call_trainer("--resume", out)
+    assert (code, printed) == (2, "") and err.count("\n") == 1
+    assert "run.json has other sizes than the model" in err
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3", "F4", "C64", "BOOL", "I64", "F64"])
@@ -908,8 +1047,8 @@ def test_names_that_only_look_like_checkpoints(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         checkpoints.find_checkpoint(tmp_path)
     params = init_params(jax.random.key(0), **SIZES)
-    hparams = {**SIZES, "n_head": 3}
-    checkpoints.save_checkpoint(tmp_path, [], 5, params, {}, {}, Encoder([]), hparams)
+    model = utils.Model(Encoder([]), {**SIZES, "n_head": 3}, None)
+    checkpoints.save_checkpoint(tmp_path, model, State(params, {}, 5), {})
     assert set(os.listdir(tmp_path / "checkpoints")) == {*names, "00000005"}
 
 
@@ -932,8 +1071,8 @@ def test_only_checkpoints_are_put_away(tmp_path):
     (folder / "notes.txt").write_text("x")
     (folder / ".saving-abc").mkdir()
     params = init_params(jax.random.key(0), **SIZES)
-    hparams = {**SIZES, "n_head": 3}
-    checkpoints.save_checkpoint(tmp_path, [], 5, params, {}, {}, Encoder([]), hparams)
+    model = utils.Model(Encoder([]), {**SIZES, "n_head": 3}, None)
+    checkpoints.save_checkpoint(tmp_path, model, State(params, {}, 5), {})
     assert sorted(os.listdir(folder)) == ["00000005", "mine", "notes.txt"]
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "checkpoints").write_text("x")
@@ -953,11 +1092,10 @@ def test_a_new_run_puts_an_older_ones_checkpoints_away(tmp_path):
     params = init_params(jax.random.key(0), **SIZES)
     old = tmp_path / "checkpoints" / "00000900"
     old.mkdir(parents=True)
-    hparams, saved = {**SIZES, "n_head": 3}, []
+    model, place = utils.Model(Encoder([]), {**SIZES, "n_head": 3}, None), None
     for step, names in ((7, ["00000007"]), (9, ["00000007", "00000009"])):
-        place = checkpoints.save_checkpoint(
-            tmp_path, saved, step, params, {"x": np.ones(3)}, {}, Encoder([]), hparams
-        )
+        state = State(params, {"x": np.ones(3)}, step)
+        place = checkpoints.save_checkpoint(tmp_path, model, state, {}, place)
         assert sorted(os.listdir(tmp_path / "checkpoints")) == names
         assert checkpoints.find_checkpoint(tmp_path) == (place, {"step": step})
 

@@ -1,6 +1,7 @@
 """Model folders against transformers, safetensors and TensorFlow; broken ones against one line."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import REPO, on_linux, random_params
+from conftest import REPO, TINY, exclaiming, on_linux, random_params
 
 import utils
 from encoder import Encoder
@@ -779,3 +780,25 @@ def test_a_checkpoint_without_tensorflow_says_what_to_install(saved, monkeypatch
     os.rename(folder / "model.safetensors", folder / "model.ckpt.index")
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     assert "pip install -r requirements.txt" in refusal(folder, ImportError)
+
+
+def test_a_failed_save_leaves_an_empty_folder_that_was_there(tmp_path, monkeypatch):
+    """And takes away one that it made."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(utils, "write_safetensors", full)
+    params = exclaiming(TINY)
+    (tmp_path / "theirs").mkdir()
+    for name in ("theirs", "ours"):
+        with pytest.raises(OSError, match="No space left"):
+            utils.save_model(tmp_path / name, Encoder([]), TINY, params)
+    assert os.listdir(tmp_path) == ["theirs"] and os.listdir(tmp_path / "theirs") == []
+
+
+def test_a_model_has_names_and_unpacks_as_the_triple(models):
+    model = utils.load_encoder_hparams_and_params("tiny", models[0])
+    encoder, hparams, params = model
+    assert model == (encoder, hparams, params) and model.hparams is hparams == TINY
+    assert model.encoder is encoder and model.params is params

@@ -69,6 +69,15 @@ def find_adapters(params):  # the reverse of adapt
     return {name: (x.lora_A, x.lora_B, x.scale) for name, x in found.items()}
 
 
+def count_params(params):  # -> how many numbers are trained, and how many are frozen
+    """With adapters only their factors are trained, without any everything is."""
+    arrays = leaves(params).values()
+    adapted = [x for x in arrays if isinstance(x, Adapted)]
+    n_factors = sum(x.lora_A.size + x.lora_B.size for x in adapted)
+    n_params = sum(x.w.size if isinstance(x, Adapted) else x.size for x in arrays)
+    return (n_factors, n_params) if adapted else (n_params, 0)
+
+
 def base_name(init_from, models_dir):
     """The base's name in an adapter's files, by which it is found again: a name, or a full path.
 

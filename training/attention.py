@@ -1,7 +1,11 @@
-"""A GPU's own attention, which plugs in where gpt2.py takes `attend`."""
+"""Attention that plugs in where gpt2.py takes `attend`: a GPU's own, and for packed examples."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+
+from corpus.examples import BEGINS, READ, is_learned
 
 
 def fused_attention(q, k, v, mask=None):  # [n_batch, n_head, n_seq, d_head] each -> the same
@@ -19,3 +23,31 @@ def fused_attention(q, k, v, mask=None):  # [n_batch, n_head, n_seq, d_head] eac
     kernel = "cudnn" if has_cudnn and fits else "xla"
     out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=kernel)
     return out.swapaxes(1, 2)
+
+
+# --- Rows of examples that corpus/examples.py has packed ----------------------------------------
+
+
+def unpack(params, tokens):  # [n_batch, n_seq + 1] -> params, inputs, targets, attend
+    """Each example as if it stood alone: its positions from 0, its attention within itself.
+
+    Targets that are not to be learned are -1. The result's wpe is [n_batch, n_seq, n_embd], with
+    a row for every token; gpt2.hidden_state takes it as it takes any other.
+    """
+    ids = tokens & (READ - 1)
+    positions = jnp.arange(tokens.shape[1] - 1)
+    begins = jnp.where(tokens[:, :-1] & BEGINS > 0, positions, 0)
+    start = jax.lax.cummax(begins, axis=1)  # [n_batch, n_seq], the position where an example begins
+    targets = jnp.where(is_learned(tokens[:, 1:]), ids[:, 1:], -1)
+    params = params | {"wpe": params["wpe"][positions - start]}
+    return params, ids[:, :-1], targets, functools.partial(attend_within, start)
+
+
+def attend_within(start, q, k, v):  # [n_batch, n_seq], [n_batch, n_head, n_seq, d_head] each
+    """Causal attention within each example: tokens with the same start are of one example."""
+    return fused_attention(q, k, v, mask=start[:, None, :, None] == start[:, None, None, :])
+
+
+def learned_share(tokens, packed):  # [..., n_seq + 1] -> [...]
+    """The share of each row's targets that are learned. In a plain text all are, so it is 1."""
+    return is_learned(tokens[..., 1:]).mean(-1) if packed else jnp.ones(tokens.shape[:-1])

@@ -8,20 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from corpus.shards import count_ids, read_stretches
-from training.devices import from_first
-
-STEPS_PER_CALL = (20, 5, 1)  # Python sees a loss, or Ctrl-C, only between calls: so about 1 s each
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def draw_starts(seed, steps, n_places, batch_size):  # [n] -> [n, batch_size]
     """Random numbers below n_places: a function of the seed and the step."""
 
-    def draw(step):
+    def draw_step(step):
         key, _ = step_keys(seed, step)
         return jax.random.randint(key, (batch_size, 1), 0, n_places)[:, 0]
 
-    return jax.vmap(draw)(steps)
+    return jax.vmap(draw_step)(steps)
 
 
 def step_keys(seed, n_done):  # -> the key for the batch and the key for the weights to drop
@@ -47,8 +44,8 @@ def read_batches(shards, seed, n_done, shape, n_ctx, sharding):  # -> [*shape, n
     starts = np.asarray(starts, np.int64).reshape(shape) * stride
 
     def read(index):
-        mine = starts[index[:3]]
-        return read_stretches(shards, mine.ravel(), n_ctx + 1).reshape(*mine.shape, n_ctx + 1)
+        local = starts[index[:3]]
+        return read_stretches(shards, local.ravel(), n_ctx + 1).reshape(*local.shape, n_ctx + 1)
 
     return jax.make_array_from_callback((*shape, n_ctx + 1), sharding, read)
 
@@ -68,11 +65,3 @@ def fill_batches(windows, batch_size):  # [n_windows, n_ctx + 1] -> windows, cou
     filled = np.concatenate([windows, np.repeat(windows[:1], n_missing, axis=0)])
     shape = len(filled) // batch_size, batch_size
     return filled.reshape(*shape, -1), counts.reshape(shape)
-
-
-def batches_shape(flags, flops, peak):  # -> the steps of a call, n_accumulate, batch_size
-    """flops: per token; peak: FLOP/s. All processes use the shape that the first one computes."""
-    n_accumulate, batch_size = flags["n_accumulate"], flags["batch_size"]
-    seconds = flops * n_accumulate * batch_size * flags["n_ctx"] / peak  # per step, at best
-    n_steps = next((n for n in STEPS_PER_CALL if n * seconds < 1), 1)
-    return from_first(n_steps), n_accumulate, batch_size

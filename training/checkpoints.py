@@ -7,8 +7,8 @@
         optimizer.safetensors                                   the optimizer's moments
         run.json                                  the run's number, step, flags, best loss, versions
 
-Everything here is NumPy's, whole and unpadded, however many devices held it. A checkpoint is
-written under another name and renamed as a whole; the last two of a run are kept.
+Everything here is NumPy's, complete and unpadded, however many devices held it. A checkpoint is
+written under another name and then renamed; the last two of a run are kept.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import tempfile
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from training.adapters import adapt, find_adapters
 from training.flags import read_tasks
 from training.text import NAMED_TEXTS
 from utils import (
+    Model,
     check_target,
     load_base_and_adapter,
     load_encoder_hparams_and_params,
@@ -36,18 +38,40 @@ from utils import (
 )
 
 CHECKPOINT = re.compile(r"[0-9]{8,}")  # a checkpoint's name; a folder "2024" is not ours
-HALF_WRITTEN = re.compile(r"\.saving-.*|(metrics\.jsonl|loss\.png)\.\d+\.tmp")
+HALF_WRITTEN = re.compile(
+    r"\.saving-.*|(metrics\.jsonl|loss\.png|adapter_(config\.json|model\.safetensors))\.\d+\.tmp"
+)
 DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
 
 
-def save_checkpoint(out, places, step, params, moments, about, encoder, hparams):  # -> where
-    """Write a checkpoint and delete this run's others but the last. `places` lists them.
+class State(typing.NamedTuple):
+    """What a training step changes: state in, state out.
 
-    params: the model's tree; moments: {name: array}; about: what run.json says besides the step.
+    The trainers' parameters and moments lie on devices, or in memory that processes share. In a
+    checkpoint they are NumPy's arrays, and the moments have names: {name: array}.
+    """
+
+    params: object
+    moments: object
+    n_done: int  # steps done
+
+
+class Checkpoint(typing.NamedTuple):
+    """A folder in out/checkpoints, and what its run.json says."""
+
+    folder: str
+    metadata: dict
+
+
+def save_checkpoint(out, model, state, metadata, previous=None):  # -> its folder
+    """Write a checkpoint. Delete all others but `previous`, the folder of this run's last one.
+
+    model: its tokenizer and sizes are written beside the state's parameters. metadata: what
+    run.json says besides the step; its flags, if any, decide whether an adapter is written.
     """
     folder = os.path.join(out, "checkpoints")
-    plain, stage = os.path.join(folder, f"{step:08d}"), None
-    place = plain
+    plain, stage = os.path.join(folder, f"{state.n_done:08d}"), None
+    target = plain
     try:
         os.makedirs(folder, exist_ok=True)
         names = os.listdir(folder)
@@ -56,29 +80,29 @@ def save_checkpoint(out, places, step, params, moments, about, encoder, hparams)
             if name.startswith(".saving-"):
                 shutil.rmtree(os.path.join(folder, name))  # half written
         stage = tempfile.mkdtemp(prefix=".saving-", dir=folder)
-        save_params(stage, encoder, hparams, params, about.get("flags", {}))
-        write_safetensors(os.path.join(stage, "optimizer.safetensors"), moments)
-        write_whole(Path(stage, "run.json"), json.dumps({"step": step} | about, indent=1))
-        while place in older:  # an earlier run's: until that is deleted, ours is 000000400
-            place = os.path.join(folder, "0" + os.path.basename(place))
-        os.rename(stage, place)
+        save_params(stage, model._replace(params=state.params), metadata.get("flags", {}))
+        write_safetensors(os.path.join(stage, "optimizer.safetensors"), state.moments)
+        run_json = json.dumps({"step": state.n_done} | metadata, indent=1)
+        write_whole(Path(stage, "run.json"), run_json)
+        while target in older:  # an earlier run's: until that is deleted, ours is 000000400
+            target = os.path.join(folder, "0" + os.path.basename(target))
+        os.rename(stage, target)
     except OSError as error:
-        why = error.strerror.rpartition(": ")[2]  # save_model's message would name the stage
-        raise OSError(error.errno, f"cannot write {place}: {why}") from error
+        reason = error.strerror.rpartition(": ")[2]  # save_model's message would name the stage
+        raise OSError(error.errno, f"cannot write {target}: {reason}") from error
     finally:
         if stage:
             shutil.rmtree(stage, ignore_errors=True)
-    for old in [*places[:-1], *(older - {*places, place})]:  # `older` are an earlier run's
+    for old in sorted(older - {previous, target}):
         with contextlib.suppress(OSError):
-            put_away(old)
+            delete_checkpoint(old)
     with contextlib.suppress(OSError):
-        os.rename(place, plain)
-        place = plain
-    places[:] = [*places[-1:], place]
-    return place
+        os.rename(target, plain)
+        target = plain
+    return target
 
 
-def from_anywhere(flags):
+def with_full_paths(flags):
     """The flags with full paths, so that the run can be resumed from any directory."""
     if flags["data"] not in NAMED_TEXTS:
         flags = flags | {"data": os.path.abspath(flags["data"])}
@@ -88,23 +112,24 @@ def from_anywhere(flags):
     return flags
 
 
-def save_params(folder, encoder, hparams, params, flags, dtype="float32"):
+def save_params(folder, model, flags, dtype="float32"):
     """Write a model's folder or, if adapters are trained, an adapter's, without the model."""
     if "lora_rank" not in flags:
-        return save_model(folder, encoder, hparams, params, dtype)
+        save_model(folder, *model, dtype)
+        return
     targets = flags["lora_targets"].split(",")
     config = peft_config(flags["init_from"], flags["lora_rank"], flags["lora_alpha"], targets)
-    write_adapter(folder, config, find_adapters(params), dtype)
+    write_adapter(folder, config, find_adapters(model.params), dtype)
 
 
-def put_away(place):
+def delete_checkpoint(folder):
     """Delete a checkpoint, run.json first, so that no run resumes from one half deleted."""
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(place, "run.json"))
-    shutil.rmtree(place)
+        os.unlink(os.path.join(folder, "run.json"))
+    shutil.rmtree(folder)
 
 
-def clear_away(out):
+def delete_half_written(out):
     """Delete the half-written files of a killed run. The folder must be locked by this run."""
     for path in Path(out).iterdir():
         if path.name.startswith(".saving-"):
@@ -114,7 +139,7 @@ def clear_away(out):
 
 
 def check_out(out, overwrite=False, is_adapter=False):
-    """ValueError or OSError if a new run could not write to `out`, or would replace files in it.
+    """Raises ValueError or OSError if a new run could not write to `out`, or would replace files.
 
     With overwrite it may replace the files of a run and its model, one by one, and no others. A
     run that was stopped before it saved anything is never in the way.
@@ -147,8 +172,8 @@ def find_out(resume, models_dir):  # the --resume flag -> the run's folder
     return inside if os.path.isdir(inside) else resume
 
 
-def find_checkpoint(out):  # -> its path, what run.json says
-    """The last checkpoint of the run in a folder. ValueError or OSError if there is none.
+def find_checkpoint(out):  # -> Checkpoint
+    """The last one of the run in a folder. Raises ValueError or OSError if there is none.
 
     If this run has replaced an earlier one, checkpoints of the earlier one do not count.
     """
@@ -160,33 +185,33 @@ def find_checkpoint(out):  # -> its path, what run.json says
         raise FileNotFoundError(f"{out}: nothing to resume: no checkpoint in {folder}")
     lines = progress.read_log(Path(out, "metrics.jsonl"))
     for name in complete:
-        place = os.path.join(folder, name)
-        saved = read_json(os.path.join(place, "run.json"))
-        if not lines or saved.get("run") == progress.find_run(lines):
-            return place, saved
+        path = os.path.join(folder, name)
+        metadata = read_json(os.path.join(path, "run.json"))
+        if not lines or metadata.get("run") == progress.find_run(lines):
+            return Checkpoint(path, metadata)
     raise FileNotFoundError(
         f"{out}: nothing to resume: its run was stopped before its first checkpoint, and those in "
         f"{folder} are an earlier run's; --overwrite begins once more"
     )
 
 
-def load_checkpoint(place, shapes, models_dir="."):  # -> encoder, hparams, params, {name: array}
-    """Read what save_checkpoint wrote. The moments come in the order of shapes(params).
+def load_checkpoint(folder, moment_shapes, models_dir="."):  # -> Model, {name: array}
+    """Read what save_checkpoint wrote. The moments come in the order of moment_shapes(params).
 
-    shapes(params) gives {name: (shape, dtype)} of the moments that the optimizer needs. ValueError
-    if the file has others.
+    moment_shapes(params) -> {name: (shape, dtype)} of the moments that the optimizer needs. Raises
+    ValueError if the file has others.
     """
-    if is_adapter(place):
-        encoder, hparams, params, adapters = load_base_and_adapter(place, models_dir)
-        params = adapt(params, adapters)
+    if is_adapter(folder):
+        encoder, hparams, params, adapters = load_base_and_adapter(folder, models_dir)
+        model = Model(encoder, hparams, adapt(params, adapters))
     else:
-        encoder, hparams, params = load_encoder_hparams_and_params(place, ".")
-    path = os.path.join(place, "optimizer.safetensors")
-    tensors, wanted = read_safetensors(path), shapes(params)
+        model = load_encoder_hparams_and_params(folder, ".")
+    path = os.path.join(folder, "optimizer.safetensors")
+    tensors, wanted = read_safetensors(path), moment_shapes(model.params)
     if {name: (shape, DTYPES.get(d)) for name, (d, shape, _) in tensors.items()} != wanted:
         raise ValueError(f"{path}: is of another optimizer, or of another version of optax")
     moments = {
         name: tensors[name][2].view(dtype).reshape(shape).copy()
         for name, (shape, dtype) in wanted.items()
     }
-    return encoder, hparams, params, moments
+    return model, moments

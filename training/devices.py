@@ -27,8 +27,8 @@ from plumbing.cli import one_line
 
 def start_jax(coordinator, num_processes, process_id):
     """Join the other processes, if there are any, and keep what is compiled for the next run."""
-    given = [coordinator, num_processes, process_id]
-    if any(x is not None for x in given) and None in given:
+    cluster_options = [coordinator, num_processes, process_id]
+    if any(x is not None for x in cluster_options) and None in cluster_options:
         raise ValueError("--coordinator, --num_processes and --process_id go together")
     if coordinator is not None:
         if not re.fullmatch(r".+:\d{1,5}", coordinator):
@@ -43,7 +43,7 @@ def start_jax(coordinator, num_processes, process_id):
     if coordinator or cluster:
         if sys.stderr.isatty():
             print("waiting for the other processes ...", file=sys.stderr)
-        jax.distributed.initialize(*given)
+        jax.distributed.initialize(*cluster_options)
     elif "JAX_NUM_CPU_DEVICES" not in env:  # a device for every core: faster than threads in one
         has_affinity = hasattr(os, "sched_getaffinity")
         n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
@@ -105,7 +105,10 @@ KNOWN_PEAKS = {
 
 
 def peak_flops(devices, dtype):  # -> FLOP/s of all together, "known" or "measured"
-    """The makers' figure for bfloat16, or else the speed of one large product, measured now."""
+    """The makers' figure for bfloat16; otherwise that of one large product, measured now.
+
+    All processes get the figure that the first one measures.
+    """
     kind = devices[0].device_kind
     for name, peak in KNOWN_PEAKS.items():
         if name in kind and dtype == "bfloat16":
@@ -121,7 +124,7 @@ def peak_flops(devices, dtype):  # -> FLOP/s of all together, "known" or "measur
         seconds.append(time.perf_counter() - start)
     # The CPU's devices are one processor: all its cores already work on a single product.
     n_devices = 1 if devices[0].platform == "cpu" else len(devices)
-    return n_devices * 2 * n**3 / min(seconds), "measured"
+    return n_devices * 2 * n**3 / from_first(min(seconds)), "measured"
 
 
 def make_sharding(mesh, *axes):
@@ -174,7 +177,7 @@ def put(tree, shardings):
 
 
 def to_host(tree):
-    """The whole arrays in NumPy, wherever their parts are. Every process must call this."""
+    """The complete arrays in NumPy, wherever their parts are. Every process must call this."""
     if jax.process_count() > 1:
         tree = multihost_utils.process_allgather(tree, tiled=True)
     return jax.tree.map(np.asarray, tree)
@@ -189,7 +192,7 @@ def any_process(caught):  # -> the signal that this or any other process has cau
 def from_first(number):  # -> the first process's number, in all of them
     if jax.process_count() == 1:
         return number
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    return float(multihost_utils.broadcast_one_to_all(np.float32(number)))
 
 
 def check_agreement(value):  # of what JSON can hold

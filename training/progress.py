@@ -1,8 +1,8 @@
-"""What a training run shows: its speed, and its losses as lines of JSON and as a picture.
+"""What a training run shows: tokens per second, and losses as lines of JSON and as a picture.
 
 models/mine/metrics.jsonl    {"step": 20, "loss": 4.1, ...}, {"step": 200, "validation": ...},
                              with --eval_tasks {"step": 200, "hellaswag_acc": 0.28, ...}
-models/mine/loss.png         the same, drawn; `progress.draw("models/mine")` draws it again
+models/mine/loss.png         the same, drawn; `progress.plot("models/mine")` makes it again
 """
 
 import contextlib
@@ -11,8 +11,10 @@ import json
 import math
 import os
 import time
+import typing
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from model_files.weights import tensor_shapes
@@ -20,32 +22,47 @@ from plumbing.files import open_locked, parse_json, replacing, write_whole
 from plumbing.quiet import quiet_tensorflow
 
 
-def flops_per_token(hparams, n_ctx, each=6):
+class Machine(typing.NamedTuple):
+    """What a run computes on: its name, its FLOP/s, and where that figure comes from."""
+
+    name: str
+    peak: float
+    source: str  # "known" or "measured"
+
+
+def measure_peak():  # -> NumPy's FLOP/s
+    """Those of one large product."""
+    n, seconds = 2048, []
+    x = np.ones((n, n), np.float32)
+    for _ in range(5):
+        began = time.perf_counter()
+        x @ x
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)
+
+
+def flops_per_token(hparams, n_ctx, flops_per_param=6):
     """6 N + 12 L E T for a forward and a backward pass: FLOP per token in stretches of T = n_ctx.
 
     Six for each of the N parameters a token is multiplied with, which are all but wpe (Kaplan et
     al. 2020, arXiv:2001.08361), and twelve for each of attention's E numbers per layer and
     position, masked or not (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). nanoGPT counts
-    like this: 855 million for GPT-2 124M. each: 4 for a frozen model, which needs no gradients.
+    like this: 855 million for GPT-2 124M. flops_per_param: 4 for a frozen model, which needs no
+    gradients.
     """
     n_params = sum(math.prod(shape) for name, shape in tensor_shapes(hparams) if name != "wpe")
-    return each * n_params + 12 * hparams["n_layer"] * hparams["n_embd"] * n_ctx
+    return flops_per_param * n_params + 12 * hparams["n_layer"] * hparams["n_embd"] * n_ctx
 
 
-def no_log(values):
-    """The log of every process but the first: it writes nothing."""
-    return {}
-
-
-def make_log(out, run, n_done, machine, flops, peak, source, schedule, tensorboard=False, each=6):
+def make_log(out, run, n_done, machine, flops, learning_rate, tensorboard=False, flops_per_param=6):
     """-> log(values), which adds a line to out/metrics.jsonl and returns what the bar shows.
 
-    run: the run's number; machine: its name; flops: FLOP per token; peak: the machine's FLOP/s, and
-    source, where that figure comes from; each: as in flops_per_token.
+    run: the run's number; n_done: the steps done; flops: FLOP per token; learning_rate(n_done): the
+    next step's; flops_per_param: as in flops_per_token.
     """
     print(
-        f"{machine}, {peak / 1e12:.3g} TFLOP/s ({source}); "
-        f"a token takes {flops / 1e6:.4g} MFLOP ({each} N + 12 L E T)"
+        f"{machine.name}, {machine.peak / 1e12:.3g} TFLOP/s ({machine.source}); "
+        f"a token takes {flops / 1e6:.4g} MFLOP ({flops_per_param} N + 12 L E T)"
     )
     file, began = open_log(out, run, n_done), time.perf_counter()
     writer = open_tensorboard(os.path.join(out, "tensorboard")) if tensorboard else None
@@ -54,12 +71,12 @@ def make_log(out, run, n_done, machine, flops, peak, source, schedule, tensorboa
         values = values | {"seconds": round(time.perf_counter() - began, 3)}
         shown = {}
         if "loss" in values:
-            values["learning_rate"] = float(schedule(values["step"] - 1))
+            values["learning_rate"] = float(learning_rate(values["step"] - 1))
             shown["loss"] = f"{values['loss']:.3f}"
         if "tokens_per_second" in values:
-            values["mfu"] = values["tokens_per_second"] * flops / peak
-            speed = tqdm.format_sizeof(values["tokens_per_second"])
-            shown |= {"tok/s": speed, "mfu": f"{values['mfu']:.0%}"}
+            values["mfu"] = values["tokens_per_second"] * flops / machine.peak
+            tokens_per_second = tqdm.format_sizeof(values["tokens_per_second"])
+            shown |= {"tok/s": tokens_per_second, "mfu": f"{values['mfu']:.0%}"}
         add_line(file, json.dumps(values))
         if writer:
             writer(values)
@@ -81,10 +98,10 @@ def open_log(out, run, n_done):  # -> an open file
     try:
         os.makedirs(out, exist_ok=True)
         with open_locked(path, wait=False):
-            kept = [line for line in read_log(path) if line["step"] <= n_done] if n_done else []
-            if run is not None and find_run(kept) is None:
-                kept = [{"step": 0, "run": run}, *kept]
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+            lines = [line for line in read_log(path) if line["step"] <= n_done] if n_done else []
+            if run is not None and find_run(lines) is None:
+                lines = [{"step": 0, "run": run}, *lines]
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         return open_locked(path, wait=False)
     except BlockingIOError:
         raise ValueError(f"{out}: another trainer is at work there") from None
@@ -148,7 +165,7 @@ def import_writer():
     return Writer
 
 
-def draw(out):
+def plot(out):
     """out/loss.png: both losses by step, and, on a second scale, what --eval_tasks measured.
 
     ImportError if there is no matplotlib.
@@ -172,7 +189,7 @@ def draw(out):
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
-    draw_shares(axes, lines)
+    plot_shares(axes, lines)
     if axes.lines:
         axes.legend()
     with replacing(Path(out, "loss.png")) as temporary:
@@ -181,7 +198,7 @@ def draw(out):
     gc.collect()  # Python would let dozens pile up before it looks for such
 
 
-def draw_shares(axes, lines):
+def plot_shares(axes, lines):
     """What --eval_tasks measured, if anything, with its scale on the right."""
     names = sorted({name for line in lines for name in line if "_acc" in name})
     right = axes.twinx() if names else None

@@ -1,84 +1,44 @@
-"""A run's state, (parameters, moments, steps done): how it begins, and its parts' names."""
-
-import math
+"""A run's State on JAX's devices: how it begins, and its parts' names."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from training.adapters import Adapted
+from training.checkpoints import State
 from training.devices import make_sharding, put, spread
+from training.init import init_tree
 
 FACTORS = ("lora_A", "lora_B")  # if there are adapters, only these are trained
 jax.tree_util.register_dataclass(Adapted, ("w", *FACTORS), ("scale",))
 
 
-def init_params(key, n_vocab, n_ctx, n_embd, n_layer):
-    """GPT-2's initialisation: normal with deviation 0.02, biases 0, gains 1, all float32.
-
-    Matrices that write into the residual stream are scaled by 1 / sqrt(2 * n_layer), so that it has
-    the same variance however many layers add to it (Radford et al. 2019, section 2.3).
-    """
+def init_params(key, n_vocab, n_ctx, n_embd, n_layer, n_head=None):
+    """GPT-2's initialisation, with JAX's random numbers. The heads make no difference."""
     keys = iter(jax.random.split(key, 2 + 4 * n_layer))
-    residual = 0.02 / math.sqrt(2 * n_layer)
-
-    def normal(*shape, scale=0.02):
-        return scale * jax.random.normal(next(keys), shape)
-
-    def linear(n_in, n_out, scale=0.02):
-        return {"w": normal(n_in, n_out, scale=scale), "b": jnp.zeros(n_out)}
-
-    def layer_norm():
-        return {"g": jnp.ones(n_embd), "b": jnp.zeros(n_embd)}
-
-    def block():
-        return {
-            "attn": {
-                "c_attn": linear(n_embd, 3 * n_embd),
-                "c_proj": linear(n_embd, n_embd, residual),
-            },
-            "mlp": {
-                "c_fc": linear(n_embd, 4 * n_embd),
-                "c_proj": linear(4 * n_embd, n_embd, residual),
-            },
-            "ln_1": layer_norm(),
-            "ln_2": layer_norm(),
-        }
-
-    return {
-        "wte": normal(n_vocab, n_embd),
-        "wpe": normal(n_ctx, n_embd),
-        "blocks": [block() for _ in range(n_layer)],
-        "ln_f": layer_norm(),
-    }
-
-
-def new_model(flags, n_vocab):  # -> hparams, parameters
-    """The sizes and the seed are the flags'. The parameters are made on the CPU."""
-    sizes = {"n_vocab": n_vocab} | {name: flags[name] for name in ("n_ctx", "n_embd", "n_layer")}
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # it may not fit on one GPU
-        params = init_params(jax.random.key(flags["seed"]), **sizes)
-    return sizes | {"n_head": flags["n_head"]}, params
+    hparams = {"n_vocab": n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_layer": n_layer}
+    tree = init_tree(hparams, lambda shape: jax.random.normal(next(keys), shape))
+    return jax.tree.map(jnp.asarray, tree)
 
 
 def start_state(params, moments, n_done, optimizer, n_rows, mesh, fsdp):
-    """-> (parameters, moments, n_done) on the devices, and their shardings.
+    """-> State on the devices, and its shardings, which are a State too.
 
     params: a tree of NumPy's or JAX's arrays; moments: a checkpoint's {name: array}, or None.
     """
     params = resize_vocab(jax.tree.map(np.asarray, params), n_rows)
-    shapes = jax.eval_shape(optimizer.init, split(params)[0])
-    shardings = spread(params, mesh, fsdp), spread(shapes, mesh, fsdp), make_sharding(mesh)
-    params = put(params, shardings[0])
+    shapes = jax.eval_shape(optimizer.init, partition(params)[0])
+    shardings = State(spread(params, mesh, fsdp), spread(shapes, mesh, fsdp), make_sharding(mesh))
+    params = put(params, shardings.params)
     if moments is None:
-        moments = jax.jit(optimizer.init, out_shardings=shardings[1])(split(params)[0])
+        moments = jax.jit(optimizer.init, out_shardings=shardings.moments)(partition(params)[0])
     else:
         moments = jax.tree.unflatten(jax.tree.structure(shapes), moments.values())
-        moments = put(resize_vocab(moments, n_rows), shardings[1])
-    return (params, moments, put(np.int32(n_done), shardings[2])), shardings
+        moments = put(resize_vocab(moments, n_rows), shardings.moments)
+    return State(params, moments, put(np.int32(n_done), shardings.n_done)), shardings
 
 
-def split(params):
+def partition(params):
     """-> what is trained, and what is frozen: trees like params, with None for the other's arrays.
 
     In a model with adapters only their factors are trained, in any other model everything.
@@ -90,7 +50,7 @@ def split(params):
     return trained, jax.tree.map(lambda x, mark: None if mark else x, params, marks)
 
 
-def join(trained, frozen):  # the reverse of split
+def combine(trained, frozen):  # the reverse of partition
     def choose(a, b):
         return b if a is None else a
 
@@ -118,5 +78,5 @@ def name_leaves(tree):  # -> {where it is in the tree: array}
 
 
 def moment_shapes(optimizer, params):  # -> {name: (shape, dtype)}, in the tree's order
-    moments = name_leaves(jax.eval_shape(optimizer.init, split(params)[0]))
+    moments = name_leaves(jax.eval_shape(optimizer.init, partition(params)[0]))
     return {name: (x.shape, x.dtype) for name, x in moments.items()}

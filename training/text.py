@@ -1,7 +1,9 @@
 """The text of a run: turns --data into ids to train on and windows to validate with."""
 
 import hashlib
+import math
 import os
+import typing
 
 import numpy as np
 
@@ -16,7 +18,7 @@ MOST_FINGERPRINT = 2**24  # tokens that are compared when a run is resumed
 
 
 def check_data(data):  # the --data flag, or None
-    """FileNotFoundError if it is no file, no folder and no name: before a model is downloaded."""
+    """Raises FileNotFoundError if it is no file, no folder and no name of a text."""
     if data not in (None, *NAMED_TEXTS) and not (os.path.isfile(data) or os.path.isdir(data)):
         raise FileNotFoundError(
             f"no text at {data}: --data takes a text file's path, shakespeare or python-docs"
@@ -61,19 +63,33 @@ def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]},
     return shards, encoder or own
 
 
-def open_text(data, encoder, n_ctx):
-    """-> shards, the validation windows, what a checkpoint says of both, and the tokenizer.
+class Text(typing.NamedTuple):
+    """What a run learns from, in ids.
 
-    Examples make one training shard, [n_rows, n_ctx + 1], which is read row by row.
+    train: arrays of ids, or, of examples, one array [n_rows, n_ctx + 1], which is read row by row.
+    windows: [n_windows, n_ctx + 1], what is validated with. description: what a checkpoint says of
+    both: counts and fingerprints, and a line about the examples if they are such.
     """
+
+    train: list
+    windows: np.ndarray
+    description: dict
+    encoder: Encoder
+
+
+def open_text(data, encoder, n_ctx):  # the --data flag -> Text
+    """encoder: the model's or --tokenizer's, or None: then a text is bytes."""
     if is_examples(data):
         return open_examples(data, encoder or Encoder([]), n_ctx)
     shards, encoder = load_tokens(data, encoder)
     check_enough(shards, n_ctx, data)
     windows = cut_windows(shards["val"], n_ctx)
-    text = {"n_train": count_ids(shards["train"]), "training": fingerprint(shards["train"])}
-    text["validation"] = hashlib.sha256(windows.tobytes()).hexdigest()
-    return shards, windows, text, encoder
+    description = {
+        "n_train": count_ids(shards["train"]),
+        "training": fingerprint(shards["train"]),
+        "validation": hashlib.sha256(windows.tobytes()).hexdigest(),
+    }
+    return Text(shards["train"], windows, description, encoder)
 
 
 def open_examples(data, encoder, n_ctx):
@@ -81,20 +97,32 @@ def open_examples(data, encoder, n_ctx):
     examples, words = load_examples(data, encoder, n_ctx + 1)
     if len(examples) < 2:
         raise ValueError(f"{data}: {words}: at least 2 are needed, one of them to validate with")
-    train, windows = (pack(some, n_ctx + 1) for some in hold_out(examples))
+    train, windows = (pack(part, n_ctx + 1) for part in hold_out(examples))
     windows = windows[: max(1, MOST_VALIDATION // n_ctx)]
-    text = {"n_train": int(is_learned(train).sum()), "training": fingerprint([train.ravel()])}
-    text |= {"validation": hashlib.sha256(windows.tobytes()).hexdigest(), "examples": words}
-    return {"train": [train]}, windows, text, encoder
+    description = {
+        "n_train": int(is_learned(train).sum()),
+        "training": fingerprint([train.ravel()]),
+        "validation": hashlib.sha256(windows.tobytes()).hexdigest(),
+        "examples": words,
+    }
+    return Text([train], windows, description, encoder)
 
 
-def describe(text, windows):  # what a checkpoint says of the text -> a line for people
-    if "examples" not in text:
-        return f"{text['n_train']} training and {windows[:, 1:].size} validation tokens"
-    n_val = int(is_learned(windows).sum())
-    return (
-        f"{text['n_train']} training and {n_val} validation tokens to learn, of {text['examples']}"
-    )
+def describe(text):  # -> a line for people
+    n_train, words = text.description["n_train"], text.description.get("examples")
+    if words is None:
+        return f"{n_train} training and {text.windows[:, 1:].size} validation tokens"
+    n_val = int(is_learned(text.windows).sum())
+    return f"{n_train} training and {n_val} validation tokens to learn, of {words}"
+
+
+def draw_stretches(shards, seed, step, shape):  # -> [*shape], ids
+    """Stretches from random places, for backprop.py. They depend on the seed and the step alone."""
+    n = shape[-1]
+    n_places = count_ids(shards) - n + 1
+    rng = np.random.default_rng([seed, step])
+    starts = rng.integers(0, n_places, math.prod(shape[:-1]))
+    return read_stretches(shards, starts, n).reshape(shape)
 
 
 def fingerprint(shards):  # [arrays] -> SHA-256, hexadecimal
@@ -108,7 +136,7 @@ def fingerprint(shards):  # [arrays] -> SHA-256, hexadecimal
 
 
 def check_enough(shards, n_ctx, data):
-    """ValueError if the text is too short for one stretch to train on and one to validate with."""
+    """Raises ValueError if the text is too short for a stretch to train on, and one to validate."""
     for split, arrays in shards.items():
         if count_ids(arrays) <= n_ctx:
             raise ValueError(

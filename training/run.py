@@ -1,0 +1,322 @@
+"""A training run, from its flags to the best model: one loop for train_jax.py and backprop.py.
+
+A trainer does the computing. There are two, train_jax.JaxTrainer and backprop.NumpyTrainer, with
+the same attributes and methods:
+
+    running(options)                    a context, which gives what is computed on: "cpu", "gpu" ...
+    Trainer(flags)                      what the flags decide, such as the schedule
+    is_main                             whether this process writes and prints: of several, one does
+    versions                            {library: version}
+    steps_per_call, seconds_per_call    a call takes as many of these steps as take no more seconds
+    new_model(n_vocab)                  -> hparams, params
+    moment_shapes(params)               -> {name: (shape, dtype)} of the optimizer's moments
+    start(model, moments, n_done, text) -> State; moments: a checkpoint's, {name: array}, or None
+    machine()                           -> progress.Machine, the same in all processes
+    read(n_done, n)                     -> batches for n steps, after the first n_done
+    steps(state, batches, n)            -> State after n more steps, their mean loss; after start
+    learning_rate(n_done)               -> the next step's
+    validate(params)                    -> nats per token of the validation text
+    measure_tasks(params)               -> {name: share that is right}, of --eval_tasks
+    generate(prompts, params, n_head, n_tokens_to_generate, **options)    as kv_cache.generate
+    gather_params(params)               -> the parameters that are trained, in NumPy's arrays
+    gather(state)                       -> State in NumPy's arrays, its moments by name
+    agree(signals)                      -> the signal that this or another process caught, or 0
+    close()                             ends the processes that it has started
+
+The state's parameters and moments are in the trainer's own form; do not use a state after `steps`
+got it. Of several processes each calls every method. No JAX here.
+"""
+
+import contextlib
+import math
+import secrets
+import signal
+import sys
+import time
+
+from tqdm import tqdm
+
+from encoder import get_encoder
+from plumbing.cli import note_signals
+from training import progress
+from training.adapters import adapt, base_fingerprint, base_name, count_params, new_adapters
+from training.checkpoints import (
+    check_out,
+    delete_half_written,
+    find_checkpoint,
+    find_out,
+    load_checkpoint,
+    save_checkpoint,
+    save_params,
+    with_full_paths,
+)
+from training.flags import check_saved, choose, extend
+from training.text import check_data, describe, open_text
+from utils import Model, check_base, find_model, load_encoder_hparams_and_params
+
+
+def run(trainer_class, typed, options):
+    """Train as the flags ask: typed and options are read_flags' answers."""
+    # --- What can go wrong goes wrong before JAX starts, and before any step ---
+    if options.tensorboard:
+        progress.import_writer()
+    checkpoint = base_dir = None
+    n_done = 0
+    if options.resume is not None:
+        out = find_out(options.resume, options.models_dir)
+        checkpoint = find_checkpoint(out)
+        n_done = checkpoint.metadata["step"]
+        flags = check_saved(checkpoint.metadata, checkpoint.folder)
+        flags = extend(flags, n_done, typed.get("n_steps")) | {"out": out}
+    else:
+        is_adapter = "lora_rank" in typed
+        check_out(typed["out"], options.overwrite, is_adapter)
+        if "init_from" in typed:
+            check_data(typed.get("data"))  # before a download in vain
+            base_dir = find_model(typed["init_from"], options.models_dir)
+            if is_adapter:
+                check_base(base_dir)
+                typed = typed | {"init_from": base_name(typed["init_from"], options.models_dir)}
+
+    with contextlib.ExitStack() as stack:
+        # --- The model to start from, which decides flags of a new run, and the trainer ---
+        platform = stack.enter_context(trainer_class.running(options))
+        model = moments = None
+        if base_dir is not None:
+            model = load_encoder_hparams_and_params(base_dir, options.models_dir)
+        if checkpoint is None:
+            flags = choose(typed, platform, model and model.hparams)
+        trainer = stack.enter_context(contextlib.closing(trainer_class(flags)))
+        if checkpoint:
+            folder = checkpoint.folder
+            model, moments = load_checkpoint(folder, trainer.moment_shapes, options.models_dir)
+            check_sizes(flags, model.hparams, folder)
+
+        # --- The text, and what is learned from it ---
+        encoder = model and model.encoder
+        if "tokenizer" in flags and model is None:
+            folder = find_model(flags["tokenizer"], options.models_dir, only_tokenizer=True)
+            encoder = get_encoder("", folder)
+        text = open_text(flags["data"], encoder, flags["n_ctx"])
+        if model is None:
+            model = Model(text.encoder, *trainer.new_model(text.encoder.n_vocab))
+        if "lora_rank" in flags:
+            description = text.description | {"base": base_fingerprint(model.params)}
+            text = text._replace(description=description)
+        if checkpoint:
+            check_description(text.description, flags, checkpoint)
+        elif "lora_rank" in flags:
+            adapters = new_adapters(model.params, flags)
+            model = model._replace(params=adapt(model.params, adapters))
+        n_trained, n_frozen = count_params(model.params)
+        state = trainer.start(model, moments, n_done, text)
+        model, moments = model._replace(params=None), None  # their memory is free again
+
+        # --- The machine, and how many steps make a call ---
+        flops_per_param = 4 if "lora_rank" in flags else 6
+        flops = progress.flops_per_token(model.hparams, flags["n_ctx"], flops_per_param)
+        tokens_per_step = flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
+        machine = trainer.machine()
+        seconds = flops * tokens_per_step / machine.peak  # for a step, at best
+        fitting = (n for n in trainer.steps_per_call if n * seconds < trainer.seconds_per_call)
+        n_per_call = next(fitting, 1)
+
+        # --- The folder that it writes ---
+        output = Output(flags, model, text, trainer, checkpoint)
+        beside = f" beside {n_frozen} frozen ones" if n_frozen else ""
+        output.show(f"{n_trained} parameters{beside}, {describe(text)}")
+        output.open_log(machine, flops, flops_per_param, trainer, n_done, options.tensorboard)
+        if checkpoint and n_done < flags["n_steps"]:
+            rate, lowest = trainer.learning_rate(n_done), flags["min_learning_rate"]
+            output.show(
+                f"going on after step {n_done} of {flags['n_steps']}: "
+                f"the learning rate is {rate:.2g} now and {lowest:.2g} at the end"
+            )
+
+        # --- The steps ---
+        if base_dir is not None:  # the model that it starts with is the best so far
+            validate(trainer, state, output, "step 0:")
+            measure_tasks(trainer, state, output)
+        worst = 2 * math.log(model.hparams["n_vocab"])
+        if output.best < math.inf:  # on an unfamiliar text the loss may start above it
+            worst = max(worst, 2 * output.best)
+        stopped = take_steps(trainer, state, flags, output, n_per_call, worst)
+        if not stopped and n_done == flags["n_steps"]:
+            output.show(f"all {n_done} steps were done: --n_steps goes on, with a larger number")
+        if not stopped:
+            output.show(f"the best model is in {flags['out']}")
+
+    if stopped == signal.SIGTERM:
+        sys.exit(143)
+    if stopped:
+        raise KeyboardInterrupt
+
+
+# --- A checkpoint that is resumed ---------------------------------------------------------------
+
+
+def check_sizes(flags, hparams, folder):
+    """Raises ValueError if run.json and the model in a checkpoint do not fit together."""
+    is_same = all(flags[name] == hparams[name] for name in ("n_layer", "n_head", "n_embd"))
+    if not is_same or flags["n_ctx"] > hparams["n_ctx"]:
+        raise ValueError(f"{folder}: run.json has other sizes than the model")
+
+
+def check_description(description, flags, checkpoint):
+    """Raises ValueError if a checkpoint was made with another text or another frozen model."""
+    for key, value in checkpoint.metadata["text"].items():  # older checkpoints say less
+        if description.get(key) != value:
+            name, noun = ("init_from", "model") if key == "base" else ("data", "text")
+            raise ValueError(
+                f"{flags[name]}: is not the {noun} that {checkpoint.folder} was trained on"
+            )
+
+
+# --- The steps ----------------------------------------------------------------------------------
+
+
+def take_steps(trainer, state, flags, output, n_per_call, worst):
+    """Take the steps that are left. Returns the signal that ended the run early, or 0.
+
+    A step is followed by what is due after it, and the last step by everything. Raises ValueError,
+    which names the last checkpoint, for a loss that is not below `worst` (NaN is not).
+    """
+    n_steps, n_done = flags["n_steps"], int(state.n_done)
+    n_saved = n_done  # the steps that are in a checkpoint
+    eval_every, checkpoint_every = flags["eval_every"], flags["checkpoint_every"]
+    tasks_every = flags.get("eval_tasks_every", eval_every)
+    tokens_per_step = flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
+    is_compiled = False
+    disable = None if trainer.is_main else True
+    bar = tqdm(total=n_steps, initial=n_done, unit="step", disable=disable)
+    with bar, note_signals() as caught:
+        batches = trainer.read(n_done, n_per_call)
+        while n_done < n_steps and not trainer.agree(caught):
+            began = time.perf_counter()
+            n_due = min(k - n_done % k for k in (eval_every, checkpoint_every, tasks_every))
+            n = min(n_per_call, n_due, n_steps - n_done)
+            state, loss = trainer.steps(state, batches, n)
+            n_done += n
+            batches = trainer.read(n_done, n_per_call)  # while the device is at work
+            loss = float(loss)
+            if not loss < worst:
+                rescue = "there is no checkpoint"
+                if output.checkpoint:
+                    rescue = f"the last checkpoint is {output.checkpoint}"
+                raise ValueError(f"the loss is {loss:.4g} at step {n_done}: {rescue}")
+            values = {"step": n_done, "loss": loss}
+            if is_compiled:  # the first call's time is the compiler's
+                seconds = time.perf_counter() - began
+                values["tokens_per_second"] = n * tokens_per_step / seconds
+            is_compiled = True
+            bar.set_postfix(output.log(values), refresh=False)
+            bar.update(n)
+            is_last = n_done == n_steps
+            if n_done % eval_every == 0 or is_last:
+                validate(trainer, state, output, f"step {n_done}: train {loss:.4f},")
+            if n_done % tasks_every == 0 or is_last:
+                measure_tasks(trainer, state, output)
+            if n_done % checkpoint_every == 0 or is_last:
+                output.save_checkpoint(trainer.gather(state))
+                n_saved = n_done
+        stopped = trainer.agree(caught)
+        if stopped and n_done > n_saved:
+            if output.best == math.inf:
+                output.save_best(trainer.gather_params(state.params))
+            output.save_checkpoint(trainer.gather(state))
+        if stopped and output.checkpoint:
+            output.show(f"stopped after step {n_done}, which is saved in {output.checkpoint}")
+    return stopped
+
+
+def validate(trainer, state, output, words):
+    """Measure the validation loss, save the model if it is the best, and show a sample.
+
+    words: what stands before the loss.
+    """
+    loss = trainer.validate(state.params)
+    output.log({"step": int(state.n_done), "validation": loss})
+    output.show(f"{words} validation {loss:.4f}")
+    if loss < output.best:
+        output.best = loss
+        output.save_best(trainer.gather_params(state.params))
+    output.show_sample(trainer.generate, state.params)
+
+
+def measure_tasks(trainer, state, output):
+    """Measure what --eval_tasks asks for, if anything."""
+    shares = trainer.measure_tasks(state.params)
+    if shares:
+        step = int(state.n_done)
+        output.log({"step": step} | shares)
+        words = ", ".join(f"{name} {share:.4f}" for name, share in shares.items())
+        output.show(f"step {step}: {words}")
+
+
+class Output:
+    """What a run writes: lines for people, a log, the best model and checkpoints.
+
+    Of several processes one writes (is_main); the others call the same methods, which do nothing.
+    """
+
+    def __init__(self, flags, model, text, trainer, checkpoint=None):
+        """model: its tokenizer and sizes are written; checkpoint: what the run goes on from."""
+        self.flags = with_full_paths(flags)
+        self.out = flags["out"]
+        self.model = model
+        self.description = text.description
+        self.versions = trainer.versions
+        self.is_main = trainer.is_main
+        self.log = lambda values: {}  # what open_log opens
+        self.number = secrets.randbits(48)  # by which the run knows its checkpoints
+        self.checkpoint = None  # the folder of the last one
+        self.best = math.inf  # the lowest validation loss
+        if checkpoint:
+            self.number = checkpoint.metadata.get("run")
+            self.checkpoint = checkpoint.folder
+            if checkpoint.metadata["best"] is not None:
+                self.best = checkpoint.metadata["best"]
+
+    def open_log(self, machine, flops, flops_per_param, trainer, n_done, tensorboard):
+        """Lock the folder, which no other run may be writing, and open metrics.jsonl."""
+        if self.is_main:
+            self.log = progress.make_log(
+                self.out, self.number, n_done, machine, flops, trainer.learning_rate,
+                tensorboard, flops_per_param,
+            )  # fmt: skip
+            delete_half_written(self.out)
+
+    def show(self, text):
+        if self.is_main:
+            tqdm.write(text)
+
+    def show_sample(self, generate, params):
+        """Show some lines that the model writes after a line's end: 100 tokens of it at most."""
+        encoder, hparams, _ = self.model
+        n = min(100, hparams["n_ctx"] - 1)
+        [ids] = generate(
+            [encoder.encode("\n")], params, hparams["n_head"], n,
+            endoftext=encoder.endoftext, temperature=0.8, seed=self.flags["seed"],
+        )  # fmt: skip
+        lines = [line for line in encoder.decode(ids).splitlines() if line.strip()]
+        self.show("\n".join("    " + line for line in lines))
+
+    def save_best(self, params):
+        if self.is_main:
+            best = self.model._replace(params=params)
+            save_params(self.out, best, self.flags, self.flags["saved_dtype"])
+
+    def save_checkpoint(self, state):
+        if not self.is_main:
+            return
+        metadata = {
+            "run": self.number,
+            "flags": self.flags,
+            "text": self.description,
+            "best": self.best if self.best < math.inf else None,
+            "versions": self.versions,
+        }
+        previous = self.checkpoint
+        self.checkpoint = save_checkpoint(self.out, self.model, state, metadata, previous)
+        with contextlib.suppress(ImportError, OSError):  # a run must not fail for a picture
+            progress.plot(self.out)
