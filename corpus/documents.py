@@ -228,8 +228,11 @@ def line_number(span, position):
     """Return the number of the line that begins at a position, counted from its source's start."""
     number = span.line + 1
     with open(span.path, "rb") as file:
-        while n_bytes := min(BLOCK, position - file.tell()):
-            number += file.read(n_bytes).count(b"\n")
+        while file.tell() < position:
+            block = file.read(min(BLOCK, position - file.tell()))
+            if not block:
+                raise ValueError(f"{span.name}: {SHORTER}")
+            number += block.count(b"\n")
     return number
 
 
