@@ -14,6 +14,8 @@ The space before a message belongs to its first word, as always in GPT-2, so no 
 
 from bisect import bisect_left
 
+from encoder import ENDOFTEXT
+
 NAMES = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
 NEXT_TURN = "\nUser:"  # where a model that has not learned to end its answers goes on by itself
 
@@ -43,7 +45,7 @@ def encode_messages(messages, encoder):  # -> [(ids, whether they are an answer)
         content = message["content"].strip()
         if message["role"] == "assistant":
             parts.append((encoder.encode(text + NAMES["assistant"]), False))
-            parts.append((encode_answer(" " + content, encoder), True))
+            parts.append((encode_answer(" " + without_end(content), encoder), True))
             text = "\n"
         else:
             text += f"{NAMES[message['role']]} {content}\n"
@@ -55,6 +57,13 @@ def encode_messages(messages, encoder):  # -> [(ids, whether they are an answer)
 def encode_answer(text, encoder):  # -> ids, with <|endoftext|> at their end if there is one
     ids = encoder.encode(text)
     return ids if encoder.endoftext is None else [*ids, encoder.endoftext]
+
+
+def without_end(text):
+    """Drop an <|endoftext|> that ends an answer: it is the end, which encode_answer appends."""
+    if text.rstrip().endswith(ENDOFTEXT):
+        return text.rstrip().removesuffix(ENDOFTEXT)
+    return text
 
 
 def encode_conversation(messages, encoder, n_max):  # -> at most n_max ids

@@ -1,12 +1,21 @@
 """Texts as people have them: every command reads the same documents, or refuses them in a line."""
 
+import bz2
+import gzip
+import json
+import lzma
 import os
 
 import conftest
+import numpy as np
 import pytest
 
-from corpus import documents
+from corpus import documents, examples, texts
 from corpus.documents import Span
+from corpus.shards import open_shards
+from encoder import ENDOFTEXT, Encoder
+from evaluate import load_ids
+from training.text import load_text, load_tokens
 
 SHADOWS = ("threading", "json", "regex", "tempfile", "signal", "numpy")  # what a worker imports
 
@@ -52,3 +61,77 @@ def test_workers_execute_nothing_of_the_current_folder(tmp_path, ray):
     assert code == 0, err
     assert not (tmp_path / "executed").exists(), (tmp_path / "executed").read_text()
     assert dict(os.environ) == before
+
+
+REFUSED = {
+    "a.pdf": b"%PDF-1.7\n",
+    "a.bz2": bz2.compress(b"text"),
+    "a.xz": lzma.compress(b"text"),
+    "a.zip": b"PK\x03\x04rest",
+    "a.arrow": b"ARROW1\0\0",
+    "gzip.txt": gzip.compress(b"text"),
+    "parquet.txt": b"PAR1rest",
+    "marked.txt": "text".encode("utf-16"),
+    "little.txt": "some text".encode("utf-16-le"),
+    "big.txt": "some text".encode("utf-16-be"),
+    "utf16.txt.gz": gzip.compress("some text".encode("utf-16-le")),
+    "tar.gz": gzip.compress(b"name".ljust(257, b"\0") + b"ustar\0" + bytes(250)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_text_is_refused_by_its_first_bytes(tmp_path, name):
+    (tmp_path / name).write_bytes(REFUSED[name])
+    for read in (texts.read_text, lambda path: load_text(path), lambda p: load_ids(p, Encoder([]))):
+        with pytest.raises(ValueError, match="not text, but|is UTF-16") as caught:
+            read(str(tmp_path / name))
+        assert name in str(caught.value)
+    code, out, err = conftest.call("prepare.py", name, "--out", "s", cwd=tmp_path)
+    assert (code, out) == (2, "") and err.startswith(f"error: {name}: "), err
+
+
+def shards_of(folder, name):  # -> ids of prepare.py's shards, training before validation
+    code, _, err = conftest.call("prepare.py", name, "--out", name + "-s", cwd=folder)
+    assert code == 0, err
+    shards, _ = open_shards(folder / (name + "-s"))
+    return np.concatenate([*shards["train"], *shards["val"]]).tolist()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT.GZ", "a.JSONL", "a.ndjson", "a.json.gz"])
+def test_every_command_reads_the_same_ids(tmp_path, name, end):
+    parts = [f"Once{end}upon{end}", f"a time.{end}", f"The end.{end}é"]
+    data = f"{ENDOFTEXT}{end}".join(parts)
+    if "txt" not in name.lower():
+        data = "".join(json.dumps({"text": part}) + "\n" for part in parts)
+    data = data.encode()
+    packed = gzip.compress(data) if name.lower().endswith(".gz") else data
+    (tmp_path / name).write_bytes(packed)
+    path = str(tmp_path / name)
+    expected = [id for part in parts for id in [*part.encode(), 256]]
+    assert shards_of(tmp_path, name) == expected
+    assert not examples.is_examples(path)
+    arrays, _ = load_tokens(path)
+    assert np.concatenate([*arrays["train"], *arrays["val"]]).tolist() == expected
+    ids, n_bytes, _ = load_ids(path, Encoder([]))
+    assert ids.tolist() == [256, *expected] and n_bytes == len("".join(parts).encode())
+
+
+def test_endoftext_separates_within_a_line_and_one_document_has_none(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(f"one{ENDOFTEXT}two")
+    assert load_ids(path, Encoder([]))[0].tolist() == [256, *b"one", 256, *b"two", 256]
+    path.write_text("one\ntwo\n")
+    arrays, _ = load_tokens(str(path))
+    assert [*arrays["train"][0], *arrays["val"][0]] == [*b"one\ntwo\n"]
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json", "a.jsonl.gz"])
+def test_examples_are_read_whatever_their_files_are_called(tmp_path, name):
+    rows = {"prompt": "a", "completion": f" b{ENDOFTEXT}"}, {"prompt": "a", "completion": " b"}
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    path = str(tmp_path / name)
+    assert examples.is_examples(path)
+    (first, second), _ = examples.load_examples(path, Encoder([]), 99)
+    assert first.tolist() == second.tolist() and first[-1] == 256 and len(first) == 4
