@@ -153,6 +153,9 @@ def find_files(inputs, leave_out):  # words of the command line -> [paths]
             raise ValueError(f"{name}: not a regular file; - reads standard input")
         if not paths:
             raise FileNotFoundError(f"{name}: no such file, folder or pattern")
+    n_twice = len(files) - len({os.path.realpath(path) for path in files})
+    if n_twice:
+        notice(f"{count(n_twice, 'file')} named more than once: read each time")
     if files_left_out:
         endings = {Path(path).suffix or Path(path).name for path in files_left_out}
         shown = ", ".join(sorted(endings)[:8])
@@ -170,11 +173,27 @@ def find_files(inputs, leave_out):  # words of the command line -> [paths]
 def list_folder(folder, leave_out):  # -> the paths of its visible files, sorted
     leave_out = Path(leave_out).absolute()
     paths = []
-    for path in sorted(Path(folder).rglob("*")):
+    for path in sorted(walk(Path(folder), set())):
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not is_hidden and not path.absolute().is_relative_to(leave_out):
+        if is_hidden or path.absolute().is_relative_to(leave_out):
+            continue
+        if path.is_file():
             paths.append(str(path))
+        elif path.is_symlink() and not path.exists():
+            notice(f"left out {path}: a link to a file that does not exist")
     return paths
+
+
+def walk(folder, seen):  # yields the paths in it, those in linked folders as well
+    """`seen`: the real folders so far. Each is read once, so a link to its parent ends."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from walk(path, seen)
+        else:
+            yield path
 
 
 def format_of(path):  # -> a key of FORMATS by the ending of the file's name, or None

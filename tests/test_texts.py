@@ -108,7 +108,7 @@ def test_every_command_reads_the_same_ids(tmp_path, name, end):
     packed = gzip.compress(data) if name.lower().endswith(".gz") else data
     (tmp_path / name).write_bytes(packed)
     path = str(tmp_path / name)
-    expected = [id for part in parts for id in [*part.encode(), 256]]
+    expected = [id for part in parts for id in [*Encoder([]).encode(part), 256]]
     assert shards_of(tmp_path, name) == expected
     assert not examples.is_examples(path)
     arrays, _ = load_tokens(path)
@@ -119,11 +119,13 @@ def test_every_command_reads_the_same_ids(tmp_path, name, end):
 
 def test_endoftext_separates_within_a_line_and_one_document_has_none(tmp_path):
     path = tmp_path / "a.txt"
+    encode = Encoder([]).encode
     path.write_text(f"one{ENDOFTEXT}two")
-    assert load_ids(path, Encoder([]))[0].tolist() == [256, *b"one", 256, *b"two", 256]
+    expected = [256, *encode("one"), 256, *encode("two"), 256]
+    assert load_ids(str(path), Encoder([]))[0].tolist() == expected
     path.write_text("one\ntwo\n")
     arrays, _ = load_tokens(str(path))
-    assert [*arrays["train"][0], *arrays["val"][0]] == [*b"one\ntwo\n"]
+    assert [*arrays["train"][0], *arrays["val"][0]] == encode("one\ntwo\n")
 
 
 @pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json", "a.jsonl.gz"])
@@ -135,3 +137,37 @@ def test_examples_are_read_whatever_their_files_are_called(tmp_path, name):
     assert examples.is_examples(path)
     (first, second), _ = examples.load_examples(path, Encoder([]), 99)
     assert first.tolist() == second.tolist() and first[-1] == 256 and len(first) == 4
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i8"])
+@pytest.mark.parametrize("n_vocab", [200, 50257])
+def test_the_width_of_bare_ids_is_told_by_their_zeros(tmp_path, dtype, n_vocab):
+    ids = np.random.default_rng().integers(0, n_vocab, 64)
+    ids.astype(dtype).tofile(tmp_path / "train.bin")
+    (found,) = open_shards(tmp_path)[0]["train"]
+    assert found.tolist() == ids.tolist(), ids
+
+
+def test_an_unknown_magic_is_refused_and_a_missing_tokenizer_is_said(tmp_path, capsys):
+    header = np.zeros(256, "<i4")
+    header[:3] = 20251231, 1, 8
+    (tmp_path / "train.bin").write_bytes(header.tobytes() + bytes(16))
+    with pytest.raises(ValueError, match="train.bin: its header begins with 20251231"):
+        open_shards(tmp_path)
+    np.arange(64, dtype="<u2").tofile(tmp_path / "train.bin")
+    (tmp_path / "meta.pkl").write_bytes(b"pickle")
+    open_shards(tmp_path)
+    assert "meta.pkl" in capsys.readouterr().err
+
+
+def test_links_are_followed_once_and_what_is_left_out_is_said(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "text.txt").write_text("text")
+    (tmp_path / "a" / "linked").symlink_to(tmp_path / "b")
+    (tmp_path / "a" / "round").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "broken.txt").symlink_to(tmp_path / "none")
+    name = str(tmp_path / "a" / "linked" / "text.txt")
+    assert documents.find_files([str(tmp_path / "a"), name], tmp_path / "s") == [name, name]
+    err = capsys.readouterr().err
+    assert "broken.txt" in err and "1 file named more than once" in err
