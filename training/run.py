@@ -181,9 +181,11 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
     A step is followed by what is due after it, and the last step by everything. Raises ValueError,
     which names the last checkpoint, for a loss that is not below `worst` (NaN is not).
     """
-    n_steps, n_done = flags["n_steps"], int(state.n_done)
+    n_steps = flags["n_steps"]
+    n_done = int(state.n_done)
     n_saved = n_done  # the steps that are in a checkpoint
-    eval_every, checkpoint_every = flags["eval_every"], flags["checkpoint_every"]
+    eval_every = flags["eval_every"]
+    checkpoint_every = flags["checkpoint_every"]
     tasks_every = flags.get("eval_tasks_every", eval_every)
     tokens_per_step = flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
     is_compiled = False
