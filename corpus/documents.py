@@ -47,6 +47,7 @@ BINARY = {
     "Zstandard, but its name does not end in .zst": b"\x28\xb5\x2f\xfd",
     "Parquet, but its name does not end in .parquet": b"PAR1",
 }
+LIST_HINT = ": jq -c '.[]' turns a list into JSON lines"
 N_START = 4096  # bytes by which a file is judged
 
 # Where a long text can be cut without changing its ids: before the white-space character that
@@ -578,9 +579,11 @@ def text_of_line(line, field, position):  # bytes -> UTF-8
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise BadText(f"not JSON ({getattr(error, 'msg', error)})", position) from None
+        hint = LIST_HINT if line.strip() == b"[" else ""
+        raise BadText(f"not JSON ({getattr(error, 'msg', error)}){hint}", position) from None
     if not isinstance(row, dict):
-        raise BadText(f"no text in the field {field!r} (it is not an object)", position)
+        hint = LIST_HINT if isinstance(row, list) else ""
+        raise BadText(f"no text in the field {field!r} (it is not an object){hint}", position)
     text = row.get(field)
     if not isinstance(text, str):
         names = ", ".join(map(repr, list(row)[:8])) or "none"

@@ -171,3 +171,10 @@ def test_links_are_followed_once_and_what_is_left_out_is_said(tmp_path, capsys):
     assert documents.find_files([str(tmp_path / "a"), name], tmp_path / "s") == [name, name]
     err = capsys.readouterr().err
     assert "broken.txt" in err and "1 file named more than once" in err
+
+
+@pytest.mark.parametrize("data", ['[{"text": "a"}]', '[\n{"text": "a"}\n]'])
+def test_a_list_of_json_is_refused_with_what_to_do(tmp_path, data):
+    (tmp_path / "a.json").write_text(data)
+    with pytest.raises(ValueError, match="line 1: .*jq -c"):
+        texts.read_text(str(tmp_path / "a.json"))
