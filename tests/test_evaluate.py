@@ -368,6 +368,7 @@ def test_marks_of_choices_are_those_of_eleutherais_harness(rng):
         answer = int(rng.integers(3))
         harness = types.SimpleNamespace(
             OUTPUT_TYPE="multiple_choice",
+            config=types.SimpleNamespace(process_results=None),
             _metric_fn_list={"acc": None, "acc_norm": None, "acc_bytes": None},
             multiple_input=False,
             multiple_target=False,
