@@ -47,6 +47,7 @@ from corpus.documents import (
     find_files,
     is_same,
     notice,
+    notice_replaced,
     read_span,
 )
 from corpus.jobs import SPLITS, WORK, Job, do_job, encoders, make_jobs, read_or_empty
@@ -244,7 +245,7 @@ def report(out, meta):
         f"{meta['n_vocab']} ids"
     )
     if meta["n_replaced"]:
-        notice(f"{count(meta['n_replaced'], 'piece')} of invalid UTF-8 replaced by U+FFFD")
+        notice_replaced(meta["n_replaced"])
     share = n_tokens["val"] / sum(n_tokens.values())
     fractions = [meta["plan"]["val_fraction"], meta["plan"]["last_fraction"]]
     if fractions[0] is None:
