@@ -26,6 +26,7 @@ the treatment of broken Unicode.
 
 import codecs
 import re
+import sys
 from collections import Counter, defaultdict
 from heapq import heapify, heappop, heappush
 from itertools import pairwise, takewhile
@@ -70,7 +71,9 @@ SOLID = r"[\S\x1c-\x1f]"  # what `regex` calls \S
 WORD = re.compile(rf"{SPACE}?{SOLID}+|{SPACE}+(?!{SOLID})")
 
 LONG_PIECE = 50  # bytes from which merge_long is faster than merge_short
-CACHE_ENTRIES = 2**17  # texts that a Cache holds before it is emptied: about 25 MB
+CACHE_ENTRIES = 2**17  # texts that a Cache holds before it is emptied: English, about 25 MB
+CACHE_BYTES = 2**26  # and the bytes that they and their ids take at most
+ID_BYTES = 28  # of an int
 CACHE_CHARS = 64  # longer texts are unlikely to occur again
 
 
@@ -136,13 +139,17 @@ class Cache(dict):
 
     def __init__(self, compute):
         self.compute = compute
+        self.n_bytes = 0
 
     def __missing__(self, text):
         value = self.compute(text)
         if len(text) <= CACHE_CHARS:
-            if len(self) >= CACHE_ENTRIES:
+            n_bytes = sys.getsizeof(text) + sys.getsizeof(value) + ID_BYTES * len(value)
+            if len(self) >= CACHE_ENTRIES or self.n_bytes + n_bytes > CACHE_BYTES:
                 self.clear()
+                self.n_bytes = 0
             self[text] = value
+            self.n_bytes += n_bytes
         return value
 
 

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import string
+import sys
 import unicodedata
 import weakref
 from collections import Counter
@@ -324,6 +325,17 @@ def test_caches_are_bounded_and_change_nothing(monkeypatch, rng):
     encoder = Encoder(small.merges)
     encoder.encode("one two three four")
     assert len(encoder._ids_of_word) == len(encoder._ids_of_piece) == 4  # until it is full
+
+
+def test_the_memory_of_caches_is_bounded(monkeypatch, rng):
+    """Words of 64 characters of four bytes have 256 ids each."""
+    monkeypatch.setattr(encoder_module, "CACHE_BYTES", 200_000)
+    encoder = Encoder(small.merges)
+    for _ in range(100):
+        encoder.encode("".join(chr(rng.randrange(0x1F600, 0x1F640)) for _ in range(64)))
+    for cache in encoder._ids_of_word, encoder._ids_of_piece:
+        n_bytes = sum(sys.getsizeof(x) for item in cache.items() for x in item)
+        assert 0 < n_bytes <= 200_000 and len(cache) < 30
 
 
 def test_ids_may_lie_anywhere_below_the_most(rng):
