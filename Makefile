@@ -11,7 +11,9 @@
 PYTHON ?= python3
 TORCH_CPU = https://download.pytorch.org/whl/cpu
 
+# An environment that uv has made has no pip.
 define pip
+{ .venv/bin/python -m pip --version || .venv/bin/python -m ensurepip; } >/dev/null 2>&1; \
 .venv/bin/python -m pip install --disable-pip-version-check $(1) >.venv/pip.log 2>&1 || \
 	{ tail -n 20 .venv/pip.log >&2; exit 1; }
 endef
