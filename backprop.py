@@ -322,7 +322,8 @@ class NumpyTrainer:
 
     is_main = True
     versions = {"numpy": np.__version__}
-    steps_per_call, seconds_per_call = (10, 5, 1), 0.5  # Ctrl-C is seen only between calls
+    steps_per_call = (10, 5, 1)
+    seconds_per_call = 0.5  # Ctrl-C is seen only between calls
     generate = staticmethod(generate)
 
     @staticmethod
@@ -364,11 +365,18 @@ class NumpyTrainer:
         return [draw_stretches(self.text.train, flags["seed"], step, shape) for step in steps]
 
     def steps(self, state, batches, n):
-        params, moments, evaluate = self.shared.params, self.shared.moments, self.shared.evaluate
+        shared = self.shared
         losses = []
         for i in range(n):
-            step = state.n_done + i
-            losses.append(train_step(params, moments, step, batches[i], self.flags, evaluate))
+            loss = train_step(
+                shared.params,
+                shared.moments,
+                state.n_done + i,
+                batches[i],
+                self.flags,
+                shared.evaluate,
+            )
+            losses.append(loss)
         return state._replace(n_done=state.n_done + n), math.fsum(losses) / n
 
     def learning_rate(self, n_done):

@@ -26,16 +26,26 @@ the treatment of broken Unicode.
 
 import codecs
 import re
+import sys
 from collections import Counter, defaultdict
 from heapq import heapify, heappop, heappush
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from operator import index
 from pathlib import Path
 
 import regex
 
 from model_files.tokenizer import read_tokenizer, write_tokenizer
-from model_files.vocabulary import BYTE_OF_CHAR, CHAR_OF_BYTE, add_special, check_vocab
+from model_files.vocabulary import (
+    BYTE_OF_CHAR,
+    CHAR_OF_BYTE,
+    ENDOFTEXT,
+    AddedToken,
+    add_tokens,
+    added_pattern,
+    check_vocab,
+    split_added,
+)
 from plumbing.files import naming
 
 # GPT-2's pattern, letter for letter, because another one would give other ids. It lists what a
@@ -60,9 +70,10 @@ SPACE = r"[^\S\x1c-\x1f]"  # what `regex` calls \s
 SOLID = r"[\S\x1c-\x1f]"  # what `regex` calls \S
 WORD = re.compile(rf"{SPACE}?{SOLID}+|{SPACE}+(?!{SOLID})")
 
-ENDOFTEXT = "<|endoftext|>"  # stands between the documents that GPT-2 was trained on
 LONG_PIECE = 50  # bytes from which merge_long is faster than merge_short
-CACHE_ENTRIES = 2**17  # texts that a Cache holds before it is emptied: about 25 MB
+CACHE_ENTRIES = 2**17  # texts that a Cache holds before it is emptied: English, about 25 MB
+CACHE_BYTES = 2**26  # and the bytes that they and their ids take at most
+ID_BYTES = 28  # of an int
 CACHE_CHARS = 64  # longer texts are unlikely to occur again
 
 
@@ -128,13 +139,17 @@ class Cache(dict):
 
     def __init__(self, compute):
         self.compute = compute
+        self.n_bytes = 0
 
     def __missing__(self, text):
         value = self.compute(text)
         if len(text) <= CACHE_CHARS:
-            if len(self) >= CACHE_ENTRIES:
+            n_bytes = sys.getsizeof(text) + sys.getsizeof(value) + ID_BYTES * len(value)
+            if len(self) >= CACHE_ENTRIES or self.n_bytes + n_bytes > CACHE_BYTES:
                 self.clear()
+                self.n_bytes = 0
             self[text] = value
+            self.n_bytes += n_bytes
         return value
 
 
@@ -144,32 +159,53 @@ class Encoder:
     merges: pairs of pieces in printable form, the first to be merged first. vocab: {piece: id}, by
     default numbered as GPT-2's is: the 256 bytes, what each merge makes, then <|endoftext|>.
     special: {text: id} of texts that encode() turns into a single id when asked to; by default
-    <|endoftext|>, if the vocabulary has it. Raises ValueError for a merge of pieces that are not in
-    the vocabulary, and for a vocabulary that check_vocab refuses.
+    <|endoftext|>, if the vocabulary has it. added: {text: AddedToken} of further such texts; those
+    that are not special always become a single id. end_ids: the ids that end a text, by default
+    that of <|endoftext|>; a model can have others. add_prefix_space: encode a text, and the text
+    after an added token, as if it began with a space. Raises ValueError for a merge of pieces that
+    are not in the vocabulary, and for a vocabulary that check_vocab refuses.
 
-    n_vocab: one more than the largest id. endoftext: its id, None if the vocabulary has none.
-    piece_of_id: the inverse of vocab.
+    n_vocab: one more than the largest id. endoftext: the first of end_ids, which is written after
+    a document; None if there are none. piece_of_id: the inverse of vocab, with all added tokens.
 
     >>> encoder = Encoder([("Ġ", "a"), ("b", "c")])
     >>> encoder.encode(" abc"), encoder.decode([256, 257]), encoder.endoftext, encoder.n_vocab
     ([256, 257], ' abc', 258, 259)
     """
 
-    def __init__(self, merges, vocab=None, special=None):
+    def __init__(
+        self, merges, vocab=None, special=None, end_ids=None, added=None, add_prefix_space=False
+    ):
         self.merges = [(left, right) for left, right in merges]
         vocab = number_pieces(self.merges) if vocab is None else check_vocab(vocab)
-        if special:
-            vocab = add_special(vocab, special)
-        elif ENDOFTEXT in vocab:
+        if not special and not added and ENDOFTEXT in vocab:
             special = {ENDOFTEXT: vocab[ENDOFTEXT]}
-        self.vocab = vocab
-        self.special = special or {}
-        self.n_vocab = max(self.vocab.values()) + 1
-        self.endoftext = self.vocab.get(ENDOFTEXT)
-        self.piece_of_id = {id: piece for piece, id in self.vocab.items()}
-        self._byte_ids = [self.vocab[CHAR_OF_BYTE[byte]] for byte in range(256)]
+        self.added = {text: AddedToken(id) for text, id in (special or {}).items()} | (added or {})
+        self.special = {text: token.id for text, token in self.added.items() if token.is_special}
+        self.vocab, self.piece_of_id = add_tokens(vocab, self.added)
+        self.n_vocab = max(self.piece_of_id) + 1
+        if end_ids is None:
+            end_ids = [self.vocab[ENDOFTEXT]] if ENDOFTEXT in self.vocab else []
+        self.add_prefix_space = add_prefix_space
+        self.chat_template = None  # for transformers, see corpus/chat.py
+        self.end_ids = tuple(end_ids)
+        self.endoftext = self.end_ids[0] if self.end_ids else None
+        self._byte_ids = [self.vocab.get(CHAR_OF_BYTE[byte]) for byte in range(256)]
         self._ranks, self._merged = rank_merges(self.merges, self.vocab)
-        self._n_longest = max(map(len, self.vocab))
+        self._n_longest = max(map(len, self.piece_of_id.values()))
+        self._is_limited = False
+        self._passes = []  # of split_added
+        for normalized in (False, True):
+            tokens = {t: token for t, token in self.added.items() if token.normalized == normalized}
+            if tokens:
+                self._passes.append((tokens, added_pattern(tokens)))
+        self._has_plain_added = len(self.special) < len(self.added)
+        self.is_byte_model = (  # does encode() only look up each byte?
+            not self.merges
+            and not self._has_plain_added
+            and not add_prefix_space
+            and None not in self._byte_ids
+        )
         self._ids_of_piece = Cache(self._encode_piece)
         self._ids_of_word = Cache(self._encode_word)
 
@@ -177,23 +213,37 @@ class Encoder:
         """Return the token ids of a string: list[int].
 
         "<|endoftext|>" is encoded as ordinary text unless allow_endoftext is true: then it becomes
-        one id, as do the other texts of `special`; where two match, the longer one. Lone
-        surrogates, which UTF-8 cannot encode, become U+FFFD.
+        one id, as do the other texts of `special`; where two match, the longer one. Added tokens
+        that are not special always become one id. Lone surrogates, which UTF-8 cannot encode,
+        become U+FFFD.
         """
         text = mend_surrogates(text)
-        if not allow_endoftext or not self.special:
-            return self._encode_plain(text)
-        longest_first = sorted(self.special, key=len, reverse=True)
-        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        if not allow_endoftext and not self._has_plain_added:
+            return self._checked(self._encode_plain(text))
+        parts = [text]  # texts, and the ids of added tokens
+        for tokens, pattern in self._passes:
+            split = []
+            for part in parts:
+                if isinstance(part, str):
+                    split += split_added(part, tokens, pattern, allow_endoftext)
+                else:
+                    split.append(part)
+            parts = split
         ids = []
-        for plain, special in zip(parts[::2], [*parts[1::2], None], strict=True):
-            ids += self._encode_plain(plain)
-            if special is not None:
-                ids.append(self.special[special])
+        for part in parts:
+            ids += self._encode_plain(part) if isinstance(part, str) else [part]
+        return self._checked(ids)
+
+    def _checked(self, ids):
+        """Return ids. Raises ValueError if limit_ids has taken one of them away."""
+        if self._is_limited and ids and max(ids) >= self.n_vocab:
+            raise ValueError(
+                f"the text has the id {max(ids)}, but the model has only {self.n_vocab} rows"
+            )
         return ids
 
     def encode_prompt(self, text, n_ctx=None):
-        """Return encode(text), or for an empty text <|endoftext|> alone, if the vocabulary has it.
+        """Return encode(text), or for an empty text the end token alone, if there is one.
 
         Raises ValueError for a text that would be too long even if each of n_ctx tokens were the
         longest in the vocabulary. This check costs nothing; encoding a huge file would fill memory.
@@ -208,12 +258,25 @@ class Encoder:
             ids = [self.endoftext]
         return ids
 
+    def limit_ids(self, n_vocab):
+        """Leave n_vocab ids: those beyond are no rows of the model. Encoding one is an error."""
+        self.n_vocab = n_vocab
+        self.end_ids = tuple(id for id in self.end_ids if id < n_vocab)
+        self.endoftext = self.end_ids[0] if self.end_ids else None
+        self.piece_of_id = {id: piece for id, piece in self.piece_of_id.items() if id < n_vocab}
+        self._is_limited = True
+        self.is_byte_model = False
+
     def decode(self, ids):
         """Return the text of an iterable of ids; bytes that are not UTF-8 become U+FFFD.
 
         Raises ValueError for an id that is not in the vocabulary.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def before_end(self, ids):
+        """Yield the ids before the first that ends a text."""
+        return takewhile(lambda id: id not in self.end_ids, ids)
 
     def decode_bytes(self, ids):  # -> bytes
         """Return the bytes of ids, which may begin or end inside a character.
@@ -243,11 +306,14 @@ class Encoder:
 
     def save(self, model_dir):
         """Write the vocabulary to a folder, for get_encoder and Hugging Face's transformers."""
-        end_token = None if self.endoftext is None else ENDOFTEXT
-        write_tokenizer(model_dir, self.merges, self.vocab, self.special, end_token)
+        ends = [text for text, id in self.special.items() if id == self.endoftext]
+        end_token = ends[0] if ends else None
+        write_tokenizer(model_dir, self, end_token)
 
     def _encode_plain(self, text):
-        if not self._ranks and max(self._byte_ids) < 256:  # without merges, a table is enough
+        if self.add_prefix_space and text and not text.startswith(" "):
+            text = " " + text
+        if self.is_byte_model and max(self._byte_ids) < 256:
             return list(text.encode().translate(bytes(self._byte_ids)))
         ids = []
         ids_of_word = self._ids_of_word
@@ -263,6 +329,9 @@ class Encoder:
 
     def _encode_piece(self, piece):
         ids = [self._byte_ids[byte] for byte in piece.encode()]
+        if None in ids:
+            byte = piece.encode()[ids.index(None)]
+            raise ValueError(f"the vocabulary has no id for the byte {byte:#04x}, in {piece!r}")
         merge = merge_short if len(ids) < LONG_PIECE else merge_long
         return merge(ids, self._ranks, self._merged)
 
@@ -426,4 +495,12 @@ def get_encoder(model_name, models_dir):
     """
     tokenizer = read_tokenizer(Path(models_dir, model_name))
     with naming(tokenizer.merges_file):  # what else is wrong has been found while reading
-        return Encoder(tokenizer.merges, tokenizer.vocab, tokenizer.special)
+        encoder = Encoder(
+            tokenizer.merges,
+            tokenizer.vocab,
+            end_ids=tokenizer.end_ids,
+            added=tokenizer.added,
+            add_prefix_space=tokenizer.add_prefix_space,
+        )
+    encoder.chat_template = tokenizer.chat_template
+    return encoder

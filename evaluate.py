@@ -24,6 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from corpus.shards import check_ids, count_ids, open_shards
+from corpus.texts import encode_text, read_text
+from encoder import mend_surrogates
 from engine import threads
 from evaluation.tasks import TASKS, accuracy, encode_item, load_items
 from kv_cache import copy_cache, extend, extend_all, new_cache, next_logits
@@ -77,23 +79,25 @@ def load_ids(data, encoder):  # the --data flag -> ids [1 + n_tokens], n_bytes, 
     """Return a text file's ids, and how many bytes and words all ids but the first stand for.
 
     The first id is <|endoftext|>, so that the model predicts all of the text, or the text's first
-    token if the tokenizer has no <|endoftext|>. Bytes that are not UTF-8 are read as U+FFFD; words
-    are separated by white space. load_shards reads a folder. Raises ValueError if there is nothing
-    to predict.
+    token if the tokenizer has no <|endoftext|>. corpus/texts.py reads the documents: between them
+    <|endoftext|> is predicted as well, but has no bytes. Bytes that are not UTF-8 are read as
+    U+FFFD; words are separated by white space. load_shards reads a folder. Raises ValueError if
+    there is nothing to predict.
     """
     if os.path.isdir(data):
         return load_shards(data, encoder)
-    with open(data, "rb") as f:
-        text = f.read().decode("utf-8", errors="replace")
-    ids, predicted = encoder.encode(text), text.encode()
+    documents = read_text(data)
+    ids = encode_text(documents, encoder)
+    predicted = [mend_surrogates(document).encode() for document in documents]
     if encoder.endoftext is not None:
-        ids = [encoder.endoftext, *ids]
-    elif ids:
-        first = encoder.piece_of_id[ids[0]]
-        predicted = predicted[len(first) :]  # a piece has a character for every byte
+        ids = np.concatenate([[encoder.endoftext], ids])
+    elif len(ids):
+        first = encoder.piece_of_id[int(ids[0])]
+        predicted[0] = predicted[0][len(first) :]  # a piece has a character for every byte
     if len(ids) < 2:
         raise ValueError(f"{data}: an empty text, or one too short to predict any of it")
-    return np.array(ids), len(predicted), len(predicted.decode(errors="replace").split())
+    n_words = sum(len(document.decode(errors="replace").split()) for document in predicted)
+    return ids, sum(map(len, predicted)), n_words
 
 
 def load_shards(folder, encoder):  # -> the same as load_ids

@@ -6,7 +6,7 @@ A language model is one function: token ids in, and for every position a score (
 token that could come next. The first half of this file is that function, built up from its smallest
 part; the second half uses it again and again to write text.
 
-Four conventions hold throughout the file:
+Five conventions hold throughout the file:
 
 *  Shapes. Comments give them as [what goes in] -> [what comes out], where
        n_seq    tokens in the sequence        n_embd  numbers that describe one token
@@ -21,7 +21,14 @@ Four conventions hold throughout the file:
 *  Backends. Nothing in the first half needs to know whether an array is NumPy's or JAX's. Operators
    and methods (`@`, `x.mean`) belong to the array. For the few functions that are not methods, such
    as tanh, `x.__array_namespace__()` returns the array's own module: `numpy` (2 or newer) or
-   `jax.numpy`. So train_jax.py can compile and differentiate these very functions.
+   `jax.numpy`. That method is part of the Python array API standard (data-apis.org/array-api). So
+   train_jax.py can compile and differentiate these very functions.
+
+*  Precision. The first half computes in the parameters' dtype, usually float32. A Python float such
+   as `math.sqrt(2)` takes on the dtype of the array it meets. `np.sqrt(2)` and `np.arange(3) / 2`
+   are float64, and would make everything computed from them float64: twice the memory, and several
+   times slower. `x += y` keeps the dtype of x, whatever y is, in NumPy, though not in JAX. Only
+   `probabilities`, in the second half, uses float64 on purpose.
 
 *  In place. Lines such as `x /= 2` save memory in NumPy. They only ever change an array that the
    same function has just made, so no caller sees a change. In JAX they make a new array.
@@ -46,21 +53,20 @@ def gelu(x):  # [...] -> [...]
     gives slightly different logits.
     """
     xp = x.__array_namespace__()  # numpy or jax.numpy
-    # math.sqrt, not np.sqrt: a Python float leaves a float32 array as it is, while a NumPy float64
-    # would make it float64. And x * x * x, because x**3 is many times slower.
+    # math.sqrt returns a Python float, np.sqrt a float64. x * x * x: x**3 is many times slower.
     return x * (0.5 + 0.5 * xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
 
 
 def softmax(x):  # [...] -> [...], no number negative, each row summing to 1
     """Turns scores into probabilities.
 
-    Subtracting the same number from a whole row does not change the result. The row's maximum,
-    rounded down, is subtracted so that exp cannot overflow.
+    Subtracting the same number from a whole row does not change the result. Here that number is the
+    row's maximum, so that exp cannot overflow.
     """
     xp = x.__array_namespace__()
     largest = x.max(-1, keepdims=True)
-    # Rounding down is for the trainer. What is subtracted makes no difference, so its gradient is
-    # zero, but JAX would spend time computing that zero. It knows that floor's derivative is zero.
+    # floor is a stop_gradient that works in both libraries, since its derivative is 0. It is safe:
+    # any number near the maximum prevents overflow, and none changes the result or its gradient.
     e = xp.exp(x - xp.floor(largest))
     e /= e.sum(-1, keepdims=True)
     return e
@@ -101,12 +107,17 @@ def attention_weights(q, k):  # [..., n_q, d_head], [..., n_seq, d_head] -> [...
     weights by softmax. The dot product of two random vectors of variance 1 has variance d_head;
     dividing by the square root of d_head brings that back to 1.
 
-    Usually n_q is n_seq. Where it is less, the queries are those of the last n_q positions.
+    Usually n_q is n_seq. If it is less, the queries are those of the last n_q positions, as in a
+    cached step, where only new tokens have queries.
     """
-    xp, n_q, n_seq, d_head = q.__array_namespace__(), q.shape[-2], k.shape[-2], k.shape[-1]
+    xp = q.__array_namespace__()
+    n_q, d_head = q.shape[-2:]
+    n_seq = k.shape[-2]
     scores = (q / math.sqrt(d_head)) @ k.swapaxes(-1, -2)  # [..., n_q, n_seq]
     position = xp.arange(n_seq)
-    future = position > position[n_seq - n_q :, None]  # [n_q, n_seq]: what a query may not see
+    query_position = position[n_seq - n_q :]
+    future = position > query_position[:, None]  # [n_q, n_seq]: what a query may not see
+    # NumPy's where makes float64 of two Python numbers, so cast it to the dtype of the scores.
     scores += xp.where(future, -math.inf, 0).astype(scores.dtype)
     return softmax(scores)  # exp(-inf) is 0
 
@@ -123,8 +134,8 @@ def attention_in_blocks(q, k, v):  # the shapes of attention
     """The same as attention, with less work on long texts: 64 queries at a time.
 
     The mask throws away nearly half of the scores. A block of queries need not be compared with the
-    keys that come after the block, so most of that half is never computed. And what is computed is
-    small enough for the processor's cache. 1024 tokens take less than half the time.
+    keys that come after the block, so most of that half is never computed. The scores that are
+    computed fit into the processor's cache. 1024 tokens take less than half the time.
     """
     n_q, n_seq = q.shape[-2], k.shape[-2]
     if n_q <= 64:
@@ -137,14 +148,19 @@ def attention_in_blocks(q, k, v):  # the shapes of attention
     return q.__array_namespace__().concat(parts, axis=-2)
 
 
-def mha(x, c_attn, c_proj, n_head, attend=attention_in_blocks):
-    """Multi-head attention, [..., n_seq, n_embd] -> the same: n_head attentions side by side.
+def mha(x, c_attn, c_proj, n_head, attend=attention_in_blocks):  # [..., n_seq, n_embd] -> the same
+    """Multi-head attention: n_head attentions side by side.
 
     Each works on a slice of d_head numbers of every token's query, key and value, so that heads can
     look for different things. Vaswani et al. 2017, section 3.2.2.
 
+    In 124M, with 12 heads, 5 tokens take these shapes, one a line of the code:
+
+        [5, 768] -> [5, 2304] -> [5, 36, 64] -> [36, 5, 64] -> three of [12, 5, 64]
+        -> [12, 5, 64] -> [5, 12, 64] -> [5, 768] -> [5, 768]
+
     `attend` computes the attention of all heads. It gets q, k and v, [..., n_head, n_seq, d_head]
-    each, and returns that shape. Its queries must not see what comes after them.
+    each, and returns the shape of q. Its queries must not see later positions.
     """
     xp = x.__array_namespace__()
     x = linear(x, **c_attn)  # [..., n_seq, 3 * n_embd]
@@ -160,24 +176,48 @@ def mha(x, c_attn, c_proj, n_head, attend=attention_in_blocks):
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, attend=attention_in_blocks):
     """Attention moves information between tokens, then the ffn works on each. x keeps its shape.
 
-    Both add their result to x, the "residual stream". GPT-2 normalises before each of the two,
-    not after them (Radford et al. 2019, section 2.3).
+    Both add their result to x, the "residual stream": each finds in x what all blocks before it
+    have written, and the gradient of x + f(x) reaches x directly as well as through f. GPT-2
+    normalises before each of the two, not after them (Radford et al. 2019, section 2.3).
 
-    `attend` is the one part that can be replaced: put a function under that name in a block's dict.
-    This is where a key-value cache or a GPU's own kernel plugs in, or where a head is switched off:
+    `attend` is the one part that can be replaced. hidden_state calls transformer_block(x, **block),
+    so a function that stands in a block's dict as "attend" arrives here beside the parameters. That
+    is how GPUs get their own kernels. This one switches off the third head of the first block:
 
-        params["blocks"][3]["attend"] = my_attention  # in the fourth block: they count from 0
+        def without_head_2(q, k, v):  # [..., n_head, n_seq, d_head] each; heads count from 0
+            xp = q.__array_namespace__()
+            is_on = xp.arange(q.shape[-3]) != 2  # [n_head]
+            return attention(q, k, v) * is_on[:, None, None]
+
+        blocks = list(params["blocks"])
+        blocks[0] = blocks[0] | {"attend": without_head_2}
+        logits = gpt2(ids, **params | {"blocks": blocks}, n_head=n_head)
+
+    And this is a key-value cache: queries of new tokens only, keys and values of all tokens.
+
+        def cached_attention(past):  # past: a list, empty at first, of a block's own
+            def attend(q, k, v):
+                past.append((k, v))
+                keys, values = (np.concatenate(x, axis=-2) for x in zip(*past))
+                return attention(q, keys, values)
+            return attend
+
+        blocks = [block | {"attend": cached_attention([])} for block in params["blocks"]]
+        first = gpt2(ids, **params | {"blocks": blocks}, n_head=n_head)
+        wpe = params["wpe"][len(ids) :]  # the next token's position comes first
+        second = gpt2([token], **params | {"blocks": blocks, "wpe": wpe}, n_head=n_head)
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, attend=attend)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
 
 
 def hidden_state(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..., n_seq, n_embd]
-    """All of GPT-2 but its last multiplication, float32 if the parameters are.
+    """All of GPT-2 except its last multiplication, float32 if the parameters are.
 
-    `inputs` are token ids below n_vocab: an array or, with NumPy, a list. ValueError for more than
-    n_ctx of them. Token i stands at position i, row i of wpe. To start at position p, as a cache
-    does, pass wpe[p:].
+    `inputs` are token ids below n_vocab: an array or, with NumPy, a list. Token i stands at
+    position i, row i of wpe. To start at position p, as a cache does, pass wpe[p:].
+
+    Raises ValueError for more than n_ctx tokens: wpe has no row for them.
     """
     x = wte[inputs]  # what each token is ...
     n_seq, n_ctx = x.shape[-2], wpe.shape[-2]
@@ -193,7 +233,9 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..., n_seq
     """The logits of the token after every position, float32 if the parameters are.
 
     The token embedding wte serves twice: in hidden_state it turns ids into vectors, here vectors
-    into a score for every id (Press & Wolf 2017, arXiv:1608.05859).
+    into a score for every id. That is sensible because both directions need the same knowledge,
+    which tokens are alike: what is learned about a token as an answer also helps where it is read.
+    A second matrix would make 124M nearly a third larger (Press & Wolf 2017, arXiv:1608.05859).
     """
     return hidden_state(inputs, wte, wpe, blocks, ln_f, n_head) @ wte.swapaxes(0, 1)
 
@@ -311,6 +353,13 @@ def latest(ids, n_ctx):  # list of ids -> its end, at most n_ctx ids
     return ids if len(ids) <= n_ctx else ids[-max(1, n_ctx // 2) :]
 
 
+def end_ids_of(endoftext):  # an id, several, or None -> a collection of ids
+    """Return the ids that end a text: some models have more than one."""
+    if endoftext is None:
+        return ()
+    return (endoftext,) if isinstance(endoftext, int | np.integer) else tuple(endoftext)
+
+
 def generate_stream(
     inputs, params, n_head, n_tokens_to_generate, seed=None, endoftext=None, slide=False, **sampling
 ):
@@ -321,6 +370,7 @@ def generate_stream(
 
     sampling: temperature, top_k, top_p, min_p and repetition_penalty, as `sample` takes them;
         greedy by default.
+    endoftext: an id, or several of which any ends the text.
     slide: let the text outgrow n_ctx; then the model sees only its end.
 
     The first next() raises ValueError for what check_sampling and check_length refuse.
@@ -328,6 +378,7 @@ def generate_stream(
     n_ctx = len(params["wpe"])
     check_sampling(n_tokens_to_generate, seed=seed, **sampling)
     check_length(len(inputs), n_tokens_to_generate, math.inf if slide else n_ctx)
+    end_ids = end_ids_of(endoftext)
     inputs = list(inputs)  # a copy: the caller's list stays as it is
     rng = np.random.default_rng(seed)
     for _ in range(n_tokens_to_generate):
@@ -335,7 +386,7 @@ def generate_stream(
         x = hidden_state(inputs, **params, n_head=n_head)
         logits = params["wte"] @ x[-1]  # as in gpt2, but of the last position only
         token = sample(logits, rng, **sampling, ids=inputs)
-        if token == endoftext:
+        if token in end_ids:
             return
         inputs.append(token)
         yield token
@@ -396,7 +447,7 @@ def main(
     inputs = encoder.encode_prompt(prompt, None if slide else hparams["n_ctx"])
     new_ids = generate_stream(
         inputs, params, hparams["n_head"], n_tokens_to_generate,
-        seed, encoder.endoftext, slide, **sampling,
+        seed, encoder.end_ids, slide, **sampling,
     )  # fmt: skip
     for text in encoder.decode_stream(new_ids):
         print(text, end="", flush=True)

@@ -1,7 +1,10 @@
 """GPT-2 in sixty lines of NumPy. Read this first; gpt2.py is the same model, explained in full.
 
-n_seq tokens, n_embd numbers for each, n_head heads of d_head = n_embd / n_head numbers, n_vocab
-different tokens. Parameters are dicts: c_fc is {"w": ..., "b": ...}, and **c_fc hands over both.
+    python gpt2_pico.py "KING RI" --model_size shakespeare --n_tokens_to_generate 6  # prints CHARD
+
+Shapes are [what goes in] -> [what comes out]. c_fc is {"w": array, "b": array}; **c_fc passes both.
+    n_seq    tokens in the sequence        n_embd  numbers that describe one token
+    n_vocab  tokens in the vocabulary      n_head  heads of d_head = n_embd / n_head numbers each
 """
 
 import numpy as np
@@ -25,26 +28,28 @@ def linear(x, w, b):  # [n_seq, n_in] -> [n_seq, n_out]
 
 
 def ffn(x, c_fc, c_proj):  # [n_seq, n_embd] -> [n_seq, n_embd]
-    x = gelu(linear(x, **c_fc))  # [n_seq, 4 * n_embd]
-    return linear(x, **c_proj)
+    return linear(gelu(linear(x, **c_fc)), **c_proj)  # [n_seq, 4 * n_embd] in between
 
 
 def attention(q, k, v):  # three of [n_head, n_seq, d_head] -> [n_head, n_seq, d_head]
+    # A query says what its token looks for, a key what a token offers, a value what it hands over.
+    # The better a key fits a token's query, the more of that key's value the token receives.
     scores = q @ k.swapaxes(1, 2)  # [n_head, n_seq, n_seq]: how well each key fits each query
-    scores = scores / q.shape[-1] ** 0.5  # sums of d_head products: this keeps them near 1
+    scores = scores / q.shape[-1] ** 0.5  # sums of d_head terms: this keeps their variance near 1
     seen = np.tri(q.shape[1], dtype=bool)  # [n_seq, n_seq]: each token sees itself and those before
     return softmax(np.where(seen, scores, -np.inf)) @ v
 
 
 def mha(x, c_attn, c_proj, n_head):  # [n_seq, n_embd] -> [n_seq, n_embd]
-    x = linear(x, **c_attn)  # [n_seq, 3 * n_embd]
-    x = x.reshape(len(x), 3, n_head, -1)  # [n_seq, 3, n_head, d_head]
-    q, k, v = x.transpose(1, 2, 0, 3)  # three of [n_head, n_seq, d_head]
+    x = linear(x, **c_attn)  # [n_seq, 3 * n_embd]: every token's query, key and value
+    x = x.reshape(len(x), 3 * n_head, -1).swapaxes(0, 1)  # [3 * n_head, n_seq, d_head]
+    q, k, v = np.split(x, 3)  # three of [n_head, n_seq, d_head]
     x = attention(q, k, v).swapaxes(0, 1)  # [n_seq, n_head, d_head]
     return linear(x.reshape(len(x), -1), **c_proj)  # the heads side by side again
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head):  # [n_seq, n_embd] -> [n_seq, n_embd]
+    # Both add to x, the "residual stream": what it holds stays, and gradients pass undiminished.
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head)  # tokens look back
     return x + ffn(layer_norm(x, **ln_2), **mlp)  # each token by itself
 
@@ -53,14 +58,15 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_seq] -> [n_seq, n_vocab]
     x = wte[inputs] + wpe[: len(inputs)]  # [n_seq, n_embd]: what each token is, and where
     for block in blocks:
         x = transformer_block(x, **block, n_head=n_head)
-    return layer_norm(x, **ln_f) @ wte.T
+    return layer_norm(x, **ln_f) @ wte.T  # how well x fits each token's vector
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate):  # ids -> the new ids
-    ids, n_ctx = list(inputs), len(params["wpe"])
-    assert ids and n_tokens_to_generate >= 0, "it takes a token to begin with, and 0 or more to add"
-    too_long = f"{len(ids)} + {n_tokens_to_generate} tokens do not fit n_ctx {n_ctx}"
-    assert len(ids) + n_tokens_to_generate <= n_ctx, too_long
+    ids = list(inputs)  # a copy: the caller's list stays as it is
+    assert ids, "the prompt has no tokens: the model needs at least one to start from"
+    assert n_tokens_to_generate >= 0, "n_tokens_to_generate must be 0 or more"
+    too_long = f"{len(ids)} + {n_tokens_to_generate} tokens do not fit n_ctx {len(params['wpe'])}"
+    assert len(ids) + n_tokens_to_generate <= len(params["wpe"]), too_long
     for _ in range(n_tokens_to_generate):
         logits = gpt2(ids, **params, n_head=n_head)[-1]  # [n_vocab], of the last position
         assert np.isfinite(logits).all(), "the logits are not finite: damaged weights?"
@@ -74,7 +80,7 @@ def main(prompt: str, n_tokens_to_generate: int = 40, model_size="124M", models_
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     ids = encoder.encode_prompt(prompt, hparams["n_ctx"])
     new_ids = generate(ids, params, hparams["n_head"], n_tokens_to_generate)
-    print(encoder.decode(new_ids).split("<|endoftext|>")[0])
+    print(encoder.decode(encoder.before_end(new_ids)))  # generate does not stop at the end
 
 
 if __name__ == "__main__":

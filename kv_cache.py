@@ -246,9 +246,10 @@ class Batch:
         An interrupted pass leaves the rows as they were. The next one runs the same ids again.
         """
         for row in self.rows:
-            row.rewind()
             if row.cache is None:
                 self.begin(row)
+            else:
+                row.rewind()
         shares = plan_pass(self.rows, max(self.chunk, len(self.rows)))
         rows = [row for row, _ in shares]
         new_ids = [ids for _, ids in shares]
@@ -257,18 +258,17 @@ class Batch:
         for row, ids, end in zip(rows, new_ids, ends, strict=True):
             if row.sampler.needs_states and not row.ids:
                 row.sampler.read_states(x[end - len(ids) : end])
-        writers = [(row, end) for row, end in zip(rows, ends, strict=True) if row.n_ahead() >= 0]
-        # A row needs the logits after its text's last token, and after each guess.
-        positions = [np.arange(end - 1 - row.n_ahead(), end) for row, end in writers]
-        x_last = x[np.concatenate(positions or [ends[:0]])]  # none if no row may write yet
-        logits = next_logits(x_last, self.params, len(x))
+        # A row needs the logits after its text's last token, and after each guess; none before.
+        counts = [max(0, 1 + row.n_ahead()) for row in rows]
+        positions = [i for n, end in zip(counts, ends, strict=True) for i in range(end - n, end)]
+        logits = next_logits(x[np.array(positions, int)], self.params, len(x))
         events = []
-        for (row, _), indices in zip(writers, positions, strict=True):
-            n = len(indices)
-            events += row.write(logits[:n])
-            logits = logits[n:]
-            if not row.end:
-                self.fit(row)
+        for row, n in zip(rows, counts, strict=True):
+            if n > 0:
+                events += row.write(logits[:n])
+                logits = logits[n:]
+                if not row.end:
+                    self.fit(row)
         self.rows = [row for row in self.rows if not row.end]
         return events
 
@@ -467,7 +467,7 @@ def main(
     def write(batch):  # lists of ids -> their events
         return stream(
             batch, params, hparams["n_head"], n_tokens_to_generate,
-            seed=seed, endoftext=encoder.endoftext, stop=stops_with(stops, encoder),
+            seed=seed, endoftext=encoder.end_ids, stop=stops_with(stops, encoder),
             n_samples=n_samples, batch_size=batch_size, **sampling._asdict(),
         )  # fmt: skip
 

@@ -23,7 +23,14 @@ import numpy as np
 
 from generation.rows import Event, ids_of
 from generation.sampling import Sampling
-from gpt2 import attention, check_length, check_sampling, hidden_state, softmax
+from gpt2 import (
+    attention,
+    check_length,
+    check_sampling,
+    end_ids_of,
+    hidden_state,
+    softmax,
+)
 from plumbing.memory import n_that_fit
 from training.devices import to_host
 
@@ -127,17 +134,18 @@ def step(params, batch, n_head, n_vocab, sampling):  # -> the batch, each row lo
 
 
 @functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="batch")
-def write_steps(params, batch, alive, n, endoftext, n_head, n_vocab, sampling):
+def write_steps(params, batch, alive, n, end_ids, n_head, n_vocab, sampling):
     """n steps, fewer if no row is left alive -> the batch, [STEPS_PER_CALL, n_rows] tokens.
 
-    alive: [n_rows]. Only the first n tokens of a row count, and only those up to the id endoftext.
+    alive: [n_rows]; end_ids: [n_end_ids]. Only the first n tokens of a row count, and only those up
+    to one of end_ids.
     """
 
     def one_step(carry):
         i, batch, alive, tokens = carry
         batch = step(params, batch, n_head, n_vocab, sampling)
         new = batch["tokens"]
-        return i + 1, batch, alive & (new != endoftext), tokens.at[i].set(new)
+        return i + 1, batch, alive & ~jnp.isin(new, end_ids), tokens.at[i].set(new)
 
     tokens = jnp.zeros((STEPS_PER_CALL, len(alive)), batch["tokens"].dtype)
     _, batch, _, tokens = jax.lax.while_loop(
@@ -236,15 +244,15 @@ def write_all(params, batch, rows, begun, n_tokens, endoftext, stop, static):
         n_done += n
         n = min(STEPS_PER_CALL, n_tokens - n_done)
         alive = np.isin(rows, list(begun))
-        end = -1 if endoftext is None else endoftext
-        batch, tokens = write_steps(params, batch, alive, n, end, **static)
+        end_ids = np.array(end_ids_of(endoftext) or [-1])
+        batch, tokens = write_steps(params, batch, alive, n, end_ids, **static)
 
 
 def add_token(row, ids, token, n_tokens, endoftext, stop):  # -> Event
     """Adds the token to the row's ids. Raises ValueError for the token of damaged weights."""
     if token < 0:
         raise ValueError("the logits are not finite: the model's weights must be damaged")
-    if token == endoftext:
+    if token in end_ids_of(endoftext):
         return Event(row, None, "endoftext")
     ids.append(token)
     if stop and stop(ids):

@@ -21,7 +21,7 @@ folder of shards holds:
 
     train_000000.bin ..., val_000000.bin ...   ids, little-endian uint16 (uint32 above 65535 ids)
     meta.json                                  what is in them, and from where; written last of all
-    vocab.json, merges.txt, ...                the tokenizer
+    vocab.json, merges.txt, tokenizer.json ... the tokenizer
 """
 
 import contextlib
@@ -47,6 +47,7 @@ from corpus.documents import (
     find_files,
     is_same,
     notice,
+    notice_replaced,
     read_span,
 )
 from corpus.jobs import SPLITS, WORK, Job, do_job, encoders, make_jobs, read_or_empty
@@ -57,7 +58,7 @@ from plumbing.cli import count
 from plumbing.files import open_locked, write_whole
 
 TRAINING_BYTES = 10**8  # of text that a tokenizer learns from, give or take a document
-TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json"]
+TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"]
 DELETABLE = re.compile(  # the files in the shards' folder that this program has written
     rf"{SHARD.pattern}|({'|'.join(map(re.escape, TOKENIZER))})(\.\d+\.tmp)?|meta\.json\.\d+\.tmp"
 )
@@ -125,7 +126,7 @@ def get_tokenizer(name, models_dir):  # -> Encoder
     folder = find_model(name, models_dir, only_tokenizer=True)
     encoder = get_encoder("", folder)
     if encoder.endoftext is None:
-        raise ValueError(f"{folder}: its tokenizer has no {ENDOFTEXT}, which separates documents")
+        raise ValueError(f"{folder}: its tokenizer has no end token, which separates documents")
     return encoder
 
 
@@ -244,7 +245,7 @@ def report(out, meta):
         f"{meta['n_vocab']} ids"
     )
     if meta["n_replaced"]:
-        notice(f"{count(meta['n_replaced'], 'piece')} of invalid UTF-8 replaced by U+FFFD")
+        notice_replaced(meta["n_replaced"])
     share = n_tokens["val"] / sum(n_tokens.values())
     fractions = [meta["plan"]["val_fraction"], meta["plan"]["last_fraction"]]
     if fractions[0] is None:

@@ -339,7 +339,8 @@ class JaxTrainer:
     """What training/run.py's loop asks of a trainer, which is explained there."""
 
     versions = {"jax": jax.__version__, "optax": optax.__version__}
-    steps_per_call, seconds_per_call = (20, 5, 1), 1  # Ctrl-C is seen only between calls
+    steps_per_call = (20, 5, 1)
+    seconds_per_call = 1.0  # Ctrl-C is seen only between calls
     agree = staticmethod(any_process)
 
     @staticmethod

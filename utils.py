@@ -15,15 +15,24 @@ import errno
 import filecmp
 import json
 import os
+import re
 import shutil
 import tempfile
 import typing
 from pathlib import Path
 
+import numpy as np
+
 from encoder import Encoder, get_encoder
 from model_files.adapters import CONFIG, is_adapter, merge, read_adapter, read_config
 from model_files.config import hugging_face_config, query_scales, read_hparams, sizes_file
-from model_files.convert import convert_checkpoint, has_tensorflow, needs_tensorflow
+from model_files.convert import (
+    convert_checkpoint,
+    converted_path,
+    find_checkpoint,
+    has_tensorflow,
+    needs_tensorflow,
+)
 from model_files.download import SIZES, download
 from model_files.hub import fetch_released, fetch_repository, is_repository
 from model_files.weights import (
@@ -42,6 +51,8 @@ from model_files.weights import (
 from plumbing.cli import did_you_mean
 from plumbing.files import remove, write_whole
 
+# GPT2LMHeadModel's prefix, and those of torch.compile and DistributedDataParallel before it.
+WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)*(transformer\.)?")
 OPENAI = "openai:"  # before a released size: its TensorFlow checkpoint
 OTHER_NAMES = {  # of the released sizes
     "gpt2": "124M",
@@ -76,7 +87,8 @@ def load_encoder_hparams_and_params(model_size, models_dir="models"):
         return Model(encoder, hparams, merge(params, adapters))
     hparams = read_hparams(model_dir)
     encoder = get_encoder("", model_dir)
-    check_vocabulary(encoder, hparams, model_dir)
+    if encoder.n_vocab > hparams["n_vocab"]:  # for example, of a padding token without a row
+        encoder.limit_ids(hparams["n_vocab"])
     params = load_params(model_dir, hparams)
     # Rows beyond the tokenizer's ids only pad the matrix to a rounder size. No text may draw them.
     params["wte"] = params["wte"][: encoder.n_vocab]
@@ -179,6 +191,12 @@ def load_params(model_dir, hparams):
     not have the shape that `hparams` ask for.
     """
     tensors, source = read_weights(model_dir)
+    if (
+        "wte.weight" not in tensors and "lm_head.weight" in tensors
+    ):  # as safetensors' save_model does
+        tensors["wte.weight"] = tensors.pop(
+            "lm_head.weight"
+        )  # with tied weights: only one is stored
     arrays = {}
     for name, shape in tensor_shapes(hparams):
         key = hugging_face_name(name)
@@ -189,9 +207,12 @@ def load_params(model_dir, hparams):
             raise ValueError(f"{source}: {key} is {found}, but its sizes ask for {shape}")
         arrays[name] = to_float32(dtype, data, f"{source}: {key}").reshape(shape)
     # Of the tensors that are left, a mask or a copy of wte is harmless, a thirteenth layer is not.
-    for key, (_, shape, _) in tensors.items():
-        head = key == "lm_head.weight" and shape != arrays["wte"].shape
-        if head or (key.startswith("h.") and not key.endswith((".attn.bias", ".attn.masked_bias"))):
+    for key, (dtype, shape, data) in tensors.items():
+        if key == "lm_head.weight" and shape == arrays["wte"].shape:
+            check_head(to_float32(dtype, data, f"{source}: {key}"), arrays["wte"], source)
+        elif key == "lm_head.weight" or (
+            key.startswith("h.") and not key.endswith((".attn.bias", ".attn.masked_bias"))
+        ):
             raise ValueError(f"{source}: {key} {shape} does not belong in a model of its sizes")
     for i, scale in enumerate(query_scales(model_dir, hparams)):
         for name in (f"blocks.{i}.attn.c_attn.w", f"blocks.{i}.attn.c_attn.b"):
@@ -200,24 +221,41 @@ def load_params(model_dir, hparams):
     return nest(arrays)
 
 
+def check_head(head, wte, source):  # [n_vocab * n_embd], [n_vocab, n_embd]
+    """Raises ValueError if the head's values differ from wte's, which gpt2.py would use instead."""
+    if not np.array_equal(head, wte.ravel(), equal_nan=True):
+        raise ValueError(
+            f"{source}: lm_head.weight differs from wte.weight: a head of its own is not supported"
+        )
+
+
 def read_weights(model_dir):
     """Return {Hugging Face's key: (dtype, shape, bytes)}, and the path for error messages."""
     path = os.path.join(model_dir, WEIGHTS)
     index = os.path.join(model_dir, WEIGHTS_INDEX)
-    checkpoint = os.path.join(model_dir, "model.ckpt")
+    checkpoint = find_checkpoint(model_dir)
+    converted = converted_path(checkpoint)
     if os.path.isfile(path):
         tensors = read_safetensors(path)
     elif os.path.isfile(index):
         tensors, path = {}, index
         for shard in read_index(index):
             tensors |= read_safetensors(os.path.join(model_dir, shard))
+    elif os.path.isfile(checkpoint + ".index") and os.path.isfile(converted):
+        tensors, path = read_safetensors(converted), converted
     elif os.path.isfile(checkpoint + ".index"):
-        tensors, path = convert_checkpoint(model_dir, path), checkpoint
+        tensors, path = convert_checkpoint(checkpoint, converted), checkpoint
     else:
         raise FileNotFoundError(
             f"{model_dir}: no weights, neither model.safetensors nor model.ckpt"
         )
-    return {key.removeprefix("transformer."): entry for key, entry in tensors.items()}, path
+    plain = {}
+    for key, entry in tensors.items():
+        name = WRAPPERS.sub("", key)
+        if name in plain:
+            raise ValueError(f"{path}: {name} is in it twice, the second time as {key}")
+        plain[name] = entry
+    return plain, path
 
 
 # --- Saving -------------------------------------------------------------------------------------
@@ -260,7 +298,8 @@ def save_model(model_dir, encoder, hparams, params, dtype="float32"):
 def check_target(model_dir, for_adapter=False):
     """Raises ValueError or OSError if save_model cannot write, or if other files contradict it."""
     others = "config.json" if for_adapter else CONFIG
-    for name in ("hparams.json", "encoder.json", "tokenizer.json", others):
+    stale = ("added_tokens.json", "special_tokens_map.json", "generation_config.json")
+    for name in ("hparams.json", "encoder.json", *stale, others):
         if os.path.exists(os.path.join(model_dir, name)):
             raise ValueError(f"{model_dir}: has {name}, of another model; save to another folder")
     paths = (Path(model_dir), *Path(model_dir).absolute().parents)

@@ -14,7 +14,20 @@ The space before a message belongs to its first word, as always in GPT-2, so no 
 
 from bisect import bisect_left
 
+from encoder import ENDOFTEXT
+
 NAMES = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
+CHAT_TEMPLATE = (  # the same for transformers' apply_chat_template, in Jinja
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}"
+    "Assistant: {{ message.content | trim }}{{ eos_token }}"
+    "{{ '\n' if not loop.last or add_generation_prompt }}"
+    "{% else %}"
+    "{{ 'User' if message.role == 'user' else 'System' }}: {{ message.content | trim }}{{ '\n' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{{ 'Assistant:' if add_generation_prompt }}"
+)
 NEXT_TURN = "\nUser:"  # where a model that has not learned to end its answers goes on by itself
 
 
@@ -61,6 +74,7 @@ def encode_messages(messages, encoder):  # -> [(ids, whether they are an answer)
         content = message["content"].strip()
         if message["role"] == "assistant":
             parts.append((encoder.encode(text + NAMES["assistant"]), False))
+            content = without_end(content)
             is_learned = content != "" and message.get("weight", 1) != 0
             parts.append((encode_answer(" " + content, encoder), is_learned))
             text = "\n"
@@ -74,6 +88,13 @@ def encode_messages(messages, encoder):  # -> [(ids, whether they are an answer)
 def encode_answer(text, encoder):  # -> ids, with <|endoftext|> at their end if there is one
     ids = encoder.encode(text)
     return ids if encoder.endoftext is None else [*ids, encoder.endoftext]
+
+
+def without_end(text):
+    """Drop an <|endoftext|> that ends an answer: it is the end, which encode_answer appends."""
+    if text.rstrip().endswith(ENDOFTEXT):
+        return text.rstrip().removesuffix(ENDOFTEXT)
+    return text
 
 
 def encode_conversation(messages, encoder, n_max):  # -> at most n_max ids

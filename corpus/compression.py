@@ -39,7 +39,7 @@ def unpack_zst(file, name, n_block):
     try:
         while packed := file.read(512):
             while packed:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                frame = frame or new_frame(zstandard)
                 yield frame.decompress(packed)
                 packed = frame.unused_data
                 if frame.eof:
@@ -48,6 +48,14 @@ def unpack_zst(file, name, n_block):
         raise ValueError(f"{name}: not zstd, or damaged ({error})") from None
     if frame:
         raise ValueError(f"{name}: cut short")
+
+
+def new_frame(zstandard):
+    """Allow the longest window that there is, 2 GiB, as zstd --long=31 writes it.
+
+    Only a frame that is itself as long needs as much memory.
+    """
+    return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
 
 COMPRESSIONS = {".gz": unpack_gzip, ".zst": unpack_zst}  # by the ending of a file's name

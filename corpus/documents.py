@@ -33,6 +33,22 @@ BLOCK = 2**20  # bytes that are read at a time
 MOST_LINE = 2**28  # bytes of a line of JSON: it is parsed whole, in several times its size
 NEWLINE = ord("\n")
 SHORTER = "the file became shorter while it was read"
+# How files begin that hold no text, {what they are: their first bytes}.
+BINARY = {
+    "PDF": b"%PDF-",
+    "bzip2": b"BZh",
+    "xz": b"\xfd7zXZ\0",
+    "7-Zip": b"7z\xbc\xaf\x27\x1c",
+    "zip": b"PK\x03\x04",
+    "Arrow": b"ARROW1",
+    "NumPy's": b"\x93NUMPY",
+    "SQLite": b"SQLite format 3\0",
+    "gzip, but its name does not end in .gz": b"\x1f\x8b\x08",
+    "Zstandard, but its name does not end in .zst": b"\x28\xb5\x2f\xfd",
+    "Parquet, but its name does not end in .parquet": b"PAR1",
+}
+LIST_HINT = ": jq -c '.[]' turns a list into JSON lines"
+N_START = 4096  # bytes by which a file is judged
 
 # Where a long text can be cut without changing its ids: before the white-space character that
 # precedes a word, and between a letter or digit and a sign. Searched from the end.
@@ -138,6 +154,9 @@ def find_files(inputs, leave_out):  # words of the command line -> [paths]
             raise ValueError(f"{name}: not a regular file; - reads standard input")
         if not paths:
             raise FileNotFoundError(f"{name}: no such file, folder or pattern")
+    n_twice = len(files) - len({os.path.realpath(path) for path in files})
+    if n_twice:
+        notice(f"{count(n_twice, 'file')} named more than once: read each time")
     if files_left_out:
         endings = {Path(path).suffix or Path(path).name for path in files_left_out}
         shown = ", ".join(sorted(endings)[:8])
@@ -155,11 +174,27 @@ def find_files(inputs, leave_out):  # words of the command line -> [paths]
 def list_folder(folder, leave_out):  # -> the paths of its visible files, sorted
     leave_out = Path(leave_out).absolute()
     paths = []
-    for path in sorted(Path(folder).rglob("*")):
+    for path in sorted(walk(Path(folder), set())):
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not is_hidden and not path.absolute().is_relative_to(leave_out):
+        if is_hidden or path.absolute().is_relative_to(leave_out):
+            continue
+        if path.is_file():
             paths.append(str(path))
+        elif path.is_symlink() and not path.exists():
+            notice(f"left out {path}: a link to a file that does not exist")
     return paths
+
+
+def walk(folder, seen):  # yields the paths in it, those in linked folders as well
+    """`seen`: the real folders so far. Each is read once, so a link to its parent ends."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from walk(path, seen)
+        else:
+            yield path
 
 
 def format_of(path):  # -> a key of FORMATS by the ending of the file's name, or None
@@ -176,11 +211,49 @@ def describe(path, json_lines=False):  # -> Source
     format = format_of(path) or ("json" if json_lines else "text")
     if path == "-":
         return Source(path, format, None, None)
-    with open(path, "rb") as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise ValueError(f"{path}: is UTF-16, not UTF-8: iconv -f UTF-16 -t UTF-8 converts it")
+    if format != "parquet" and not is_compressed(path):
+        with open(path, "rb") as file:
+            check_start(file.read(N_START), path)
     status = os.stat(path)
     return Source(path, format, status.st_size, status.st_mtime_ns)
+
+
+def is_compressed(path):
+    return Path(path).suffix.lower() in COMPRESSIONS
+
+
+def check_start(start, name):  # a text's first bytes
+    """Raises ValueError, which names the file, if they are UTF-16's, or those of no text at all."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{name}: is UTF-16, not UTF-8: iconv -f UTF-16 -t UTF-8 converts it")
+    for order, i in (("LE", 1), ("BE", 0)):  # the half of each unit that is 0 in English
+        zeros = start[i::2].count(0)
+        n_others = start[1 - i :: 2].count(0)
+        if len(start) >= 4 and n_others == 0 and 2 * zeros > len(start[i::2]):
+            encoding = f"UTF-16{order}"
+            raise ValueError(
+                f"{name}: is UTF-16, not UTF-8: iconv -f {encoding} -t UTF-8 converts it"
+            )
+    for kind, magic in BINARY.items():
+        if start.startswith(magic):
+            if kind == "bzip2" and start[4:10] != b"1AY&SY":  # "BZh" can begin a text
+                continue
+            raise ValueError(f"{name}: not text, but {kind}: unpack or convert it first")
+    if start[257:262] == b"ustar":
+        raise ValueError(f"{name}: not text, but a tar archive: unpack it first")
+
+
+def checked(blocks, name):  # yields the same blocks of bytes
+    """Check how unpacked text, or standard input, begins: as check_start."""
+    blocks = iter(blocks)
+    start = b""
+    for block in blocks:
+        start += block
+        if len(start) >= N_START:
+            break
+    check_start(start[:N_START], name)
+    yield start
+    yield from blocks
 
 
 def is_same(source):
@@ -228,8 +301,11 @@ def line_number(span, position):
     """Return the number of the line that begins at a position, counted from its source's start."""
     number = span.line + 1
     with open(span.path, "rb") as file:
-        while n_bytes := min(BLOCK, position - file.tell()):
-            number += file.read(n_bytes).count(b"\n")
+        while file.tell() < position:
+            block = file.read(min(BLOCK, position - file.tell()))
+            if not block:
+                raise ValueError(f"{span.name}: {SHORTER}")
+            number += block.count(b"\n")
     return number
 
 
@@ -242,20 +318,59 @@ def delete_unpacked(spans):
 def read_documents(path, options=None, json_lines=False):  # yields str
     """Read a file's documents, one by one and whole, in any of the formats, also compressed.
 
-    Bytes that are not UTF-8 become U+FFFD. json_lines: as `describe` takes it. Raises ValueError
-    or OSError, which name the file, if it cannot be read.
+    Bytes that are not UTF-8 become U+FFFD, and a notice counts them. json_lines: as `describe`
+    takes it. Raises ValueError or OSError, which name the file, if it cannot be read.
     """
     options = options or Options()
     source = describe(os.fspath(path), json_lines)
+    n_replaced = 0
     with tempfile.TemporaryDirectory() as work_dir:
         for span in cut_source(0, source, options, work_dir):
             document = []
             for part in itertools.chain.from_iterable(read_span(span, options)):
                 document.append(part.text)
                 if part.ends:
-                    yield b"".join(document).decode(errors="replace")
+                    (text,), n = mend([b"".join(document)])
+                    n_replaced += n
+                    yield text.decode()
                     document = []
             delete_unpacked([span])
+    if n_replaced:
+        notice_replaced(n_replaced)
+
+
+def read_lines(path):  # yields bytes
+    """Read the lines of a file that may be compressed. Raises ValueError if it is no text."""
+    describe(path)
+    with open(path, "rb") as file:
+        if not is_compressed(path):
+            yield from file
+            return
+        rest = b""
+        for block in checked(read_blocks(file, path, BLOCK), path):
+            *lines, rest = (rest + block).split(b"\n")
+            for line in lines:
+                yield line + b"\n"
+            if len(rest) > MOST_LINE:
+                raise ValueError(f"{path}: a line of more than {MOST_LINE} bytes")
+        if rest:
+            yield rest
+
+
+def mend(texts):  # [bytes] -> [UTF-8], how many invalid sequences became U+FFFD
+    try:
+        b"\n".join(texts).decode()
+        return texts, 0
+    except UnicodeDecodeError:
+        mended = [text.decode(errors="replace").encode() for text in texts]
+    replacement = "\ufffd".encode()
+    n_before = sum(text.count(replacement) for text in texts)
+    n_after = sum(text.count(replacement) for text in mended)
+    return mended, n_after - n_before
+
+
+def notice_replaced(n):
+    notice(f"{count(n, 'piece')} of invalid UTF-8 replaced by U+FFFD")
 
 
 # --- Files that are cut at lines: in place or, if they are compressed, while they are unpacked ---
@@ -263,7 +378,7 @@ def read_documents(path, options=None, json_lines=False):  # yields str
 
 def cut_at(boundary, span, options, work_dir):  # a pattern of bytes, a whole file -> yields Spans
     """Cut at the first boundary after each shard_bytes of text."""
-    if span.name == "-" or Path(span.name).suffix.lower() in COMPRESSIONS:
+    if span.name == "-" or is_compressed(span.name):
         yield from unpack(boundary, span, options, work_dir)
         return
     n_bytes = span.stop
@@ -300,7 +415,7 @@ def unpack(boundary, span, options, work_dir):  # yields Spans
             raise ValueError("standard input is closed")
         else:
             packed = sys.stdin.buffer
-        blocks = read_blocks(packed, span.name, BLOCK)
+        blocks = checked(read_blocks(packed, span.name, BLOCK), span.name)
         file = None
         n_packed = 0  # bytes of the packed file that belong to earlier spans
         for piece, ends in cut_stream(blocks, boundary, options.shard_bytes):
@@ -464,9 +579,11 @@ def text_of_line(line, field, position):  # bytes -> UTF-8
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise BadText(f"not JSON ({getattr(error, 'msg', error)})", position) from None
+        hint = LIST_HINT if line.strip() == b"[" else ""
+        raise BadText(f"not JSON ({getattr(error, 'msg', error)}){hint}", position) from None
     if not isinstance(row, dict):
-        raise BadText(f"no text in the field {field!r} (it is not an object)", position)
+        hint = LIST_HINT if isinstance(row, list) else ""
+        raise BadText(f"no text in the field {field!r} (it is not an object){hint}", position)
     text = row.get(field)
     if not isinstance(text, str):
         names = ", ".join(map(repr, list(row)[:8])) or "none"

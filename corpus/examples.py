@@ -9,12 +9,22 @@ only reads the rest. A row holds many examples, none of which sees the others: m
 to the ids say where each begins.
 """
 
+import contextlib
+import json
 import math
+import os
 from bisect import bisect_left, insort
 
 import numpy as np
 
-from corpus.chat import check_messages, encode_answer, encode_messages
+from corpus.chat import (
+    CHAT_TEMPLATE,
+    check_messages,
+    encode_answer,
+    encode_messages,
+    without_end,
+)
+from corpus.documents import format_of, read_lines
 from model_files.vocabulary import MOST_IDS
 from plumbing.cli import count
 from plumbing.files import check_file, parse_json
@@ -22,10 +32,20 @@ from plumbing.files import check_file, parse_json
 # Marks that are added to an id, which is smaller than both.
 READ = MOST_IDS  # only read: the model need not predict it
 BEGINS = 2 * MOST_IDS  # the first token of an example
+KEYS = {"text", "prompt", "completion", "messages"}
 
 
 def is_examples(data):  # the --data flag
-    return data.endswith(".jsonl")
+    """Is it a file of JSON lines? Only one of documents, as prepare.py takes them, is a text."""
+    if format_of(data) != "json" or not os.path.isfile(data):
+        return format_of(data) == "json" and not os.path.isdir(data)
+    for line in read_lines(data):
+        if line.strip():
+            with contextlib.suppress(ValueError, RecursionError):  # said later, with the line
+                row = json.loads(line)
+                return not (isinstance(row, dict) and set(row) & KEYS == {"text"})
+            break
+    return True
 
 
 def load_examples(path, encoder, n_max):  # -> examples, and a line for people that counts them
@@ -36,18 +56,17 @@ def load_examples(path, encoder, n_max):  # -> examples, and a line for people t
     check_file(path, math.inf)
     examples = []
     n_cut = n_apart = n_empty = 0
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            parts, is_apart = read_example(line, f"{path}, line {number}", encoder)
-            example = mark(parts, n_max)
-            if not is_learned(example).any():
-                n_empty += 1
-                continue
-            examples.append(example)
-            n_cut += sum(len(ids) for ids, _ in parts) > n_max
-            n_apart += is_apart
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        parts, is_apart = read_example(line, f"{path}, line {number}", encoder)
+        example = mark(parts, n_max)
+        if not is_learned(example).any():
+            n_empty += 1
+            continue
+        examples.append(example)
+        n_cut += sum(len(ids) for ids, _ in parts) > n_max
+        n_apart += is_apart
     summary = [count(len(examples), "example")]
     if n_cut:
         summary.append(f"{n_cut} cut on the left to fit")
@@ -72,9 +91,11 @@ def read_example(line, where, encoder):  # -> [(ids, whether they are learned), 
             messages = check_messages(messages)
         except ValueError as problem:
             raise ValueError(f"{where}: {problem}") from None
+        encoder.chat_template = CHAT_TEMPLATE  # so that the model's folder says what it learned
         return encode_messages(messages, encoder), False
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise ValueError(f"{where}: expected a prompt and a completion, both text, or messages")
+    completion = without_end(completion)
     is_apart = encoder.encode(prompt + completion) != [
         *encoder.encode(prompt),
         *encoder.encode(completion),

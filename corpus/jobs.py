@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corpus.documents import FORMATS, cut_source, read_span
+from corpus.documents import FORMATS, cut_source, mend, read_span
 from encoder import get_encoder
 from model_files.vocabulary import CHAR_OF_BYTE
 from plumbing.files import read_json, write_whole
@@ -262,21 +262,9 @@ def draw(positions, source, seed):  # [n] uint64 -> [n] float64 from 0 to 1, one
     return (x >> np.uint64(11)) * 2.0**-53
 
 
-def mend(texts):  # [bytes] -> [UTF-8], how many invalid sequences became U+FFFD
-    try:
-        b"\n".join(texts).decode()
-        return texts, 0
-    except UnicodeDecodeError:
-        mended = [text.decode(errors="replace").encode() for text in texts]
-    replacement = "\ufffd".encode()
-    n_before = sum(text.count(replacement) for text in texts)
-    n_after = sum(text.count(replacement) for text in mended)
-    return mended, n_after - n_before
-
-
 def encode(texts, ends, encoder, dtype):  # [UTF-8], [bool] -> [n] ids
     """Encode the texts, with the id of <|endoftext|> after each text that ends."""
-    if not encoder.merges:  # a table is enough; 0xFF, which UTF-8 never has, ends a document
+    if encoder.is_byte_model:  # a table is enough; 0xFF, which UTF-8 never has, ends a document
         table = [encoder.vocab[CHAR_OF_BYTE[byte]] for byte in range(255)] + [encoder.endoftext]
         pieces = []
         for text, end in zip(texts, ends, strict=True):

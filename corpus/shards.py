@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from corpus.documents import notice
 from encoder import get_encoder
 from model_files.tokenizer import find_tokenizer
 from plumbing.files import read_json
@@ -52,6 +53,8 @@ def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or 
     try:
         find_tokenizer(folder)
     except FileNotFoundError:
+        if (folder / "meta.pkl").exists():
+            notice(f"{folder}: meta.pkl, nanoGPT's tokenizer, is not read: prepare the text again")
         return shards, None
     return shards, get_encoder("", folder)
 
@@ -97,13 +100,35 @@ def open_foreign(path):  # -> [n_ids] uint16 or uint32, mapped
         raise ValueError(f"{path}: {n_bytes} bytes, which cannot be uint16 ids")
     header = np.fromfile(path, "<i4", 3).tolist()
     if len(header) < 3 or header[0] not in LLM_C:
-        return np.memmap(path, "<u2", mode="r")
+        return open_bare(path, header)
     version, dtype = LLM_C[header[0]]
     if header[1] != version or n_bytes != 4 * N_HEADER + np.dtype(dtype).itemsize * header[2]:
         raise ValueError(
             f"{path}: {n_bytes} bytes, but its header says version {header[1]}, {header[2]} ids"
         )
     return np.memmap(path, dtype, mode="r", offset=4 * N_HEADER)
+
+
+def open_bare(path, header):  # -> [n_ids] of uint16, uint32 or int64, mapped
+    """Map ids without a header. Where ids have zeros between them, they are wider than uint16.
+
+    Raises ValueError for a file that begins as llm.c's do, with a number that is not known.
+    """
+    with open(path, "rb") as file:
+        if file.read(6) == b"\x93NUMPY":
+            raise ValueError(f"{path}: NumPy's .npy, but bare ids are expected: write x.tofile()")
+    if len(header) == 3 and 20200101 <= header[0] <= 20991231 and 0 <= header[1] < 100:
+        raise ValueError(f"{path}: its header begins with {header[0]}, which is not known")
+    shard = np.memmap(path, "<u2", mode="r")
+    start = np.array(shard[: 2**20])
+    if len(start) < 16 or start[1::2].max() > 3 or start[::2].max() <= 3:
+        return shard  # otherwise the upper halves of ids below 2**18
+    n_bytes = 2 * len(shard)
+    if n_bytes % 8 == 0 and not start[2::4].any() and not start[3::4].any():
+        return np.memmap(path, "<i8", mode="r")
+    if n_bytes % 4 == 0:
+        return np.memmap(path, "<u4", mode="r")
+    return shard
 
 
 def count_ids(shards):  # [arrays] -> their length together

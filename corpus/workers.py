@@ -27,7 +27,10 @@ def run_here(jobs, work):
 def run_pool(jobs, work, n_workers):
     """Raises OSError if a worker is killed. However this ends, no worker outlives it."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n_workers, context, initializer=follow_parent) as pool:
+    with (
+        safe_path(),
+        ProcessPoolExecutor(n_workers, context, initializer=follow_parent) as pool,
+    ):
         try:
             running = {}
             for job in jobs:
@@ -46,6 +49,20 @@ def run_pool(jobs, work, n_workers):
             for child in multiprocessing.active_children():
                 child.terminate()
             raise
+
+
+@contextlib.contextmanager
+def safe_path():
+    """Start processes that do not import from the current folder: it may be a stranger's."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def finished(running):

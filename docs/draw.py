@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import backprop  # noqa: E402
 import encoder as bpe  # noqa: E402
 import gpt2  # noqa: E402
+import llama_pico  # noqa: E402
 import utils  # noqa: E402
 from checking import mistakes, recording  # noqa: E402
 from model_files import weights  # noqa: E402
@@ -422,6 +423,34 @@ def lora():
     return figure
 
 
+def rotary():
+    """How rotary positions turn the four points of a head, and the scores that come of it."""
+    n_seq, d_head, theta = 33, 8, 1e4
+    ones = np.zeros((1, n_seq, d_head))
+    ones[..., : d_head // 2] = 1  # every point starts at (1, 0)
+    horizontal = llama_pico.rotate(ones, theta)[0, :, : d_head // 2]  # [n_seq, 4], cosines
+    figure, (left, right) = canvas(columns=2, width_ratios=[1.25, 1])
+    colors = [RED, BLUE, "#7ba4d0", "#b6cce3"]
+    for i, color in enumerate(colors):
+        left.plot(horizontal[:, i], color=color, label=f"point {i + 1}")
+    left.set(xlabel="position", ylabel="first coordinate", ylim=(-1.1, 1.75))
+    left.set_yticks([-1, 0, 1])
+    left.legend(frameon=False, ncols=2, loc="upper center")
+    left.set_title("Each point turns at its own speed", loc="left")
+    left.grid(axis="y")
+
+    n_seq = 12
+    q, k = np.random.default_rng(0).standard_normal((2, 1, 1, d_head))
+    q = llama_pico.rotate(np.repeat(q, n_seq, axis=1), theta)
+    k = llama_pico.rotate(np.repeat(k, n_seq, axis=1), theta)
+    scores = np.where(np.tri(n_seq, dtype=bool), q[0] @ k[0].T, np.nan)
+    right.imshow(scores, cmap="Blues")
+    right.set(xlabel="position of the key", ylabel="position of the query")
+    right.set_xticks(range(0, n_seq, 2))
+    right.set_title("Scores depend on the distance", loc="left")
+    return figure
+
+
 def first_difference():
     """How far every tensor is from float64: for a correct float32 model, and with 14's mistakes."""
     encoder, hparams, params = load()
@@ -465,6 +494,7 @@ PICTURES = {
     "10_training": training,
     "11_checkpoint": checkpoint,
     "12_lora": lora,
+    "13_since_gpt2": rotary,
     "14_first_difference": first_difference,
 }
 

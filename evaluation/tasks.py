@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from encoder import mend_surrogates
 from model_files.download import download_file
 from plumbing.files import parse_json
 
@@ -77,7 +76,7 @@ def mark_hellaswag(scores, label):  # (log_probs, hits) for each ending -> {meas
     The data is from Zellers et al. 2019, arXiv:1905.07830. The scoring is that of Karpathy's
     build-nanogpt and llm.c, which give GPT-2 124M an acc of 0.2859 and an acc_norm of 0.2955. Do
     not compare these with the 0.2892 and 0.3114 of EleutherAI's harness, which cleans the texts
-    first and divides by bytes, not tokens.
+    first and divides by characters, not tokens.
     """
     sums = [log_probs.sum(dtype=np.float64) for log_probs, _ in scores]
     means = [log_probs.mean(dtype=np.float64) for log_probs, _ in scores]
@@ -107,7 +106,7 @@ def mark_lambada(scores, label):  # (log_probs, hits) of the one ending -> {meas
 
 
 def read_choices(item, where):
-    """Read {"prompt", "choices", "answer"}. The label is (answer, the bytes of each choice).
+    """Read {"prompt", "choices", "answer"}. The label is (answer, each choice's characters).
 
     A choice follows its prompt unchanged, so it must begin with the space that it needs.
     """
@@ -119,17 +118,17 @@ def read_choices(item, where):
         raise ValueError(f"{where}: choices is missing, or not a list of two texts or more")
     if type(answer) is not int or not 0 <= answer < len(texts):
         raise ValueError(f"{where}: answer is {answer!r}, not a number from 0 to {len(texts) - 1}")
-    return prompt, texts, (answer, [len(mend_surrogates(text).encode()) for text in texts])
+    return prompt, texts, (answer, [len(text) for text in texts])
 
 
 def mark_choices(scores, label):  # (log_probs, hits) for each choice -> {measure: bool}
-    """Is the right choice the likeliest, by its tokens' sum and per byte? On a tie, the first.
+    """Is the right choice the likeliest, by its tokens' sum and per character? On a tie, the first.
 
-    The same as acc and acc_norm of EleutherAI's harness.
+    The same as acc and acc_norm of EleutherAI's harness, whose figure per byte is acc_bytes.
     """
-    answer, n_bytes = label
+    answer, n_chars = label
     sums = [log_probs.sum(dtype=np.float64) for log_probs, _ in scores]
-    means = [nats / n for nats, n in zip(sums, n_bytes, strict=True)]
+    means = [nats / n for nats, n in zip(sums, n_chars, strict=True)]
     return {"acc": sums.index(max(sums)) == answer, "acc_norm": means.index(max(means)) == answer}
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from generation.lookup import guess, new_trust
 from generation.sampling import Sampler
+from gpt2 import end_ids_of
 
 MIN_SHARED = 8  # tokens at the beginning of two rows; fewer are not worth waiting for
 
@@ -39,7 +40,7 @@ class Row:
     n_tokens: int  # to write at most; 0 only reads the prompt
     sampler: Sampler
     number: int = 0  # which its events carry
-    endoftext: int | None = None
+    endoftext: int | tuple | None = None  # an id that ends the row, or several
     lookup: int = 0  # guesses that a pass checks at most
 
     ids: list[int] = field(default_factory=list)  # written so far
@@ -133,7 +134,7 @@ class Row:
 
     def add(self, token):  # -> Event
         """Adds the next token to the text, and notes whether the row ends with it."""
-        if token == self.endoftext:
+        if token in end_ids_of(self.endoftext):
             self.end = "endoftext"
             return Event(self.number, None, self.end)
         self.ids.append(token)

@@ -12,9 +12,22 @@ HUGGING_FACE_SIZES = {
     "n_head": "n_head",
     "n_layer": "n_layer",
 }
+OTHER_NAMES = {  # transformers reads a size under either name; the one here comes first
+    "n_ctx": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+}
+DEFAULTS = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
 SUPPORTED = {  # the values of Hugging Face's settings with which gpt2.py's arithmetic is right
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
+    "activation_function": (  # names of the tanh form
+        "gelu_new",
+        "gelu_pytorch_tanh",
+        "gelu_python_tanh",
+        "gelu_fast",
+        "gelu_accurate",
+    ),
     "layer_norm_epsilon": (1e-5,),
     "tie_word_embeddings": (True,),
     # query_scales handles the second values of these two.
@@ -49,7 +62,9 @@ def read_hparams(model_dir):
     hparams = {}
     for name, hugging_face_key in HUGGING_FACE_SIZES.items():
         key = hugging_face_key if hugging_face else name
-        size = config.get(key)
+        if hugging_face and OTHER_NAMES.get(name) in config:
+            key = OTHER_NAMES[name]
+        size = config.get(key, DEFAULTS[name] if hugging_face else None)
         if type(size) is not int or not 0 < size <= 2**24:
             raise ValueError(f"{path}: {key} is {size!r}, not a sensible number")
         hparams[name] = size
@@ -83,12 +98,14 @@ def query_scales(model_dir, hparams):  # -> [n_layer], a factor for each block's
 
 def hugging_face_config(encoder, hparams, dtype):
     """Return the config.json with which transformers computes what gpt2.py computes."""
+    end_ids = list(encoder.end_ids)
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{key: values[0] for key, values in SUPPORTED.items()},
         **{key: hparams[name] for name, key in HUGGING_FACE_SIZES.items()},
+        "n_ctx": hparams["n_ctx"],  # the older name of n_positions, which llama.cpp reads
         "n_inner": hparams.get("n_inner"),
         "bos_token_id": encoder.endoftext,
-        "eos_token_id": encoder.endoftext,
+        "eos_token_id": end_ids[0] if len(end_ids) == 1 else end_ids or None,
         "torch_dtype": dtype,
     }

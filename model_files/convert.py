@@ -1,6 +1,6 @@
 """Converts an OpenAI checkpoint of TensorFlow to model.safetensors, once, in a separate process.
 
-    python -m model_files.convert models/124M models/124M/model.safetensors
+    python -m model_files.convert models/124M/model.ckpt models/124M/model.safetensors
 
 TensorFlow's reader aborts its process on some damaged files. In a separate process it cannot
 abort ours.
@@ -9,6 +9,7 @@ abort ours.
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 
 from model_files.config import read_hparams
 from model_files.weights import (
+    WEIGHTS,
     hugging_face_name,
     read_safetensors,
     tensor_shapes,
@@ -26,8 +28,10 @@ from model_files.weights import (
     write_safetensors,
 )
 from plumbing.cli import one_line, run_cli
-from plumbing.files import remove_left_over
+from plumbing.files import check_file, remove_left_over
 from plumbing.quiet import quiet_tensorflow
+
+OPENAI_CHECKPOINT = "model.ckpt"
 
 
 def has_tensorflow():
@@ -40,14 +44,40 @@ def needs_tensorflow(checkpoint):  # -> the error's text
     return f"{checkpoint}: reading it, once, needs tensorflow: {advice}"
 
 
-def convert_checkpoint(model_dir, path):
+def find_checkpoint(model_dir):
+    """Return the path that a folder's `checkpoint` file names, without its endings.
+
+    gpt-2-simple writes model-1000.index, model-1000.meta and so on, and keeps several of them;
+    `checkpoint` names the latest, as for tf.train.latest_checkpoint. A path in it, perhaps another
+    machine's, counts by its last part. Without a `checkpoint`, it is OpenAI's model.ckpt.
+    """
+    path = os.path.join(model_dir, "checkpoint")
+    if os.path.isfile(path):
+        check_file(path)
+        with open(path, encoding="utf-8", errors="replace") as file:
+            found = re.search(r'^model_checkpoint_path:\s*"([^"\n]*)"', file.read(), re.MULTILINE)
+        name = os.path.basename(found[1]) if found else ""
+        if re.fullmatch(r"\w[\w.-]*", name) and os.path.isfile(
+            os.path.join(model_dir, name + ".index")
+        ):
+            return os.path.join(model_dir, name)
+    return os.path.join(model_dir, OPENAI_CHECKPOINT)
+
+
+def converted_path(checkpoint):
+    """Return where a checkpoint's tensors are kept as safetensors. Each of several has its own."""
+    folder, name = os.path.split(checkpoint)
+    return os.path.join(folder, WEIGHTS if name == OPENAI_CHECKPOINT else f"{name}.safetensors")
+
+
+def convert_checkpoint(checkpoint, path):
     """Write the tensors of a TensorFlow checkpoint to `path`; return them as read_safetensors does.
 
     Another process does the work, because TensorFlow's reader aborts on some damaged files. If
     `path` cannot be written, the model still loads, with a notice that TensorFlow will be needed
     again. Raises ValueError if the checkpoint cannot be read.
     """
-    checkpoint = os.path.join(model_dir, "model.ckpt")
+    model_dir, name = os.path.split(checkpoint)
     if not has_tensorflow():
         raise ImportError(needs_tensorflow(checkpoint))
     if sys.stderr.isatty():
@@ -57,13 +87,14 @@ def convert_checkpoint(model_dir, path):
     with contextlib.suppress(OSError):  # of a folder that we may only read
         remove_left_over(path)
     with tempfile.TemporaryDirectory() as folder:
-        spare = os.path.join(folder, "model.safetensors")
+        spare = os.path.join(folder, WEIGHTS)
         readable_dir = model_dir
         if not is_utf8(model_dir):  # TensorFlow opens no such path, but follows a link to it
             readable_dir = os.path.join(folder, "model")
             os.symlink(os.path.abspath(model_dir), readable_dir)
         target = os.path.join(readable_dir, os.path.basename(path))
-        command = [sys.executable, "-P", "-m", "model_files.convert", readable_dir, target, spare]
+        source = os.path.join(readable_dir, name)
+        command = [sys.executable, "-P", "-m", "model_files.convert", source, target, spare]
         environment = os.environ | {"PYTHONPATH": python_path}
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, env=environment
@@ -94,15 +125,15 @@ def is_utf8(path):
         return False
 
 
-def main(model_dir: str, path: str, spare: str | None = None):
-    """Convert the TensorFlow checkpoint of MODEL_DIR.
+def main(checkpoint: str, path: str, spare: str | None = None):
+    """Convert a TensorFlow checkpoint.
 
     Args:
-        model_dir: a folder with hparams.json and model.ckpt.*.
+        checkpoint: its path without endings; hparams.json is in the same folder.
         path: the file to write.
         spare: the file to write where that is not possible.
     """
-    tensors = read_checkpoint(os.path.join(model_dir, "model.ckpt"), read_hparams(model_dir))
+    tensors = read_checkpoint(checkpoint, read_hparams(os.path.dirname(checkpoint)))
     try:
         write_safetensors(path, tensors)
     except OSError as error:

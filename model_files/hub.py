@@ -26,7 +26,8 @@ RELEASED = {  # GPT-2's sizes: the same weights as in OpenAI's checkpoints, as s
 }
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@.+)?")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-TEXTS = ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json", WEIGHTS_INDEX)
+TEXTS = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+TEXTS += ("special_tokens_map.json", "generation_config.json", WEIGHTS_INDEX)
 LOG_IN = "HF_TOKEN, or `hf auth login`, says who you are"
 
 

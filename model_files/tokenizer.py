@@ -1,11 +1,13 @@
 """A tokenizer's files, in OpenAI's layout and in Hugging Face's: read, checked and written.
 
     encoder.json + vocab.bpe     OpenAI's: {piece: id}, and a merge a line
-    vocab.json + merges.txt      Hugging Face's names for the same two files; beside them, added
-                                 tokens are in tokenizer_config.json
     tokenizer.json               Hugging Face's newer format: all of it in one file
+    vocab.json + merges.txt      Hugging Face's names for OpenAI's two files
 
-encoder.py makes an Encoder of what is read. Only the second layout is written. After
+Added tokens are also in tokenizer_config.json or, in older folders, in added_tokens.json.
+special_tokens_map.json, also an older file, says which of them are special.
+
+encoder.py makes an Encoder of what is read. Both of Hugging Face's layouts are written. After
 https://github.com/openai/gpt-2/blob/master/src/encoder.py and https://huggingface.co/docs/tokenizers.
 """
 
@@ -13,11 +15,13 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from model_files.vocabulary import add_special, check_vocab
+from model_files.vocabulary import ENDOFTEXT, AddedToken, add_tokens, check_vocab, printable
 from plumbing.files import check_file, naming, read_json, write_whole
 
-TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",)]
+TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("tokenizer.json",), ("vocab.json", "merges.txt")]
 TOKENIZER_CONFIG = "tokenizer_config.json"
+VERSION = "#version: 0.2"  # the first line of a merges.txt
+ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 # The settings of a tokenizer.json, and the values with which its ids are encoder.py's.
 SUPPORTED = {
@@ -28,7 +32,7 @@ SUPPORTED = {
     "byte_fallback": (False, None),
     "ignore_merges": (False, None),
 }
-PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+PRE_TOKENIZER = {"type": "ByteLevel", "use_regex": True}
 
 
 class Tokenizer(NamedTuple):
@@ -36,7 +40,10 @@ class Tokenizer(NamedTuple):
 
     merges: list  # of (left piece, right piece), the first to be merged first
     vocab: dict  # {piece: id}
-    special: dict  # {text: id} of the texts that can become a single id
+    added: dict  # {text: AddedToken} of the texts that are or can become a single id
+    end_ids: tuple  # the ids that end a text, () if none do; the first stands between documents
+    add_prefix_space: bool  # does a text that begins without a space get one?
+    chat_template: str | None  # Jinja, for transformers; only copied when the model is saved
     merges_file: Path  # the file that the merges are in, for error messages
 
 
@@ -52,7 +59,7 @@ def find_tokenizer(folder):
         paths = [Path(folder, name) for name in names]
         if all(path.is_file() for path in paths):
             return paths
-    expected = " or ".join(" + ".join(names) for names in TOKENIZER_FILES)
+    expected = "encoder.json + vocab.bpe or vocab.json + merges.txt or tokenizer.json"
     raise FileNotFoundError(f"no tokenizer in {folder}: expected {expected}")
 
 
@@ -63,22 +70,124 @@ def read_tokenizer(folder):  # -> Tokenizer
     file, if one is malformed or not supported.
     """
     paths = find_tokenizer(folder)
+    merges_file = paths[-1]
+    config = read_optional(folder, TOKENIZER_CONFIG)
+    with naming(Path(folder, TOKENIZER_CONFIG)):
+        for key in ("add_bos_token", "add_eos_token"):
+            if config.get(key):
+                raise ValueError(f"{key} is not supported: no token is added to a text")
+        add_prefix_space = read_flag(config, "add_prefix_space")
     if len(paths) == 1:
-        [file] = paths
-        with naming(file):
-            return Tokenizer(*parse_tokenizer(read_json(file)), file)
-    vocab_file, merges_file = paths
-    with naming(vocab_file):
-        vocab = check_vocab(read_json(vocab_file))
-    config_file = Path(folder, TOKENIZER_CONFIG)
-    with naming(config_file):
-        config = read_json(config_file) if config_file.is_file() else {}
-        special = parse_added(config.get("added_tokens_decoder") or {})
-        vocab = add_special(vocab, special)
-    with naming(merges_file):
-        check_file(merges_file)
-        merges = parse_merges(merges_file.read_text("utf-8"))
-    return Tokenizer(merges, vocab, special, merges_file)
+        with naming(merges_file):
+            content = read_json(merges_file)
+            merges, vocab, added = parse_tokenizer(content)
+            in_same_file = read_flag(content["pre_tokenizer"], "add_prefix_space")
+            add_prefix_space = in_same_file if add_prefix_space is None else add_prefix_space
+            add_tokens(vocab, added)
+    else:
+        with naming(paths[0]):
+            vocab = check_vocab(read_json(paths[0]))
+            added = {}
+        with naming(merges_file):
+            check_file(merges_file)
+            merges = parse_merges(merges_file.read_text("utf-8"))
+    roles, special = read_special(folder, config)
+    path, found = read_added(folder, config, special)
+    with naming(path):
+        for text, token in found.items():
+            if text in added and added[text].id != token.id:
+                raise ValueError(f"{text!r} has two ids, {added[text].id} and {token.id}")
+        added |= found
+        for text in special:
+            id = added[text].id if text in added else vocab.get(printable(text))
+            if id is not None:
+                normalized = text in added and added[text].normalized
+                added[text] = AddedToken(id, is_special=True, normalized=normalized)
+        vocab, piece_of_id = add_tokens(vocab, added)
+    end_ids = read_end_ids(folder, roles, added, piece_of_id)
+    chat_template = config.get("chat_template") if is_text(config.get("chat_template")) else None
+    return Tokenizer(
+        merges, vocab, added, end_ids, bool(add_prefix_space), chat_template, merges_file
+    )
+
+
+def read_flag(settings, key):  # -> True, False, or None if there is no such setting
+    value = settings.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{key} is {value!r}, not true or false")
+    return value
+
+
+def read_optional(folder, name):  # -> the JSON object in a file, {} if there is no such file
+    path = Path(folder, name)
+    return read_json(path) if path.is_file() else {}
+
+
+def read_special(folder, config):
+    """Return {"eos_token": "</s>", ...}, the tokens with a role, and a set of all special texts.
+
+    config: the content of tokenizer_config.json. Older folders name them in
+    special_tokens_map.json, which as in transformers is read if tokenizer_config.json has no
+    added_tokens_decoder, and then comes first.
+    """
+    sources = [config]
+    if "added_tokens_decoder" not in config:
+        sources.append(read_optional(folder, "special_tokens_map.json"))
+    roles = {}
+    special = {ENDOFTEXT}
+    for source in sources:
+        roles |= {role: token_text(source[role]) for role in ROLES if source.get(role)}
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            tokens = source.get(key) or []
+            tokens = tokens.values() if isinstance(tokens, dict) else tokens
+            special.update(map(token_text, tokens if hasattr(tokens, "__iter__") else []))
+    special.update(roles.values())
+    return roles, special - {None}
+
+
+def read_added(folder, config, special):  # -> the file that they are in, {text: AddedToken}
+    """Read the added tokens beside a vocabulary. config, special: as in read_special.
+
+    Older folders have added_tokens.json, {text: id}, instead of an added_tokens_decoder.
+    """
+    path = Path(folder, TOKENIZER_CONFIG)
+    if "added_tokens_decoder" in config:
+        with naming(path):
+            return path, parse_added(config["added_tokens_decoder"] or {})
+    path = Path(folder, "added_tokens.json")
+    with naming(path):
+        tokens = {}
+        for text, id in read_optional(folder, path.name).items():
+            is_special = text in special
+            tokens[str(id)] = {"content": text, "special": is_special}
+        return path, parse_added(tokens)
+
+
+def token_text(token):  # "</s>", or {"content": "</s>", ...} -> "</s>"; None if it is neither
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if is_text(text) else None
+
+
+def read_end_ids(folder, roles, added, known):  # -> a tuple of ids, without duplicates
+    """Return the ids that end a text: the model's if it names any, otherwise the tokenizer's.
+
+    A model names them as eos_token_id, a number or a list. generation_config.json comes first, as
+    in transformers. Ids that the tokenizer does not have are left out, because configurations of
+    small models often keep GPT-2's 50256. Raises ValueError, which names the file, if eos_token_id
+    is neither a number nor a list of numbers.
+    """
+    for name in ("generation_config.json", "config.json"):
+        ids = read_optional(folder, name).get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        for id in ids:
+            if id is not None and type(id) is not int:
+                raise ValueError(f"{Path(folder, name)}: eos_token_id {id!r} is not an id")
+        if end_ids := tuple(id for id in dict.fromkeys(ids) if id in known):
+            return end_ids
+    for text in (roles.get("eos_token"), ENDOFTEXT):
+        if text in added:
+            return (added[text].id,)
+    return ()
 
 
 def parse_merges(text):
@@ -98,7 +207,7 @@ def parse_merges(text):
     return merges
 
 
-def parse_tokenizer(content):  # -> merges, vocab, special
+def parse_tokenizer(content):  # -> merges, vocab, {text: AddedToken}
     """Read the content of a tokenizer.json.
 
     Current versions of transformers save this file alone. It can describe many kinds of tokenizers;
@@ -115,14 +224,14 @@ def parse_tokenizer(content):  # -> merges, vocab, special
         pre_tokenizer = {}
     pre_tokenizer = {"use_regex": True} | pre_tokenizer  # older files do not have it
     if any(pre_tokenizer.get(key) != value for key, value in PRE_TOKENIZER.items()):
-        raise ValueError("only GPT-2's pre_tokenizer is supported: ByteLevel, no prefix space")
+        raise ValueError("only GPT-2's pre_tokenizer is supported: ByteLevel, with its pattern")
     post_processor = content.get("post_processor")
     if isinstance(post_processor, dict) and post_processor.get("special_tokens"):
         raise ValueError("a post_processor that adds tokens is not supported")
     added = content.get("added_tokens") or []
     if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
         raise ValueError("added_tokens is not a list of objects")
-    special = parse_added({str(token.get("id")): token for token in added})
+    added = parse_added({str(token.get("id")): token for token in added})
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise ValueError("model.merges is not a list")
@@ -130,15 +239,15 @@ def parse_tokenizer(content):  # -> merges, vocab, special
     for number, pair in enumerate(pairs, 1):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(is_text, pair)):
             raise ValueError(f"merge {number} is {merges[number - 1]!r}, not a pair of pieces")
-    return pairs, check_vocab(model.get("vocab")), special
+    return pairs, check_vocab(model.get("vocab")), added
 
 
 def is_text(value):
     return isinstance(value, str) and value != ""
 
 
-def parse_added(tokens):  # {id as text: {"content": text, ...}} -> {text: id}
-    """Read Hugging Face's added tokens.
+def parse_added(tokens):  # {id as text: {"content": text, ...}} -> {text: AddedToken}
+    """Read Hugging Face's added tokens. A token is not special unless it says so.
 
     Raises ValueError for a token that takes spaces or words beside it into account.
     """
@@ -151,15 +260,17 @@ def parse_added(tokens):  # {id as text: {"content": text, ...}} -> {text: id}
             raise ValueError(f"the added token {id!r} has no id or no text")
         if any(token.get(key) for key in ("lstrip", "rstrip", "single_word")):
             raise ValueError(f"the added token {content!r} takes its surroundings into account")
-        added[content] = int(id)
+        is_special = bool(token.get("special", False))
+        normalized = bool(token.get("normalized", not is_special))
+        added[content] = AddedToken(int(id), is_special, normalized)
     return added
 
 
 # --- Writing ------------------------------------------------------------------------------------
 
 
-def write_tokenizer(folder, merges, vocab, special, end_token):
-    """Write Hugging Face's vocab.json, merges.txt and tokenizer_config.json.
+def write_tokenizer(folder, encoder, end_token):
+    """Write Hugging Face's vocab.json, merges.txt, tokenizer_config.json and tokenizer.json.
 
     end_token: the text that ends a document, None if the vocabulary has none. Each file appears
     under its name only when it is complete.
@@ -168,12 +279,70 @@ def write_tokenizer(folder, merges, vocab, special, end_token):
     folder.mkdir(parents=True, exist_ok=True)
     config = {"tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": False}
     config |= {f"{role}_token": end_token for role in ("bos", "eos", "unk")}
-    if special.keys() - {end_token}:
-        settings = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    if encoder.add_prefix_space:
+        config["add_prefix_space"] = True
+    if encoder.chat_template:
+        config["chat_template"] = encoder.chat_template
+    if encoder.added.keys() - {end_token}:
         config["added_tokens_decoder"] = {
-            id: {"content": text, "special": True} | settings for text, id in special.items()
+            token.id: added_settings(text, token) for text, token in encoder.added.items()
         }
-    lines = [f"{left} {right}\n" for left, right in merges]
+    vocab = vocab_to_write(encoder)
+    merges = [f"{left} {right}" for left, right in encoder.merges]
     write_whole(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
-    write_whole(folder / "merges.txt", "#version: 0.2\n" + "".join(lines))
+    write_whole(folder / "merges.txt", "".join(f"{line}\n" for line in [VERSION, *merges]))
     write_whole(folder / TOKENIZER_CONFIG, json.dumps(config, indent=2))
+    content = tokenizer_json(encoder, vocab, merges)
+    write_whole(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False))
+
+
+def added_settings(text, token):
+    settings = {"content": text, "special": token.is_special, "normalized": token.normalized}
+    return settings | dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+
+
+def vocab_to_write(encoder):  # -> {piece: id}
+    """Return the vocabulary without those added tokens that `tokenizers` would not find in it.
+
+    It looks for an added token as it is, in a vocabulary that has "ĠĠ" for two spaces. Then it
+    numbers those that it has not found, in order, from the end of the vocabulary.
+    """
+    respelled = [token.id for text, token in encoder.added.items() if printable(text) != text]
+    if not respelled:
+        return encoder.vocab
+    added_later = {
+        printable(text) for text, token in encoder.added.items() if token.id >= min(respelled)
+    }
+    return {
+        piece: id
+        for piece, id in encoder.vocab.items()
+        if piece not in added_later or id < min(respelled)
+    }
+
+
+def tokenizer_json(encoder, vocab, merges):  # merges: ["Ġ t", ...]
+    """Return the content of a tokenizer.json: all that `tokenizers` needs, in one file."""
+    byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+    added = sorted(encoder.added.items(), key=lambda item: item[1].id)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": token.id} | added_settings(text, token) for text, token in added],
+        "normalizer": None,
+        "pre_tokenizer": byte_level | {"add_prefix_space": encoder.add_prefix_space},
+        "post_processor": byte_level | {"add_prefix_space": True, "trim_offsets": False},
+        "decoder": byte_level | {"add_prefix_space": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }

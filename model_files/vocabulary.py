@@ -1,5 +1,9 @@
 """What a vocabulary is: pieces of text, spelled in printable characters, each with an id."""
 
+import re
+from typing import NamedTuple
+
+ENDOFTEXT = "<|endoftext|>"  # stands between the documents that GPT-2 was trained on
 MOST_IDS = 2**24  # each id is a row of the model's embedding: no tokenizer has nearly as many
 
 
@@ -48,21 +52,65 @@ def check_vocab(vocab):
         if id in piece_of_id:
             raise ValueError(f"{piece_of_id[id]!r} and {piece!r} have the same id, {id}")
         piece_of_id[id] = piece
-    missing = [char for char in BYTE_OF_CHAR if char not in vocab]
-    if missing:
-        raise ValueError(f"{len(missing)} of the 256 bytes have no id, the first is {missing[0]!r}")
+    if BYTE_OF_CHAR.keys().isdisjoint(vocab):
+        raise ValueError(f"256 of the 256 bytes have no id, the first is {[*BYTE_OF_CHAR][0]!r}")
     unknown = set("".join(vocab)) - BYTE_OF_CHAR.keys()
     if unknown:
         raise ValueError(f"{min(unknown)!r} is in a piece, but stands for no byte")
     return vocab
 
 
-def add_special(vocab, special):
-    """Return the vocabulary with special texts, {text: id}, added.
+class AddedToken(NamedTuple):
+    """A text that is one id wherever it occurs, apart from the merges."""
 
-    Raises ValueError if the vocabulary has another id for one of them.
+    id: int
+    is_special: bool = True  # it waits until encode() is asked for special tokens
+    normalized: bool = False  # it is looked for after those that are not, as by `tokenizers`
+
+
+def add_tokens(vocab, added):  # {piece: id}, {text: AddedToken} -> vocab, piece_of_id
+    """Return the vocabulary with the added tokens, and its inverse, which has all of them.
+
+    A text that is spelled otherwise in the vocabulary, such as two spaces, may have an id of its
+    own although a merge makes the same piece: then only the inverse has it. Raises ValueError if
+    another text has two ids, or if two texts have the same id.
     """
-    for text, id in special.items():
-        if vocab.get(printable(text), id) != id:
-            raise ValueError(f"{text!r} has two ids, {vocab[printable(text)]} and {id}")
-    return check_vocab(vocab | {printable(text): id for text, id in special.items()})
+    own_ids = {}
+    spelled = {}
+    for text, token in added.items():
+        piece = printable(text)
+        if vocab.get(piece, token.id) == token.id:
+            spelled[piece] = token.id
+        elif piece == text:
+            raise ValueError(f"{text!r} has two ids, {vocab[piece]} and {token.id}")
+        else:
+            own_ids[token.id] = piece
+    vocab = check_vocab(vocab | spelled)
+    piece_of_id = {id: piece for piece, id in vocab.items()}
+    for id, piece in own_ids.items():
+        if not 0 <= id < MOST_IDS or id in piece_of_id:
+            raise ValueError(f"{piece_of_id.get(id)!r} and {piece!r} have the same id, {id}")
+        piece_of_id[id] = piece
+    return vocab, piece_of_id
+
+
+def added_pattern(added):  # {text: AddedToken} -> a compiled pattern of all texts, longest first
+    return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))))
+
+
+def split_added(text, added, pattern, allow_special):  # yields texts, and ids of added tokens
+    """Cut a text at its added tokens. Special ones stay text unless allow_special is true.
+
+    They are found nevertheless, and no other token is looked for inside, as in `tokenizers`.
+    """
+    start = 0
+    for match in pattern.finditer(text):
+        token = added[match[0]]
+        if token.is_special and not allow_special:
+            continue
+        if start < match.start():
+            yield text[start : match.start()]
+        yield token.id
+        start = match.end()
+    if start < len(text):
+        yield text[start:]

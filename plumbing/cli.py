@@ -34,6 +34,8 @@ def run_cli(main):
     `main` starts only once the whole line is understood. USERS_MISTAKES end in one line on stderr
     and exit code 2, Ctrl-C in 130, a closed pipe in 141.
     """
+    if sys.stderr is None:  # it was closed: progress bars would fail to write there
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
@@ -226,7 +228,10 @@ def parse(name, annotation, word):
 
 @contextlib.contextmanager
 def note_signals():
-    """Inside, the first Ctrl-C or SIGTERM only adds its number to the list; a second one acts."""
+    """Inside, the first signal that asks to end only adds its number to the list; a second acts.
+
+    These are Ctrl-C, SIGTERM and, unless nohup ignores it, a closed terminal's SIGHUP.
+    """
     caught = []
 
     def note(number, frame):
@@ -234,7 +239,10 @@ def note_signals():
             raise KeyboardInterrupt
         caught.append(int(number))
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield caught
     finally:

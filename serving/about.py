@@ -52,7 +52,10 @@ TOKENIZING = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
 
 async def tokenize(request):
-    """Here <|endoftext|> becomes its id. GPT-2 adds none, whatever add_special_tokens says."""
+    """<|endoftext|> and other special texts become their ids.
+
+    GPT-2's tokenizer adds none of its own, whatever add_special_tokens says.
+    """
     state, data = request.app.state, read_object(await request.body())
     text = data.get("prompt", data.get("content"))
     if not isinstance(text, str):

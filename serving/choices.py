@@ -12,7 +12,7 @@ import numpy as np
 from generation.rows import Row
 from generation.sampling import new_rng
 from generation.stops import until_stop
-from gpt2 import penalize_repetition, sample
+from gpt2 import end_ids_of, penalize_repetition, sample
 from pages.predictions import likeliest
 
 SCORED = 64  # positions whose logits are held at once, while a prompt is scored
@@ -43,7 +43,7 @@ class Choice:
         self.deliver = deliver
         self.is_dropped = False  # has its client gone?
         self.prompt = asked.prompts[index // asked.n]
-        endoftext = None if asked.ignore_eos else encoder.endoftext
+        endoftext = None if asked.ignore_eos else encoder.end_ids
         n_tokens = min(asked.max_tokens, state.n_ctx - len(self.prompt))  # as many as fit
         self.row = Row(self.prompt, n_tokens, sampler=self, endoftext=endoftext)
         self.rng = new_rng(asked.seed, index)
@@ -113,7 +113,7 @@ class Choice:
                 logits[id] -= asked.presence_penalty + n * asked.frequency_penalty
         if self.n_sampled < asked.min_tokens:
             logits = logits.copy()
-            ends = set(asked.stop_ids) | {self.row.endoftext} - {None}
+            ends = asked.stop_ids.union(end_ids_of(self.row.endoftext))
             logits[list(ends)] = -np.inf
         return logits
 
@@ -125,7 +125,7 @@ class Choice:
         if self.asked.logprobs is not None:
             offset = len(self.text) + len(self.held)
             self.entries.append((id, log_prob, best_ids, best, offset))
-        if self.n_sampled and id == self.row.endoftext:
+        if self.n_sampled and id in end_ids_of(self.row.endoftext):
             return
         if self.n_sampled and id in self.asked.stop_ids:
             self.has_stopped = True

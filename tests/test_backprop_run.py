@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -256,3 +257,50 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "cannot write" in done.stderr and "File too large" in done.stderr
     assert not list((tmp_path / "out").glob("checkpoints/*"))
+
+
+# --- A run whose output nobody reads --------------------------------------------------------------
+
+
+def is_complete(out):
+    return (out / "model.safetensors").exists() and (out / "checkpoints/00000300/run.json").exists()
+
+
+def test_a_run_outlives_the_reader_of_its_output(tmp_path):
+    """As with `| head -1`."""
+    process = begin(*TINY_RUN, "--out", tmp_path / "out")
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert process.stderr.read() == "" and is_complete(tmp_path / "out")
+
+
+@conftest.on_linux
+def test_a_run_outlives_the_disk_of_its_log(tmp_path):
+    command = [sys.executable, str(REPO / "backprop.py"), *map(str, TINY_RUN)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, "--out", tmp_path / "out"], stdout=full, stderr=subprocess.PIPE, timeout=120
+        )
+    assert (done.returncode, done.stderr) == (0, b"") and is_complete(tmp_path / "out")
+
+
+@conftest.on_linux
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
+def test_a_run_needs_no_terminal_and_no_file_to_write_to(tmp_path, closed):
+    command = [sys.executable, str(REPO / "backprop.py"), *map(str, TINY_RUN)]
+    line = shlex.join([*command, "--out", str(tmp_path / "out")])
+    assert subprocess.run(["sh", "-c", f"{line} {closed}"], timeout=120).returncode == 0
+    assert is_complete(tmp_path / "out")
+
+
+@conftest.on_linux
+def test_a_closed_terminal_ends_a_run_with_a_checkpoint(tmp_path):
+    out = tmp_path / "out"
+    process = begin(*TINY_RUN, "--out", out)
+    runs.wait_for_step(out, 50, process)
+    process.send_signal(signal.SIGHUP)
+    printed, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (128 + signal.SIGHUP, "")
+    stopped = int(re.search(r"stopped after step (\d+), which is saved in ", printed)[1])
+    assert (out / "checkpoints" / f"{stopped:08d}" / "run.json").exists()

@@ -222,7 +222,7 @@ def test_a_letter_means_the_same_flag_everywhere(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     ["gpt2", "gpt2_pico", "kv_cache", "explain", "evaluate", "prepare", "serve", "utils"]
-    + ["train_jax", "backprop", "parity"],
+    + ["train_jax", "backprop", "parity", "llama_pico"],
 )
 def test_every_command_has_a_version_and_shows_what_letters_mean(name):
     code, out, err = run(f"{name}.py", "--version")

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import string
+import sys
 import unicodedata
 import weakref
 from collections import Counter
@@ -326,6 +327,17 @@ def test_caches_are_bounded_and_change_nothing(monkeypatch, rng):
     assert len(encoder._ids_of_word) == len(encoder._ids_of_piece) == 4  # until it is full
 
 
+def test_the_memory_of_caches_is_bounded(monkeypatch, rng):
+    """Words of 64 characters of four bytes have 256 ids each."""
+    monkeypatch.setattr(encoder_module, "CACHE_BYTES", 200_000)
+    encoder = Encoder(small.merges)
+    for _ in range(100):
+        encoder.encode("".join(chr(rng.randrange(0x1F600, 0x1F640)) for _ in range(64)))
+    for cache in encoder._ids_of_word, encoder._ids_of_piece:
+        n_bytes = sum(sys.getsizeof(x) for item in cache.items() for x in item)
+        assert 0 < n_bytes <= 200_000 and len(cache) < 30
+
+
 def test_ids_may_lie_anywhere_below_the_most(rng):
     """A byte model whose ids do not begin at 0, and one with the largest id there may be."""
     for ids in range(1, 257), [*range(2**24 - 1, 2**24 - 257, -1)]:
@@ -596,10 +608,10 @@ MALFORMED = {
     "merges of one line": (BYTES, b"a" * 10**6, "merges.txt: line 1 is 'aaaaaaaa"),
     "many spaces": (BYTES, b" " * 10**6, "merges.txt: line 1 is '        "),
     "no bytes": ({}, "", "vocab.json: 256 of the 256 bytes have no id, the first is '!'"),
-    "a byte lacks": (
-        {piece: id for piece, id in BYTES.items() if piece != "Ġ"},
-        "",
-        "vocab.json: 1 of the 256 bytes have no id, the first is 'Ġ'",
+    "a byte lacks that a merge needs": (
+        {piece: id for piece, id in BYTES.items() if piece != "Ġ"} | {"Ġa": 300},
+        "Ġ a\n",
+        "merges.txt: the vocabulary has no 'Ġ', which merge 1 needs: 'Ġ' + 'a'",
     ),
     "raw space": (
         BYTES | {"a b": 300},
@@ -806,8 +818,9 @@ BAD_TOKENIZERS = {
     "merge 1 is 'abc'": lambda t: t["model"]["merges"].__setitem__(0, "abc"),
     "merge 1 is ['a', '']": lambda t: t["model"]["merges"].__setitem__(0, ["a", ""]),
     "a vocabulary is one JSON object": lambda t: t["model"].update(vocab=[1]),
-    "bytes have no id": lambda t: t["model"]["vocab"].pop("a"),
-    "only GPT-2's pre_tokenizer": lambda t: t["pre_tokenizer"].update(add_prefix_space=True),
+    "the vocabulary has no 'a', which": lambda t: t["model"]["vocab"].pop("a"),
+    "only GPT-2's pre_tokenizer": lambda t: t["pre_tokenizer"].update(use_regex=False),
+    "add_prefix_space is 1, not": lambda t: t["pre_tokenizer"].update(add_prefix_space=1),
     "only GPT-2's pre_tokenizer is": lambda t: t.update(pre_tokenizer=None),
     "a normalizer is not supported": lambda t: t.update(normalizer={"type": "NFC"}),
     "a post_processor that adds": lambda t: t["post_processor"].update(special_tokens={"a": 1}),

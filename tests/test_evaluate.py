@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import types
 from dataclasses import replace
 
 import conftest
@@ -203,7 +204,6 @@ def test_a_text_is_its_bytes(tmp_path):
         (b"a\r\nb\n", 5, 2),  # line ends stay as they are
         (b"a\xff b", 6, 2),  # no UTF-8: U+FFFD has 3 bytes
         (b"\xef\xbb\xbfa", 4, 1),  # a byte order mark is text
-        (b"<|endoftext|>", 13, 1),
         (b" \n ", 3, 0),
     ):
         ids, *counts = evaluate.load_ids(write(tmp_path / "text", text), Encoder([]))
@@ -328,7 +328,7 @@ def test_hellaswags_accuracies_are_those_of_hugging_faces_model(rng, params, mon
         assert accuracy(items, tasks.mark_hellaswag, params, N_HEAD) == expected
 
 
-def test_choices_are_those_of_hugging_faces_model_by_sum_and_by_byte(rng):
+def test_choices_are_those_of_hugging_faces_model_by_sum_and_by_character(rng):
     """With a tokenizer whose tokens have several bytes: a mean by token would choose otherwise."""
     tokenizer = encoder_module.train("the cat sat on the mat and läuft after the rat " * 9, 300)
     hparams = TINY | {"n_vocab": 300}
@@ -340,7 +340,7 @@ def test_choices_are_those_of_hugging_faces_model_by_sum_and_by_byte(rng):
         raw = {"prompt": " ".join(rng.choice(words, 3)), "choices": texts, "answer": 0}
         item = tasks.encode_item("", *tasks.read_choices(raw, ""), tokenizer, N_CTX)
         sums = [log_probs.sum() for log_probs, _ in reference(model, item)]
-        means = [nats / len(text.encode()) for nats, text in zip(sums, texts, strict=True)]
+        means = [nats / len(text) for nats, text in zip(sums, texts, strict=True)]
         if min(np.diff(np.sort(values))[-1] for values in (sums, means)) < 1e-3:
             continue
         chosen = int(np.argmax(sums)), int(np.argmax(means))
@@ -355,6 +355,41 @@ def test_choices_are_those_of_hugging_faces_model_by_sum_and_by_byte(rng):
         "n_items": len(items),
         "n_cut": sum(item.is_cut for item in items),
     }
+
+
+def test_marks_of_choices_are_those_of_eleutherais_harness(rng):
+    """Its own function, given the same likelihoods of choices in several scripts."""
+    task = pytest.importorskip("lm_eval.api.task", reason="lm_eval is not installed")
+    words = ["the", "läuft", "кот", "鸟", "🐦", "rat"]
+    n_differ = 0
+    for _ in range(300):
+        choices = [" " + " ".join(rng.choice(words, n)) for n in (1, 2, 4)]
+        sums = [-float(rng.uniform(0.5, 1.5)) * len(choice) for choice in choices]
+        answer = int(rng.integers(3))
+        harness = types.SimpleNamespace(
+            OUTPUT_TYPE="multiple_choice",
+            config=types.SimpleNamespace(process_results=None),
+            _metric_fn_list={"acc": None, "acc_norm": None, "acc_bytes": None},
+            multiple_input=False,
+            multiple_target=False,
+            doc_to_choice=lambda doc: doc["choices"],
+            doc_to_target=lambda doc: doc["answer"],
+        )
+        doc = {"prompt": "a", "choices": choices, "answer": answer}
+        results = [(nats, False) for nats in sums]
+        theirs = task.ConfigurableTask.process_results(harness, doc, results)
+        _, _, label = tasks.read_choices(doc, "")
+        ours = tasks.mark_choices(scores(*[[nats] for nats in sums]), label)
+        assert ours == {key: bool(theirs[key]) for key in ("acc", "acc_norm")}
+        n_differ += theirs["acc_norm"] != theirs["acc_bytes"]
+    assert n_differ
+
+
+def test_a_choice_is_measured_in_characters():
+    """-4 for the 3 characters (7 bytes) of " 鸟鸟" is worse than -5 for the 5 of " bird"."""
+    doc = {"prompt": "a", "choices": [" 鸟鸟", " bird"], "answer": 1}
+    _, _, label = tasks.read_choices(doc, "")
+    assert tasks.mark_choices(scores([-4], [-5]), label) == {"acc": False, "acc_norm": True}
 
 
 def test_lambadas_accuracies_are_those_of_hugging_faces_model(rng, params):
@@ -658,7 +693,7 @@ def test_shards_of_others_have_ids_of_the_models(models, tmp_path):
     Encoder([("a", "b")]).save(tmp_path)
     code, _, err = run(models[0], "perplexity", "--data", tmp_path)
     assert (code, err) == (2, f"error: {tmp_path}: its tokenizer is not the model's\n")
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"):
         (tmp_path / name).unlink()
     np.array([1, 257], "<u2").tofile(tmp_path / "val.bin")
     code, _, err = run(models[0], "perplexity", "--data", tmp_path)

@@ -15,7 +15,7 @@ from corpus.chat import (
     encode_messages,
 )
 from corpus.examples import BEGINS, READ, hold_out, is_learned, load_examples, mark, pack
-from encoder import ENDOFTEXT, Encoder, train
+from encoder import ENDOFTEXT, Encoder, get_encoder, train
 from generation.terminal import converse
 from gpt2 import generate
 
@@ -98,6 +98,34 @@ def test_a_conversation_has_the_ids_that_transformers_gives_the_template(tmp_pat
     example = mark(encode_messages(TALK, words), 999)
     assert (example & (READ - 1)).tolist() == wanted["input_ids"]
     assert is_learned(example).tolist() == list(map(bool, wanted["assistant_masks"]))
+
+
+@pytest.mark.parametrize("end", [ENDOFTEXT, "</s>"])
+def test_the_template_of_an_export_renders_the_ids_that_are_learned(tmp_path, end):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    special = {ENDOFTEXT: words.endoftext, "</s>": words.n_vocab}
+    encoder = Encoder(words.merges, words.vocab, special, [special[end]])
+    examples, _ = load(tmp_path / "a.jsonl", {"messages": TALK}, encoder=encoder)
+    encoder.save(tmp_path / "m")
+    again = get_encoder("m", tmp_path)
+    again.save(tmp_path / "again")
+    for folder in ("m", "again"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+        rendered = tokenizer.apply_chat_template(TALK, return_dict=True)["input_ids"]
+        assert rendered == (examples[0] & (READ - 1)).tolist()
+        for n in range(1, len(TALK) + 1):
+            prompt = tokenizer.apply_chat_template(
+                TALK[:n], add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+            assert prompt == encode_conversation(TALK[:n], encoder, 999)
+
+
+def test_models_of_prompts_and_completions_get_no_chat_template(tmp_path):
+    encoder = Encoder([])
+    load(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}, encoder=encoder)
+    encoder.save(tmp_path)
+    assert "chat_template" not in (tmp_path / "tokenizer_config.json").read_text()
 
 
 def test_a_prompt_and_its_completion_share_no_token(tmp_path):

@@ -2,15 +2,19 @@
 
 import ast
 import functools
+import inspect
 import itertools
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
-from conftest import REPO, hugging_face, random_params, tree_map
+from conftest import REPO, call, hugging_face, random_params, tree_map
 
 import gpt2
 import gpt2_pico
@@ -297,6 +301,20 @@ def test_pico_is_sixty_lines():
     assert imports == ["import numpy as np"]
 
 
+def test_the_example_in_picos_docstring_prints_what_it_says():
+    command, printed = re.search(
+        r"^    python (.*)  # prints (.*)$", gpt2_pico.__doc__, re.M
+    ).groups()
+    code, out, err = call(*shlex.split(command), models_dir=REPO / "models")
+    assert (code, out.strip(), err) == (0, printed, "")
+
+
+@pytest.mark.parametrize("prompt, n, words", [([], 1, "no tokens"), ([1], -1, "0 or more")])
+def test_pico_says_which_of_two_things_is_wrong(params, prompt, n, words):
+    with pytest.raises(AssertionError, match=words):
+        gpt2_pico.generate(prompt, params, 3, n)
+
+
 @pytest.mark.parametrize("module", ["gpt2", "gpt2_pico"])
 def test_importing_is_importing_numpy(module):
     code = f"import {module}, sys; print(*sys.modules)"
@@ -433,6 +451,31 @@ def test_a_cache_plugs_in_through_attend_and_wpe(rng, params):
         pieces.append(gpt2.gpt2(ids[:, start:stop], **here, n_head=3))
     wanted = gpt2.gpt2(ids, **params, n_head=3)
     assert_close(np.concatenate(pieces, axis=1), wanted, 1e-5)
+
+
+def test_the_examples_in_the_docstring_do_what_it_says(rng, params, jax):
+    """One switches a head off, as zeros in its rows of c_proj do; the other is a cache."""
+    ids, token = random_ids(rng, 9), int(rng.integers(97))
+    names = vars(gpt2) | {"params": params, "ids": ids, "token": token, "n_head": 3}
+    doc = inspect.getdoc(gpt2.transformer_block)
+    exec(textwrap.dedent("".join(re.findall(r"^(?:    .*)?\n", doc + "\n", re.M))), names)
+    plain = gpt2.gpt2(np.append(ids, token), **params, n_head=3)
+    assert_close(names["first"], plain[:-1], 1e-5)
+    assert_close(names["second"], plain[-1:], 1e-5)
+
+    silenced = tree_map(np.copy, params)
+    silenced["blocks"][0]["attn"]["c_proj"]["w"][20:] = 0  # d_head is 10: these are head 2's rows
+    wanted = gpt2.gpt2(ids, **silenced, n_head=3)
+    assert_close(names["logits"], wanted, 1e-5)
+    assert np.abs(wanted - plain[:-1]).max() > 1e-2
+
+    @jax.jit
+    def on_jax(params):
+        first, *others = params["blocks"]
+        blocks = [first | {"attend": names["without_head_2"]}, *others]
+        return gpt2.gpt2(ids, **params | {"blocks": blocks}, n_head=3)
+
+    assert_close(np.array(on_jax(params)), wanted, 1e-4)
 
 
 def test_every_row_may_have_positions_of_its_own(rng, params):

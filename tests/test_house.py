@@ -86,6 +86,7 @@ def test_no_module_imports_itself_by_a_detour():
 def test_gpt2_imports_numpy_and_math_alone():
     assert imports(REPO / "gpt2.py", top_only=True) == {"math", "numpy"}
     assert imports(REPO / "gpt2_pico.py", top_only=True) == {"numpy"}
+    assert imports(REPO / "llama_pico.py", top_only=True) == {"numpy"}
 
 
 @pytest.mark.parametrize("wing", WINGS)

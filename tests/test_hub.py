@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from conftest import TINY, call, call_trainer, run
+from conftest import TINY, call, call_trainer, random_params, run
 
 import utils
 from encoder import Encoder
@@ -173,6 +173,28 @@ def test_shards_and_revisions(server, tiny, name):
     server.repositories = {}
     assert gpt2(name) == (0, tiny[1], "")
     assert gpt2("some/shards@v2")[0] == 2
+
+
+def test_every_small_file_that_is_read_is_fetched(server, tiny, rng, tmp_path):
+    """A folder and its copy on the Hub give the same ids, and end at the same one."""
+    sizes = TINY | {"n_vocab": 260}
+    utils.save_model(tmp_path / "m", Encoder([]), sizes, random_params(rng, sizes))
+    for name, content in {
+        "added_tokens.json": {"<|pad|>": 257, "</s>": 258, "covid": 259},
+        "special_tokens_map.json": {"pad_token": "<|pad|>", "eos_token": "</s>"},
+        "generation_config.json": {"eos_token_id": [258, 10]},
+    }.items():
+        (tmp_path / "m" / name).write_text(json.dumps(content))
+    server.repositories["some/added"] = files_of(tmp_path / "m")
+    encoders = [
+        utils.load_encoder_hparams_and_params(name)[0]
+        for name in (str(tmp_path / "m"), "some/added")
+    ]
+    assert set(fetched(server)) == set(server.repositories["some/added"])
+    for encoder in encoders:
+        assert encoder.end_ids == (258, 10)
+        assert encoder.encode("a covid<|pad|>", allow_endoftext=True) == [64, 220, 259, 257]
+    assert encoders[0].added == encoders[1].added
 
 
 def test_a_folder_wins(server, tiny, tmp_path):
@@ -350,7 +372,10 @@ REFUSED = {  # files -> files, and what is said of them
         "model.safetensors.index.json: weight_map should name files of this folder",
     ),
     "no config": (lambda f: without(f, "config.json"), "some/one: not a model that transformers"),
-    "no tokenizer": (lambda f: without(f, "vocab.json"), "no tokenizer in some/one: expected"),
+    "no tokenizer": (
+        lambda f: without(without(f, "vocab.json"), "tokenizer.json"),
+        "no tokenizer in some/one: expected",
+    ),
     "another tokenizer": (
         lambda f: without(f, "vocab.json") | {"tokenizer.json": b'{"model": {"type": "Unigram"}}'},
         "some/one/tokenizer.json: model.type 'Unigram' is not supported",

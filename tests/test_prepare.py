@@ -31,7 +31,7 @@ from encoder import ENDOFTEXT, Encoder, get_encoder
 OPTIONS = Options(seed=1, val_fraction=0.0, last_fraction=0.0)
 fuzz = settings(max_examples=150, deadline=None, database=None, print_blob=True)
 small = encoder_module.train(Path(encoder_module.__file__).read_text("utf-8"), 600)
-FILES = {"meta.json", "vocab.json", "merges.txt", "tokenizer_config.json"}
+FILES = {"meta.json", "vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"}
 
 
 @pytest.fixture

@@ -87,6 +87,32 @@ def test_a_tensorflow_checkpoint_loads_and_is_converted_once(checkpoint, ones):
     assert_same(load(folder)[2], params, hparams)
 
 
+def test_gpt_2_simples_checkpoints_load(written, tmp_path):
+    """checkpoint/run1 has model-1000.* and model-2000.*, and `checkpoint` names the latest."""
+    openai, old = written()
+    folder = tmp_path / "checkpoint" / "run1"
+    folder.mkdir(parents=True)
+    for name in ("hparams.json", "encoder.json", "vocab.bpe"):
+        shutil.copy(openai / name, folder)
+    new = random_params(np.random.default_rng(), HPARAMS)
+    with tensorflow() as call:
+        for step, params in (1000, old), (2000, new):
+            arrays = leaves(params, HPARAMS)
+            call(tensorflow_checkpoint.write, folder, arrays, "model", step)
+            assert call(tensorflow_checkpoint.latest, folder) == str(folder / f"model-{step}")
+            for _ in range(2):  # the second time, the converted file is read
+                assert_same(load(folder)[2], params, HPARAMS)
+            assert (folder / f"model-{step}.safetensors").exists()
+    (folder / "checkpoint").write_text('model_checkpoint_path: "/content/run1/model-1000"\n')
+    assert_same(load(folder)[2], old, HPARAMS)
+    for text in ("", "nonsense", 'model_checkpoint_path: "../../model-1000"', "model-2000"):
+        (folder / "checkpoint").write_text(text)
+        if "1000" in text:
+            assert_same(load(folder)[2], old, HPARAMS)
+        else:
+            assert "no weights" in refusal(folder, FileNotFoundError)
+
+
 @pytest.mark.slow
 def test_a_conversion_is_quiet_and_alike_in_two_processes(checkpoint):
     folder, params = checkpoint()

@@ -1213,7 +1213,7 @@ def test_a_run_on_python_docs_learns_more_than_pairs_and_opens_in_transformers(t
     assert (code, err) == (0, "")
     validation = float(re.findall(r"validation (\S+)", out)[-1])
 
-    ids = Encoder([]).encode(load_text("python-docs"))
+    ids = Encoder([]).encode("".join(load_text("python-docs")))
     train, windows = split_text(ids, n_ctx=64)
     assert validation < bigram_loss(train.tolist(), ids[len(train) :]) - 0.1
 

@@ -13,11 +13,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import REPO, TINY, exclaiming, on_linux, random_params
+from conftest import REPO, TINY, exclaiming, hugging_face, on_linux, random_params
 
 import utils
 from encoder import Encoder
-from gpt2 import gpt2
+from gpt2 import gelu, gpt2
 from model_files import config, download, weights
 from plumbing import cli, files
 
@@ -79,6 +79,7 @@ def test_saved_model_loads_the_same(saved):
         "vocab.json",
         "merges.txt",
         "tokenizer_config.json",
+        "tokenizer.json",
     }
     assert set(os.listdir(folder)) == names
 
@@ -304,6 +305,50 @@ def test_masks_and_the_tied_head_of_older_files_are_ignored(saved):
     assert "lm_head.weight" in refusal(folder)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_head_with_other_values_than_wte_is_refused(saved, dtype):
+    """It was replaced by wte without a word; transformers computes with it."""
+    folder, params = saved
+    tensors = {weights.hugging_face_name(n): a for n, a in leaves(params, HPARAMS).items()}
+    head = params["wte"].copy()
+    head[7, 3] += 1e-3
+    tensors = {name: array.astype(dtype) for name, array in tensors.items()}
+    path = folder / "model.safetensors"
+    weights.write_safetensors(path, tensors | {"lm_head.weight": head.astype(dtype)})
+    assert "lm_head.weight differs from wte.weight" in refusal(folder)
+    weights.write_safetensors(path, tensors | {"lm_head.weight": tensors["wte.weight"].copy()})
+    assert np.array_equal(load(folder)[2]["wte"], tensors["wte.weight"].astype("float32"))
+
+
+def test_a_file_of_safetensors_own_save_model_loads(saved):
+    """It stores lm_head.weight, and no wte: of tied weights, the first by name."""
+    torch_files = pytest.importorskip("safetensors.torch")
+    folder, params = saved
+    torch_files.save_model(hugging_face(params, HPARAMS), folder / "model.safetensors")
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "np") as f:
+        names = list(f.keys())
+    assert "lm_head.weight" in names and "transformer.wte.weight" not in names
+    assert_same(load(folder)[2], params, HPARAMS)
+
+
+PREFIXES = ["_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod.transformer."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_wrapped_models_are_stripped(saved, prefix):
+    folder, params = saved
+    tensors = {weights.hugging_face_name(n): a for n, a in leaves(params, HPARAMS).items()}
+    wrapped = {prefix + name: array for name, array in tensors.items()}
+    wrapped[prefix.removesuffix("transformer.") + "lm_head.weight"] = params["wte"].copy()
+    weights.write_safetensors(folder / "model.safetensors", wrapped)
+    assert_same(load(folder)[2], params, HPARAMS)
+    twice = wrapped | {"wte.weight": params["wte"].copy()}
+    weights.write_safetensors(folder / "model.safetensors", twice)
+    assert "wte.weight is in it twice" in refusal(folder)
+
+
 # --- refusals ------------------------------------------------------------------------------
 
 
@@ -343,6 +388,58 @@ def test_a_configuration_we_would_compute_wrongly_is_refused(saved, change):
     assert str(folder) in refusal(folder)
 
 
+OLD_NAMES = {
+    "n_positions": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_other_names_of_the_sizes_load(saved, rng, keep):
+    """Those of transformers' attribute_map; where a file has both names, they come first."""
+    transformers = pytest.importorskip("transformers")
+    folder, params = saved
+    settings = json.loads((folder / "config.json").read_text())
+    for name, other in OLD_NAMES.items():
+        settings[other] = settings[name]
+        if keep:
+            settings[name] += 1
+        else:
+            del settings[name]
+    (folder / "config.json").write_text(json.dumps(settings))
+    theirs = transformers.GPT2Config.from_pretrained(folder)
+    assert theirs.attribute_map == {other: name for name, other in OLD_NAMES.items()}
+    hparams = config.read_hparams(folder)
+    assert hparams == HPARAMS
+    assert [getattr(theirs, key) for key in config.HUGGING_FACE_SIZES.values()] == [
+        hparams[name] for name in config.HUGGING_FACE_SIZES
+    ]
+    assert_same(load(folder)[2], params, HPARAMS)
+
+
+def test_sizes_that_a_configuration_leaves_out_are_gpt2s(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    theirs = transformers.GPT2Config.from_pretrained(tmp_path)
+    assert config.read_hparams(tmp_path) == {
+        name: getattr(theirs, key) for name, key in config.HUGGING_FACE_SIZES.items()
+    }
+
+
+@pytest.mark.parametrize("name", config.SUPPORTED["activation_function"])
+def test_every_name_of_the_tanh_form_is_the_same_function(saved, rng, name):
+    torch = pytest.importorskip("torch")
+    activations = pytest.importorskip("transformers.activations")
+    folder, params = saved
+    edit_json(folder / "config.json", activation_function=name)
+    assert_same(load(folder)[2], params, HPARAMS)
+    x = rng.standard_normal(1000, dtype=np.float32) * 4
+    theirs = activations.ACT2FN[name](torch.tensor(x)).numpy()
+    np.testing.assert_allclose(gelu(x), theirs, atol=2e-6)
+
+
 def test_harmless_spellings_load(saved):
     folder, params = saved
     same = {
@@ -366,6 +463,8 @@ def test_missing_pieces_are_named(saved, tmp_path):
     assert "shakespeare, 124M" in refusal("no-such-model") and "shakespeare, 124M" in refusal("")
     with pytest.raises(ValueError, match="small"):
         utils.load_encoder_hparams_and_params("smal", str(tmp_path))
+    os.unlink(folder / "tokenizer.json")  # either layout is enough
+    load(folder)
     for name, error in [
         ("vocab.json", "tokenizer"),
         ("model.safetensors", "weights"),
@@ -554,13 +653,19 @@ def test_enormous_sizes_cost_nothing(saved, change):
     assert time.process_time() - start < 5
 
 
-@pytest.mark.parametrize("name", ["config.json", "vocab.json", "merges.txt", "index"])
+NAMES_OF_TEXTS = ["config.json", "vocab.json", "merges.txt", "tokenizer.json"]
+NAMES_OF_TEXTS += ["added_tokens.json", "special_tokens_map.json", "generation_config.json"]
+
+
+@pytest.mark.parametrize("name", [*NAMES_OF_TEXTS, "index"])
 def test_a_text_file_of_any_size_is_not_read(saved, name):
     """A file may have holes, of which a terabyte takes no room on the disk."""
     folder, _ = saved
     if name == "index":
         name = "model.safetensors.index.json"
         os.unlink(folder / "model.safetensors")
+    if name in ("vocab.json", "merges.txt"):
+        os.unlink(folder / "tokenizer.json")
     with open(folder / name, "ab") as file:
         file.truncate(2**40)
     assert f"{name}: {2**40} bytes, more than the {2**24} allowed" in refusal(folder)

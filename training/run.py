@@ -29,6 +29,7 @@ got it. Of several processes each calls every method. No JAX here.
 
 import contextlib
 import math
+import os
 import secrets
 import signal
 import sys
@@ -146,10 +147,10 @@ def run(trainer_class, typed, options):
         if not stopped:
             output.show(f"the best model is in {flags['out']}")
 
-    if stopped == signal.SIGTERM:
-        sys.exit(143)
-    if stopped:
+    if stopped == signal.SIGINT:
         raise KeyboardInterrupt
+    if stopped:
+        sys.exit(128 + stopped)
 
 
 # --- A checkpoint that is resumed ---------------------------------------------------------------
@@ -181,9 +182,11 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
     A step is followed by what is due after it, and the last step by everything. Raises ValueError,
     which names the last checkpoint, for a loss that is not below `worst` (NaN is not).
     """
-    n_steps, n_done = flags["n_steps"], int(state.n_done)
+    n_steps = flags["n_steps"]
+    n_done = int(state.n_done)
     n_saved = n_done  # the steps that are in a checkpoint
-    eval_every, checkpoint_every = flags["eval_every"], flags["checkpoint_every"]
+    eval_every = flags["eval_every"]
+    checkpoint_every = flags["checkpoint_every"]
     tasks_every = flags.get("eval_tasks_every", eval_every)
     tokens_per_step = flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
     is_compiled = False
@@ -209,8 +212,10 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
                 seconds = time.perf_counter() - began
                 values["tokens_per_second"] = n * tokens_per_step / seconds
             is_compiled = True
-            bar.set_postfix(output.log(values), refresh=False)
-            bar.update(n)
+            values_shown = output.log(values)
+            with contextlib.suppress(OSError):  # a closed terminal must not end the run
+                bar.set_postfix(values_shown, refresh=False)
+                bar.update(n)
             is_last = n_done == n_steps
             if n_done % eval_every == 0 or is_last:
                 validate(trainer, state, output, f"step {n_done}: train {loss:.4f},")
@@ -267,6 +272,7 @@ class Output:
         self.description = text.description
         self.versions = trainer.versions
         self.is_main = trainer.is_main
+        self.is_unheard = False  # has printing failed?
         self.log = lambda values: {}  # what open_log opens
         self.number = secrets.randbits(48)  # by which the run knows its checkpoints
         self.checkpoint = None  # the folder of the last one
@@ -287,8 +293,15 @@ class Output:
             delete_half_written(self.out)
 
     def show(self, text):
-        if self.is_main:
+        """Print a line for people. If nobody can read it any more, the run goes on without."""
+        if not self.is_main or self.is_unheard:
+            return
+        try:
             tqdm.write(text)
+        except OSError:  # the reader of a pipe has gone, or the disk of a log is full
+            self.is_unheard = True
+            with contextlib.suppress(OSError, ValueError):  # what is left must not fail at the exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def show_sample(self, generate, params):
         """Show some lines that the model writes after a line's end: 100 tokens of it at most."""
@@ -296,7 +309,7 @@ class Output:
         n = min(100, hparams["n_ctx"] - 1)
         [ids] = generate(
             [encoder.encode("\n")], params, hparams["n_head"], n,
-            endoftext=encoder.endoftext, temperature=0.8, seed=self.flags["seed"],
+            endoftext=encoder.end_ids, temperature=0.8, seed=self.flags["seed"],
         )  # fmt: skip
         lines = [line for line in encoder.decode(ids).splitlines() if line.strip()]
         self.show("\n".join("    " + line for line in lines))

@@ -9,6 +9,7 @@ import numpy as np
 
 from corpus.examples import hold_out, is_examples, is_learned, load_examples, pack
 from corpus.shards import check_ids, count_ids, open_shards, read_stretches
+from corpus.texts import encode_text, read_text
 from encoder import Encoder
 from model_files.download import download_shakespeare
 
@@ -25,12 +26,12 @@ def check_data(data):  # the --data flag, or None
         )
 
 
-def load_text(data):  # the --data flag -> str
+def load_text(data):  # the --data flag -> [str], the documents
     """`shakespeare` (1.1 MB, downloaded once), `python-docs`, or the text file of that path."""
     if data == "python-docs":  # the language reference, part of every Python: no network needed
         from pydoc_data.topics import topics
 
-        return "\n".join(topics[name] for name in sorted(topics))
+        return ["\n".join(topics[name] for name in sorted(topics))]
     path = data
     if data == "shakespeare":
         try:
@@ -38,8 +39,7 @@ def load_text(data):  # the --data flag -> str
         except ConnectionError as error:
             raise ConnectionError(f"{error}; --data python-docs needs no network") from None
     check_data(path)
-    with open(path, encoding="utf-8", errors="replace") as f:
-        return f.read()
+    return read_text(path)
 
 
 def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]}, Encoder
@@ -49,7 +49,7 @@ def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]},
     """
     if data in NAMED_TEXTS or not os.path.isdir(data):
         encoder = encoder or Encoder([])
-        ids = np.array(encoder.encode(load_text(data)), np.int32)
+        ids = encode_text(load_text(data), encoder)
         n_train = len(ids) * 9 // 10
         return {"train": [ids[:n_train]], "val": [ids[n_train:]]}, encoder
     shards, own = open_shards(data)
