@@ -7,9 +7,11 @@ may read what the one before it wrote. `...` stands for anything, and all white 
 
 import contextlib
 import doctest
+import functools
 import importlib.util
 import inspect
 import math
+import operator
 import os
 import re
 import shutil
@@ -243,6 +245,27 @@ def test_every_page_is_in_the_index_in_order():
     index = (DOCS / "README.md").read_text("utf-8")
     assert re.findall(r"\]\((\w+\.md)\)", index) == [*NUMBERED, "exercises.md", "guide.md"]
     assert [name[:2] for name in NUMBERED] == [f"{i:02}" for i in range(1, 15)]
+
+
+def test_doctest_runs_the_pages_as_the_index_says():
+    """Doctest alone, outside of these tests: a block that ends without a blank line fails there."""
+    index = (DOCS / "README.md").read_text("utf-8")
+    command = re.search(r"^\$ python -m doctest(.*) docs/\w+\.md$", index, re.M)[1]
+    flags = (doctest.OPTIONFLAGS_BY_NAME[name] for name in re.findall(r"-o (\w+)", command))
+    assert functools.reduce(operator.or_, flags) == ALIKE
+    for name in [*PAGES, *LONG]:
+        text = (DOCS / name).read_text("utf-8")
+        for example in doctest.DocTestParser().get_examples(text):
+            assert "```" not in example.want, f"{name}:{example.lineno + 1}"
+
+
+def test_page_7_quotes_the_benchmark():
+    """The times with a cache are benchmarks/README.md's, of 10 and of 1000 tokens."""
+    table = (REPO / "benchmarks" / "README.md").read_text("utf-8")
+    text = (DOCS / "07_kv_cache.md").read_text("utf-8")
+    quoted = re.search(r"flat, ([\d.]+) ms after 10 tokens and ([\d.]+) ms after 1000", text)
+    measured = [re.search(rf"^\| {n} \| ([\d.]+) ms \|", table, re.M)[1] for n in (10, 1000)]
+    assert list(quoted.groups()) == measured
 
 
 def pictures():  # -> {name: the pages that show it}
