@@ -350,7 +350,8 @@ class NumpyTrainer:
         if moments is None:
             shapes = self.moment_shapes(model.params)
             moments = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
-        context = start_sharing(model.params, moments, self.flags)
+        n_head, batch_size = self.flags["n_head"], self.flags["batch_size"]
+        context = start_sharing(model.params, moments, n_head, batch_size)
         self.shared = self.stack.enter_context(context)
         arrays, moments = self.shared.by_name
         return State(nest(arrays), moments, n_done)
@@ -405,14 +406,26 @@ class NumpyTrainer:
         self.stack.close()
 
 
-def start_sharing(params, moments, flags):  # a context, which gives a sharing.Shared
-    """engine/sharing.py's, for loss_and_gradients and copies of a model's tree and its moments."""
+def start_sharing(params, moments, n_head, batch_size):  # a context, which gives a sharing.Shared
+    """engine/sharing.py's, for loss_and_gradients and copies of a model's tree and its moments.
+
+    moments: {"m.wte": zeros, "v.wte": zeros, ...}. The loop at the top of this file, with what this
+    gives, is a small model's fastest: processes share each batch, and an update has two arrays.
+
+        with start_sharing(params, moments, n_head, batch_size) as shared:
+            moments = shared.moments
+            for n_done, tokens in enumerate(batches):
+                loss, gradients = shared.evaluate(tokens, n_tokens=tokens[:, 1:].size)
+                for name, p in shared.params.items():
+                    m, v = moments[f"m.{name}"], moments[f"v.{name}"]
+                    adamw(p, gradients[name], m, v, n_done, rate=1e-3)
+    """
 
     def evaluate(arrays, tokens, n_tokens):  # {name: array} -> loss, {name: array}
-        loss, gradients = loss_and_gradients(nest(arrays), tokens, flags["n_head"], n_tokens)
+        loss, gradients = loss_and_gradients(nest(arrays), tokens, n_head, n_tokens)
         return loss, leaves(gradients)
 
-    return sharing.share(evaluate, leaves(params), moments, flags["batch_size"])
+    return sharing.share(evaluate, leaves(params), moments, batch_size)
 
 
 def sum_of_nats(params, tokens, n_head):  # [n, n_seq + 1] -> the sum over all tokens

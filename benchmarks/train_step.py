@@ -4,10 +4,10 @@ usage: python benchmarks/train_step.py [RECIPE [BATCHxTOKENS]]
 
 The model and the batch of a recipe (shakespeare-cpu by default), random tokens: train_jax.py's
 own steps with each optimizer, and transformers' GPT-2 with fused AdamW, eager and compiled; on a
-CPU also backprop.py's, in NumPy alone. `gpt2-124M 4x64` is llm.c's example for CPUs, and runs with
-AdamW, uncompiled. All clip the gradients. On a GPU PyTorch's products are bfloat16 by autocast,
-ours by the recipe. With the floor: the products of one step, by the formula of progress.py, at the
-speed of one large product in the same moment.
+CPU also backprop.py's, in NumPy alone, and the loop of its docstring. `gpt2-124M 4x64` is llm.c's
+example for CPUs, and runs with AdamW, uncompiled. All but that loop clip the gradients. On a GPU
+PyTorch's products are bfloat16 by autocast, ours by the recipe. With the floor: the products of
+one step, by the formula of progress.py, at the speed of one large product in the same moment.
 """
 
 import contextlib
@@ -48,9 +48,11 @@ def ours(flags, params, tokens, optimizer):  # -> a function that trains N_STEPS
 
 
 def by_hand(flags, params, tokens, stack):
-    shapes = backprop.NumpyTrainer(flags).moment_shapes(params)
-    moments = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
-    shared = stack.enter_context(backprop.start_sharing(params, moments, flags))
+    arrays = weights.leaves(params)
+    moments = {f"{kind}.{name}": np.zeros_like(x) for kind in "mv" for name, x in arrays.items()}
+    n_head, batch_size = flags["n_head"], flags["batch_size"]
+    context = backprop.start_sharing(params, moments, n_head, batch_size)
+    shared = stack.enter_context(context)
     n_done = 0
 
     def train():
@@ -59,6 +61,30 @@ def by_hand(flags, params, tokens, stack):
         for batches in tokens:
             arrays = shared.params, shared.moments
             total += backprop.train_step(*arrays, n_done, batches, flags, shared.evaluate)
+            n_done += 1
+        return total / len(tokens)
+
+    return train
+
+
+def in_a_plain_loop(flags, params, tokens):
+    """The loop of backprop.py's docstring: without processes, joined arrays, clipping and decay."""
+    arrays = {name: x.copy() for name, x in weights.leaves(params).items()}
+    params = weights.nest(arrays)
+    m = {name: np.zeros_like(x) for name, x in arrays.items()}
+    v = {name: np.zeros_like(x) for name, x in arrays.items()}
+    n_done = 0
+
+    def train():
+        nonlocal n_done
+        total = 0.0
+        for batches in tokens:
+            batch = batches.reshape(-1, batches.shape[-1])
+            loss, gradients = backprop.loss_and_gradients(params, batch, flags["n_head"])
+            gradients = weights.leaves(gradients)
+            for name, p in arrays.items():
+                backprop.adamw(p, gradients[name], m[name], v[name], n_done, rate=1e-3)
+            total += loss
             n_done += 1
         return total / len(tokens)
 
@@ -123,6 +149,7 @@ def main(stack):
     sides = {"ours_AdamW": ours(flags, params, tokens, "adamw")}
     if jax.default_backend() == "cpu":
         sides["NumPy_AdamW"] = numpy_s
+        sides["NumPy_plain_loop"] = in_a_plain_loop(flags, params, tokens)
     sides["PyTorch_eager"] = theirs(flags, params, tokens, compiled=False)
     if not small:
         sides["ours_Muon"] = ours(flags, params, tokens, "muon")

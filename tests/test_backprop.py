@@ -1,6 +1,8 @@
 """backprop.py against jax.grad, PyTorch, and slopes measured in float64."""
 
 import math
+import re
+import textwrap
 
 import numpy as np
 import pytest
@@ -450,9 +452,37 @@ def test_accumulated_batches_are_one_large_batch(rng):
     assert_close(weights.nest({name: ours["m." + name] for name in first}), weights.nest(first))
 
 
+def example(part):  # -> the code that the docstring of a function or module ends with
+    return textwrap.dedent(re.search(r"\n\n( +(?:for|with) .*)", part.__doc__, re.DOTALL)[1])
+
+
+@forks
+@pytest.mark.parametrize("part", [backprop, backprop.start_sharing])
+def test_the_loops_in_the_docstrings_have_the_bits_of_train_step(rng, part):
+    """A rate that stays the same, no clipping, no decay. The second loop changes copies."""
+    start, _, hparams = make(rng, (1, 1, 30, 9, 24, 3, 2))
+    batches = rng.integers(0, 30, (5, 12, 10))
+    flags = ADAMW | {"n_head": 3, "batch_size": 12, "grad_clip": 1e9, "weight_decay": 0.0}
+    flags |= {"learning_rate": 1e-3, "min_learning_rate": 1e-3, "n_warmup": 1}
+    losses, wanted, _ = some_steps(start, flags, batches[:, None])
+
+    params, moments = tree_map(np.copy, start), zeros(start)
+    m, v = ({name: moments[f"{kind}.{name}"] for name in leaves(params)} for kind in "mv")
+    names = vars(backprop) | {"params": params, "batches": batches, "n_head": 3, "batch_size": 12}
+    names |= {"m": m, "v": v, "moments": moments}
+    exec(example(part), names)
+    assert names["loss"] == losses[-1]
+    if part is backprop:
+        found = leaves(params) | moments
+    else:
+        found = {name: x for arrays in names["shared"].by_name for name, x in arrays.items()}
+    assert found.keys() == wanted.keys()
+    assert all((x == wanted[name]).all() for name, x in found.items())
+
+
 def some_steps(start, flags, batches):
     """-> the losses, the parameters and the moments by name, how many arrays train_step got."""
-    with backprop.start_sharing(start, zeros(start), flags) as shared:
+    with backprop.start_sharing(start, zeros(start), 3, flags["batch_size"]) as shared:
         arrays = shared.params, shared.moments
         losses = [
             backprop.train_step(*arrays, n_done, batch, flags, shared.evaluate)
