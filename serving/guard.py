@@ -153,7 +153,7 @@ class Guard:
     def check_sender(self, scope, headers):
         host = headers.get("host", "")
         origin = headers.get("origin")
-        is_monitor = "host" not in headers and scope["http_version"] == "1.0"
+        is_monitor = "host" not in headers and scope.get("http_version") == "1.0"
         if is_monitor and scope["path"] in FOR_MONITORS and origin is None:
             return
         if not self.allowed.has_host(host):

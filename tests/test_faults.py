@@ -231,7 +231,7 @@ for name, text in {
         f.write(text)
 def work():
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        convert.main(folder, converted, spare)
+        convert.main(folder + "/model.ckpt", converted, spare)
     if not os.path.exists(converted):
         assert weights.read_safetensors(spare)
         assert said.getvalue() == f"notice: {converted} not written: Read-only file system\\n"
