@@ -31,7 +31,7 @@ MOST_ROWS = 64  # of x; with more rows AVX-512 is faster, if it is truly 512 bit
 
 def has_avx512():
     """Does NumPy's OpenBLAS use its AVX-512 kernels?"""
-    return any(lib.architecture in AVX512 for lib, _ in threads.blas())
+    return any(getattr(lib, "architecture", "") in AVX512 for lib, _ in threads.blas())
 
 
 def few_rows():

@@ -1,5 +1,8 @@
 """Threads for products: how many OpenBLAS uses, and our own threads, which share the work.
 
+NumPy may have another library instead: MKL, as conda's NumPy has, is treated the same. Nobody can
+count or limit the threads of Apple's Accelerate.
+
 Inside `with own_threads(n_rows):` OpenBLAS stays on the calling thread, and `in_threads(work, n)`
 cuts the work into a slice for each of our threads; with `in_step` they can wait for each other.
 Ctrl-C, forks and a caller's own threads do no harm.
@@ -20,7 +23,7 @@ this_thread = threading.local()  # .busy is set while a thread does a share of s
 
 
 def blas():
-    """[(OpenBLAS as threadpoolctl controls it, its threads at first)]; [] where there is none."""
+    """[(library as threadpoolctl controls it, its threads at first)]; [] if it knows none."""
     with lock:
         return find_blas()
 
@@ -29,19 +32,37 @@ def blas():
 def find_blas():
     from threadpoolctl import ThreadpoolController
 
-    found = ThreadpoolController().select(internal_api="openblas").lib_controllers
+    found = ThreadpoolController().select(user_api="blas").lib_controllers
     return [(lib, lib.num_threads) for lib in found]
 
 
 def n_threads():
-    """As many as OpenBLAS had at first, so that OMP_NUM_THREADS and its like are obeyed."""
-    return max((n for _, n in blas()), default=1)
+    """As many as OpenBLAS had at first, so that OMP_NUM_THREADS and its like are obeyed.
+
+    Accelerate does not say: there the same variables count, or all cores.
+    """
+    counts = [n for _, n in blas()]
+    if counts:
+        return max(counts)
+    for name in ("VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS"):
+        asked = os.environ.get(name, "")
+        if asked.isdecimal() and int(asked) > 0:
+            return int(asked)
+    return usable_cores()
+
+
+def usable_cores():
+    """The processors that this process may use: in a container, often fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def limit(counts):
     for lib, n in counts:
         lib.set_num_threads(n)
-        lib.clear_controlling_thread(force=True)  # another thread may set the limit next
+        if lib.internal_api == "openblas":
+            lib.clear_controlling_thread(force=True)  # another thread may set the limit next
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """engine/: every way to multiply gives the product, on any number of threads."""
 
+import functools
 import importlib.util
 import io
 import os
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 from conftest import REPO, forks, on_linux, slow
 
+import backprop
+import utils
 from engine import kernels, processes, products, threads
 from generation import lookup
 
@@ -393,10 +396,22 @@ def test_ctrl_c_at_the_door_leaves_the_count_of_users_alone(monkeypatch):
     assert threads.n_users == 0
 
 
-def test_without_an_openblas_there_is_one_thread(rng, monkeypatch):
+def test_a_library_that_nobody_can_count_leaves_all_cores(rng, monkeypatch):
+    """Apple's Accelerate, which threadpoolctl does not know."""
     monkeypatch.setattr(threads, "blas", lambda: [])
     monkeypatch.setattr(products, "MIN_SIZE", 1)
-    assert threads.n_threads() == threads.parts(100) == 1
+    monkeypatch.delenv("VECLIB_MAXIMUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if hasattr(os, "sched_getaffinity"):
+        assert threads.n_threads() == len(os.sched_getaffinity(0))
+        monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert threads.n_threads() == threads.parts(100) == 3
+    for value, n in (("2", 2), ("0", 3), ("many", 3), ("", 3)):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert threads.n_threads() == n
+    monkeypatch.setenv("VECLIB_MAXIMUM_THREADS", "1")
+    assert threads.n_threads() == 1
     x, w = (rng.standard_normal(n, dtype=np.float32) for n in [(2, 512), (512, 512)])
     assert close(x @ w.view(products.Matrix), x, w)
 
@@ -497,6 +512,58 @@ print(huge >> 10, given_back(1, 70), given_back(1, 30), given_back(8, 6), given_
         assert one > 0.9
     else:
         assert max(one, several) < 0.1 and too_many > 0.9  # more than 64 MiB together
+
+
+class Mkl:
+    """As threadpoolctl shows it."""
+
+    internal_api, num_threads = "mkl", 6
+
+    def set_num_threads(self, n):
+        self.num_threads = n
+
+
+def test_mkl_stays_on_one_thread_while_ours_work(monkeypatch):
+    library = Mkl()
+
+    class Controller:
+        def select(self, **asked):
+            assert asked == {"user_api": "blas"}
+            return types.SimpleNamespace(lib_controllers=[library])
+
+    monkeypatch.setattr("threadpoolctl.ThreadpoolController", Controller)
+    monkeypatch.setattr(threads, "find_blas", functools.cache(threads.find_blas.__wrapped__))
+    assert threads.n_threads() == 6 and not kernels.has_avx512()
+    with threads.own_threads(2):
+        assert library.num_threads == 1 and threads.n_threads() == 6
+    assert library.num_threads == 6
+
+
+NO_BLAS = """
+import threadpoolctl
+threadpoolctl.ThreadpoolController.select = lambda self, **_: threadpoolctl.ThreadpoolController()
+threadpoolctl.ThreadpoolController.lib_controllers = property(lambda self: [], lambda self, _: None)
+import numpy as np, backprop, gpt2, kv_cache, utils
+from engine import threads
+assert threads.blas() == [] and threads.n_threads() == threads.usable_cores()
+encoder, hparams, params = utils.load_encoder_hparams_and_params("shakespeare", "models")
+n_head = hparams["n_head"]
+prompts = [encoder.encode(text) for text in ("ROMEO:", "To be", "O!" * 80)]
+texts = kv_cache.generate(prompts, params, n_head, 12)
+assert texts == [gpt2.generate(ids, params, n_head, 12) for ids in prompts], texts
+tokens = np.arange(60).reshape(4, 15)
+loss, gradients = backprop.loss_and_gradients(params, tokens, n_head)
+print(loss)
+"""
+
+
+def test_texts_and_training_without_any_library_that_can_be_counted():
+    done = subprocess.run([sys.executable, "-c", NO_BLAS], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, hparams, params = utils.load_encoder_hparams_and_params("shakespeare", str(REPO / "models"))
+    tokens = np.arange(60).reshape(4, 15)
+    loss, _ = backprop.loss_and_gradients(params, tokens, hparams["n_head"])
+    assert float(done.stdout) == pytest.approx(loss, rel=1e-5)
 
 
 def test_two_first_callers_at_once_lose_no_threads():

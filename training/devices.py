@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from engine.threads import usable_cores
 from plumbing.cli import one_line
 
 
@@ -45,9 +46,7 @@ def start_jax(coordinator, num_processes, process_id):
             print("waiting for the other processes ...", file=sys.stderr)
         jax.distributed.initialize(*cluster_options)
     elif "JAX_NUM_CPU_DEVICES" not in env:  # a device for every core: faster than threads in one
-        has_affinity = hasattr(os, "sched_getaffinity")
-        n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-        jax.config.update("jax_num_cpu_devices", n_cores)
+        jax.config.update("jax_num_cpu_devices", usable_cores())
     platforms = env.get("JAX_PLATFORMS") or "cpu"
     if "cpu" not in platforms:  # parameters are made there, and batches drawn
         jax.config.update("jax_platforms", platforms + ",cpu")
