@@ -20,6 +20,7 @@ compiler works out what to send where; no function below knows how many devices 
 """
 
 import contextlib
+import dataclasses
 import functools
 import operator
 import sys
@@ -430,7 +431,12 @@ class JaxTrainer:
         for task, path in read_tasks(self.flags.get("eval_tasks")).items():
             items = load_items(task, path, f"--eval_tasks {task}=")
             self.tasks[task] = [encode_item(*item, encoder, n_ctx) for item in items]
-        check_agreement(self.tasks)
+        check_agreement(
+            {
+                task: [dataclasses.astuple(item) for item in items]
+                for task, items in self.tasks.items()
+            }
+        )
         to_dtype = functools.partial(narrow, dtype=self.flags["dtype"])
         attend = loss_options(self.flags, self.n_vocab, 1)["attend"]
         self.score_rows = make_scorer(
