@@ -48,14 +48,10 @@ def shadow_modules(folder):
         )
 
 
-@pytest.mark.parametrize("ray", [False, conftest.slow(True)])
-def test_workers_execute_nothing_of_the_current_folder(tmp_path, ray):
-    if ray:
-        pytest.importorskip("ray", reason="ray is not installed (requirements/ray.txt)")
+def test_workers_execute_nothing_of_the_current_folder(tmp_path):
     shadow_modules(tmp_path)
     (tmp_path / "text.txt").write_text("Once upon a time.\n" * 100)
-    flags = ["--ray", "local"] if ray else ["--workers", 2]
-    args = ["text.txt", "--out", "s", "--shard_mb", "0.0002", *flags]
+    args = ["text.txt", "--out", "s", "--shard_mb", "0.0002", "--workers", 2]
     before = dict(os.environ)
     code, _, err = conftest.run("prepare.py", *args, cwd=tmp_path)
     assert code == 0, err
