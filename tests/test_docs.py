@@ -7,11 +7,9 @@ may read what the one before it wrote. `...` stands for anything, and all white 
 
 import contextlib
 import doctest
-import functools
 import importlib.util
 import inspect
 import math
-import operator
 import os
 import re
 import shutil
@@ -34,6 +32,7 @@ ALL += [
 ]
 ALIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.M)
+IGNORED = re.compile(r"^(data|models|\.jax)(/|$)|^explain\.html$|__pycache__")  # see .gitignore
 NEEDS = {  # a section in whose blocks the word occurs is left out where this is not there
     "data/shakespeare.txt": SHAKESPEARE.exists(),
     "jax": all(importlib.util.find_spec(name) for name in ("jax", "optax")),
@@ -153,8 +152,11 @@ def test_the_blocks_of_a_page_do_what_it_says(name, project):
     imports_jax = ">>> import jax\n" in text
     if imports_jax and not NEEDS["jax"]:
         pytest.skip("jax is not installed, and the whole page is about it")
+    before = set(project.rglob("*"))
     with jax_on_cpu() if imports_jax else contextlib.nullcontext():
         missing = run_page(name, text, project)
+    written = {str(path.relative_to(project)) for path in set(project.rglob("*")) - before}
+    assert not [path for path in written if not IGNORED.search(path)]
     if missing:
         pytest.skip("not all: " + "; ".join(missing))
 
@@ -222,6 +224,15 @@ def test_fences_links_and_pictures(page):
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("name", [*PAGES, *LONG])
+def test_doctest_reads_a_page_as_the_readme_says(name):
+    """The command in docs/README.md: its options, and no fence that passes for output."""
+    flags = " ".join(f"-o {flag}" for flag in ("ELLIPSIS", "NORMALIZE_WHITESPACE"))
+    assert f"python -m doctest {flags} docs/" in (DOCS / "README.md").read_text("utf-8")
+    for example in doctest.DocTestParser().get_examples((DOCS / name).read_text("utf-8")):
+        assert "```" not in example.want, f"{name}:{example.lineno + 1}: no empty line at the end"
+
+
 @pytest.mark.parametrize("page", ALL, ids=lambda page: str(page.relative_to(REPO)))
 def test_every_command_has_its_script_and_its_flags(page):
     """Commands that would download, or train for long, are not run: they are only spelled right."""
@@ -245,18 +256,6 @@ def test_every_page_is_in_the_index_in_order():
     index = (DOCS / "README.md").read_text("utf-8")
     assert re.findall(r"\]\((\w+\.md)\)", index) == [*NUMBERED, "exercises.md", "guide.md"]
     assert [name[:2] for name in NUMBERED] == [f"{i:02}" for i in range(1, 15)]
-
-
-def test_doctest_runs_the_pages_as_the_index_says():
-    """Doctest alone, outside of these tests: a block that ends without a blank line fails there."""
-    index = (DOCS / "README.md").read_text("utf-8")
-    command = re.search(r"^\$ python -m doctest(.*) docs/\w+\.md$", index, re.M)[1]
-    flags = (doctest.OPTIONFLAGS_BY_NAME[name] for name in re.findall(r"-o (\w+)", command))
-    assert functools.reduce(operator.or_, flags) == ALIKE
-    for name in [*PAGES, *LONG]:
-        text = (DOCS / name).read_text("utf-8")
-        for example in doctest.DocTestParser().get_examples(text):
-            assert "```" not in example.want, f"{name}:{example.lineno + 1}"
 
 
 def test_page_7_quotes_the_benchmark():
