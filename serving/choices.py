@@ -129,7 +129,7 @@ class Choice:
             return
         if self.n_sampled and id in self.asked.stop_ids:
             self.has_stopped = True
-            self.add(self.held)
+            self.add(self.held + self.utf8.decode(b"", final=True))
             self.held = ""
             return
         text = self.utf8.decode(self.encoder.decode_bytes([id]))
