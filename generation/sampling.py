@@ -37,7 +37,8 @@ class Sampler:
         self.stop = stop  # ids -> bool; None for never
 
     def sample(self, logits, row):  # [n_vocab] -> the row's next token id
-        return sample(logits, self.rng, *self.sampling, ids=row.seen)
+        ids = row.seen if self.sampling.repetition_penalty != 1 else ()  # the list is made anew
+        return sample(logits, self.rng, *self.sampling, ids=ids)
 
     def is_complete(self, ids):  # the row's new ids, never empty -> does the last of them end it?
         return self.stop is not None and self.stop(ids)
