@@ -375,7 +375,7 @@ def train_rows(rng, n_devices, examples, seed):  # -> the loss of 3 steps, and t
     steps = train_jax.make_train_steps(optimizer, shardings=shardings, **how)
     spec = devices.make_sharding(mesh, None, None, "data")
     rows = batches.read_batches([pack(examples, 33)], seed, 0, (3, 2, 8), 32, spec)
-    state, loss = steps(state, rows, 3)
+    state, (loss, *_) = steps(state, rows, 3)
     return float(loss), devices.to_host(state[0])
 
 

@@ -186,7 +186,7 @@ def test_eight_devices_compute_what_one_does(rng, fsdp):
         state, shardings = start_state(tree, None, 0, optimizer, 257, mesh, fsdp)
         steps = train_jax.make_train_steps(optimizer, shardings=shardings, n_head=2)
         spec = devices.make_sharding(mesh, None, None, "data")
-        state, loss = steps(state, read_batches(TEXT, 1, 0, (3, 2, 8), 16, spec), 3)
+        state, (loss, *_) = steps(state, read_batches(TEXT, 1, 0, (3, 2, 8), 16, spec), 3)
         return devices.to_host(state[0]), float(loss)
 
     one, wanted = train(1, False)

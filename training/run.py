@@ -13,7 +13,7 @@ the same attributes and methods:
     start(model, moments, n_done, text) -> State; moments: a checkpoint's, {name: array}, or None
     machine()                           -> progress.Machine, the same in all processes
     read(n_done, n)                     -> batches for n steps, after the first n_done
-    steps(state, batches, n)            -> State after n more steps, their mean loss; after start
+    steps(state, batches, n)            -> State after n more steps, the means of their Stats
     learning_rate(n_done)               -> the next step's
     averaged(state)                     -> the parameters to validate: with --ema their average
     validate(params)                    -> nats per token of the validation text
@@ -199,16 +199,17 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
             began = time.perf_counter()
             n_due = min(k - n_done % k for k in (eval_every, checkpoint_every, tasks_every))
             n = min(n_per_call, n_due, n_steps - n_done)
-            state, loss = trainer.steps(state, batches, n)
+            state, stats = trainer.steps(state, batches, n)
             n_done += n
             batches = trainer.read(n_done, n_per_call)  # while the device is at work
-            loss = float(loss)
+            stats = {name: float(x) for name, x in stats._asdict().items()}
+            loss = stats["loss"]
             if not loss < worst:
                 rescue = "there is no checkpoint"
                 if output.checkpoint:
                     rescue = f"the last checkpoint is {output.checkpoint}"
                 raise ValueError(f"the loss is {loss:.4g} at step {n_done}: {rescue}")
-            values = {"step": n_done, "loss": loss}
+            values = {"step": n_done} | stats
             if is_compiled:  # the first call's time is the compiler's
                 seconds = time.perf_counter() - began
                 values["tokens_per_second"] = n * tokens_per_step / seconds
