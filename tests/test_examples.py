@@ -113,6 +113,113 @@ def test_a_conversation_has_the_ids_that_transformers_gives_the_template(tmp_pat
     assert is_learned(example).tolist() == list(map(bool, wanted["assistant_masks"]))
 
 
+OPENAI_TEMPLATE = """
+{%- for m in messages %}
+    {%- set text %}{% if m.content is string %}{{ m.content }}{% else %}
+        {%- for part in m.content or [] %}{{ part.text }}{% endfor %}
+    {%- endif %}{% endset %}
+    {{- '\n' if loop.index > 1 }}
+    {%- if m.role != 'assistant' %}
+        {{- 'User' if m.role == 'user' else 'System' }}: {{ text | trim }}
+    {%- elif m.weight == 0 or not text | trim %}
+        {{- 'Assistant: ' + text | trim }}<|endoftext|>
+    {%- else %}
+        {{- 'Assistant:' }}
+        {%- generation %}{{ ' ' + text | trim }}<|endoftext|>{% endgeneration %}
+    {%- endif %}
+{%- endfor %}"""
+
+
+def random_message(rng):  # of OpenAI's finetuning, in all of its forms
+    role = str(rng.choice(["user", "assistant", "assistant", "system", "developer"]))
+    texts = rng.choice(["hello", " who are you", "\n", "", "é?", "'tis you who asks "], 3).tolist()
+    message = {"role": role, "content": texts[0]}
+    if rng.random() < 0.4:
+        message["content"] = [{"type": "text", "text": text} for text in texts]
+    if role == "assistant" and rng.random() < 0.5:
+        message["weight"] = int(rng.integers(2))
+    if role == "assistant" and rng.random() < 0.1:
+        message["content"] = None
+    return message
+
+
+def test_openais_messages_have_the_ids_and_the_mask_of_a_template_of_transformers(rng, tmp_path):
+    """Weights of 0, empty answers, developers, lists of text parts: written again in Jinja."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    words.save(tmp_path)
+    tokenizer = transformers.GPT2TokenizerFast.from_pretrained(tmp_path)
+    n_learned = n_read = 0
+    for _ in range(60):
+        messages = [random_message(rng) for _ in range(rng.integers(1, 7))]
+        wanted = tokenizer.apply_chat_template(
+            messages,
+            chat_template=OPENAI_TEMPLATE,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        ids, mask = wanted["input_ids"], list(map(bool, wanted["assistant_masks"]))
+        if messages[-1]["role"] != "assistant":
+            newline = words.encode("\n")
+            ids, mask = [*ids, *newline], [*mask, *[False for _ in newline]]
+        parts = encode_messages(check_messages(messages), words)
+        example = mark(parts, 999)
+        assert (example & (READ - 1)).tolist() == ids
+        assert is_learned(example).tolist() == mask
+        examples, said = load(tmp_path / "a.jsonl", {"messages": messages}, encoder=words)
+        if any(mask):
+            assert (examples[0] == example).all()
+            is_empty = [m["role"] == "assistant" and not joined(m).strip() for m in messages]
+            assert (said == "1 example, 1 with an empty answer, which is not learned") == any(
+                is_empty
+            )
+        else:
+            assert said == "0 examples, 1 left out with nothing to learn"
+        n_learned += any(mask)
+        n_read += not any(mask)
+    assert n_learned > 9 and n_read > 2
+
+
+def joined(message):
+    content = message["content"] or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+USER = {"role": "user", "content": "Hi"}
+NOT_TEXT = {
+    "message 2 has tool_calls, which are not supported": {
+        "messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
+    },
+    "message 2 has function_call, which are not supported": {
+        "messages": [USER, {"role": "assistant", "content": "", "function_call": {"name": "f"}}]
+    },
+    "message 1: role is 'tool', not system, user, assistant": {
+        "messages": [{"role": "tool", "content": "4", "tool_call_id": "1"}]
+    },
+    "message 1 has no content that is text": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}
+        ]
+    },
+    "message 2: weight is 0.5, not 0 or 1": {
+        "messages": [USER, {"role": "assistant", "content": "Ho", "weight": 0.5}]
+    },
+    "tools are not supported: leave them out": {"messages": TALK, "tools": [{"type": "function"}]},
+    "functions are not supported: leave them out": {"messages": TALK, "functions": [{"name": "f"}]},
+    "expected a prompt and a completion, both text, or messages": {
+        "prompt": [USER], "completion": TALK[2:3],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", NOT_TEXT)
+def test_what_is_not_text_is_refused(tmp_path, problem):
+    with pytest.raises(ValueError, match=f"a.jsonl, line 2: {problem}$"):
+        load(tmp_path / "a.jsonl", {"messages": TALK}, NOT_TEXT[problem])
+    calls = {"tool_calls": [], "function_call": None}  # as some programs write them
+    load(tmp_path / "a.jsonl", {"messages": [m | calls for m in TALK], "tools": []})
+
+
 @pytest.mark.parametrize("end", [ENDOFTEXT, "</s>"])
 def test_the_template_of_an_export_renders_the_ids_that_are_learned(tmp_path, end):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
