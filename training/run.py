@@ -99,9 +99,11 @@ def run(trainer_class, typed, options):
         if "tokenizer" in flags and model is None:
             folder = find_model(flags["tokenizer"], options.models_dir, only_tokenizer=True)
             encoder = get_encoder("", folder)
-        text = open_text(flags["data"], encoder, flags["n_ctx"])
+        described = checkpoint and checkpoint.metadata["text"]
+        text = open_text(flags["data"], encoder, flags["n_ctx"], described)
         if model is None:
             model = Model(text.encoder, *trainer.new_model(text.encoder.n_vocab))
+        model = model._replace(encoder=text.encoder)
         if "lora_rank" in flags:
             description = text.description | {"base": base_fingerprint(model.params)}
             text = text._replace(description=description)
@@ -167,7 +169,7 @@ def check_sizes(flags, hparams, folder):
 def check_description(description, flags, checkpoint):
     """Raises ValueError if a checkpoint was made with another text or another frozen model."""
     for key, value in checkpoint.metadata["text"].items():  # older checkpoints say less
-        if description.get(key) != value:
+        if key != "examples" and description.get(key) != value:  # a line for people
             name, noun = ("init_from", "model") if key == "base" else ("data", "text")
             raise ValueError(
                 f"{flags[name]}: is not the {noun} that {checkpoint.folder} was trained on"
