@@ -396,10 +396,6 @@ def main(
     """
     from utils import find_model, load_encoder_hparams_and_params
 
-    if api_key == "":
-        raise ValueError("--api_key is empty: give a key, or leave it out to serve without one")
-    if host == "":
-        raise ValueError("--host is empty: 127.0.0.1 is this machine alone, 0.0.0.0 all addresses")
     if min(batch_size, max_waiting) < 1 or not timeout > 0:
         raise ValueError("batch_size and max_waiting must be 1 or more, timeout above 0")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
