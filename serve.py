@@ -192,12 +192,15 @@ class Engine:
         while (choice := self.next_choice()) is not None:
             choice.row.number = next(self.numbers)
             self.begun[choice.row.number] = choice
+            choice.begin()
             yield choice.row
 
     def next_choice(self):  # -> the next choice to begin, or None
         """Requests take turns. While others wait, none gets more than half of the batch."""
         with self.lock:
             for asked, queue in list(self.waiting.items()):
+                if not queue[0].may_begin:
+                    continue
                 n_running = sum(choice.asked is asked for choice in self.begun.values())
                 if len(self.waiting) > 1 and n_running >= max(1, self.batch.batch_size // 2):
                     continue

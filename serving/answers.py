@@ -8,7 +8,7 @@ import time
 
 from starlette.responses import JSONResponse, StreamingResponse
 
-from serving.choices import Choice, Part, logprobs_of
+from serving.choices import Part, choices_of, logprobs_of
 from serving.protocol import Refusal, server_sent, usage
 
 UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # for proxies, nginx's too
@@ -36,9 +36,7 @@ class Answer:
         self.shape = shape
         self.opening = opening
         self.queue = asyncio.Queue()
-        self.choices = [
-            Choice(asked, index, state, self.queue.put_nowait) for index in range(asked.n_choices)
-        ]
+        self.choices = choices_of(asked, state, self.queue.put_nowait)
         state.engine.submit(asked, self.choices)
 
     async def __call__(self, scope, receive, send):  # as ASGI calls a response

@@ -967,6 +967,52 @@ def test_a_common_beginning_is_read_once(params, monkeypatch, rng):
     assert sum(n_run) <= 25 + 5 * (3 + 3)
 
 
+def test_equal_prompts_are_scored_once(params, monkeypatch, rng):
+    """The answers are those of requests that come alone, also while others are written."""
+    n_run, n_scored = [], []
+    run, score = kv_cache.extend_all, Choice.score
+    prompts = [rng.integers(0, 256, n).tolist() for n in (20, 3, 30)]
+    asked = [prompts[i] for i in (0, 1, 0, 2, 1, 1, 0)]
+    how = {"echo": True, "logprobs": 3, "temperature": 0, "ignore_eos": True, "max_tokens": 4}
+    with serving(params, batch_size=4) as client:
+        alone = [ask(client, prompt, **how)["choices"][0] for prompt in prompts]
+        monkeypatch.setattr(
+            Choice, "score", lambda self, x: n_scored.append(len(x)) or score(self, x)
+        )
+        for choice in ask(client, asked, n=2, **how)["choices"]:
+            wanted = alone[prompts.index(asked[choice["index"] // 2])]
+            assert choice["text"] == wanted["text"]
+            ours, theirs = choice["logprobs"], wanted["logprobs"]
+            assert ours["token_ids"] == theirs["token_ids"]
+            assert ours["text_offset"] == theirs["text_offset"]
+            for got, want in zip(ours["token_logprobs"], theirs["token_logprobs"], strict=True):
+                assert got == pytest.approx(want, abs=1e-4)
+        assert sum(n_scored) == 20 + 3 + 30
+        n_scored.clear()
+        monkeypatch.setattr(
+            kv_cache,
+            "extend_all",
+            lambda caches, new, *rest: n_run.append(sum(map(len, new))) or run(caches, new, *rest),
+        )
+        choices = ask(client, [prompts[2]] * 1024, **how | {"max_tokens": 0})["choices"]
+        assert sum(n_scored) == 30
+        assert sum(n_run) <= 30 + 1023
+        assert len(choices) == 1024
+        assert all(choice["logprobs"] == choices[0]["logprobs"] for choice in choices)
+
+
+def test_an_error_of_a_score_reaches_equal_prompts(params, monkeypatch):
+    def broken(self, x):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(Choice, "score", broken)
+    with serving(params) as client:
+        asked = {"prompt": ["One two three"] * 4, "echo": True, "logprobs": 1, "max_tokens": 0}
+        response = client.post("/v1/completions", json=asked)
+        assert response.status_code == 500 and "no luck" in response.text
+        assert ask(client, "One")
+
+
 def test_kept_caches_stay_within_their_bound(params, rng):
     def ended(ids):
         cache = kv_cache.new_cache(params, N_HEAD)
