@@ -258,16 +258,22 @@ def deliver(parts):
 
 async def completions(request):
     """POST /v1/completions"""
-    state, body = request.app.state, await request.body()
     # In a thread: a large body takes a while, and the loop could do nothing else meanwhile.
-    asked = await asyncio.to_thread(read_completion, body, state.names, state.encoder, state.n_ctx)
+    return await asyncio.to_thread(complete, await request.body(), request.app.state)
+
+
+def complete(body, state):  # bytes -> Answer
+    asked = read_completion(body, state.names, state.encoder, state.n_ctx)
     return Answer(state, asked, new_answer(state.name))
 
 
 async def chats(request):
     """POST /v1/chat/completions"""
-    state, body = request.app.state, await request.body()
-    asked = await asyncio.to_thread(read_chat, body, state.names, state.encoder, state.n_ctx)
+    return await asyncio.to_thread(chat, await request.body(), request.app.state)
+
+
+def chat(body, state):  # bytes -> Answer
+    asked = read_chat(body, state.names, state.encoder, state.n_ctx)
     if asked.stream:
         fields = new_answer(state.name, "chat.completion.chunk", "chatcmpl")
         roles = [role_of(index) for index in range(asked.n_choices)]
