@@ -25,6 +25,8 @@ VERSION = "1.0"  # of all of sixtyGPT, for --version
 SHORT = {"m": "model_size", "n": "n_tokens_to_generate", "s": "seed", "t": "temperature"}
 USERS_MISTAKES = (ValueError, OSError, ImportError, AssertionError, OverflowError, MemoryError)
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+# Every other value that is empty comes from a variable that was not set: `--api_key "$UNSET"`.
+MAY_BE_EMPTY = {"prompt", "prompts", "text", "separator"}
 TYPED = "\0"  # marks what a person typed: argv cannot contain it, so nothing else looks like it
 
 
@@ -45,6 +47,7 @@ def run_cli(main):
     )
     try:
         args, kwargs = read_arguments(main, sys.argv[1:])
+        check_not_empty(inspect.signature(main).bind(*args, **kwargs).arguments)
         main(*args, **kwargs)
         if sys.stdout is not None:
             sys.stdout.flush()  # flush here, where a failure can still be reported
@@ -129,6 +132,14 @@ def read_arguments(main, argv):
         print(name_short_flags(printed.getvalue().strip()))
         raise
     return calls[0]
+
+
+def check_not_empty(given):  # {parameter: what was typed for it}
+    """Raises ValueError for an empty text where one stands for nothing that anybody could want."""
+    for name, value in given.items():
+        values = value if isinstance(value, tuple) else (value,)
+        if "" in values and name not in MAY_BE_EMPTY:
+            raise ValueError(f"--{name} is empty: give it a value, or leave it out")
 
 
 def spell_out(argv, parameters):  # -> the words that fire gets

@@ -522,7 +522,7 @@ BAD_FLAGS = {
     "rank too large": (["--lora_rank", 17], "lora_rank is at most n_embd, 16 in that model"),
     "alpha": (["--lora_rank", 2, "--lora_alpha", 0], "lora_alpha must be more than 0"),
     "target": (["--lora_rank", 2, "--lora_targets", "c_attn,wte"], "lora_targets must be some of"),
-    "no target": (["--lora_rank", 2, "--lora_targets", ""], "lora_targets must be some of"),
+    "no target": (["--lora_rank", 2, "--lora_targets", ""], "--lora_targets is empty"),
     "no rank": (["--lora_alpha", 2], "lora_alpha needs --lora_rank"),
     "muon": (["--lora_rank", 2, "--optimizer", "muon"], "optimizer must be adamw with --lora_rank"),
 }

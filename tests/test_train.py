@@ -868,7 +868,7 @@ def test_what_cannot_be_resumed_is_said_in_one_line(finished, tmp_path):
     assert "leave out --seed" in refused("--resume", finished, "--seed", 9, "--n_steps", 900)
     assert "60 steps are done already" in refused("--resume", finished, "--n_steps", 60)
     assert "leave out --overwrite" in refused("--resume", finished, "--overwrite")
-    assert refused("--resume", "") == "error: --resume is empty: name the folder of a run\n"
+    assert "--resume is empty" in refused("--resume", "")
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
     place = out / "checkpoints" / "00000060"

@@ -145,8 +145,6 @@ def check_out(out, overwrite=False, is_adapter=False):
     run that was stopped before it saved anything is never in the way.
     """
     folder = os.path.join(out, "checkpoints")
-    if not out:
-        raise ValueError("--out is empty: name the folder to write")
     check_target(out, is_adapter)
     if os.path.lexists(folder) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         raise ValueError(f"{folder}: is not a folder we may write to")
@@ -166,8 +164,6 @@ def check_out(out, overwrite=False, is_adapter=False):
 
 def find_out(resume, models_dir):  # the --resume flag -> the run's folder
     """A folder in models_dir, as --init_from takes it, or a path."""
-    if not resume:
-        raise ValueError("--resume is empty: name the folder of a run")
     inside = os.path.join(models_dir, resume)
     return inside if os.path.isdir(inside) else resume
 
