@@ -118,7 +118,7 @@ FLAGS = [
         "resume", str, CALL,
         help="the `out` of an earlier run, which then goes on where it stopped, with its flags. "
         "Only n_steps may be given again, to go on for longer, with a learning rate that follows "
-        "the cosine of the longer run.",
+        "the cosine of the longer run, and data or (with lora_rank) init_from, if they have moved.",
     ),
     Flag(
         "overwrite", bool, CALL, default=False,
@@ -321,7 +321,7 @@ def read_flags(*args, **kwargs):  # -> {name: value} of the flags for the run, O
         raise ValueError("--init_from brings its own tokenizer: leave out --tokenizer")
     if options.resume is not None:
         check_resumes(typed, options)
-    if init_from is not None:
+    elif init_from is not None:
         check_has_data(values["data"], recipe or "finetune")  # before a download in vain
     return typed, options
 
@@ -330,10 +330,13 @@ read_flags.__signature__ = make_signature()
 read_flags.__doc__ = make_help()
 
 
+AGAIN = ("n_steps", "data", "init_from")  # the flags that a resumed run may be given
+
+
 def check_resumes(typed, options):
     """Raises ValueError for flags that a run with --resume may not be given."""
     defaults = {flag.name: flag.default for flag in FLAGS if flag.source == RUN}
-    extra = [n for n in typed if n != "n_steps" and typed[n] != defaults.get(n)]
+    extra = [n for n in typed if n not in AGAIN and typed[n] != defaults.get(n)]
     if extra:
         raise ValueError(f"--resume takes the run's own flags: leave out --{min(extra)}")
     if options.overwrite:

@@ -29,6 +29,7 @@ got it. Of several processes each calls every method. No JAX here.
 """
 
 import contextlib
+import functools
 import math
 import os
 import secrets
@@ -48,13 +49,20 @@ from training.checkpoints import (
     find_checkpoint,
     find_out,
     load_checkpoint,
+    offering_earlier,
     save_checkpoint,
     save_params,
     with_full_paths,
 )
 from training.flags import check_saved, choose, extend
 from training.text import check_data, describe, open_text
-from utils import Model, check_base, find_model, load_encoder_hparams_and_params
+from utils import (
+    MissingBase,
+    Model,
+    check_base,
+    find_model,
+    load_encoder_hparams_and_params,
+)
 
 
 def run(trainer_class, typed, options):
@@ -67,9 +75,11 @@ def run(trainer_class, typed, options):
     if options.resume is not None:
         out = find_out(options.resume, options.models_dir)
         checkpoint = find_checkpoint(out)
+        with offering_earlier(out, checkpoint.folder, read_saved):
+            flags = read_saved(checkpoint)
         n_done = checkpoint.metadata["step"]
-        flags = check_saved(checkpoint.metadata, checkpoint.folder)
         flags = extend(flags, n_done, typed.get("n_steps")) | {"out": out}
+        flags = with_new_places(flags, typed, options.models_dir)
     else:
         is_adapter = "lora_rank" in typed
         check_out(typed["out"], options.overwrite, is_adapter)
@@ -90,9 +100,11 @@ def run(trainer_class, typed, options):
             flags = choose(typed, platform, model and model.hparams)
         trainer = stack.enter_context(contextlib.closing(trainer_class(flags)))
         if checkpoint:
-            folder = checkpoint.folder
-            model, moments = load_checkpoint(folder, trainer.moment_shapes, options.models_dir)
-            check_sizes(flags, model.hparams, folder)
+            load = functools.partial(
+                load_all, flags, trainer.moment_shapes, options.models_dir, typed.get("init_from")
+            )
+            with offering_earlier(out, checkpoint.folder, load):
+                model, moments = load(checkpoint)
 
         # --- The text, and what is learned from it ---
         encoder = model and model.encoder
@@ -157,6 +169,40 @@ def run(trainer_class, typed, options):
 
 
 # --- A checkpoint that is resumed ---------------------------------------------------------------
+
+
+def read_saved(checkpoint):  # -> the run's flags
+    return check_saved(checkpoint.metadata, checkpoint.folder)
+
+
+def with_new_places(flags, typed, models_dir):  # -> the run's flags
+    """Replace the text's place and the frozen model's, if they have moved and new ones are typed.
+
+    Raises FileNotFoundError if there is no text.
+    """
+    if "init_from" in typed and "lora_rank" not in flags:
+        raise ValueError("this run's checkpoints are whole models: leave out --init_from")
+    if "init_from" in typed:
+        flags = flags | {"init_from": base_name(typed["init_from"], models_dir)}
+    if "data" in typed:
+        flags = flags | {"data": typed["data"]}
+    try:
+        check_data(flags["data"])
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no text at {flags['data']}: if it has moved, --data names its new place"
+        ) from None
+    return flags
+
+
+def load_all(flags, moment_shapes, models_dir, base, checkpoint):  # -> Model, {name: array}
+    folder = checkpoint.folder
+    try:
+        model, moments = load_checkpoint(folder, moment_shapes, models_dir, base)
+    except MissingBase as error:
+        raise MissingBase(f"{error}; if it has moved, --init_from names its new place") from None
+    check_sizes(flags, model.hparams, folder)
+    return model, moments
 
 
 def check_sizes(flags, hparams, folder):

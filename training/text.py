@@ -55,7 +55,8 @@ def load_text(data):  # the --data flag -> [str], the documents
 def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]}, Encoder
     """Token shards from a folder, or a text as bytes or `encoder`'s tokens, the last tenth for val.
 
-    `encoder` is the model's or --tokenizer's. Shards made with another tokenizer are refused.
+    `encoder` is the model's or --tokenizer's. Raises ValueError for shards that were made with
+    another tokenizer, and for an id beyond the vocabulary.
     """
     if data in NAMED_TEXTS or not os.path.isdir(data):
         encoder = encoder or Encoder([])
@@ -67,10 +68,10 @@ def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]},
         raise ValueError(f"{data}: shards without a tokenizer: name theirs with --tokenizer")
     if encoder and own and encoder.vocab != own.vocab:
         raise ValueError(f"{data}: shards of another tokenizer: prepare them with the model's")
-    if not os.path.exists(os.path.join(data, "meta.json")):  # its tokenizer is unknown
-        for split in shards.values():
-            check_ids(split, (encoder or own).n_vocab, data)
-    return shards, encoder or own
+    encoder = encoder or own
+    for split in shards.values():
+        check_ids(split, encoder.n_vocab)
+    return shards, encoder
 
 
 class Text(typing.NamedTuple):
