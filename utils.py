@@ -313,7 +313,13 @@ def check_target(model_dir, for_adapter=False):
 # --- The command line ---------------------------------------------------------------------------
 
 
-def main(command: str, adapter: str, out: str, models_dir: str = "models", dtype: str = "float32"):
+def main(
+    command: str,
+    adapter: str,
+    out: str,
+    models_dir: str = "models",
+    saved_dtype: str = "float32",
+):
     """Merge an adapter into its model: `python utils.py merge models/adapter models/whole`.
 
     Args:
@@ -321,7 +327,7 @@ def main(command: str, adapter: str, out: str, models_dir: str = "models", dtype
         adapter: a folder in models_dir, or a path, with a LoRA adapter in peft's layout.
         out: the new folder to write: a model like any other, which needs no base.
         models_dir: the folder that holds the models.
-        dtype: float32 or float16, of the weights on disk.
+        saved_dtype: float32 or float16, of the weights on disk.
     """
     if command != "merge":
         raise ValueError(f"no command {command!r}: merge is the only one")
@@ -331,7 +337,7 @@ def main(command: str, adapter: str, out: str, models_dir: str = "models", dtype
     if not is_adapter(model_dir):
         raise ValueError(f"{model_dir}: no {CONFIG}, so there is nothing to merge")
     encoder, hparams, params = load_encoder_hparams_and_params(model_dir, models_dir)
-    save_model(out, encoder, hparams, params, dtype)
+    save_model(out, encoder, hparams, params, saved_dtype)
     print(f"the merged model is in {out}")
 
 

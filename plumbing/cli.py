@@ -20,9 +20,14 @@ import warnings
 from collections import deque
 
 VERSION = "1.0"  # of all of sixtyGPT, for --version
-# Letters that mean the same flag in every command. Any other letter means the one flag that
-# begins with it.
-SHORT = {"m": "model_size", "n": "n_tokens_to_generate", "s": "seed", "t": "temperature"}
+# The only flags of one letter. A letter means the same in every command that has the flag.
+SHORT = {
+    "m": "model_size",
+    "n": "n_tokens_to_generate",
+    "o": "out",
+    "s": "seed",
+    "t": "temperature",
+}
 USERS_MISTAKES = (ValueError, OSError, ImportError, AssertionError, OverflowError, MemoryError)
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 TYPED = "\0"  # marks what a person typed: argv cannot contain it, so nothing else looks like it
@@ -165,11 +170,8 @@ def find_flag(typed, parameters):  # "-n", "--top-k" or "--nojsonl" -> (name, Fa
     """The parameter that a flag names. ValueError, with the nearest names, if there is none."""
     names = [p.name for p in parameters.values() if p.kind is not p.VAR_POSITIONAL]
     name = typed.lstrip("-").replace("-", "_")
-    if len(name) == 1:
-        found = [n for n in names if n == SHORT.get(name, n) and n.startswith(name)]
-        if len(found) > 1:
-            raise ValueError(f"{typed} could mean {either(found, '--')}: write it in full")
-        name = found[0] if found else name
+    if SHORT.get(name) in names:
+        name = SHORT[name]
     if name in names:
         return name, True
     if name.startswith("no") and name[2:] in names and parameters[name[2:]].annotation is bool:
@@ -178,10 +180,16 @@ def find_flag(typed, parameters):  # "-n", "--top-k" or "--nojsonl" -> (name, Fa
 
 
 def did_you_mean(word, names, prefix=""):  # -> ": did you mean this or that?", or ""
-    """The names that contain the word or, if none does, names that look like it; two at most."""
+    """The names that contain the word or, if none does, names that look like it; two at most.
+
+    For a single letter, the names that begin with it.
+    """
     import difflib
 
-    alike = [n for n in names if len(word) > 1 and word.lower() in n.lower()]
+    if len(word) == 1:
+        alike = [n for n in names if n.startswith(word)]
+    else:
+        alike = [n for n in names if word.lower() in n.lower()]
     found = (alike or difflib.get_close_matches(word, names))[:2]
     return f": did you mean {either(found, prefix)}?" if found else ""
 
@@ -196,9 +204,8 @@ def either(names, prefix=""):  # ["a", "b"] -> "a or b"
 
 def name_short_flags(text):  # fire's help -> the help
     """Shows the letters of SHORT. Fire shows a letter wherever just one flag begins with it."""
-    text = re.sub(r"^( +)-h, --", r"\1--", text, flags=re.MULTILINE)  # -h is for help
+    text = re.sub(r"^( +)-\w, --", r"\1--", text, flags=re.MULTILINE)
     for letter, name in SHORT.items():
-        text = re.sub(rf"^( +)-{letter}, --", r"\1--", text, flags=re.MULTILINE)
         text = re.sub(rf"^( +)--{name}=", rf"\1-{letter}, --{name}=", text, flags=re.MULTILINE)
     return text
 

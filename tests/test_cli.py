@@ -1,5 +1,6 @@
 """plumbing/cli.py, then gpt2.py and gpt2_pico.py as a person runs them: streams, signals, codes."""
 
+import contextlib
 import importlib
 import inspect
 import io
@@ -139,7 +140,7 @@ def test_a_prompt_is_text_whatever_it_looks_like(monkeypatch, capsys, prompt):
         (["a", "--tokens=1"], "no flag --tokens: did you mean --n_tokens? (--help"),
         (["a", "--notes", "b"], "no flag --notes: did you mean --note or"),
         (["a", "--nonote"], "no flag --nonote"),
-        (["a", "-n", "1"], "no flag -n (--help"),  # which means n_tokens_to_generate everywhere
+        (["a", "-n", "1"], "no flag -n: did you mean --n_tokens or --note?"),
         (["a", "-x"], "no flag -x (--help"),
         (["a", "--top_k"], "--top_k: expected a value (if it starts with a dash: --top_k=-x)"),
         (["a", "b"], "--n_tokens: expected a whole number, got 'b'"),
@@ -209,21 +210,48 @@ def test_a_letter_means_the_same_flag_everywhere(monkeypatch):
     assert many(monkeypatch, "-n", "7", "text") == (("text",), 1, 7, None, "")
     assert many(monkeypatch, "-n=7")[2] == 7
 
-    def main(train: int = 0, big: bool = False, bold: bool = False, quick: bool = False):
+    def main(train: int = 0, workers: int = 1, big: bool = False, bold: bool = False):
         pass
 
     parameters = inspect.signature(main).parameters
-    assert cli.find_flag("-q", parameters) == ("quick", True)
-    for letter, words in {"b": "-b could mean --big or --bold: write", "t": "no flag -t"}.items():
-        with pytest.raises(ValueError, match=words):
+    hints = {"w": ": did you mean --workers?", "b": ": did you mean --big or --bold?", "q": " (--"}
+    for letter, hint in hints.items():
+        with pytest.raises(ValueError, match=re.escape(f"no flag -{letter}{hint}")):
             cli.find_flag(f"-{letter}", parameters)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["gpt2", "gpt2_pico", "kv_cache", "explain", "evaluate", "prepare", "serve", "utils"]
-    + ["train_jax", "backprop", "parity", "llama_pico"],
-)
+COMMANDS = ["gpt2", "gpt2_pico", "kv_cache", "explain", "evaluate", "prepare", "serve", "utils"]
+COMMANDS += ["train_jax", "backprop", "parity", "llama_pico"]
+
+
+def parameters_of(command):
+    return inspect.signature(importlib.import_module(command).main, eval_str=True).parameters
+
+
+def test_no_letter_means_two_things_in_two_commands():
+    meanings = {}
+    for command in COMMANDS:
+        for letter in "abcdefghijklmnopqrstuvwxyz":
+            with contextlib.suppress(ValueError):
+                flag, _ = cli.find_flag(f"-{letter}", parameters_of(command))
+                meanings.setdefault(letter, set()).add(flag)
+    assert meanings == {letter: {flag} for letter, flag in cli.SHORT.items()}
+
+
+def test_dtype_means_what_is_computed_with_and_saved_dtype_what_is_on_the_disk():
+    helps = {"dtype": [], "saved_dtype": []}
+    for command in COMMANDS:
+        about = inspect.getdoc(importlib.import_module(command).main) or ""
+        for name in helps.keys() & parameters_of(command).keys():
+            found = re.search(rf"^ +{name}: (.*(?:\n {{8}}.*)*)", about, re.MULTILINE)
+            helps[name].append((command, "disk" in found[1]))
+    assert helps == {
+        "dtype": [("train_jax", False), ("backprop", False), ("parity", False)],
+        "saved_dtype": [("utils", True), ("train_jax", True), ("backprop", True)],
+    }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_version_and_shows_what_letters_mean(name):
     code, out, err = run(f"{name}.py", "--version")
     assert (code, out, err) == (0, f"sixtyGPT {cli.VERSION}\n", "")
