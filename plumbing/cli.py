@@ -28,6 +28,25 @@ SHORT = {
     "s": "seed",
     "t": "temperature",
 }
+OTHER_NAMES = {  # a name that other programs give a flag -> ours, to suggest
+    "block_size": "n_ctx",
+    "eval_interval": "eval_every",
+    "gradient_accumulation_steps": "n_accumulate",
+    "lr": "learning_rate",
+    "max_iters": "n_steps",
+    "max_length": "n_tokens_to_generate",
+    "max_new_tokens": "n_tokens_to_generate",
+    "max_steps": "n_steps",
+    "max_tokens": "n_tokens_to_generate",
+    "model": "model_size",
+    "model_name": "model_size",
+    "num_return_sequences": "n_samples",
+    "num_samples": "n_samples",
+    "out_dir": "out",
+    "output_dir": "out",
+    "start": "prompt",
+    "warmup_iters": "n_warmup",
+}
 USERS_MISTAKES = (ValueError, OSError, ImportError, AssertionError, OverflowError, MemoryError)
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 TYPED = "\0"  # marks what a person typed: argv cannot contain it, so nothing else looks like it
@@ -176,7 +195,11 @@ def find_flag(typed, parameters):  # "-n", "--top-k" or "--nojsonl" -> (name, Fa
         return name, True
     if name.startswith("no") and name[2:] in names and parameters[name[2:]].annotation is bool:
         return name[2:], False
-    raise ValueError(f"no flag {typed}{did_you_mean(name, names, '--')} (--help lists them all)")
+    if OTHER_NAMES.get(name) in names:
+        hint = f": did you mean --{OTHER_NAMES[name]}?"
+    else:
+        hint = did_you_mean(name, names, "--")
+    raise ValueError(f"no flag {typed}{hint} (--help lists them all)")
 
 
 def did_you_mean(word, names, prefix=""):  # -> ": did you mean this or that?", or ""

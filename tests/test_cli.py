@@ -251,6 +251,27 @@ def test_dtype_means_what_is_computed_with_and_saved_dtype_what_is_on_the_disk()
     }
 
 
+@pytest.mark.parametrize(
+    "script, typed, ours",
+    [
+        ("gpt2.py", "--max_new_tokens", "n_tokens_to_generate"),
+        ("gpt2.py", "--model", "model_size"),
+        ("kv_cache.py", "--num-samples", "n_samples"),
+        ("train_jax.py", "--block_size", "n_ctx"),
+        ("utils.py", "--dtype", "saved_dtype"),
+    ],
+)
+def test_other_programs_names_suggest_ours(script, typed, ours):
+    code, out, err = call(script, "a", "b", "c", typed, "3")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: no flag {typed}: did you mean --{ours}? (--help")
+
+
+def test_every_suggestion_is_some_commands_flag():
+    flags = {flag for command in COMMANDS for flag in parameters_of(command)}
+    assert set(cli.OTHER_NAMES.values()) <= flags and not flags & set(cli.OTHER_NAMES)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_version_and_shows_what_letters_mean(name):
     code, out, err = run(f"{name}.py", "--version")
