@@ -398,7 +398,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 
 
 def main(
-    prompt: str,
+    prompt: str | None = None,
     n_tokens_to_generate: int = 40,
     model_size: str = "124M",
     models_dir: str = "models",
@@ -409,6 +409,7 @@ def main(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     slide: bool = False,
+    prompt_file: str | None = None,
 ):
     """Continue a prompt with GPT-2, as text on standard output.
 
@@ -427,10 +428,14 @@ def main(
             the loops that greedy texts fall into.
         seed: the same seed draws the same text again.
         slide: go on beyond the model's n_ctx, forgetting the beginning of the text.
+        prompt_file: continue this file, as a whole and without its last line's end; - is standard
+            input.
     """
+    from generation.terminal import find_prompt
     from plumbing.cli import notice
     from utils import load_encoder_hparams_and_params
 
+    prompt = find_prompt(prompt, prompt_file)
     sampling = {
         "temperature": temperature,
         "top_k": top_k,

@@ -395,6 +395,7 @@ def generate(prompts, params, n_head, n_tokens_to_generate, **options):
 def main(
     *prompts: str,
     prompts_file: str | None = None,
+    prompt_file: str | None = None,
     interactive: bool = False,
     n_tokens_to_generate: int = 40,
     n_samples: int = 1,
@@ -420,6 +421,8 @@ def main(
     Args:
         prompts: the texts to continue; an empty one starts from nothing.
         prompts_file: a file with one prompt per line; - reads them from standard input.
+        prompt_file: a file that is one prompt, as a whole and without its last line's end; - is
+            standard input.
         interactive: continue each line that is typed, until Ctrl-D; Ctrl-C stops a text. This is
             what happens on a terminal without prompts.
         n_tokens_to_generate: how many tokens to add to each text at most.
@@ -461,7 +464,7 @@ def main(
     if chat:
         terminal.check_chat(n_samples=n_samples > 1, echo=echo, jsonl=jsonl, slide=slide)
     stream = find_backend(backend, lookup=lookup, slide=slide)
-    prompts = terminal.find_prompts(prompts, prompts_file, interactive or chat)
+    prompts = terminal.find_prompts(prompts, prompts_file, interactive or chat, prompt_file)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
 
     def write(batch):  # lists of ids -> their events

@@ -10,13 +10,20 @@ import sys
 
 from corpus.chat import NEXT_TURN, encode_conversation
 from generation.stops import up_to
-from plumbing.cli import one_line
+from plumbing.cli import notice, one_line
 
 # --- Prompts --------------------------------------------------------------------------------------
 
 
-def find_prompts(prompts, prompts_file, interactive):  # -> list of str, or None if they are typed
-    """Raises ValueError for no prompts, or if some come with --interactive."""
+def find_prompts(prompts, prompts_file, interactive, prompt_file=None):
+    """-> list of str, or None if they are typed.
+
+    Raises ValueError for no prompts, or if some come with --interactive.
+    """
+    for prompt in prompts:
+        suggest_file(prompt)
+    if prompt_file is not None:
+        prompts = [*prompts, read_prompt(prompt_file)]
     given = prompts or prompts_file is not None
     if interactive and given:
         raise ValueError("--interactive reads its prompts as you type them: give no others")
@@ -26,6 +33,28 @@ def find_prompts(prompts, prompts_file, interactive):  # -> list of str, or None
     if not prompts:
         raise ValueError("no prompts: give one or more, --prompts_file or --interactive")
     return prompts
+
+
+def find_prompt(prompt, prompt_file):  # the two flags, of which one is given -> str
+    """Raises ValueError if none or both are given."""
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("expected one prompt: the text, or --prompt_file with its file")
+    if prompt_file is not None:
+        return read_prompt(prompt_file)
+    suggest_file(prompt)
+    return prompt
+
+
+def suggest_file(prompt):
+    """nanoGPT reads the file of a prompt FILE:name. Here any prompt is text."""
+    if prompt.startswith("FILE:"):
+        path = prompt.removeprefix("FILE:")
+        notice(f"this prompt is the text {prompt}; to continue that file: --prompt_file {path}")
+
+
+def read_prompt(path):
+    """A whole file, or standard input for "-", without a first BOM and the end of its last line."""
+    return "\n".join(read_lines(path))
 
 
 def read_lines(path):

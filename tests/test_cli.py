@@ -18,6 +18,7 @@ from conftest import REPO, TINY, call, exclaiming, run, tree_map
 import gpt2
 import utils
 from encoder import Encoder
+from generation import terminal
 from model_files import download, weights
 from plumbing import cli
 
@@ -441,6 +442,35 @@ def test_flags_left_out_mean_40_tokens_from_all_there_are(models):
     ):
         code, out, err = call("gpt2.py", "Once", "--model_size", "tiny", *flags, models_dir=folder)
         assert (code, out, err) == (0, expected(params, "Once", 40, **sampling), "")
+
+
+@pytest.mark.parametrize("script", ["gpt2.py", "kv_cache.py"])
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"], ids=repr)
+def test_a_file_can_be_the_prompt(models, tmp_path, script, end):
+    folder, params = models
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(f"One,\r\ntwo\n\nthree{end}".encode())
+    flags = ["--model_size", "tiny", "--n_tokens_to_generate", "12"]
+    wanted = 0, expected(params, "One,\ntwo\n\nthree", 12), ""
+    assert call(script, *flags, "--prompt_file", path, models_dir=folder) == wanted
+    data = path.read_bytes()
+    assert call(script, *flags, "--prompt_file=-", models_dir=folder, input=data) == wanted
+
+
+def test_a_prompt_and_a_file_exclude_each_other(models, tmp_path):
+    for words in (["a", "--prompt_file", tmp_path / "x"], []):
+        code, out, err = call("gpt2.py", *words, "--model_size", "tiny", models_dir=models[0])
+        assert (code, out) == (2, "") and err.startswith("error: expected one prompt: ")
+    code, _, err = call("gpt2.py", "--prompt_file", tmp_path / "x", models_dir=models[0])
+    assert code == 2 and err == f"error: {tmp_path / 'x'}: No such file or directory\n"
+
+
+def test_a_prompt_in_nanogpts_way_is_text_and_names_the_flag(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert terminal.find_prompt("FILE:a.txt", None) == "FILE:a.txt"
+    assert terminal.find_prompts(["b", "FILE:a.txt"], None, False) == ["b", "FILE:a.txt"]
+    said = "notice: this prompt is the text FILE:a.txt; to continue that file: --prompt_file a.txt"
+    assert capsys.readouterr().err == 2 * f"{said}\n"
 
 
 def test_prompt_and_new_tokens_may_fill_the_context_exactly(models):
