@@ -45,6 +45,7 @@ from plumbing.memory import n_that_fit
 CHUNK = 512  # tokens that a pass runs at most, which bounds its scratch memory
 FIRST_CAPACITY = 32  # tokens that a new cache has room for
 MAX_ROWS = 64  # in a batch, unless the caller says how many
+LOOKUP = 4  # guesses a pass, by default on the command line, where it writes a single row
 
 # --------------------------------------------------------------------------------------------------
 # The idea: keep the keys and values, attend to all of them, and shift the positions
@@ -400,7 +401,7 @@ def main(
     n_tokens_to_generate: int = 40,
     n_samples: int = 1,
     batch_size: int | None = None,
-    lookup: int = 0,
+    lookup: int | None = None,
     stop: tuple[str, ...] | None = None,
     echo: bool = False,
     jsonl: bool = False,
@@ -430,7 +431,8 @@ def main(
         batch_size: how many texts to write at the same time. By default all, but at most 64, and
             at most as many as fit, with their caches, into half of the free memory.
         lookup: guess this many tokens at a time from the text so far; the result is the same, and
-            comes sooner where the text repeats itself.
+            comes sooner where the text repeats itself. By default 4 for a single text, where it
+            costs next to nothing, and 0 (no guesses) for several.
         stop: end a continuation before this text, in which \\n is a new line, \\t a tab and \\\\ a
             backslash; may be repeated, for several (the ids of --jsonl keep its tokens).
         echo: print each prompt before its continuation.
@@ -465,6 +467,9 @@ def main(
         terminal.check_chat(n_samples=n_samples > 1, echo=echo, jsonl=jsonl, slide=slide)
     stream = find_backend(backend, lookup=lookup, slide=slide)
     prompts = terminal.find_prompts(prompts, prompts_file, interactive or chat, prompt_file)
+    n_rows = n_samples * (1 if prompts is None else len(prompts))
+    if lookup is None and backend == "numpy":
+        stream = partial(stream, lookup=LOOKUP if n_rows == 1 else 0)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
 
     def write(batch):  # lists of ids -> their events

@@ -15,7 +15,7 @@ import weakref
 import conftest
 import numpy as np
 import pytest
-from conftest import REPO, TINY, exclaiming, hugging_face, on_linux, random_params
+from conftest import REPO, TINY, call, exclaiming, hugging_face, on_linux, random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -160,12 +160,12 @@ def test_the_arithmetic_for_124m():
 
 def test_no_new_ids_are_refused(params):
     cache = kv_cache.new_cache(params, N_HEAD, capacity=0)
-    for call in (
+    for act in (
         lambda: kv_cache.prefill(cache, [], params, N_HEAD),
         lambda: kv_cache.extend([cache, kv_cache.copy_cache(cache)], [[1], []], params, N_HEAD),
     ):
         with pytest.raises(ValueError, match="every row needs at least one new id"):
-            call()
+            act()
     assert cache.n_seq == 0 and cache.kv.shape[3] == 1
 
 
@@ -893,6 +893,28 @@ def test_lookup_changes_no_token(data):
     fast = kv_cache.generate_stream(prompts, params, N_HEAD, n_tokens, **options, lookup=lookup)
     in_order = [sorted(events, key=lambda e: e[0]) for events in (plain, list(fast))]
     assert in_order[0] == in_order[1]
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", "0.8", "--seed", "5"]], ids=str)
+def test_a_single_text_is_guessed_by_default_and_stays_the_same(monkeypatch, sampling):
+    """Of the shipped model, which repeats itself if it is greedy."""
+    passes, plain = [], kv_cache.extend_all
+
+    def note(caches, new_ids, *rest):
+        passes.append([len(ids) for ids in new_ids])
+        return plain(caches, new_ids, *rest)
+
+    monkeypatch.setattr(kv_cache, "extend_all", note)
+    words = ["ROMEO:\nO, ", "--model_size", "shakespeare", "-n", "160", *sampling]
+    wanted = call("kv_cache.py", *words, "--lookup", "0")
+    assert wanted[0] == 0 and max(passes[1:]) == [1]
+    n_plain = len(passes)
+    assert call("kv_cache.py", *words) == wanted
+    guessed = passes[n_plain + 1 :]
+    assert [1 + kv_cache.LOOKUP] in guessed and len(guessed) < n_plain
+    passes.clear()
+    assert call("kv_cache.py", *words, "JULIET:")[0] == 0  # several texts: no guesses
+    assert all(sizes in ([1], [1, 1]) for sizes in passes[2:])
 
 
 def test_lookup_writes_a_text_that_repeats_in_fewer_passes(params, monkeypatch):
