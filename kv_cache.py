@@ -46,6 +46,7 @@ CHUNK = 512  # tokens that a pass runs at most, which bounds its scratch memory
 FIRST_CAPACITY = 32  # tokens that a new cache has room for
 MAX_ROWS = 64  # in a batch, unless the caller says how many
 LOOKUP = 4  # guesses a pass, by default on the command line, where it writes a single row
+N_TOKENS = 40  # that the command line adds to a text at most, by default
 
 # --------------------------------------------------------------------------------------------------
 # The idea: keep the keys and values, attend to all of them, and shift the positions
@@ -398,7 +399,7 @@ def main(
     prompts_file: str | None = None,
     prompt_file: str | None = None,
     interactive: bool = False,
-    n_tokens_to_generate: int = 40,
+    n_tokens_to_generate: int | None = None,
     n_samples: int = 1,
     batch_size: int | None = None,
     lookup: int | None = None,
@@ -426,7 +427,8 @@ def main(
             standard input.
         interactive: continue each line that is typed, until Ctrl-D; Ctrl-C stops a text. This is
             what happens on a terminal without prompts.
-        n_tokens_to_generate: how many tokens to add to each text at most.
+        n_tokens_to_generate: how many tokens to add to each text at most. By default 40, and in a
+            chat as many as the rest of the context holds.
         n_samples: how many continuations of each prompt; they differ if temperature is above 0.
         batch_size: how many texts to write at the same time. By default all, but at most 64, and
             at most as many as fit, with their caches, into half of the free memory.
@@ -459,7 +461,8 @@ def main(
     from utils import load_encoder_hparams_and_params
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    check_sampling(n_tokens_to_generate, seed=seed, **sampling._asdict())  # before any download
+    n_tokens = N_TOKENS if n_tokens_to_generate is None else n_tokens_to_generate
+    check_sampling(n_tokens, seed=seed, **sampling._asdict())  # before any download
     if temperature == 0 and (top_k > 0 or top_p < 1 or min_p > 0 or n_samples > 1):
         notice("at temperature 0, top_k, top_p and min_p change nothing, and all samples are equal")
     stops = terminal.read_stops(stop or (), chat)
@@ -472,9 +475,9 @@ def main(
         stream = partial(stream, lookup=LOOKUP if n_rows == 1 else 0)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
 
-    def write(batch):  # lists of ids -> their events
+    def write(batch, n_tokens):  # lists of ids -> their events
         return stream(
-            batch, params, hparams["n_head"], n_tokens_to_generate,
+            batch, params, hparams["n_head"], n_tokens,
             seed=seed, endoftext=encoder.end_ids, stop=stops_with(stops, encoder),
             n_samples=n_samples, batch_size=batch_size, **sampling._asdict(),
         )  # fmt: skip
@@ -482,20 +485,20 @@ def main(
     def show(prompts):
         ids = terminal.encode_prompts(prompts, encoder, None if slide else hparams["n_ctx"])
         if len(prompts) * n_samples == 1 and not jsonl:
-            terminal.print_stream(write(ids), prompts[0] if echo else "", encoder, stops)
+            terminal.print_stream(write(ids, n_tokens), prompts[0] if echo else "", encoder, stops)
         else:
             terminal.print_rows(
-                write(ids), prompts, n_samples, n_tokens_to_generate, encoder, stops, jsonl,
+                write(ids, n_tokens), prompts, n_samples, n_tokens, encoder, stops, jsonl,
                 bar=prompts_file is not None, echo=echo,
             )  # fmt: skip
 
     if chat:
 
-        def answer(ids):
-            return terminal.texts_of(write([ids]), encoder, stops)
+        def answer(ids, n_tokens):
+            return terminal.texts_of(write([ids], n_tokens), encoder, stops)
 
-        n_most = hparams["n_ctx"] - n_tokens_to_generate
-        terminal.interact(terminal.converse(answer, encoder, n_most))
+        say = terminal.converse(answer, encoder, hparams["n_ctx"], n_tokens_to_generate)
+        terminal.interact(say)
     elif prompts is None:
         terminal.interact(show)
     else:

@@ -130,22 +130,24 @@ def check_chat(**asked):  # {a flag that excludes --chat: was it given?}
         raise ValueError(f"--chat gives one answer to each line: leave out --{given[0]}")
 
 
-def converse(answer, encoder, n_most):  # -> a function of [line], for interact
+def converse(answer, encoder, n_ctx, n_tokens=None):  # -> a function of [line], for interact
     """Each line is a user's message. The answer is printed; message and answer are remembered.
 
-    answer(ids): the text of an answer in parts. If Ctrl-C stops an answer, the part before counts
-    as the whole. The function raises ValueError for a line of more than n_most ids, which is then
-    forgotten.
+    answer(ids, n): the text of an answer of at most n tokens, in parts. n is n_tokens or, if that
+    is None, what the conversation leaves of the context, which is a quarter at least. If Ctrl-C
+    stops an answer, the part before counts as the whole. The function raises ValueError for a line
+    that is too long, which is then forgotten.
     """
     messages = []
+    n_reserved = max(1, n_ctx // 4) if n_tokens is None else n_tokens
 
     def say(lines):
         asked = [*messages, {"role": "user", "content": lines[0]}]
-        ids = encode_conversation(asked, encoder, n_most)
+        ids = encode_conversation(asked, encoder, n_ctx - n_reserved)
         messages[:] = asked
         said = ""
         try:
-            for text in answer(ids):
+            for text in answer(ids, n_ctx - len(ids) if n_tokens is None else n_tokens):
                 text = text if said else text.lstrip()  # drops the space after "Assistant:"
                 print(text, end="", flush=True)
                 said += text
