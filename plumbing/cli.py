@@ -78,7 +78,7 @@ def run_cli(main):
     except BrokenPipeError:
         code = 141
     except USERS_MISTAKES as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}{advice(main, error)}", file=sys.stderr)
         code = 2
     with contextlib.suppress(AttributeError):  # there may be no stdout
         try:
@@ -86,6 +86,13 @@ def run_cli(main):
         except OSError:  # else Python would try, and complain, once more at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def advice(main, error):  # -> words to append to an error's line, or ""
+    """For a text that is longer than the model's context: the flag that allows it, if any."""
+    is_too_long = str(error).endswith("positions (n_ctx)")
+    has_slide = "slide" in inspect.signature(main).parameters
+    return "; --slide goes on beyond them" if is_too_long and has_slide else ""
 
 
 def one_line(error):

@@ -473,6 +473,16 @@ def test_a_prompt_in_nanogpts_way_is_text_and_names_the_flag(monkeypatch, capsys
     assert capsys.readouterr().err == 2 * f"{said}\n"
 
 
+def test_a_text_that_is_too_long_names_the_flag_that_allows_it(models):
+    long, words = "x" * 60, ["--model_size", "tiny"]
+    for script, prompt in (("gpt2.py", long), ("kv_cache.py", long), ("gpt2.py", "x" * 9999)):
+        code, out, err = call(script, prompt, *words, models_dir=models[0])
+        assert (code, out) == (2, "")
+        assert err.endswith("48 positions (n_ctx); --slide goes on beyond them\n")
+    _, _, err = call("gpt2_pico.py", "x" * 9999, *words, models_dir=models[0])  # it cannot slide
+    assert "positions (n_ctx)" in err and "--slide" not in err
+
+
 def test_prompt_and_new_tokens_may_fill_the_context_exactly(models):
     folder, params = models
     flags = ["--model_size", "tiny", "--n_tokens_to_generate", "44"]
