@@ -23,7 +23,6 @@ import contextlib
 import dataclasses
 import functools
 import operator
-import sys
 
 try:
     import jax
@@ -32,8 +31,10 @@ try:
 except ModuleNotFoundError as missing:  # generating needs neither, so they may be missing
     if __name__ != "__main__":
         raise
-    print(f"error: {missing}: pip install -r requirements.txt", file=sys.stderr)
-    sys.exit(2)
+    from plumbing.cli import end_without_packages
+    from training.flags import read_flags
+
+    end_without_packages(missing, "requirements/train.txt", read_flags)
 
 from corpus.examples import is_examples
 from evaluation.tasks import TASKS, accuracy, encode_item, load_items

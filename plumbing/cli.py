@@ -6,6 +6,7 @@ Fire reads the flags. This file changes some of Fire's habits, and turns errors 
 exit codes.
 """
 
+import ast
 import contextlib
 import functools
 import inspect
@@ -18,6 +19,7 @@ import types
 import typing
 import warnings
 from collections import deque
+from pathlib import Path
 
 VERSION = "1.0"  # of all of sixtyGPT, for --version
 # The only flags of one letter. A letter means the same in every command that has the flag.
@@ -86,6 +88,24 @@ def run_cli(main):
         except OSError:  # else Python would try, and complain, once more at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def end_without_packages(missing, requirements, main):
+    """End a script whose packages are missing: with its help, if asked for, otherwise one line."""
+    if {"-h", "--help", "--version"} & set(sys.argv[1:]):
+        run_cli(main)
+    print(f"error: {missing}: pip install -r {requirements}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main_of(path):  # -> a function that does nothing, with the signature and the docstring
+    """A script's `main`, for its help. What the script imports need not be installed."""
+    tree = ast.parse(Path(path).read_text("utf-8"))
+    [main] = [node for node in tree.body if getattr(node, "name", "") == "main"]
+    main.body = main.body[:1]  # the docstring
+    names = {}
+    exec(compile(ast.Module([main], []), path, "exec"), names)
+    return names["main"]
 
 
 def advice(main, error):  # -> words to append to an error's line, or ""

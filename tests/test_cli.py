@@ -637,8 +637,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("prepare.py text.txt --out shards", None),
         ("prepare.py text.txt --out shards2 --ray auto", "pip install -r requirements/ray.txt"),
         ("prepare.py text.parquet --out shards3", "pip install pyarrow"),
-        ("train_jax.py --data text.txt --out out", "pip install -r requirements.txt"),
+        ("train_jax.py --data text.txt --out out", "pip install -r requirements/train.txt"),
+        ("train_jax.py --help", None),
+        ("train_jax.py --version", None),
         ("serve.py --model_size tiny", "pip install -r requirements/serve.txt"),
+        ("serve.py --help", None),
     ],
 )
 def test_what_is_not_installed_is_not_needed_or_asked_for(models, tmp_path, line, wanted):
@@ -650,7 +653,20 @@ def test_what_is_not_installed_is_not_needed_or_asked_for(models, tmp_path, line
     done = subprocess.run(command, capture_output=True, timeout=120, cwd=tmp_path, encoding="utf-8")
     if wanted is None:
         assert done.returncode == 0, done.stderr
+        if "--help" in args:
+            assert done.stdout == call(script, "--help")[1] != ""
     else:
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: ") and done.stderr.endswith(f"{wanted}\n")
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["serve.py uvicorn serve", "train_jax.py optax train"])
+def test_a_single_missing_package_is_said_in_one_line(script):
+    script, name, file = script.split()
+    code = re.sub(r'HEAVY = ".*"\nHEAVY \+= ".*"', f'HEAVY = "{name}"', WITHOUT)
+    command = [sys.executable, "-c", code, str(REPO / script)]
+    done = subprocess.run(command, capture_output=True, timeout=120, encoding="utf-8")
+    wanted = f"error: No module named '{name}': pip install -r requirements/{file}.txt\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", wanted)
+    assert subprocess.run([*command, "--help"], capture_output=True, timeout=120).returncode == 0
