@@ -57,7 +57,8 @@ TYPED = "\0"  # marks what a person typed: argv cannot contain it, so nothing el
 def run_cli(main):
     """Run `main` as a command line whose flags are its parameters, read by their annotations.
 
-    `main` starts only once the whole line is understood. USERS_MISTAKES end in one line on stderr
+    `main` starts only once the whole line is understood. main.unlisted: the parameters that the
+    help leaves out. USERS_MISTAKES end in one line on stderr
     and exit code 2, Ctrl-C in 130, a closed pipe in 141.
     """
     if sys.stderr is None:  # it was closed: progress bars would fail to write there
@@ -151,7 +152,7 @@ def read_arguments(main, argv):
 
     calls = []
 
-    @functools.wraps(main)
+    @functools.wraps(main, updated=())  # fire would list main's attributes
     def record(*args, **kwargs):
         calls.append((args, kwargs))
 
@@ -164,7 +165,9 @@ def read_arguments(main, argv):
         names = () if p.kind is p.VAR_POSITIONAL else (p.name,)  # (): fire's default parser
         SetParseFn(functools.partial(parse, p.name, p.annotation), *names)(record)
     # "int | None" reads better in the help as fire's own "Optional[int]".
-    plain = [p.replace(annotation=kinds(p.annotation)[0]) for p in parameters.values()]
+    unlisted = getattr(main, "unlisted", ()) if help_wanted else ()
+    listed = [p for p in parameters.values() if p.name not in unlisted]
+    plain = [p.replace(annotation=kinds(p.annotation)[0]) for p in listed]
     record.__signature__ = inspect.Signature(plain)
 
     printed = io.StringIO()

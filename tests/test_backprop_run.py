@@ -75,6 +75,21 @@ def test_a_mistake_ends_in_one_line_before_any_training(tmp_path, case):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_help_lists_what_it_takes_and_train_jax_lists_all():
+    """A flag is listed if it can be given a value other than its only one."""
+    ours, theirs = (
+        set(re.findall(r"^ +(?:-\w, )?--(\w+)=", conftest.call(script, "--help")[1], re.MULTILINE))
+        for script in ("backprop.py", "train_jax.py")
+    )
+    assert theirs - ours == {
+        "coordinator", "dropout", "dtype", "eval_tasks", "eval_tasks_every", "fsdp", "lora_alpha",
+        "lora_rank", "lora_targets", "num_processes", "optimizer", "process_id",
+    }  # fmt: skip
+    assert ours < theirs and {"ema", "n_steps", "saved_dtype"} <= ours
+    said = " ".join(conftest.call("backprop.py", "--help")[1].split())
+    assert "needs only the packages of `make demo`" in said and "GROUP" not in said
+
+
 def test_too_little_text_and_a_folder_in_use_are_refused(tmp_path):
     (tmp_path / "text").write_text("too short")
     code, out, err = run("--data", tmp_path / "text", "--out", tmp_path / "out")

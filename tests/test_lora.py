@@ -446,7 +446,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(run, models, tmp_path, monke
     assert code == (130 if how == "stopped" else 2)
     assert not (tmp_path / "b" / "checkpoints" / "00000008").exists()
     code, printed, err = conftest.call_trainer("--resume", tmp_path / "b")
-    assert (code, err) == (0, "") and "going on after step" in printed
+    assert (code, err) == (0, "") and "resuming " in printed
     assert written(tmp_path / "b") == written(out)
 
 

@@ -131,7 +131,8 @@ def run(trainer_class, typed, options):
         if checkpoint and n_done < flags["n_steps"]:
             rate, lowest = trainer.learning_rate(n_done), flags["min_learning_rate"]
             output.show(
-                f"going on after step {n_done} of {flags['n_steps']}: "
+                f"resuming {flags['out']} ({flags['recipe']}, on {flags['data']}) "
+                f"after step {n_done} of {flags['n_steps']}: "
                 f"the learning rate is {rate:.2g} now and {lowest:.2g} at the end"
             )
 
