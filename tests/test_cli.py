@@ -642,6 +642,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("train_jax.py --version", None),
         ("serve.py --model_size tiny", "pip install -r requirements/serve.txt"),
         ("serve.py --help", None),
+        (
+            "backprop.py --data text.txt --out ./out2 --n_steps 2 --n_embd 16 --n_ctx 16 "
+            "--checkpoint_every 1",
+            None,
+        ),
     ],
 )
 def test_what_is_not_installed_is_not_needed_or_asked_for(models, tmp_path, line, wanted):
@@ -655,6 +660,8 @@ def test_what_is_not_installed_is_not_needed_or_asked_for(models, tmp_path, line
         assert done.returncode == 0, done.stderr
         if "--help" in args:
             assert done.stdout == call(script, "--help")[1] != ""
+        if script == "backprop.py":
+            assert done.stdout.count("no loss.png, which needs matplotlib: pip install") == 1
     else:
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: ") and done.stderr.endswith(f"{wanted}\n")

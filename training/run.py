@@ -276,6 +276,7 @@ class Output:
         self.versions = trainer.versions
         self.is_main = trainer.is_main
         self.is_unheard = False  # has printing failed?
+        self.can_draw = True  # is there matplotlib?
         self.log = lambda values: {}  # what open_log opens
         self.number = secrets.randbits(48)  # by which the run knows its checkpoints
         self.checkpoint = None  # the folder of the last one
@@ -334,5 +335,15 @@ class Output:
         }
         previous = self.checkpoint
         self.checkpoint = save_checkpoint(self.out, self.model, state, metadata, previous)
-        with contextlib.suppress(ImportError, OSError):  # a run must not fail for a picture
-            progress.plot(self.out)
+        self.draw()
+
+    def draw(self):
+        """Write loss.png. A run must not fail for a picture; if it needs a package, say so once."""
+        if self.can_draw:
+            try:
+                progress.plot(self.out)
+            except ImportError:
+                self.can_draw = False
+                self.show("no loss.png, which needs matplotlib: pip install matplotlib")
+            except OSError:
+                pass
