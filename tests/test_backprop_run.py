@@ -117,6 +117,21 @@ def ends(out):
     return files, plans, losses
 
 
+def test_a_name_means_the_same_folder_to_out_resume_and_model_size(tmp_path):
+    """Below ./models unless there is a slash in it. A run of an earlier ./name goes on as well."""
+    sizes = ["--n_layer", 1, "--n_head", 2, "--n_embd", 8, "--n_ctx", 16]
+    new = ["--data", REPO / "gpt2.py", *sizes, "--n_steps", 2, "--out"]
+    for out, name, folder in (("new", "new", "models/new"), ("./old", "old", "old")):
+        code, said, err = run(*new, out, cwd=tmp_path)
+        assert (code, err) == (0, "") and (tmp_path / folder / "model.safetensors").is_file()
+        assert said.endswith(f"the best model is in {'./' * (folder == 'old')}{folder}\n")
+        code, said, err = run("--resume", name, "--n_steps", 3, cwd=tmp_path)
+        assert (code, err) == (0, "") and f"resuming {folder} (shakespeare-cpu, on " in said
+        flags = ["--model_size", name, "-n", 3]
+        assert conftest.call("gpt2.py", "a", *flags, cwd=tmp_path)[0] == 0
+    assert sorted(os.listdir(tmp_path)) == ["models", "old"]
+
+
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "never_stopped"

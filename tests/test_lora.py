@@ -400,6 +400,8 @@ def test_an_adapters_folder_is_a_model_for_every_script(models, run, tmp_path, s
             for place in (out, whole)
         ]
         assert np.array_equal(*logits)
+        printed = conftest.call(script, "merge", out, f"whole_{tmp_path.name}", **where)[1]
+        assert printed == f"the merged model is in {folder}/whole_{tmp_path.name}\n"
         code, _, err = conftest.call(script, "merge", out, whole, **where)
         assert code == 2 and err == f"error: {whole} is not empty: name a new folder\n"
         return

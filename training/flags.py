@@ -86,8 +86,8 @@ FLAGS = [
     ),
     Flag(
         "out", str, RUN, default="models/mine",
-        help='the folder to write, a new one; `python gpt2.py "..." --model_size mine` then reads '
-        "models/mine.",
+        help="the folder to write, a new one. A name alone, such as mine, is a folder in "
+        "models_dir, where --resume and --model_size look as well; with a slash, it is a path.",
     ),
     Flag(
         "recipe", str, RUN, is_required=True,

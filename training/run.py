@@ -54,7 +54,7 @@ from training.checkpoints import (
 )
 from training.flags import check_saved, choose, extend
 from training.text import check_data, describe, open_text
-from utils import Model, check_base, find_model, load_encoder_hparams_and_params
+from utils import Model, check_base, find_model, load_encoder_hparams_and_params, target_dir
 
 
 def run(trainer_class, typed, options):
@@ -71,6 +71,7 @@ def run(trainer_class, typed, options):
         flags = check_saved(checkpoint.metadata, checkpoint.folder)
         flags = extend(flags, n_done, typed.get("n_steps")) | {"out": out}
     else:
+        typed = typed | {"out": target_dir(typed["out"], options.models_dir)}
         is_adapter = "lora_rank" in typed
         check_out(typed["out"], options.overwrite, is_adapter)
         if "init_from" in typed:
