@@ -29,6 +29,7 @@ got it. Of several processes each calls every method. No JAX here.
 """
 
 import contextlib
+import json
 import math
 import os
 import secrets
@@ -55,6 +56,8 @@ from training.checkpoints import (
 from training.flags import check_saved, choose, extend
 from training.text import check_data, describe, open_text
 from utils import Model, check_base, find_model, load_encoder_hparams_and_params, target_dir
+
+SAMPLE_TEMPERATURE = 0.8
 
 
 def run(trainer_class, typed, options):
@@ -274,6 +277,7 @@ class Output:
         self.out = flags["out"]
         self.model = model
         self.description = text.description
+        self.prompt = text.prompt
         self.versions = trainer.versions
         self.is_main = trainer.is_main
         self.is_unheard = False  # has printing failed?
@@ -309,13 +313,15 @@ class Output:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def show_sample(self, generate, params):
-        """Show some lines that the model writes after a line's end: 100 tokens of it at most."""
+        """Show what the model writes after the text's prompt: 100 tokens of it at most."""
         encoder, hparams, _ = self.model
-        n = min(100, hparams["n_ctx"] - 1)
+        n = min(100, hparams["n_ctx"] - len(self.prompt))
         [ids] = generate(
-            [encoder.encode("\n")], params, hparams["n_head"], n,
-            endoftext=encoder.end_ids, temperature=0.8, seed=self.flags["seed"],
+            [self.prompt], params, hparams["n_head"], n,
+            endoftext=encoder.end_ids, temperature=SAMPLE_TEMPERATURE, seed=self.flags["seed"],
         )  # fmt: skip
+        prompt = json.dumps(encoder.decode(self.prompt)[-60:], ensure_ascii=False)
+        self.show(f"  a sample, at temperature {SAMPLE_TEMPERATURE}, after {prompt}:")
         lines = [line for line in encoder.decode(ids).splitlines() if line.strip()]
         self.show("\n".join("    " + line for line in lines))
 

@@ -7,7 +7,7 @@ import typing
 
 import numpy as np
 
-from corpus.examples import hold_out, is_examples, is_learned, load_examples, pack
+from corpus.examples import hold_out, is_examples, is_learned, load_examples, pack, prompt_of
 from corpus.shards import check_ids, count_ids, open_shards, read_stretches
 from corpus.texts import encode_text, read_text
 from encoder import Encoder
@@ -68,13 +68,15 @@ class Text(typing.NamedTuple):
 
     train: arrays of ids, or, of examples, one array [n_rows, n_ctx + 1], which is read row by row.
     windows: [n_windows, n_ctx + 1], what is validated with. description: what a checkpoint says of
-    both: counts and fingerprints, and a line about the examples if they are such.
+    both: counts and fingerprints, and a line about the examples if they are such. prompt: ids, the
+    beginning of the samples that are shown: a line's end, or the first validation example's prompt.
     """
 
     train: list
     windows: np.ndarray
     description: dict
     encoder: Encoder
+    prompt: list
 
 
 def open_text(data, encoder, n_ctx):  # the --data flag -> Text
@@ -89,7 +91,7 @@ def open_text(data, encoder, n_ctx):  # the --data flag -> Text
         "training": fingerprint(shards["train"]),
         "validation": hashlib.sha256(windows.tobytes()).hexdigest(),
     }
-    return Text(shards["train"], windows, description, encoder)
+    return Text(shards["train"], windows, description, encoder, encoder.encode("\n"))
 
 
 def open_examples(data, encoder, n_ctx):
@@ -97,7 +99,9 @@ def open_examples(data, encoder, n_ctx):
     examples, words = load_examples(data, encoder, n_ctx + 1)
     if len(examples) < 2:
         raise ValueError(f"{data}: {words}: at least 2 are needed, one of them to validate with")
-    train, windows = (pack(part, n_ctx + 1) for part in hold_out(examples))
+    held_out = hold_out(examples)
+    prompt = prompt_of(held_out[1][0])[-max(1, n_ctx - 1) :]  # so that there is room for a token
+    train, windows = (pack(part, n_ctx + 1) for part in held_out)
     windows = windows[: max(1, MOST_VALIDATION // n_ctx)]
     description = {
         "n_train": int(is_learned(train).sum()),
@@ -105,7 +109,7 @@ def open_examples(data, encoder, n_ctx):
         "validation": hashlib.sha256(windows.tobytes()).hexdigest(),
         "examples": words,
     }
-    return Text([train], windows, description, encoder)
+    return Text([train], windows, description, encoder, prompt)
 
 
 def describe(text):  # -> a line for people
