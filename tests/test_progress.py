@@ -29,8 +29,8 @@ def read(path):
 def log(tmp_path):
     """make_log for tokens of 1000 FLOP, and 5 MFLOP/s."""
 
-    def make(n_done=0, **options):
-        machine = progress.Machine("1 x x", 5e6, "measured")
+    def make(n_done=0, source="known", **options):
+        machine = progress.Machine("1 x x", 5e6, source)
         return progress.make_log(
             tmp_path / "out", 7, n_done, machine, 1000, lambda n: n / 100, **options
         )
@@ -41,7 +41,7 @@ def log(tmp_path):
 def test_a_line_is_in_the_file_at_once_and_the_bar_shows_the_same(log, tmp_path, capsys):
     write = log()
     assert (
-        "1 x x, 5e-06 TFLOP/s (measured); a token takes 0.001 MFLOP (6 N + 12 L E T)"
+        "1 x x, 5e-06 TFLOP/s (known); a token takes 0.001 MFLOP (6 N + 12 L E T)"
         in capsys.readouterr().out
     )
     assert write({"step": 20, "loss": 2.5}) == {"loss": "2.500"}
@@ -56,6 +56,13 @@ def test_a_line_is_in_the_file_at_once_and_the_bar_shows_the_same(log, tmp_path,
         | {"mfu": 1234.5 * 1000 / 5e6},
         {"step": 40, "validation": 2.75},
     ]
+
+
+def test_a_peak_that_was_measured_on_a_busy_machine_gives_no_share_of_it(log, capsys):
+    write = log(source="measured")
+    assert "5e-06 TFLOP/s (measured)" in capsys.readouterr().out
+    shown = write({"step": 40, "loss": 2.25, "tokens_per_second": 1234.5})
+    assert shown == {"loss": "2.250", "tok/s": "1.23k"}
 
 
 def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint(log, tmp_path):
