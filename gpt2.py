@@ -419,7 +419,8 @@ def main(
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. A missing model is downloaded once.
         models_dir: the folder that holds the models.
-        temperature: 0 always takes the likeliest token; around 0.8 writes livelier text.
+        temperature: 0 always takes the likeliest token; around 0.8 writes livelier text. (A
+            server's requests have 1 by default, and its page begins at 0.8.)
         top_k: draw from the k likeliest tokens only; 0 for all.
         top_p: draw from the likeliest tokens that together reach this probability; 1 for all.
         min_p: draw from the tokens that have at least this share of the likeliest one's

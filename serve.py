@@ -379,6 +379,9 @@ def main(
 ):
     """Serve a model over HTTP, as OpenAI's completions and chats.
 
+    A request that names no temperature is answered at 1, as OpenAI's protocol has it. The page
+    begins at 0.8. gpt2.py and kv_cache.py have 0, which is greedy.
+
     Args:
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. A missing model is downloaded once.
