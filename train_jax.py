@@ -1,11 +1,11 @@
 """Train a GPT-2 with JAX and Optax: the functions of gpt2.py, compiled and differentiated.
 
     python train_jax.py                                        # tiny Shakespeare, 2-3 minutes
-    python train_jax.py --data my_novel.txt --out models/novel # any text, byte by byte
+    python train_jax.py --data my_novel.txt --out novel        # any text, byte by byte
     python train_jax.py --init_from 124M --data my_novel.txt   # or go on with a released GPT-2
     python train_jax.py --init_from 124M --data my_novel.txt --lora_rank 8   # adapters of it alone
     python train_jax.py --recipe gpt2-124M --data shards/web   # what prepare.py made, of any size
-    python train_jax.py --resume models/novel                  # go on exactly where it stopped
+    python train_jax.py --resume novel                         # go on exactly where it stopped
     python gpt2.py "It was" --model_size novel                 # then write with it, in NumPy
 
 There is no second model here: `losses` calls `gpt2.hidden_state` on JAX arrays, `jax.jit` compiles
