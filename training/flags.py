@@ -197,7 +197,7 @@ FLAGS = [
     Flag(
         "ema", float, RECIPE, limits=EMA, default=0.0,
         help="keep an exponential moving average of the parameters, of which each step keeps this "
-        "share, such as 0.999; it is what is validated, sampled from and saved. 0: none.",
+        "share, such as 0.999; it is what is validated, sampled from and saved. 0 for none.",
     ),
     Flag(
         "dtype", str, RECIPE, limits=one_of(DTYPES), is_required=True, numpy="float32",
