@@ -45,7 +45,7 @@ from plumbing.memory import n_that_fit
 CHUNK = 512  # tokens that a pass runs at most, which bounds its scratch memory
 FIRST_CAPACITY = 32  # tokens that a new cache has room for
 MAX_ROWS = 64  # in a batch, unless the caller says how many
-LOOKUP = 4  # guesses a pass, by default on the command line, where it writes a single row
+LOOKUP = 4  # guesses a pass, by default where rows are written one at a time
 N_TOKENS = 40  # that the command line adds to a text at most, by default
 
 # --------------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ class Batch:
 
 def generate_stream(
     prompts, params, n_head, n_tokens_to_generate, seed=None, endoftext=None,
-    stop=None, n_samples=1, batch_size=None, chunk=CHUNK, lookup=0, slide=False, **sampling,
+    stop=None, n_samples=1, batch_size=None, chunk=CHUNK, lookup=None, slide=False, **sampling,
 ):  # fmt: skip
     """Yields an Event (row, token, end) for each token that a row writes, and for each end.
 
@@ -313,7 +313,8 @@ def generate_stream(
     lookup: how many guesses a pass also checks for each row, see generation/lookup.py. The ids are
         the same, and come sooner where a text repeats itself. (A pass of several tokens adds
         numbers in another order than a pass of one. If the rounding makes two logits change places,
-        another token wins.)
+        another token wins.) By default 4 where rows are written one at a time, because there the
+        guesses cost next to nothing, and 0 where several are.
     slide: let texts outgrow n_ctx. A full row reads the last half of its context again, into a new
         cache.
 
@@ -333,6 +334,8 @@ def generate_stream(
     if batch_size is None:
         n_longest = max(len(ids) for ids in prompts) + n_tokens_to_generate
         batch_size = default_batch_size(n_rows, n_longest, params)
+    if lookup is None:
+        lookup = LOOKUP if min(n_rows, batch_size) == 1 else 0
     if n_tokens_to_generate == 0:
         yield from (Event(number, None, "length") for number in range(n_rows))
         return
@@ -368,7 +371,7 @@ def check_counts(lookup, **counts):
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be 1 or more, not {value}")
-    if lookup < 0:
+    if lookup is not None and lookup < 0:
         raise ValueError(f"lookup must be a number of guesses, or 0 for none, not {lookup}")
 
 
@@ -471,9 +474,6 @@ def main(
         terminal.check_chat(n_samples=n_samples > 1, echo=echo, jsonl=jsonl, slide=slide)
     stream = find_backend(backend, lookup=lookup, slide=slide)
     prompts = terminal.find_prompts(prompts, prompts_file, interactive or chat, prompt_file)
-    n_rows = n_samples * (1 if prompts is None else len(prompts))
-    if lookup is None and backend == "numpy":
-        stream = partial(stream, lookup=LOOKUP if n_rows == 1 else 0)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
 
     def write(batch, n_tokens):  # lists of ids -> their events
