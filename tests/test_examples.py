@@ -185,7 +185,8 @@ def test_too_few_examples_and_the_other_trainer(tmp_path):
     code, _, complaint = call_trainer("--data", path, "--out", tmp_path / "out")
     assert code == 2 and complaint.startswith(f"error: {path}: 1 example: at least 2 are needed")
     code, _, complaint = call("backprop.py", "--data", path, "--out", tmp_path / "out")
-    assert (code, complaint) == (2, f"error: --data {path} is train_jax.py's\n")
+    wanted = f"error: backprop.py does not learn examples, --data {path}: use train_jax.py\n"
+    assert (code, complaint) == (2, wanted)
     os.mkfifo(tmp_path / "pipe.jsonl")  # which would have us wait
     code, _, complaint = call_trainer("--data", tmp_path / "pipe.jsonl", "--out", tmp_path / "out")
     assert (code, complaint) == (2, f"error: {tmp_path}/pipe.jsonl: not an ordinary file\n")

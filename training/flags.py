@@ -369,10 +369,12 @@ def check_numpy(values):  # {flag: value}
     for flag in FLAGS:
         value = values.get(flag.name)
         if flag.numpy != EVERY_VALUE and value is not None and value != flag.numpy:
-            reason = "" if flag.numpy is None else f": here it is {flag.numpy}"
-            raise ValueError(f"--{flag.name} {value} is train_jax.py's{reason}")
+            asked = f"--{flag.name}" if value is True else f"--{flag.name} {value}"
+            raise ValueError(f"backprop.py does not support {asked}: use train_jax.py")
     if is_examples(values.get("data", "")):
-        raise ValueError(f"--data {values['data']} is train_jax.py's")
+        raise ValueError(
+            f"backprop.py does not learn examples, --data {values['data']}: use train_jax.py"
+        )
 
 
 def check_has_data(data, recipe):  # the --data flag, or None
