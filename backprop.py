@@ -3,6 +3,8 @@
     python backprop.py --data shakespeare                # from text to a model, and no framework
     python gpt2.py "It was" --model_size mine            # then write with it
 
+It needs only the packages of `make demo` (requirements/generate.txt).
+
 gpt2.py computes the loss; this file says how it changes if anything in there does. If dy is the
 gradient by a function's result y (how the loss changes with y), the chain rule gives dx, the
 gradient by its input x. So every function of gpt2.py has a counterpart here, in its order:
@@ -37,7 +39,7 @@ from kv_cache import generate
 from model_files.weights import leaves, nest
 from plumbing.cli import run_cli
 from training.checkpoints import State
-from training.flags import check_numpy, numpy_flags, read_flags
+from training.flags import JAX_ONLY, check_numpy, numpy_flags, numpy_help, read_flags
 from training.init import init_tree
 from training.progress import Machine, Stats, measure_peak
 from training.run import run
@@ -460,10 +462,14 @@ def sum_of_nats(params, tokens, n_head):  # [n, n_seq + 1] -> the sum over all t
     return float(sum(sharing.over_sequences(evaluate, len(tokens))))
 
 
-@functools.wraps(read_flags, assigned=["__doc__"])  # every flag is explained there
+@functools.wraps(read_flags, assigned=[])  # for its signature
 def main(*args, **kwargs):
     typed, options = read_flags(*args, **kwargs)
     run(NumpyTrainer, numpy_flags(typed, options), options)
+
+
+main.__doc__ = numpy_help()
+main.unlisted = JAX_ONLY
 
 
 if __name__ == "__main__":

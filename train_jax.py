@@ -1,11 +1,11 @@
 """Train a GPT-2 with JAX and Optax: the functions of gpt2.py, compiled and differentiated.
 
     python train_jax.py                                        # tiny Shakespeare, 2-3 minutes
-    python train_jax.py --data my_novel.txt --out models/novel # any text, byte by byte
+    python train_jax.py --data my_novel.txt --out novel        # any text, byte by byte
     python train_jax.py --init_from 124M --data my_novel.txt   # or go on with a released GPT-2
     python train_jax.py --init_from 124M --data my_novel.txt --lora_rank 8   # adapters of it alone
     python train_jax.py --recipe gpt2-124M --data shards/web   # what prepare.py made, of any size
-    python train_jax.py --resume models/novel                  # go on exactly where it stopped
+    python train_jax.py --resume novel                         # go on exactly where it stopped
     python gpt2.py "It was" --model_size novel                 # then write with it, in NumPy
 
 There is no second model here: `losses` calls `gpt2.hidden_state` on JAX arrays, `jax.jit` compiles
@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import math
 import operator
-import sys
 
 try:
     import jax
@@ -33,8 +32,10 @@ try:
 except ModuleNotFoundError as missing:  # generating needs neither, so they may be missing
     if __name__ != "__main__":
         raise
-    print(f"error: {missing}: pip install -r requirements.txt", file=sys.stderr)
-    sys.exit(2)
+    from plumbing.cli import end_without_packages
+    from training.flags import read_flags
+
+    end_without_packages(missing, "requirements/train.txt", read_flags)
 
 from corpus.examples import is_examples
 from evaluation.tasks import TASKS, accuracy, encode_item, load_items

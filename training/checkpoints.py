@@ -165,7 +165,7 @@ def check_out(out, overwrite=False, is_adapter=False):
 
 
 def find_out(resume, models_dir):  # the --resume flag -> the run's folder
-    """A folder in models_dir, as --init_from takes it, or a path."""
+    """The folder that --out makes of the same words; or a path, as --init_from takes it."""
     inside = os.path.join(models_dir, resume)
     return inside if os.path.isdir(inside) else resume
 

@@ -86,8 +86,8 @@ FLAGS = [
     ),
     Flag(
         "out", str, RUN, default="models/mine",
-        help='the folder to write, a new one; `python gpt2.py "..." --model_size mine` then reads '
-        "models/mine.",
+        help="the folder to write, a new one. A name alone, such as mine, is a folder in "
+        "models_dir, where --resume and --model_size look as well; with a slash, it is a path.",
     ),
     Flag(
         "recipe", str, RUN, is_required=True,
@@ -197,7 +197,7 @@ FLAGS = [
     Flag(
         "ema", float, RECIPE, limits=EMA, default=0.0,
         help="keep an exponential moving average of the parameters, of which each step keeps this "
-        "share, such as 0.999; it is what is validated, sampled from and saved. 0: none.",
+        "share, such as 0.999; it is what is validated, sampled from and saved. 0 for none.",
     ),
     Flag(
         "dtype", str, RECIPE, limits=one_of(DTYPES), is_required=True, numpy="float32",
@@ -265,15 +265,28 @@ are measured, with a sample. Whenever the validation loss is the best so far, th
 to `out`, in place of the one before: whatever happens later, the best one is kept. Ctrl-C and
 SIGTERM end a run after the current steps, with a checkpoint. Beside the model are metrics.jsonl
 and loss.png, which show how it went.
-
-backprop.py computes all of it with NumPy: it takes AdamW and float32 alone, and refuses
-lora_rank, examples, dropout, fsdp, eval_tasks and several processes of one run.
-
+{about}
 A recipe sets each of the flags from n_layer to seed except eval_tasks, and may set data. A flag
 that you type replaces the recipe's value. The recipes are in training/recipes.py.
 
 Args:
 """
+
+
+JAX_ABOUT = """
+backprop.py computes all of it with NumPy: it takes AdamW and float32 alone, and refuses
+lora_rank, examples, dropout, fsdp, eval_tasks and several processes of one run.
+"""
+
+NUMPY_ABOUT = """
+All of it is computed with NumPy, in float32 and with AdamW. This needs only the packages of
+`make demo` (requirements/generate.txt), and matplotlib for loss.png. train_jax.py also takes
+examples, has other optimizers and precisions, and uses GPUs and several machines.
+"""
+
+# The flags that backprop.py knows only to refuse them, and those that mean nothing without these.
+JAX_ONLY = {flag.name for flag in FLAGS if flag.numpy != EVERY_VALUE}
+JAX_ONLY |= {flag.name for flag in FLAGS if flag.needs in JAX_ONLY}
 
 
 def make_signature():
@@ -292,15 +305,19 @@ def make_signature():
     return inspect.Signature(parameters)
 
 
-def make_help():
-    """HELP, and a paragraph for each row."""
+def make_help(about, flags):
+    """HELP, with a paragraph about the trainer, and one for each of the flags."""
     wrapped = (
         textwrap.fill(
             f"{flag.name}: {flag.help}", 96, initial_indent=" " * 4, subsequent_indent=" " * 8
         )
-        for flag in FLAGS
+        for flag in flags
     )
-    return HELP + "\n".join(wrapped) + "\n"
+    return HELP.format(about=about) + "\n".join(wrapped) + "\n"
+
+
+def numpy_help():  # backprop.py's
+    return make_help(NUMPY_ABOUT, [flag for flag in FLAGS if flag.name not in JAX_ONLY])
 
 
 # --- The flags that are typed -------------------------------------------------------------------
@@ -327,7 +344,7 @@ def read_flags(*args, **kwargs):  # -> {name: value} of the flags for the run, O
 
 
 read_flags.__signature__ = make_signature()
-read_flags.__doc__ = make_help()
+read_flags.__doc__ = make_help(JAX_ABOUT, FLAGS)
 
 
 AGAIN = ("n_steps", "data", "init_from")  # the flags that a resumed run may be given
@@ -355,10 +372,12 @@ def check_numpy(values):  # {flag: value}
     for flag in FLAGS:
         value = values.get(flag.name)
         if flag.numpy != EVERY_VALUE and value is not None and value != flag.numpy:
-            reason = "" if flag.numpy is None else f": here it is {flag.numpy}"
-            raise ValueError(f"--{flag.name} {value} is train_jax.py's{reason}")
+            asked = f"--{flag.name}" if value is True else f"--{flag.name} {value}"
+            raise ValueError(f"backprop.py does not support {asked}: use train_jax.py")
     if is_examples(values.get("data", "")):
-        raise ValueError(f"--data {values['data']} is train_jax.py's")
+        raise ValueError(
+            f"backprop.py does not learn examples, --data {values['data']}: use train_jax.py"
+        )
 
 
 def check_has_data(data, recipe):  # the --data flag, or None

@@ -93,9 +93,10 @@ def make_log(out, run, n_done, machine, flops, learning_rate, tensorboard=False,
             values["learning_rate"] = float(learning_rate(values["step"] - 1))
             shown["loss"] = f"{values['loss']:.3f}"
         if "tokens_per_second" in values:
-            values["mfu"] = values["tokens_per_second"] * flops / machine.peak
-            tokens_per_second = tqdm.format_sizeof(values["tokens_per_second"])
-            shown |= {"tok/s": tokens_per_second, "mfu": f"{values['mfu']:.0%}"}
+            shown["tok/s"] = tqdm.format_sizeof(values["tokens_per_second"])
+            if machine.source == "known":  # a peak that is measured depends on what else is running
+                values["mfu"] = values["tokens_per_second"] * flops / machine.peak
+                shown["mfu"] = f"{values['mfu']:.0%}"
         add_line(file, json.dumps(values))
         if writer:
             writer(values)

@@ -30,6 +30,7 @@ got it. Of several processes each calls every method. No JAX here.
 
 import contextlib
 import functools
+import json
 import math
 import os
 import secrets
@@ -62,7 +63,10 @@ from utils import (
     check_base,
     find_model,
     load_encoder_hparams_and_params,
+    target_dir,
 )
+
+SAMPLE_TEMPERATURE = 0.8
 
 
 def run(trainer_class, typed, options):
@@ -81,6 +85,7 @@ def run(trainer_class, typed, options):
         flags = extend(flags, n_done, typed.get("n_steps")) | {"out": out}
         flags = with_new_places(flags, typed, options.models_dir)
     else:
+        typed = typed | {"out": target_dir(typed["out"], options.models_dir)}
         is_adapter = "lora_rank" in typed
         check_out(typed["out"], options.overwrite, is_adapter)
         if "init_from" in typed:
@@ -145,7 +150,8 @@ def run(trainer_class, typed, options):
         if checkpoint and n_done < flags["n_steps"]:
             rate, lowest = trainer.learning_rate(n_done), flags["min_learning_rate"]
             output.show(
-                f"going on after step {n_done} of {flags['n_steps']}: "
+                f"resuming {flags['out']} ({flags['recipe']}, on {flags['data']}) "
+                f"after step {n_done} of {flags['n_steps']}: "
                 f"the learning rate is {rate:.2g} now and {lowest:.2g} at the end"
             )
 
@@ -321,9 +327,11 @@ class Output:
         self.out = flags["out"]
         self.model = model
         self.description = text.description
+        self.prompt = text.prompt
         self.versions = trainer.versions
         self.is_main = trainer.is_main
         self.is_unheard = False  # has printing failed?
+        self.can_draw = True  # is there matplotlib?
         self.log = lambda values: {}  # what open_log opens
         self.number = secrets.randbits(48)  # by which the run knows its checkpoints
         self.checkpoint = None  # the folder of the last one
@@ -355,13 +363,15 @@ class Output:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def show_sample(self, generate, params):
-        """Show some lines that the model writes after a line's end: 100 tokens of it at most."""
+        """Show what the model writes after the text's prompt: 100 tokens of it at most."""
         encoder, hparams, _ = self.model
-        n = min(100, hparams["n_ctx"] - 1)
+        n = min(100, hparams["n_ctx"] - len(self.prompt))
         [ids] = generate(
-            [encoder.encode("\n")], params, hparams["n_head"], n,
-            endoftext=encoder.end_ids, temperature=0.8, seed=self.flags["seed"],
+            [self.prompt], params, hparams["n_head"], n,
+            endoftext=encoder.end_ids, temperature=SAMPLE_TEMPERATURE, seed=self.flags["seed"],
         )  # fmt: skip
+        prompt = json.dumps(encoder.decode(self.prompt)[-60:], ensure_ascii=False)
+        self.show(f"  a sample, at temperature {SAMPLE_TEMPERATURE}, after {prompt}:")
         lines = [line for line in encoder.decode(ids).splitlines() if line.strip()]
         self.show("\n".join("    " + line for line in lines))
 
@@ -382,5 +392,15 @@ class Output:
         }
         previous = self.checkpoint
         self.checkpoint = save_checkpoint(self.out, self.model, state, metadata, previous)
-        with contextlib.suppress(ImportError, OSError):  # a run must not fail for a picture
-            progress.plot(self.out)
+        self.draw()
+
+    def draw(self):
+        """Write loss.png. A run must not fail for a picture; if it needs a package, say so once."""
+        if self.can_draw:
+            try:
+                progress.plot(self.out)
+            except ImportError:
+                self.can_draw = False
+                self.show("no loss.png, which needs matplotlib: pip install matplotlib")
+            except OSError:
+                pass

@@ -16,6 +16,7 @@ from corpus.examples import (
     is_learned,
     load_examples,
     pack,
+    prompt_of,
     thin,
 )
 from corpus.shards import check_ids, count_ids, open_shards, read_stretches
@@ -80,13 +81,15 @@ class Text(typing.NamedTuple):
     train: arrays of ids, or, of examples, one array [n_rows, n_ctx + 1], which is read row by row.
     windows: [n_windows, n_ctx + 1], what is validated with. description: what a checkpoint says of
     both: counts and fingerprints; of examples, also a line for people, and their rules. encoder:
-    what is saved with the model.
+    what is saved with the model. prompt: ids, the beginning of the samples that are shown: a line's
+    end, or the first validation example's prompt.
     """
 
     train: list
     windows: np.ndarray
     description: dict
     encoder: Encoder
+    prompt: list
 
 
 def open_text(data, encoder, n_ctx, described=None):  # the --data flag -> Text
@@ -105,7 +108,7 @@ def open_text(data, encoder, n_ctx, described=None):  # the --data flag -> Text
         "training": fingerprint(shards["train"]),
         "validation": hashlib.sha256(windows.tobytes()).hexdigest(),
     }
-    return Text(shards["train"], windows, description, encoder)
+    return Text(shards["train"], windows, description, encoder, encoder.encode("\n"))
 
 
 def open_examples(data, encoder, n_ctx, rules):
@@ -113,7 +116,9 @@ def open_examples(data, encoder, n_ctx, rules):
     examples, summary, has_conversations = load_examples(data, encoder, n_ctx + 1, rules)
     if len(examples) < 2:
         raise ValueError(f"{data}: {summary}: at least 2 are needed, one of them to validate with")
-    train, windows = (pack(part, n_ctx + 1) for part in hold_out(examples, rules))
+    held_out = hold_out(examples, rules)
+    prompt = prompt_of(held_out[1][0])[-max(1, n_ctx - 1) :]  # so that there is room for a token
+    train, windows = (pack(part, n_ctx + 1) for part in held_out)
     windows = thin(windows, max(1, MOST_VALIDATION // n_ctx), rules)
     description = {
         "n_train": int(is_learned(train).sum()),
@@ -124,7 +129,7 @@ def open_examples(data, encoder, n_ctx, rules):
     }
     if has_conversations:  # the model's folder will say what it has learned
         encoder = encoder.with_chat_template(CHAT_TEMPLATE)
-    return Text([train], windows, description, encoder)
+    return Text([train], windows, description, encoder, prompt)
 
 
 def describe(text):  # -> a line for people
