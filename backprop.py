@@ -291,24 +291,31 @@ def is_matrix(name):  # "blocks.0.attn.c_attn.w" -> True, "blocks.0.ln_1.g" -> F
     return not name.endswith((".b", ".g", "vectors"))
 
 
+def moment_kinds(flags):
+    """The letters that the moments' names begin with: means, mean squares, perhaps averages."""
+    return "mva" if flags["ema"] else "mv"
+
+
 def train_step(params, moments, n_done, batches, flags, evaluate):
     """One step, in place; returns the loss. batches: [n_accumulate, batch_size, n_ctx + 1].
 
-    params: {name: array}; moments: {"m.wte": array, "v.wte": array, ...}. evaluate(tokens,
-    n_tokens=n) is loss_and_gradients, whose gradients have the names of params.
+    params: {name: array}; moments: {"m.wte": array, "v.wte": array, ...}, with --ema also the
+    averages of params, {"a.wte": array, ...}. evaluate(tokens, n_tokens=n) is loss_and_gradients,
+    whose gradients have the names of params.
     """
     n_tokens = batches[..., 1:].size
     loss, gradients = sharing.add_up(evaluate(tokens, n_tokens=n_tokens) for tokens in batches)
-    m = {name: moments[f"m.{name}"] for name in params}
-    v = {name: moments[f"v.{name}"] for name in params}
-    pieces = sharing.cut(params, gradients, m, v)
+    trees = [{name: moments[f"{kind}.{name}"] for name in params} for kind in moment_kinds(flags)]
+    pieces = sharing.cut(params, gradients, *trees)
     rate = scheduled_rate(n_done, flags)
     norm = sharing.norm(pieces, index=2)  # of the gradients
     scale = min(1, flags["grad_clip"] / (norm or 1))
 
-    def update(name, p, gradient, m, v):
+    def update(name, p, gradient, m, v, average=None):
         weight_decay = flags["weight_decay"] if is_matrix(name) else 0.0
         adamw(p, gradient, m, v, n_done, rate, weight_decay, flags["adam_b2"], scale)
+        if average is not None:  # what it keeps is smaller at first, so that it forgets the start
+            average += (1 - min(flags["ema"], (2 + n_done) / (11 + n_done))) * (p - average)
 
     sharing.for_each(update, pieces)
     return loss
@@ -343,13 +350,17 @@ class NumpyTrainer:
 
     def moment_shapes(self, params):  # -> {"m.wte": (shape, dtype), ..., "v.wte": ...}
         shapes = {name: (x.shape, np.dtype("<f4")) for name, x in leaves(params).items()}
-        return {f"{moment}.{name}": shapes[name] for moment in "mv" for name in shapes}
+        return {
+            f"{kind}.{name}": shapes[name] for kind in moment_kinds(self.flags) for name in shapes
+        }
 
     def start(self, model, moments, n_done, text):
         self.text = text
         if moments is None:
             shapes = self.moment_shapes(model.params)
             moments = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+            if self.flags["ema"]:  # the average begins as the parameters
+                moments |= {f"a.{name}": np.array(x) for name, x in leaves(model.params).items()}
         n_head, batch_size = self.flags["n_head"], self.flags["batch_size"]
         context = start_sharing(model.params, moments, n_head, batch_size)
         self.shared = self.stack.enter_context(context)
@@ -382,6 +393,12 @@ class NumpyTrainer:
 
     def learning_rate(self, n_done):
         return scheduled_rate(n_done, self.flags)
+
+    def averaged(self, state):
+        if not self.flags["ema"]:
+            return state.params
+        averages = {name: x for name, x in state.moments.items() if name.startswith("a.")}
+        return nest({name.removeprefix("a."): x for name, x in averages.items()})
 
     def validate(self, params):
         windows, n = self.text.windows, self.flags["batch_size"]

@@ -11,7 +11,7 @@
 There is no second model here: `losses` calls `gpt2.hidden_state` on JAX arrays, `jax.jit` compiles
 it and `jax.grad` differentiates it. A training step is a pure function, state in, state out. The
 state is three things: the parameters, the optimizer's moments, and the number of steps done, which
-decides everything random (which stretches of text, which weights to drop). A checkpoint
+decides everything random (which stretches of text, which numbers to drop). A checkpoint
 is this state and the flags: a resumed run ends with the same bits as one that never stopped.
 
 Several devices, or machines, share the work only through the sharding of the arrays: each step's
@@ -54,6 +54,7 @@ from training.devices import (
     start_jax,
     to_host,
 )
+from training.dropout import with_dropout
 from training.flags import OPTIMIZERS, read_flags, read_tasks
 from training.progress import Machine
 from training.run import run
@@ -157,25 +158,6 @@ def is_hidden_matrix(params):
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "w", params)
 
 
-def drop_weights(key, params, drop_rate):
-    """A copy of params with a share of the blocks' weights zeroed and the others scaled up.
-
-    DropConnect (Wan et al. 2013) keeps a model from learning a small text by heart, as dropout
-    does, but it acts on the parameters, so that the model's functions stay as they are.
-    """
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.tree.unflatten(tree, list(jax.random.split(key, len(leaves))))
-    n_dropped = round(256 * drop_rate)  # a random byte per weight decides: quick to make
-
-    def drop(key, x, is_hidden):
-        if not is_hidden:
-            return x
-        mask = jax.random.bits(key, x.shape, jnp.uint8) >= n_dropped
-        return x * mask * (256 / (256 - n_dropped))
-
-    return jax.tree.map(drop, keys, params, is_hidden_matrix(params))
-
-
 # --- The optimizer ------------------------------------------------------------------------------
 
 
@@ -242,11 +224,39 @@ def on_stacked_blocks(rule):
     return optax.GradientTransformation(init, update)
 
 
+def with_average(rule, ema):
+    """The optimizer `rule`, which also keeps an exponential moving average of the parameters.
+
+    After each update the average becomes ema * average + (1 - ema) * parameters. It begins as the
+    parameters, and at first ema is smaller, (1 + n) / (10 + n) after n updates, so that it soon
+    forgets where they began. It is one of the optimizer's moments, so it is saved, resumed and
+    spread over devices as those are. Polyak & Juditsky 1992, "Acceleration of Stochastic
+    Approximation by Averaging".
+    """
+
+    def init(params):
+        average = jax.tree.map(jnp.copy, params)
+        return {"average": average, "n_done": jnp.int32(0), "rule": rule.init(params)}
+
+    def update(gradients, moments, params):
+        updates, of_rule = rule.update(gradients, moments["rule"], params)
+        n_done = moments["n_done"] + 1
+        share = 1 - jnp.minimum(ema, (1 + n_done) / (10 + n_done))
+
+        def move(average, x, change):
+            return average + share * (x + change - average)
+
+        average = jax.tree.map(move, moments["average"], params, updates)
+        return updates, {"average": average, "n_done": n_done, "rule": of_rule}
+
+    return optax.GradientTransformation(init, update)
+
+
 # --- Steps --------------------------------------------------------------------------------------
 
 
 def make_train_steps(
-    optimizer, drop_rate=0.0, seed=0, dtype="float32", shardings=None, packed=False, **options
+    optimizer, dropout=0.0, seed=0, dtype="float32", shardings=None, packed=False, **options
 ):
     """The compiled function (state, batches, n) -> (State after n more steps, their mean loss).
 
@@ -259,8 +269,8 @@ def make_train_steps(
 
     def batch_loss(trained, frozen, batch, key, share):
         weights = combine(trained, frozen)
-        if drop_rate:
-            weights = drop_weights(key, weights, drop_rate)
+        if dropout:
+            weights = with_dropout(key, weights, dropout)
         return mean_loss(weights, batch, share=share, packed=packed, **options)
 
     def value_and_gradients(params, batch, key):  # [n_accumulate, batch_size, n_ctx + 1]
@@ -374,6 +384,8 @@ class JaxTrainer:
             flags["grad_clip"],
             flags["adam_b2"],
         )
+        if flags["ema"]:
+            self.optimizer = with_average(self.optimizer, flags["ema"])
 
     def new_model(self, n_vocab):  # -> hparams, parameters
         flags = self.flags
@@ -403,7 +415,7 @@ class JaxTrainer:
         )
         self.options = loss_options(flags, self.n_vocab, flags["batch_size"] // mesh.size)
         self.steps = make_train_steps(
-            self.optimizer, flags["drop_rate"], flags["seed"], shardings=shardings, **self.options
+            self.optimizer, flags["dropout"], flags["seed"], shardings=shardings, **self.options
         )
         windows = fill_batches(text.windows, flags["batch_size"])
         self.windows = put(windows, 2 * (make_sharding(mesh, None, "data"),))
@@ -421,6 +433,11 @@ class JaxTrainer:
 
     def learning_rate(self, n_done):
         return float(self.schedule(n_done))
+
+    def averaged(self, state):
+        if not self.flags["ema"]:
+            return state.params
+        return combine(state.moments["average"], partition(state.params)[1])
 
     def validate(self, params):
         return float(validation_loss(params, *self.windows, **self.options))

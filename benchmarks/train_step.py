@@ -36,7 +36,7 @@ def ours(flags, params, tokens, optimizer):  # -> a function that trains N_STEPS
     n_rows = count_rows(n_vocab)
     state, shardings = start_state(params, None, 0, rule, n_rows, mesh, flags["fsdp"])
     how = train_jax.loss_options(flags, n_vocab, flags["batch_size"] // mesh.size)
-    steps = train_jax.make_train_steps(rule, flags["drop_rate"], 0, shardings=shardings, **how)
+    steps = train_jax.make_train_steps(rule, flags["dropout"], 0, shardings=shardings, **how)
     batches = devices.put(tokens, devices.make_sharding(mesh, None, None, "data"))
 
     def train():

@@ -335,7 +335,7 @@ def test_how_the_batch_is_cut_does_not_matter(rng):
 # --- Training -------------------------------------------------------------------------------------
 
 SCHEDULE = {"n_steps": 200, "learning_rate": 3e-3, "min_learning_rate": 3e-4, "n_warmup": 20}
-ADAMW = SCHEDULE | {"grad_clip": 1.0, "weight_decay": 0.1, "adam_b2": 0.99}
+ADAMW = SCHEDULE | {"grad_clip": 1.0, "weight_decay": 0.1, "adam_b2": 0.99, "ema": 0.0}
 
 
 def update(params, gradients, moments, n_done):
@@ -450,6 +450,28 @@ def test_accumulated_batches_are_one_large_batch(rng):
     assert math.isclose(a, b, rel_tol=1e-5) and math.isclose(a, wanted, rel_tol=1e-5)
     first = {name.removeprefix("m."): x for name, x in whole.items() if name.startswith("m.")}
     assert_close(weights.nest({name: ours["m." + name] for name in first}), weights.nest(first))
+
+
+def test_the_average_is_that_of_the_parameters_after_each_step(rng):
+    """Beside the definition, in float64. Its beginning is the parameters before the first step."""
+    params, _, _ = make(rng, (1, 1, 30, 9, 24, 3, 2))
+    flags = ADAMW | {"ema": 0.7, "learning_rate": 0.1}
+    moments = zeros(params) | {f"a.{name}": x.copy() for name, x in leaves(params).items()}
+    wanted = {name: np.float64(x) for name, x in leaves(params).items()}
+    for n_done in range(12):
+
+        def evaluate(tokens, n_tokens):
+            loss, gradients = backprop.loss_and_gradients(params, tokens, 3, n_tokens)
+            return loss, leaves(gradients)
+
+        batch = rng.integers(0, 30, (1, 4, 10))
+        backprop.train_step(leaves(params), moments, n_done, batch, flags, evaluate)
+        kept = min(0.7, (2 + n_done) / (11 + n_done))
+        for name, x in leaves(params).items():
+            wanted[name] = kept * wanted[name] + (1 - kept) * x
+    for name, x in wanted.items():
+        assert np.allclose(moments[f"a.{name}"], x, rtol=0, atol=1e-5), name
+    assert abs(moments["a.wte"] - params["wte"]).max() > 0.01
 
 
 def example(part):  # -> the code that the docstring of a function or module ends with

@@ -27,7 +27,7 @@ from training.text import open_text
 
 run = functools.partial(conftest.run, "backprop.py")
 TINY_RUN = ["--data", REPO / "gpt2.py", "--n_layer", 1, "--n_embd", 8, "--n_ctx", 16]
-TINY_RUN += ["--n_steps", 300, "--eval_every", 100, "--checkpoint_every", 50]
+TINY_RUN += ["--n_steps", 300, "--eval_every", 100, "--checkpoint_every", 50, "--ema", 0.9]
 
 
 def test_it_imports_nothing_of_jax_and_no_other_framework(tmp_path):
@@ -53,7 +53,7 @@ BAD = {
     "rate": (["--learning_rate", "nan"], "learning_rate must be more than 0"),
     "optimizer": (["--optimizer", "muon"], "--optimizer muon is train_jax.py's: here it is adamw"),
     "dtype": (["--dtype", "bfloat16"], "--dtype bfloat16 is train_jax.py's: here it is float32"),
-    "drop": (["--drop_rate", 0.1], "--drop_rate 0.1 is train_jax.py's: here it is 0.0"),
+    "drop": (["--dropout", 0.1], "--dropout 0.1 is train_jax.py's: here it is 0.0"),
     "fsdp": (["--fsdp"], "--fsdp True is train_jax.py's: here it is False"),
     "processes": (["--num_processes", 2], "--num_processes 2 is train_jax.py's"),
     "no text": (["--data", "nowhere.txt"], "no text at nowhere.txt"),

@@ -106,7 +106,7 @@ def test_several_gpus_compute_what_one_does(rng, dtype, fsdp):
 def test_a_run_goes_on_where_it_stopped(tmp_path):
     """Sums on a GPU come in any order, so that losses are alike, not the same."""
     flags = ["--data", "python-docs", "--recipe", "shakespeare", "--n_steps", 80]
-    flags += ["--eval_every", 40, "--checkpoint_every", 40, "--drop_rate", 0.1]
+    flags += ["--eval_every", 40, "--checkpoint_every", 40, "--dropout", 0.1]
     run = functools.partial(conftest.run, "train_jax.py", timeout=600)
     code, _, err = run(*flags, "--out", tmp_path / "whole")
     assert (code, err) == (0, "")

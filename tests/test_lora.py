@@ -525,7 +525,6 @@ BAD_FLAGS = {
     "no target": (["--lora_rank", 2, "--lora_targets", ""], "lora_targets must be some of"),
     "no rank": (["--lora_alpha", 2], "lora_alpha needs --lora_rank"),
     "muon": (["--lora_rank", 2, "--optimizer", "muon"], "optimizer must be adamw with --lora_rank"),
-    "drop": (["--lora_rank", 2, "--drop_rate", 0.1], "drop_rate must be 0.0 with --lora_rank"),
 }
 
 

@@ -47,7 +47,8 @@ COUNT = Limits("from 1 to 2147483647", lambda n: 1 <= n < 2**31)
 POSITIVE = Limits("more than 0", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE = Limits("0 or more", lambda x: 0 <= x < math.inf)
 BELOW_1 = Limits("more than 0 and less than 1", lambda x: 0 < x < 1)
-DROP_RATE = Limits("from 0 to 0.9", lambda x: 0 <= x <= 0.9)
+DROPOUT = Limits("from 0 to 0.9", lambda x: 0 <= x <= 0.9)
+EMA = Limits("0 or more, and less than 1", lambda x: 0 <= x < 1)
 SEED = Limits("from 0 to 4294967295", lambda n: 0 <= n < 2**32)
 TARGETS = Limits("some of c_attn, c_proj, c_fc, with commas between them", is_targets)
 
@@ -189,8 +190,14 @@ FLAGS = [
         help="Adam's second decay rate.",
     ),
     Flag(
-        "drop_rate", float, RECIPE, limits=DROP_RATE, default=0.0, numpy=0.0,
-        help="share of the blocks' weights left out at random in every step, in 256ths.",
+        "dropout", float, RECIPE, limits=DROPOUT, default=0.0, numpy=0.0,
+        help="share of the numbers that are dropped at random in every step, in 256ths: of the "
+        "embeddings' sum, and of what attention and the ffn add to it.",
+    ),
+    Flag(
+        "ema", float, RECIPE, limits=EMA, default=0.0,
+        help="keep an exponential moving average of the parameters, of which each step keeps this "
+        "share, such as 0.999; it is what is validated, sampled from and saved. 0: none.",
     ),
     Flag(
         "dtype", str, RECIPE, limits=one_of(DTYPES), is_required=True, numpy="float32",
@@ -245,6 +252,9 @@ FLAGS = [
     ),
 ]  # fmt: skip
 
+# Flags of earlier versions, each with the only value whose runs can be resumed.
+RETIRED = {"drop_rate": 0.0}
+
 # The flags that concern this call alone: options.resume, options.models_dir ...
 Options = collections.namedtuple("Options", [flag.name for flag in FLAGS if flag.source == CALL])
 
@@ -257,7 +267,7 @@ SIGTERM end a run after the current steps, with a checkpoint. Beside the model a
 and loss.png, which show how it went.
 
 backprop.py computes all of it with NumPy: it takes AdamW and float32 alone, and refuses
-lora_rank, examples, drop_rate, fsdp, eval_tasks and several processes of one run.
+lora_rank, examples, dropout, fsdp, eval_tasks and several processes of one run.
 
 A recipe sets each of the flags from n_layer to seed except eval_tasks, and may set data. A flag
 that you type replaces the recipe's value. The recipes are in training/recipes.py.
@@ -398,11 +408,6 @@ def choose(typed, platform, hparams=None):  # -> the flags of a new run
     if flags["dtype"] is None:
         flags["dtype"] = "float32" if platform == "cpu" else "bfloat16"
     check_flags(flags)
-    if flags["drop_rate"] and round(256 * flags["drop_rate"]) == 0:  # earlier runs could have it
-        raise ValueError(
-            f"drop_rate is rounded to 256ths, and {flags['drop_rate']} would be 0: "
-            f"the least is 1/256, {1 / 256:.4f}"
-        )
     return flags
 
 
@@ -420,6 +425,11 @@ def check_flags(flags):
             raise ValueError(f"{flag.name} needs --{flag.needs}")
     if flags["n_embd"] % flags["n_head"]:
         raise ValueError("n_embd {n_embd} must be a multiple of n_head {n_head}".format(**flags))
+    if flags["dropout"] and round(256 * flags["dropout"]) == 0:
+        raise ValueError(
+            f"dropout is rounded to 256ths, and {flags['dropout']} would be 0: "
+            f"the least is 1/256, {1 / 256:.4f}"
+        )
     if flags["min_learning_rate"] > flags["learning_rate"]:
         raise ValueError("min_learning_rate must not be more than learning_rate")
     read_tasks(flags.get("eval_tasks"))
@@ -428,9 +438,8 @@ def check_flags(flags):
 
 
 def check_lora(flags):
-    for name, only in (("optimizer", "adamw"), ("drop_rate", 0.0)):
-        if flags[name] != only:
-            raise ValueError(f"{name} must be {only} with --lora_rank, not {flags[name]}")
+    if flags["optimizer"] != "adamw":
+        raise ValueError(f"optimizer must be adamw with --lora_rank, not {flags['optimizer']}")
     if flags["lora_rank"] > flags["n_embd"]:
         raise ValueError(f"lora_rank is at most n_embd, {flags['n_embd']} in that model")
 
@@ -438,11 +447,15 @@ def check_lora(flags):
 def check_saved(metadata, folder):  # what a checkpoint's run.json says -> the run's flags
     """A flag that is younger than the run gets its default.
 
-    Raises ValueError if run.json is damaged, or another program wrote it.
+    Raises ValueError if run.json is damaged, or another program wrote it, or if the run needs a
+    flag that there is no more.
     """
     rows = {flag.name: flag for flag in FLAGS if flag.source != CALL}
+    retired = []
     try:
         flags = metadata["flags"]
+        retired = [name for name in RETIRED if flags.get(name, RETIRED[name]) != RETIRED[name]]
+        flags = {name: value for name, value in flags.items() if name not in RETIRED}
         is_right = flags["recipe"] in RECIPES
         is_right &= all(type(flags[name]) is rows[name].kind for name in flags)
         for flag in rows.values():
@@ -459,6 +472,11 @@ def check_saved(metadata, folder):  # what a checkpoint's run.json says -> the r
         is_right = False
     if not is_right:
         raise ValueError(f"{folder}/run.json: damaged, or not of this trainer")
+    if retired:
+        raise ValueError(
+            f"{folder}: was trained with --{retired[0]}, which this version doesn't have: "
+            "resume it with the version that began it, or train on from its model with --init_from"
+        )
     return flags
 
 

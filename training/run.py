@@ -15,6 +15,7 @@ the same attributes and methods:
     read(n_done, n)                     -> batches for n steps, after the first n_done
     steps(state, batches, n)            -> State after n more steps, their mean loss; after start
     learning_rate(n_done)               -> the next step's
+    averaged(state)                     -> the parameters to validate: with --ema their average
     validate(params)                    -> nats per token of the validation text
     measure_tasks(params)               -> {name: share that is right}, of --eval_tasks
     generate(prompts, params, n_head, n_tokens_to_generate, **options)    as kv_cache.generate
@@ -227,7 +228,7 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
         stopped = trainer.agree(caught)
         if stopped and n_done > n_saved:
             if output.best == math.inf:
-                output.save_best(trainer.gather_params(state.params))
+                output.save_best(trainer.gather_params(trainer.averaged(state)))
             output.save_checkpoint(trainer.gather(state))
         if stopped and output.checkpoint:
             output.show(f"stopped after step {n_done}, which is saved in {output.checkpoint}")
@@ -239,18 +240,19 @@ def validate(trainer, state, output, words):
 
     words: what stands before the loss.
     """
-    loss = trainer.validate(state.params)
+    params = trainer.averaged(state)
+    loss = trainer.validate(params)
     output.log({"step": int(state.n_done), "validation": loss})
     output.show(f"{words} validation {loss:.4f}")
     if loss < output.best:
         output.best = loss
-        output.save_best(trainer.gather_params(state.params))
-    output.show_sample(trainer.generate, state.params)
+        output.save_best(trainer.gather_params(params))
+    output.show_sample(trainer.generate, params)
 
 
 def measure_tasks(trainer, state, output):
     """Measure what --eval_tasks asks for, if anything."""
-    shares = trainer.measure_tasks(state.params)
+    shares = trainer.measure_tasks(trainer.averaged(state))
     if shares:
         step = int(state.n_done)
         output.log({"step": step} | shares)
