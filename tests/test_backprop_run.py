@@ -29,6 +29,7 @@ from training.text import open_text
 run = functools.partial(conftest.run, "backprop.py")
 TINY_RUN = ["--data", REPO / "gpt2.py", "--n_layer", 1, "--n_embd", 8, "--n_ctx", 16]
 TINY_RUN += ["--n_steps", 300, "--eval_every", 100, "--checkpoint_every", 50, "--ema", 0.9]
+TINY_RUN += ["--snapshots", 12]
 
 
 def test_it_imports_nothing_of_jax_and_no_other_framework(tmp_path):

@@ -778,6 +778,7 @@ def test_a_stop_after_an_evaluation_keeps_what_was_best():
 
 TINY_RUN = ["--data", "python-docs", "--n_layer", 1, "--n_embd", 8, "--n_ctx", 16, "--n_steps", 600]
 TINY_RUN += ["--eval_every", 100, "--checkpoint_every", 40, "--dropout", 0.1, "--ema", 0.9]
+TINY_RUN += ["--snapshots", 12]
 
 
 begin = functools.partial(runs.begin, "train_jax.py")

@@ -153,7 +153,8 @@ def check_out(out, overwrite=False, is_adapter=False):
     there = set(os.listdir(out)) if os.path.isdir(out) else set()
     if os.path.isdir(folder) and not os.listdir(folder):
         there -= {"checkpoints"}
-    there = {name for name in there - {"metrics.jsonl"} if not HALF_WRITTEN.fullmatch(name)}
+    there -= {"metrics.jsonl", "snapshots"}
+    there = {name for name in there if not HALF_WRITTEN.fullmatch(name)}
     if there and not overwrite:
         goes_on = f"--resume {out} goes on with its run, " if "checkpoints" in there else ""
         kinds = {"model.safetensors": "a model", "adapter_model.safetensors": "an adapter"}

@@ -49,6 +49,7 @@ NOT_NEGATIVE = Limits("0 or more", lambda x: 0 <= x < math.inf)
 BELOW_1 = Limits("more than 0 and less than 1", lambda x: 0 < x < 1)
 DROPOUT = Limits("from 0 to 0.9", lambda x: 0 <= x <= 0.9)
 EMA = Limits("0 or more, and less than 1", lambda x: 0 <= x < 1)
+SNAPSHOTS = Limits("from 2 to 1000", lambda n: 2 <= n <= 1000)
 SEED = Limits("from 0 to 4294967295", lambda n: 0 <= n < 2**32)
 TARGETS = Limits("some of c_attn, c_proj, c_fc, with commas between them", is_targets)
 
@@ -232,6 +233,12 @@ FLAGS = [
     Flag(
         "saved_dtype", str, RUN, limits=one_of(SAVED_DTYPES), default="float32", is_required=True,
         help="float32 or float16, of the best model's weights on disk.",
+    ),
+    Flag(
+        "snapshots", int, RUN, limits=SNAPSHOTS,
+        help="keep so many copies of the parameters in out/snapshots, in float16, most of them "
+        "from the first steps. `python explain.py TEXT --run OUT` makes a page of them, which "
+        "shows how the model learned.",
     ),
     Flag(
         "tensorboard", bool, CALL, default=False,
@@ -462,6 +469,8 @@ def check_flags(flags):
 def check_lora(flags):
     if flags["optimizer"] != "adamw":
         raise ValueError(f"optimizer must be adamw with --lora_rank, not {flags['optimizer']}")
+    if "snapshots" in flags:
+        raise ValueError("snapshots are of whole models: leave out --snapshots or --lora_rank")
     if flags["lora_rank"] > flags["n_embd"]:
         raise ValueError(f"lora_rank is at most n_embd, {flags['n_embd']} in that model")
 

@@ -56,6 +56,7 @@ from training.checkpoints import (
     with_full_paths,
 )
 from training.flags import check_saved, choose, extend
+from training.snapshots import delete_snapshots, snapshot_steps, write_snapshot
 from training.text import check_data, describe, open_text
 from utils import (
     MissingBase,
@@ -249,10 +250,11 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
     bar = tqdm(total=n_steps, initial=n_done, unit="step", disable=disable)
     with bar, note_signals() as caught:
         batches = trainer.read(n_done, n_per_call)
+        output.save_snapshot(trainer, state, n_done)
         while n_done < n_steps and not trainer.agree(caught):
             began = time.perf_counter()
             n_due = min(k - n_done % k for k in (eval_every, checkpoint_every, tasks_every))
-            n = min(n_per_call, n_due, n_steps - n_done)
+            n = min(n_per_call, n_due, output.steps_to_snapshot(n_done), n_steps - n_done)
             state, stats = trainer.steps(state, batches, n)
             n_done += n
             batches = trainer.read(n_done, n_per_call)  # while the device is at work
@@ -280,6 +282,7 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
             if n_done % checkpoint_every == 0 or is_last:
                 output.save_checkpoint(trainer.gather(state))
                 n_saved = n_done
+            output.save_snapshot(trainer, state, n_done)
         stopped = trainer.agree(caught)
         if stopped and n_done > n_saved:
             if output.best == math.inf:
@@ -336,6 +339,9 @@ class Output:
         self.number = secrets.randbits(48)  # by which the run knows its checkpoints
         self.checkpoint = None  # the folder of the last one
         self.best = math.inf  # the lowest validation loss
+        n_snapshots = flags.get("snapshots")
+        self.snapshots = snapshot_steps(flags["n_steps"], n_snapshots) if n_snapshots else []
+        self.has_room = True  # for snapshots
         if checkpoint:
             self.number = checkpoint.metadata.get("run")
             self.checkpoint = checkpoint.folder
@@ -350,6 +356,7 @@ class Output:
                 tensorboard, flops_per_param,
             )  # fmt: skip
             delete_half_written(self.out)
+            delete_snapshots(self.out, n_done if self.checkpoint else None)
 
     def show(self, text):
         """Print a line for people. If nobody can read it any more, the run goes on without."""
@@ -379,6 +386,21 @@ class Output:
         if self.is_main:
             best = self.model._replace(params=params)
             save_params(self.out, best, self.flags, self.flags["saved_dtype"])
+
+    def steps_to_snapshot(self, n_done):  # -> how many more steps to the next one
+        return min((step - n_done for step in self.snapshots if step > n_done), default=math.inf)
+
+    def save_snapshot(self, trainer, state, n_done):
+        """If one is due. A disk that is full costs the snapshots, not the run."""
+        if n_done not in self.snapshots:
+            return
+        params = trainer.gather_params(trainer.averaged(state))
+        if self.is_main and self.has_room:
+            try:
+                write_snapshot(self.out, self.model.hparams, params, n_done)
+            except OSError as error:
+                self.has_room = False
+                self.show(f"{error.strerror}: the run goes on without more snapshots")
 
     def save_checkpoint(self, state):
         if not self.is_main:
