@@ -408,7 +408,7 @@ def check_length(n_prompt, n_tokens_to_generate, n_ctx):
 
 
 def main(
-    prompt: str,
+    prompt: str | None = None,
     n_tokens_to_generate: int = 40,
     model_size: str = "124M",
     models_dir: str = "models",
@@ -419,6 +419,7 @@ def main(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     slide: bool = False,
+    prompt_file: str | None = None,
 ):
     """Continue a prompt with GPT-2, as text on standard output.
 
@@ -428,7 +429,8 @@ def main(
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. A missing model is downloaded once.
         models_dir: the folder that holds the models.
-        temperature: 0 always takes the likeliest token; around 0.8 writes livelier text.
+        temperature: 0 always takes the likeliest token; around 0.8 writes livelier text. (A
+            server's requests have 1 by default, and its page begins at 0.8.)
         top_k: draw from the k likeliest tokens only; 0 for all.
         top_p: draw from the likeliest tokens that together reach this probability; 1 for all.
         min_p: draw from the tokens that have at least this share of the likeliest one's
@@ -437,10 +439,14 @@ def main(
             the loops that greedy texts fall into.
         seed: the same seed draws the same text again.
         slide: go on beyond the model's n_ctx, forgetting the beginning of the text.
+        prompt_file: continue this file, as a whole and without its last line's end; - is standard
+            input.
     """
+    from generation.terminal import find_prompt
     from plumbing.cli import notice
     from utils import load_encoder_hparams_and_params
 
+    prompt = find_prompt(prompt, prompt_file)
     sampling = {
         "temperature": temperature,
         "top_k": top_k,

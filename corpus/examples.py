@@ -186,6 +186,15 @@ def is_learned(marked):  # [...] -> [...] bool
     return marked & READ == 0
 
 
+def prompt_of(example):  # marked ids -> the ids before the first that is learned
+    """
+    >>> prompt_of(mark([([7, 8], False), ([9], True), ([4], False)], n_max=9))
+    [7, 8]
+    """
+    n_read = int(is_learned(example).argmax())
+    return (example[:n_read] & (READ - 1)).tolist()
+
+
 def pack(examples, n):  # [arrays of at most n] -> [n_rows, n]
     """Put each example, longest first, into the fullest row with room. The rest is not learned.
 

@@ -368,7 +368,8 @@ def test_too_few_examples_and_the_other_trainer(tmp_path):
     code, _, complaint = call_trainer("--data", path, "--out", tmp_path / "out")
     assert code == 2 and complaint.startswith(f"error: {path}: 1 example: at least 2 are needed")
     code, _, complaint = call("backprop.py", "--data", path, "--out", tmp_path / "out")
-    assert (code, complaint) == (2, f"error: --data {path} is train_jax.py's\n")
+    wanted = f"error: backprop.py does not learn examples, --data {path}: use train_jax.py\n"
+    assert (code, complaint) == (2, wanted)
     os.mkfifo(tmp_path / "pipe.jsonl")  # which would have us wait
     code, _, complaint = call_trainer("--data", tmp_path / "pipe.jsonl", "--out", tmp_path / "out")
     assert (code, complaint) == (2, f"error: {tmp_path}/pipe.jsonl: not an ordinary file\n")
@@ -609,7 +610,7 @@ def train_rows(rng, n_devices, examples, seed):  # -> the loss of 3 steps, and t
     steps = train_jax.make_train_steps(optimizer, shardings=shardings, **how)
     spec = devices.make_sharding(mesh, None, None, "data")
     rows = batches.read_batches([pack(examples, 33)], seed, 0, (3, 2, 8), 32, spec)
-    state, loss = steps(state, rows, 3)
+    state, (loss, *_) = steps(state, rows, 3)
     return float(loss), devices.to_host(state[0])
 
 
@@ -644,7 +645,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(tmp_path):
     wanted = [(last / name).read_bytes() for name in names]
     shutil.rmtree(last)
     code, said, _ = call_trainer("--resume", out)
-    assert code == 0 and "going on after step 30 of 40" in said
+    assert code == 0 and " after step 30 of 40: the learning rate is" in said
     assert [(last / name).read_bytes() for name in names] == wanted
     shutil.rmtree(last)
     run_json = out / "checkpoints" / "00000030" / "run.json"
@@ -666,30 +667,37 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(tmp_path):
 # --- kv_cache.py --chat --------------------------------------------------------------------------
 
 
-def test_a_chat_says_what_the_plain_pass_says_after_the_whole_conversation(models):
-    """gpt2.generate's answer, of ids that are put together anew for every line."""
+@pytest.mark.parametrize("n", [8, None])
+def test_a_chat_says_what_the_plain_pass_says_after_the_whole_conversation(models, n):
+    """gpt2.generate's answer, of ids that are put together anew for every line.
+
+    Without -n an answer may fill the context, of which a quarter at least is left for it.
+    """
     folder, params = models
-    lines, encoder, n = ["Hi", "You?", "Hm", "a line that is much too long to fit"], Encoder([]), 8
-    flags = ["--chat", "-n", n, "--model_size", "tiny"]
+    lines, encoder = ["Hi", "You?", "Hm", "a line that is much too long to fit"], Encoder([])
+    n_ctx = TINY["n_ctx"]
+    n_most = n_ctx - (n or n_ctx // 4)
+    flags = ["--chat", *(["-n", n] if n else []), "--model_size", "tiny"]
     code, said, complaint = call(
         "kv_cache.py", *flags, models_dir=folder, input="\n".join(lines).encode()
     )
     messages, wanted = [], ""
     for line in lines[:3]:
         messages.append({"role": "user", "content": line})
-        ids = encode_conversation(messages, encoder, TINY["n_ctx"] - n)
-        answer = generate(ids, params, TINY["n_head"], n, endoftext=encoder.endoftext)
+        ids = encode_conversation(messages, encoder, n_most)
+        n_new = n or n_ctx - len(ids)
+        answer = generate(ids, params, TINY["n_head"], n_new, endoftext=encoder.endoftext)
         answer = encoder.decode(answer).partition(NEXT_TURN)[0].lstrip()
         messages.append({"role": "assistant", "content": answer})
         wanted += answer + "\n"
     assert (code, said) == (0, wanted)
-    assert complaint == "error: a message of 52 tokens, but there is room for 40\n"
+    assert complaint == f"error: a message of 52 tokens, but there is room for {n_most}\n"
 
 
 def test_what_was_said_before_ctrl_c_is_kept(capsys):
     heard = []
 
-    def answer(ids):
+    def answer(ids, n):
         heard.append(Encoder([]).decode(ids))
         yield " Well"
         raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib.util
 import inspect
 import itertools
 import math
@@ -18,7 +19,7 @@ from conftest import REPO, call, hugging_face, random_params, tree_map
 
 import gpt2
 import gpt2_pico
-from model_files import weights
+from model_files import hub, weights
 from pages.recording import watch
 
 SMALL = {"n_vocab": 97, "n_ctx": 23, "n_embd": 30, "n_head": 3, "n_layer": 2}
@@ -867,3 +868,28 @@ def test_only_the_last_position_meets_the_vocabulary(params):
     assert sizes == [97] * 5 and new == gpt2.generate([1, 2, 3], params, 3, 5)
     gpt2.gpt2([1, 2, 3], **watched, n_head=3)
     assert sizes[-1] == 3 * 97  # the watch works
+
+
+# --- the released model ---------------------------------------------------------------------------
+
+PROMPT = "Alan Turing theorized"
+KNOWN = " that computers would one day become the most powerful machines on the planet."
+
+
+def folder_of_124m():  # -> 124M's folder if its weights are on this machine, otherwise None
+    """models/124M, once its checkpoint has been read, or the Hub's files in its cache."""
+    folder = REPO / "models" / "124M"
+    if (folder / weights.WEIGHTS).is_file():
+        return folder
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    return hub.find_cached(hub.RELEASED["124M"], "main", only_tokenizer=False)
+
+
+@pytest.mark.parametrize("script", ["gpt2.py", "gpt2_pico.py", "kv_cache.py"])
+def test_124m_writes_the_known_text(script):
+    folder = folder_of_124m()
+    if folder is None:
+        pytest.skip("124M's weights are neither in models/124M nor in the Hub's cache")
+    flags = ["--n_tokens_to_generate", 14, "--model_size", folder]
+    assert call(script, PROMPT, *flags) == (0, KNOWN + "\n", "")

@@ -16,6 +16,7 @@ from corpus.examples import (
     is_learned,
     load_examples,
     pack,
+    prompt_of,
     thin,
 )
 from corpus.shards import check_ids, count_ids, open_shards, read_stretches
@@ -55,7 +56,8 @@ def load_text(data):  # the --data flag -> [str], the documents
 def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]}, Encoder
     """Token shards from a folder, or a text as bytes or `encoder`'s tokens, the last tenth for val.
 
-    `encoder` is the model's or --tokenizer's. Shards made with another tokenizer are refused.
+    `encoder` is the model's or --tokenizer's. Raises ValueError for shards that were made with
+    another tokenizer, and for an id beyond the vocabulary.
     """
     if data in NAMED_TEXTS or not os.path.isdir(data):
         encoder = encoder or Encoder([])
@@ -67,10 +69,10 @@ def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]},
         raise ValueError(f"{data}: shards without a tokenizer: name theirs with --tokenizer")
     if encoder and own and encoder.vocab != own.vocab:
         raise ValueError(f"{data}: shards of another tokenizer: prepare them with the model's")
-    if not os.path.exists(os.path.join(data, "meta.json")):  # its tokenizer is unknown
-        for split in shards.values():
-            check_ids(split, (encoder or own).n_vocab, data)
-    return shards, encoder or own
+    encoder = encoder or own
+    for split in shards.values():
+        check_ids(split, encoder.n_vocab)
+    return shards, encoder
 
 
 class Text(typing.NamedTuple):
@@ -79,13 +81,15 @@ class Text(typing.NamedTuple):
     train: arrays of ids, or, of examples, one array [n_rows, n_ctx + 1], which is read row by row.
     windows: [n_windows, n_ctx + 1], what is validated with. description: what a checkpoint says of
     both: counts and fingerprints; of examples, also a line for people, and their rules. encoder:
-    what is saved with the model.
+    what is saved with the model. prompt: ids, the beginning of the samples that are shown: a line's
+    end, or the first validation example's prompt.
     """
 
     train: list
     windows: np.ndarray
     description: dict
     encoder: Encoder
+    prompt: list
 
 
 def open_text(data, encoder, n_ctx, described=None):  # the --data flag -> Text
@@ -104,7 +108,7 @@ def open_text(data, encoder, n_ctx, described=None):  # the --data flag -> Text
         "training": fingerprint(shards["train"]),
         "validation": hashlib.sha256(windows.tobytes()).hexdigest(),
     }
-    return Text(shards["train"], windows, description, encoder)
+    return Text(shards["train"], windows, description, encoder, encoder.encode("\n"))
 
 
 def open_examples(data, encoder, n_ctx, rules):
@@ -112,7 +116,9 @@ def open_examples(data, encoder, n_ctx, rules):
     examples, summary, has_conversations = load_examples(data, encoder, n_ctx + 1, rules)
     if len(examples) < 2:
         raise ValueError(f"{data}: {summary}: at least 2 are needed, one of them to validate with")
-    train, windows = (pack(part, n_ctx + 1) for part in hold_out(examples, rules))
+    held_out = hold_out(examples, rules)
+    prompt = prompt_of(held_out[1][0])[-max(1, n_ctx - 1) :]  # so that there is room for a token
+    train, windows = (pack(part, n_ctx + 1) for part in held_out)
     windows = thin(windows, max(1, MOST_VALIDATION // n_ctx), rules)
     description = {
         "n_train": int(is_learned(train).sum()),
@@ -123,7 +129,7 @@ def open_examples(data, encoder, n_ctx, rules):
     }
     if has_conversations:  # the model's folder will say what it has learned
         encoder = encoder.with_chat_template(CHAT_TEMPLATE)
-    return Text([train], windows, description, encoder)
+    return Text([train], windows, description, encoder, prompt)
 
 
 def describe(text):  # -> a line for people
