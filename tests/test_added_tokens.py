@@ -98,14 +98,22 @@ def test_tokens_that_are_not_special_are_always_one_id(folder):
     assert N + 1 not in ours.encode(START)
 
 
-def test_the_rows_of_added_tokens_are_kept(rng, folder):
-    """They were cut off as padding where only added_tokens.json named the tokens."""
+ONLY_NAMED = [
+    {"added_tokens": {START: N, PAD: N + 1}},
+    {"added_tokens": {START: N}, "special_tokens_map": {"pad_token": PAD}},
+    {"special_tokens_map": {"pad_token": {"content": PAD}, "unk_token": START}},
+]
+
+
+@pytest.mark.parametrize("contents", ONLY_NAMED)
+def test_the_rows_of_added_tokens_are_kept(rng, folder, contents):
+    """They were cut off as padding where only older files named the tokens, with an id or not."""
     sizes = TINY | {"n_vocab": N + 2}
     params = random_params(rng, sizes)
     added = Encoder(SMALL.merges, SMALL.vocab, {ENDOFTEXT: N - 1, START: N, PAD: N + 1})
     utils.save_model(folder, added, sizes, params)
     SMALL.save(folder)
-    write_json(folder, added_tokens={START: N, PAD: N + 1})
+    write_json(folder, **contents)
     (folder / "tokenizer.json").unlink(missing_ok=True)
     encoder, hparams, loaded = utils.load_encoder_hparams_and_params(str(folder))
     assert (encoder.n_vocab, hparams["n_vocab"], len(loaded["wte"])) == (N + 2, N + 2, N + 2)
