@@ -128,9 +128,9 @@ def encode_conversation(messages, encoder, n_max):  # -> at most n_max ids
 def encode_latest(messages, encoder, n_max):  # -> [(ids, whether they are an answer), ...]
     """encode_messages of the latest ones, with at most n_max ids before the last message's own.
 
-    messages: they end with an answer. The oldest messages are left out, as few as possible, but
-    never a system message at the beginning, nor the message before the last answer: if that is too
-    long, so is the result.
+    messages: they end with an answer. As few of the oldest as possible are left out, but never a
+    system message at the beginning, nor the message before the last answer: if that one is too
+    long, the result is too long.
     """
     system = messages[:1] if messages[0]["role"] == "system" else []
 

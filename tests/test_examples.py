@@ -312,7 +312,7 @@ def test_a_conversation_that_is_too_long_forgets_what_a_chat_forgets(rng, tmp_pa
         assert is_learned(example[-n_answer:]).all()
         is_forgotten = len(ids) < n_ids(talk)
         n_forgotten += is_forgotten
-        assert (said == "1 example, 1 without their oldest messages, to fit") == is_forgotten
+        assert (said == "1 example, 1 without the oldest messages, to fit") == is_forgotten
     assert 9 < n_forgotten < 60
 
 
@@ -323,7 +323,7 @@ def test_a_conversation_whose_last_answer_is_too_long_keeps_the_answers_beginnin
     [example], said = load(tmp_path / "a.jsonl", {"messages": talk}, n_most=40)
     start = "System: S\nUser: U\nAssistant:"
     assert show(example, Encoder([])) == f"{start}[ {talk[-1]['content'][: 39 - len(start)]}]"
-    assert said == "1 example, 1 cut at the end to fit, 1 without their oldest messages, to fit"
+    assert said == "1 example, 1 cut at the end to fit, 1 without the oldest messages, to fit"
 
 
 def test_a_last_message_that_is_too_long_loses_its_beginning(tmp_path):
