@@ -13,7 +13,6 @@ https://github.com/openai/gpt-2/blob/master/src/encoder.py and https://huggingfa
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,9 +140,11 @@ def read_special(folder, config):  # -> {"eos_token": "</s>", ...}, {text: setti
     for source in sources:
         by_role |= {key: source[key] for key in source if key.endswith("_token") and source[key]}
         for key in ("additional_special_tokens", "extra_special_tokens"):
-            tokens = source.get(key) or []
-            tokens = tokens.values() if isinstance(tokens, dict) else tokens
-            others += tokens if isinstance(tokens, Iterable) else []
+            tokens = source.get(key)
+            if isinstance(tokens, dict):
+                others += tokens.values()
+            elif isinstance(tokens, list):
+                others += tokens
     roles = {role: token_text(token) for role, token in by_role.items()}
     special = {}
     for token in [*by_role.values(), *others]:
@@ -165,17 +166,18 @@ def number_special(special, added, vocab):  # -> {text: AddedToken}, added with 
         if text in added:
             added[text] = added[text]._replace(is_special=True)
             continue
-        id = vocab.get(text) if printable(text) == text else None  # "Ġ" in it is no token " "
-        if id is None:
-            id = max([len(vocab) - 1, *(token.id for token in added.values())]) + 1
+        if text in vocab and printable(text) == text:  # "Ġ" in the vocabulary is not the text "Ġ"
+            id = vocab[text]
+        else:
+            id = 1 + max([len(vocab) - 1, *(token.id for token in added.values())])
         added |= parse_added({str(id): settings | {"content": text, "special": True}})
     return added
 
 
 def read_chat_template(folder, config):  # -> Jinja, or None
-    """Read the chat template; of several with names, the one with the name default.
+    """Read the chat template; of several with names, the one that is named default.
 
-    Raises ValueError, which names the file, if there is none of that name.
+    Raises ValueError, which names the file, if none is, or if a template is not text.
     """
     path = Path(folder, CHAT_TEMPLATE_FILE)
     if path.is_file():
@@ -189,7 +191,8 @@ def read_chat_template(folder, config):  # -> Jinja, or None
             template = entry.get("template")
     if template is not None and not isinstance(template, str):
         path = Path(folder, TOKENIZER_CONFIG)
-        raise ValueError(f"{path}: chat_template is neither a text nor a list with a default one")
+        expected = "a text, or a list of templates of which one is named default"
+        raise ValueError(f"{path}: chat_template must be {expected}")
     return template or None
 
 

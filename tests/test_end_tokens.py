@@ -188,9 +188,7 @@ def test_the_file_of_a_chat_template_comes_first(folder):
 @pytest.mark.parametrize("template", [{"default": ""}, 7, [{"name": "rag", "template": ""}], ["x"]])
 def test_a_chat_template_that_is_none_is_refused(folder, template):
     write(folder, tokenizer_config={"chat_template": template})
-    problem = (
-        r"tokenizer_config\.json: chat_template is neither a text nor a list with a default one"
-    )
+    problem = r"tokenizer_config\.json: chat_template must be a text, or a list of templates "
     with pytest.raises(ValueError, match=problem):
         get_encoder("", folder)
 
