@@ -9,6 +9,7 @@ import pytest
 from conftest import TINY, call, call_trainer, hugging_face, random_params, slow
 
 from corpus.chat import (
+    CHAT_TEMPLATE,
     NEXT_TURN,
     check_messages,
     encode_conversation,
@@ -662,6 +663,21 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(tmp_path):
     write(tmp_path / "sums.jsonl", *2 * [{"prompt": "another", "completion": "example"}])
     code, _, complaint = call_trainer("--resume", out)
     assert code == 2 and "is not the text that" in complaint
+
+
+@pytest.mark.slow
+def test_a_model_that_is_finetuned_on_conversations_gets_their_template(tmp_path):
+    path = sums(tmp_path / "sums.jsonl")
+    talks = write(tmp_path / "talks.jsonl", *9 * [{"messages": TALK[1:3]}])
+    plain, talker = tmp_path / "plain", tmp_path / "talker"
+    code, _, complaint = call_trainer("--data", path, "--out", plain, "--n_steps", 10, *SMALL)
+    assert code == 0 and get_encoder("", plain).chat_template is None, complaint
+    flags = ["--init_from", plain, "--data", talks, "--n_steps", 10, "--batch_size", 4]
+    code, _, complaint = call_trainer(*flags, "--out", talker)
+    assert code == 0, complaint
+    last = talker / "checkpoints" / "00000010"
+    for folder in (talker, last):
+        assert get_encoder("", folder).chat_template == CHAT_TEMPLATE
 
 
 # --- kv_cache.py --chat --------------------------------------------------------------------------
