@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's protocol, completions and chats: many clients, one batch.
+"""A server that speaks OpenAI's protocol, completions, chats and responses: one batch for all.
 
     python serve.py --model_size shakespeare
     curl localhost:8000/v1/completions -d '{"prompt": "ROMEO:", "max_tokens": 40}'
@@ -45,7 +45,8 @@ from serving.answers import Answer
 from serving.chat import delta_of, message_of, read_chat, role_of
 from serving.connections import Server, listen
 from serving.guard import Cors, Guard, read_allowed
-from serving.protocol import Refusal, new_answer, read_completion
+from serving.protocol import Refusal, new_answer, read_completion, read_object
+from serving.responses import Response, read_response
 from serving.weights import copied, watch, weight_files
 
 # --------------------------------------------------------------------------------------------------
@@ -273,13 +274,24 @@ async def chats(request):
 
 
 def chat(body, state):  # bytes -> Answer
-    asked = read_chat(body, state.names, state.encoder, state.n_ctx)
+    asked = read_chat(read_object(body), state.names, state.encoder, state.n_ctx)
     if asked.stream:
         fields = new_answer(state.name, "chat.completion.chunk", "chatcmpl")
         roles = [role_of(index) for index in range(asked.n_choices)]
         return Answer(state, asked, fields, delta_of, opening=roles)
     fields = new_answer(state.name, "chat.completion", "chatcmpl")
     return Answer(state, asked, fields, message_of)
+
+
+async def responses(request):
+    """POST /v1/responses"""
+    return await asyncio.to_thread(respond, await request.body(), request.app.state)
+
+
+def respond(body, state):  # bytes -> Response
+    data = read_object(body)
+    asked = read_response(data, state.names, state.encoder, state.n_ctx)
+    return Response(state, asked, data)
 
 
 async def explain_text(request):
@@ -303,6 +315,7 @@ async def explain_text(request):
 ROUTES = [
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/chat/completions", chats, methods=["POST"]),
+    Route("/v1/responses", responses, methods=["POST"]),
     Route("/explain", explain_text),
     *play.ROUTES,
     *about.ROUTES,

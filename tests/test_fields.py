@@ -1,13 +1,12 @@
 """What a request's fields do, beside transformers' logits processors and OpenAI's definitions."""
 
-import contextlib
 import json
 import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPO, TINY, exclaiming
+from conftest import REPO, TINY, exclaiming, serving
 
 import gpt2
 import kv_cache
@@ -23,24 +22,6 @@ from serving.protocol import read_completion, server_sent  # noqa: E402
 
 ENCODER = Encoder([])
 N_HEAD, N_CTX, END = TINY["n_head"], TINY["n_ctx"], 256
-
-
-@contextlib.contextmanager
-def serving(params, **options):
-    app = serve.make_app("tiny", ENCODER, TINY, params, **options)
-    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def params(models):
-    return models[1]
-
-
-@pytest.fixture(scope="module")
-def client(params):
-    with serving(params) as client:
-        yield client
 
 
 def ask(client, prompt, **asked):

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import GPT2_FILES, TINY, random_params
+from conftest import GPT2_FILES, TINY, on_a_port, random_params
 
 import gpt2
 from encoder import Encoder, get_encoder
@@ -17,7 +17,7 @@ pytest.importorskip("selenium", reason="selenium is not installed")
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 from test_explain import HOSTILE, browser, click, emulate, every, js, parts  # noqa: E402, F401
 from test_play import silenced  # noqa: E402
-from test_serve import ENCODER, on_a_port  # noqa: E402
+from test_serve import ENCODER  # noqa: E402
 
 import serve  # noqa: E402
 
@@ -265,7 +265,7 @@ def test_branches_survive_a_reload(page):
     wait(page, "shown.length > 0")
     assert (js(page, CHOSEN), every(page, "#branches button")) == before[:2]
     assert every(page, "#tokens .token") == before[2]
-    np.testing.assert_allclose(parts(page, "shown.map(node => node.button)"), shades, atol=1e-3)
+    np.testing.assert_allclose(parts(page, "shown.map(node => node.button)"), shades, atol=0.002)
     click(page, "#branches button", 2)
     assert js(page, CHOSEN) != before[0]
     click(page, "#continue")

@@ -19,7 +19,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPO, TINY, call, exclaiming, hugging_face, on_linux, random_params
+from conftest import (
+    REPO,
+    TINY,
+    call,
+    exclaiming,
+    hugging_face,
+    on_a_port,
+    on_linux,
+    random_params,
+    serving,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,7 +43,6 @@ from generation.rows import Row
 from generation.stops import sort_stops, until_stop
 
 pytest.importorskip("starlette", reason="starlette is not installed")
-from starlette.testclient import TestClient  # noqa: E402
 
 import serve  # noqa: E402
 from serving import answers as answers_module  # noqa: E402
@@ -46,46 +55,6 @@ from serving.protocol import read_settings  # noqa: E402
 N_HEAD, N_CTX, END = TINY["n_head"], TINY["n_ctx"], 256
 ENCODER = Encoder([])  # every byte a token
 LETTERS = {str(id): 100 for id in ENCODER.encode("ABCDEFGHIJKLMNOPQRSTUVWXYZ")}  # a bias to them
-
-
-@contextlib.contextmanager
-def serving(params, hparams=TINY, **options):
-    """A client of the application, in this process."""
-    app = serve.make_app("tiny", ENCODER, hparams, params, **options)
-    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
-        yield client
-    assert not app.state.engine.thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def params(models):
-    return models[1]
-
-
-@pytest.fixture(scope="module")
-def client(params):
-    with serving(params) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def address(params):
-    """The same application behind uvicorn, on a port of its own."""
-    with on_a_port(serve.make_app("tiny", ENCODER, TINY, params)) as address:
-        yield address
-
-
-@contextlib.contextmanager
-def on_a_port(app):
-    with serve.listen("127.0.0.1", 0) as listening:
-        server = serve.server_of(app)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield listening.getsockname()
-        finally:
-            server.should_exit = True
-            thread.join(30)
 
 
 def ask(client, prompt, **fields):
