@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -29,11 +28,14 @@ try:
     from starlette.middleware import Middleware
     from starlette.responses import JSONResponse
     from starlette.routing import Route
+
+    from serving.connections import Server, listen  # with uvicorn
 except ModuleNotFoundError as missing:  # nothing else needs them, so they may not be there
     if __name__ != "__main__":
         raise
-    print(f"error: {missing}: pip install -r requirements/serve.txt", file=sys.stderr)
-    sys.exit(2)
+    from plumbing.cli import end_without_packages, main_of
+
+    end_without_packages(missing, "requirements/serve.txt", main_of(__file__))
 
 import kv_cache
 from engine.threads import own_threads
@@ -43,7 +45,6 @@ from serving import about, play
 from serving import metrics as figures
 from serving.answers import Answer
 from serving.chat import delta_of, message_of, read_chat, role_of
-from serving.connections import Server, listen
 from serving.guard import Cors, Guard, read_allowed
 from serving.protocol import Refusal, new_answer, read_completion, read_object
 from serving.responses import Response, read_response
@@ -434,6 +435,9 @@ def main(
     prefix_cache: bool = True,
 ):
     """Serve a model over HTTP, as OpenAI's completions and chats.
+
+    A request that names no temperature is answered at 1, as OpenAI's protocol has it. The page
+    begins at 0.8. gpt2.py and kv_cache.py have 0, which is greedy.
 
     Args:
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of

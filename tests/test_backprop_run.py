@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from training.text import open_text
 
 run = functools.partial(conftest.run, "backprop.py")
 TINY_RUN = ["--data", REPO / "gpt2.py", "--n_layer", 1, "--n_embd", 8, "--n_ctx", 16]
-TINY_RUN += ["--n_steps", 300, "--eval_every", 100, "--checkpoint_every", 50]
+TINY_RUN += ["--n_steps", 300, "--eval_every", 100, "--checkpoint_every", 50, "--ema", 0.9]
+TINY_RUN += ["--snapshots", 12]
 
 
 def test_it_imports_nothing_of_jax_and_no_other_framework(tmp_path):
@@ -51,11 +53,11 @@ BAD = {
     "heads": (["--n_embd", 100, "--n_head", 3], "multiple of n_head"),
     "no steps": (["--n_steps", 0], "n_steps must be from 1 to"),
     "rate": (["--learning_rate", "nan"], "learning_rate must be more than 0"),
-    "optimizer": (["--optimizer", "muon"], "--optimizer muon is train_jax.py's: here it is adamw"),
-    "dtype": (["--dtype", "bfloat16"], "--dtype bfloat16 is train_jax.py's: here it is float32"),
-    "drop": (["--drop_rate", 0.1], "--drop_rate 0.1 is train_jax.py's: here it is 0.0"),
-    "fsdp": (["--fsdp"], "--fsdp True is train_jax.py's: here it is False"),
-    "processes": (["--num_processes", 2], "--num_processes 2 is train_jax.py's"),
+    "optimizer": (["--optimizer", "muon"], "does not support --optimizer muon: use train_jax.py"),
+    "dtype": (["--dtype", "bfloat16"], "does not support --dtype bfloat16: use train_jax.py"),
+    "drop": (["--dropout", 0.1], "does not support --dropout 0.1: use train_jax.py"),
+    "fsdp": (["--fsdp"], "does not support --fsdp: use train_jax.py"),
+    "processes": (["--num_processes", 2], "does not support --num_processes 2: use train_jax.py"),
     "no text": (["--data", "nowhere.txt"], "no text at nowhere.txt"),
     "no text for it": (["--init_from", "9M", "--data", "nowhere.txt"], "no text at nowhere.txt"),
     "no model": (["--init_from", "9M"], "no model '9M'"),
@@ -73,6 +75,21 @@ def test_a_mistake_ends_in_one_line_before_any_training(tmp_path, case):
     code, out, err = conftest.call("backprop.py", *args)
     assert (code, out) == (2, "") and err.count("\n") == 1 and words in err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_help_lists_what_it_takes_and_train_jax_lists_all():
+    """A flag is listed if it can be given a value other than its only one."""
+    ours, theirs = (
+        set(re.findall(r"^ +(?:-\w, )?--(\w+)=", conftest.call(script, "--help")[1], re.MULTILINE))
+        for script in ("backprop.py", "train_jax.py")
+    )
+    assert theirs - ours == {
+        "coordinator", "dropout", "dtype", "eval_tasks", "eval_tasks_every", "fsdp", "lora_alpha",
+        "lora_rank", "lora_targets", "num_processes", "optimizer", "process_id",
+    }  # fmt: skip
+    assert ours < theirs and {"ema", "n_steps", "saved_dtype"} <= ours
+    said = " ".join(conftest.call("backprop.py", "--help")[1].split())
+    assert "needs only the packages of `make demo`" in said and "GROUP" not in said
 
 
 def test_too_little_text_and_a_folder_in_use_are_refused(tmp_path):
@@ -100,6 +117,21 @@ def ends(out):
     for plan in plans:
         plan["flags"]["out"] = plan["run"] = None
     return files, plans, losses
+
+
+def test_a_name_means_the_same_folder_to_out_resume_and_model_size(tmp_path):
+    """Below ./models unless there is a slash in it. A run of an earlier ./name goes on as well."""
+    sizes = ["--n_layer", 1, "--n_head", 2, "--n_embd", 8, "--n_ctx", 16]
+    new = ["--data", REPO / "gpt2.py", *sizes, "--n_steps", 2, "--out"]
+    for out, name, folder in (("new", "new", "models/new"), ("./old", "old", "old")):
+        code, said, err = run(*new, out, cwd=tmp_path)
+        assert (code, err) == (0, "") and (tmp_path / folder / "model.safetensors").is_file()
+        assert said.endswith(f"the best model is in {'./' * (folder == 'old')}{folder}\n")
+        code, said, err = run("--resume", name, "--n_steps", 3, cwd=tmp_path)
+        assert (code, err) == (0, "") and f"resuming {folder} (shakespeare-cpu, on " in said
+        flags = ["--model_size", name, "-n", 3]
+        assert conftest.call("gpt2.py", "a", *flags, cwd=tmp_path)[0] == 0
+    assert sorted(os.listdir(tmp_path)) == ["models", "old"]
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +214,63 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(never_stopped):
     process.communicate()
     code, _, err = run("--resume", out)
     assert (code, err) == (0, "") and ends(out) == ends(never_stopped)
+
+
+DAMAGE = {
+    "model.safetensors": lambda file: os.truncate(file, file.stat().st_size - 9),
+    "optimizer.safetensors": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "config.json": Path.unlink,
+    "run.json": lambda file: file.write_text("["),
+    "cut run.json": lambda file: os.truncate(file, file.stat().st_size // 2),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_it(
+    never_stopped, tmp_path, what
+):
+    out = shutil.copytree(never_stopped, tmp_path / "out")
+    last, before = out / "checkpoints" / "00000300", out / "checkpoints" / "00000250"
+    DAMAGE[what](last / what.split()[-1])
+    code, printed, err = conftest.call("backprop.py", "--resume", out)
+    assert (code, printed) == (2, "") and err.count("\n") == 1 and str(last) in err
+    assert err.endswith(f": delete {last}, and --resume goes on from {before}\n")
+    shutil.rmtree(last)
+    code, printed, err = run("--resume", out)
+    assert (code, err) == (0, "") and "going on after step 250" in printed
+    assert ends(out) == ends(never_stopped)
+
+
+def test_a_damaged_checkpoint_is_not_offered_in_place_of_another(never_stopped, tmp_path):
+    out = shutil.copytree(never_stopped, tmp_path / "out")
+    for folder in (out / "checkpoints").iterdir():
+        os.truncate(folder / "optimizer.safetensors", 99)
+    code, printed, err = conftest.call("backprop.py", "--resume", out)
+    assert (code, printed) == (2, "") and "00000300/optimizer.safetensors: cut short" in err
+    assert "delete" not in err
+
+
+def test_a_run_goes_on_where_its_text_has_moved(never_stopped, tmp_path):
+    out = shutil.copytree(never_stopped, tmp_path / "out")
+    last = out / "checkpoints" / "00000300" / "run.json"
+    plan = json.loads(last.read_text())
+    plan["flags"]["data"] = gone = str(tmp_path / "gone.txt")
+    last.write_text(json.dumps(plan))
+    code, printed, err = conftest.call("backprop.py", "--resume", out)
+    line = f"error: no text at {gone}: if it has moved, --data names its new place\n"
+    assert (code, printed, err) == (2, "", line)
+    moved = shutil.copy(REPO / "gpt2.py", tmp_path / "moved.py")
+    other = tmp_path / "other.py"
+    other.write_text(moved.read_text().replace("a", "b", 1))
+    code, printed, err = conftest.call("backprop.py", "--resume", out, "--data", other)
+    assert (code, printed) == (2, "") and err.count("\n") == 1
+    assert err.startswith(f"error: {other}: is not the text that {last.parent} was trained on")
+    code, printed, err = run("--resume", out, "--data", "moved.py", "--n_steps", 310, cwd=tmp_path)
+    assert (code, err) == (0, "") and "step 310:" in printed
+    code, printed, err = run("--resume", out, "--n_steps", 320)  # it knows the new place
+    assert (code, err) == (0, "") and "step 320:" in printed
+    code, printed, err = conftest.call("backprop.py", "--resume", out, "--init_from", "124M")
+    assert (code, printed) == (2, "") and "leave out --init_from" in err
 
 
 def test_what_it_trains_opens_in_transformers_and_in_gpt2(never_stopped):
