@@ -31,12 +31,16 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import encoder as encoder_module
 from corpus.documents import (

@@ -35,6 +35,9 @@ except ModuleNotFoundError as missing:  # nothing else needs them, so they may n
     print(f"error: {missing}: pip install -r requirements/serve.txt", file=sys.stderr)
     sys.exit(2)
 
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 import kv_cache
 from engine.threads import own_threads
 from generation.prefix_cache import PrefixCache

@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import functools
 import operator
+import os
 import sys
 
 try:
@@ -34,6 +35,9 @@ except ModuleNotFoundError as missing:  # generating needs neither, so they may 
         raise
     print(f"error: {missing}: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from corpus.examples import is_examples
 from evaluation.tasks import TASKS, accuracy, encode_item, load_items

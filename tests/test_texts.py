@@ -17,8 +17,6 @@ from encoder import ENDOFTEXT, Encoder
 from evaluate import load_ids
 from training.text import load_text, load_tokens
 
-SHADOWS = ("threading", "json", "regex", "tempfile", "signal", "numpy")  # what a worker imports
-
 
 def test_a_file_that_became_shorter_ends_the_count_of_its_lines(tmp_path):
     path = tmp_path / "short.txt"
@@ -40,23 +38,15 @@ def test_zst_with_the_longest_window(tmp_path):
     assert list(documents.read_documents(path)) == ["Once upon a time.\n"]
 
 
-def shadow_modules(folder):
-    """Modules of the standard library's names, each of which says that it was executed."""
-    for name in SHADOWS:
-        (folder / f"{name}.py").write_text(
-            f"import pathlib\npathlib.Path({str(folder / 'executed')!r}).write_text({name!r})\n"
-        )
-
-
-def test_workers_execute_nothing_of_the_current_folder(tmp_path):
-    shadow_modules(tmp_path)
-    (tmp_path / "text.txt").write_text("Once upon a time.\n" * 100)
-    args = ["text.txt", "--out", "s", "--shard_mb", "0.0002", "--workers", 2]
-    before = dict(os.environ)
-    code, _, err = conftest.run("prepare.py", *args, cwd=tmp_path)
-    assert code == 0, err
-    assert not (tmp_path / "executed").exists(), (tmp_path / "executed").read_text()
-    assert dict(os.environ) == before
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_a_file_that_became_shorter_is_an_error_and_not_an_end(tmp_path, ending):
+    path = tmp_path / f"short.{ending}"
+    path.write_text('{"text": "Once upon a time."}\n' * 9)
+    source = documents.describe(str(path))
+    (span,) = documents.cut_source(0, source, documents.Options(), str(tmp_path))
+    os.truncate(path, 60)
+    with pytest.raises(ValueError, match=rf"short\.{ending}: .*the file became shorter"):
+        list(documents.read_span(span, documents.Options()))
 
 
 REFUSED = {
