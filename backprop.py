@@ -3,6 +3,8 @@
     python backprop.py --data shakespeare                # from text to a model, and no framework
     python gpt2.py "It was" --model_size mine            # then write with it
 
+It needs only the packages of `make demo` (requirements/generate.txt).
+
 gpt2.py computes the loss; this file says how it changes if anything in there does. If dy is the
 gradient by a function's result y (how the loss changes with y), the chain rule gives dx, the
 gradient by its input x. So every function of gpt2.py has a counterpart here, in its order:
@@ -42,9 +44,9 @@ from kv_cache import generate
 from model_files.weights import leaves, nest
 from plumbing.cli import run_cli
 from training.checkpoints import State
-from training.flags import check_numpy, numpy_flags, read_flags
+from training.flags import JAX_ONLY, check_numpy, numpy_flags, numpy_help, read_flags
 from training.init import init_tree
-from training.progress import Machine, measure_peak
+from training.progress import Machine, Stats, measure_peak
 from training.run import run
 from training.text import draw_stretches
 
@@ -296,27 +298,38 @@ def is_matrix(name):  # "blocks.0.attn.c_attn.w" -> True, "blocks.0.ln_1.g" -> F
     return not name.endswith((".b", ".g", "vectors"))
 
 
-def train_step(params, moments, n_done, batches, flags, evaluate):
-    """One step, in place; returns the loss. batches: [n_accumulate, batch_size, n_ctx + 1].
+def moment_kinds(flags):
+    """The letters that the moments' names begin with: means, mean squares, perhaps averages."""
+    return "mva" if flags["ema"] else "mv"
 
-    params: {name: array}; moments: {"m.wte": array, "v.wte": array, ...}. evaluate(tokens,
-    n_tokens=n) is loss_and_gradients, whose gradients have the names of params.
+
+def train_step(params, moments, n_done, batches, flags, evaluate):
+    """One step, in place; returns its Stats. batches: [n_accumulate, batch_size, n_ctx + 1].
+
+    params: {name: array}; moments: {"m.wte": array, "v.wte": array, ...}, with --ema also the
+    averages of params, {"a.wte": array, ...}. evaluate(tokens, n_tokens=n) is loss_and_gradients,
+    whose gradients have the names of params.
     """
     n_tokens = batches[..., 1:].size
     loss, gradients = sharing.add_up(evaluate(tokens, n_tokens=n_tokens) for tokens in batches)
-    m = {name: moments[f"m.{name}"] for name in params}
-    v = {name: moments[f"v.{name}"] for name in params}
-    pieces = sharing.cut(params, gradients, m, v)
+    trees = [{name: moments[f"{kind}.{name}"] for name in params} for kind in moment_kinds(flags)]
+    pieces = sharing.cut(params, gradients, *trees)
     rate = scheduled_rate(n_done, flags)
     norm = sharing.norm(pieces, index=2)  # of the gradients
     scale = min(1, flags["grad_clip"] / (norm or 1))
 
-    def update(name, p, gradient, m, v):
+    def update(name, p, gradient, m, v, average=None):
+        before = p.copy()
         weight_decay = flags["weight_decay"] if is_matrix(name) else 0.0
         adamw(p, gradient, m, v, n_done, rate, weight_decay, flags["adam_b2"], scale)
+        if average is not None:  # what it keeps is smaller at first, so that it forgets the start
+            average += (1 - min(flags["ema"], (2 + n_done) / (11 + n_done))) * (p - average)
+        squares.append((np.square(before).sum(), np.square(p - before).sum()))
 
+    squares = []  # of the parameters, of their updates
     sharing.for_each(update, pieces)
-    return loss
+    of_params, of_updates = (math.fsum(x) for x in zip(*squares, strict=True))
+    return Stats(loss, norm, float(scale < 1), math.sqrt(of_updates / of_params))
 
 
 # --- The trainer --------------------------------------------------------------------------------
@@ -348,13 +361,17 @@ class NumpyTrainer:
 
     def moment_shapes(self, params):  # -> {"m.wte": (shape, dtype), ..., "v.wte": ...}
         shapes = {name: (x.shape, np.dtype("<f4")) for name, x in leaves(params).items()}
-        return {f"{moment}.{name}": shapes[name] for moment in "mv" for name in shapes}
+        return {
+            f"{kind}.{name}": shapes[name] for kind in moment_kinds(self.flags) for name in shapes
+        }
 
     def start(self, model, moments, n_done, text):
         self.text = text
         if moments is None:
             shapes = self.moment_shapes(model.params)
             moments = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+            if self.flags["ema"]:  # the average begins as the parameters
+                moments |= {f"a.{name}": np.array(x) for name, x in leaves(model.params).items()}
         n_head, batch_size = self.flags["n_head"], self.flags["batch_size"]
         context = start_sharing(model.params, moments, n_head, batch_size)
         self.shared = self.stack.enter_context(context)
@@ -372,9 +389,9 @@ class NumpyTrainer:
 
     def steps(self, state, batches, n):
         shared = self.shared
-        losses = []
+        stats = []
         for i in range(n):
-            loss = train_step(
+            of_step = train_step(
                 shared.params,
                 shared.moments,
                 state.n_done + i,
@@ -382,11 +399,18 @@ class NumpyTrainer:
                 self.flags,
                 shared.evaluate,
             )
-            losses.append(loss)
-        return state._replace(n_done=state.n_done + n), math.fsum(losses) / n
+            stats.append(of_step)
+        means = Stats(*(math.fsum(x) / n for x in zip(*stats, strict=True)))
+        return state._replace(n_done=state.n_done + n), means
 
     def learning_rate(self, n_done):
         return scheduled_rate(n_done, self.flags)
+
+    def averaged(self, state):
+        if not self.flags["ema"]:
+            return state.params
+        averages = {name: x for name, x in state.moments.items() if name.startswith("a.")}
+        return nest({name.removeprefix("a."): x for name, x in averages.items()})
 
     def validate(self, params):
         windows, n = self.text.windows, self.flags["batch_size"]
@@ -443,10 +467,14 @@ def sum_of_nats(params, tokens, n_head):  # [n, n_seq + 1] -> the sum over all t
     return float(sum(sharing.over_sequences(evaluate, len(tokens))))
 
 
-@functools.wraps(read_flags, assigned=["__doc__"])  # every flag is explained there
+@functools.wraps(read_flags, assigned=[])  # for its signature
 def main(*args, **kwargs):
     typed, options = read_flags(*args, **kwargs)
     run(NumpyTrainer, numpy_flags(typed, options), options)
+
+
+main.__doc__ = numpy_help()
+main.unlisted = JAX_ONLY
 
 
 if __name__ == "__main__":

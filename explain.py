@@ -23,7 +23,7 @@ from pathlib import Path
 if __name__ == "__main__":  # python -P and -I leave this folder out
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from pages.explanation import explain
+from pages.explanation import explain, is_page
 from plumbing.cli import count
 from plumbing.files import write_whole
 
@@ -33,6 +33,7 @@ def main(
     model_size: str = "124M",
     models_dir: str = "models",
     out: str = "explain.html",
+    overwrite: bool = False,
 ):
     """Write an HTML page that shows what GPT-2 did with a text. Open it in any browser.
 
@@ -41,12 +42,13 @@ def main(
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. A model that is missing is downloaded once.
         models_dir: the folder that holds the models.
-        out: the file to write.
+        out: the file to write; an earlier page of this script is replaced.
+        overwrite: also replace a file that is not such a page.
     """
     from utils import load_encoder_hparams_and_params
 
     path = Path(os.path.realpath(out))  # if --out is a link, the file it points to is written
-    check_out(out, path)  # before any download
+    check_out(out, path, overwrite)  # before any download
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     inputs = encoder.encode_prompt(text, hparams["n_ctx"])
     model = os.path.basename(os.path.abspath(model_size))
@@ -59,10 +61,12 @@ def main(
     print(f"{path}: {count(len(inputs), 'token')}, {size:.1f} MB. Open it in a browser.")
 
 
-def check_out(out, path):
+def check_out(out, path, overwrite=False):
     """Raises ValueError if --out is not the name of a file that can be written."""
     if path.is_file():
-        return
+        if overwrite or is_page(path):
+            return
+        raise ValueError(f"--out {out}: is not a page of explain.py; --overwrite replaces it")
     if path.is_dir():
         problem = "is a folder"
     elif path.exists():

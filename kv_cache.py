@@ -50,6 +50,8 @@ from plumbing.memory import n_that_fit
 CHUNK = 512  # tokens that a pass runs at most, which bounds its scratch memory
 FIRST_CAPACITY = 32  # tokens that a new cache has room for
 MAX_ROWS = 64  # in a batch, unless the caller says how many
+LOOKUP = 4  # guesses a pass, by default where rows are written one at a time
+N_TOKENS = 40  # that the command line adds to a text at most, by default
 
 # --------------------------------------------------------------------------------------------------
 # The idea: keep the keys and values, attend to all of them, and shift the positions
@@ -191,7 +193,7 @@ def next_logits(x, params, n_run=1):  # [n_rows, n_embd] -> [n_rows, n_vocab]
     """The logits of the token after each row's last, in a pass that ran n_run tokens."""
     # Use as many threads as the pass did, so that no others wake.
     with products.own_threads(max(len(x), n_run), x.shape[1]):
-        return x @ products.wrap(params)["wte"].swapaxes(0, 1)
+        return x @ products.wrap(params)["wte"].T
 
 
 def step(caches, tokens, params, n_head):  # n_rows caches and ids -> [n_rows, n_vocab]
@@ -301,7 +303,7 @@ class Batch:
 
 def generate_stream(
     prompts, params, n_head, n_tokens_to_generate, seed=None, endoftext=None,
-    stop=None, n_samples=1, batch_size=None, chunk=CHUNK, lookup=0, slide=False, **sampling,
+    stop=None, n_samples=1, batch_size=None, chunk=CHUNK, lookup=None, slide=False, **sampling,
 ):  # fmt: skip
     """Yields an Event (row, token, end) for each token that a row writes, and for each end.
 
@@ -316,7 +318,8 @@ def generate_stream(
     lookup: how many guesses a pass also checks for each row, see generation/lookup.py. The ids are
         the same, and come sooner where a text repeats itself. (A pass of several tokens adds
         numbers in another order than a pass of one. If the rounding makes two logits change places,
-        another token wins.)
+        another token wins.) By default 4 where rows are written one at a time, because there the
+        guesses cost next to nothing, and 0 where several are.
     slide: let texts outgrow n_ctx. A full row reads the last half of its context again, into a new
         cache.
 
@@ -336,6 +339,8 @@ def generate_stream(
     if batch_size is None:
         n_longest = max(len(ids) for ids in prompts) + n_tokens_to_generate
         batch_size = default_batch_size(n_rows, n_longest, params)
+    if lookup is None:
+        lookup = LOOKUP if min(n_rows, batch_size) == 1 else 0
     if n_tokens_to_generate == 0:
         yield from (Event(number, None, "length") for number in range(n_rows))
         return
@@ -371,7 +376,7 @@ def check_counts(lookup, **counts):
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be 1 or more, not {value}")
-    if lookup < 0:
+    if lookup is not None and lookup < 0:
         raise ValueError(f"lookup must be a number of guesses, or 0 for none, not {lookup}")
 
 
@@ -400,11 +405,12 @@ def generate(prompts, params, n_head, n_tokens_to_generate, **options):
 def main(
     *prompts: str,
     prompts_file: str | None = None,
+    prompt_file: str | None = None,
     interactive: bool = False,
-    n_tokens_to_generate: int = 40,
+    n_tokens_to_generate: int | None = None,
     n_samples: int = 1,
     batch_size: int | None = None,
-    lookup: int = 0,
+    lookup: int | None = None,
     stop: tuple[str, ...] | None = None,
     echo: bool = False,
     jsonl: bool = False,
@@ -425,14 +431,18 @@ def main(
     Args:
         prompts: the texts to continue; an empty one starts from nothing.
         prompts_file: a file with one prompt per line; - reads them from standard input.
+        prompt_file: a file that is one prompt, as a whole and without its last line's end; - is
+            standard input.
         interactive: continue each line that is typed, until Ctrl-D; Ctrl-C stops a text. This is
             what happens on a terminal without prompts.
-        n_tokens_to_generate: how many tokens to add to each text at most.
+        n_tokens_to_generate: how many tokens to add to each text at most. By default 40, and in a
+            chat as many as the rest of the context holds.
         n_samples: how many continuations of each prompt; they differ if temperature is above 0.
         batch_size: how many texts to write at the same time. By default all, but at most 64, and
             at most as many as fit, with their caches, into half of the free memory.
         lookup: guess this many tokens at a time from the text so far; the result is the same, and
-            comes sooner where the text repeats itself.
+            comes sooner where the text repeats itself. By default 4 for a single text, where it
+            costs next to nothing, and 0 (no guesses) for several.
         stop: end a continuation before this text, in which \\n is a new line, \\t a tab and \\\\ a
             backslash; may be repeated, for several (the ids of --jsonl keep its tokens).
         echo: print each prompt before its continuation.
@@ -443,7 +453,8 @@ def main(
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. A missing model is downloaded once.
         models_dir: the folder that holds the models.
-        temperature: 0 always takes the likeliest token; around 0.8 writes livelier text.
+        temperature: 0 always takes the likeliest token; around 0.8 writes livelier text. (A
+            server's requests have 1 by default, and its page begins at 0.8.)
         top_k: draw from the k likeliest tokens only; 0 for all.
         top_p: draw from the likeliest tokens that together reach this probability; 1 for all.
         min_p: draw from the tokens that have at least this share of the likeliest one's
@@ -459,19 +470,20 @@ def main(
     from utils import load_encoder_hparams_and_params
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    check_sampling(n_tokens_to_generate, seed=seed, **sampling._asdict())  # before any download
+    n_tokens = N_TOKENS if n_tokens_to_generate is None else n_tokens_to_generate
+    check_sampling(n_tokens, seed=seed, **sampling._asdict())  # before any download
     if temperature == 0 and (top_k > 0 or top_p < 1 or min_p > 0 or n_samples > 1):
         notice("at temperature 0, top_k, top_p and min_p change nothing, and all samples are equal")
     stops = terminal.read_stops(stop or (), chat)
     if chat:
         terminal.check_chat(n_samples=n_samples > 1, echo=echo, jsonl=jsonl, slide=slide)
     stream = find_backend(backend, lookup=lookup, slide=slide)
-    prompts = terminal.find_prompts(prompts, prompts_file, interactive or chat)
+    prompts = terminal.find_prompts(prompts, prompts_file, interactive or chat, prompt_file)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
 
-    def write(batch):  # lists of ids -> their events
+    def write(batch, n_tokens):  # lists of ids -> their events
         return stream(
-            batch, params, hparams["n_head"], n_tokens_to_generate,
+            batch, params, hparams["n_head"], n_tokens,
             seed=seed, endoftext=encoder.end_ids, stop=stops_with(stops, encoder),
             n_samples=n_samples, batch_size=batch_size, **sampling._asdict(),
         )  # fmt: skip
@@ -479,20 +491,20 @@ def main(
     def show(prompts):
         ids = terminal.encode_prompts(prompts, encoder, None if slide else hparams["n_ctx"])
         if len(prompts) * n_samples == 1 and not jsonl:
-            terminal.print_stream(write(ids), prompts[0] if echo else "", encoder, stops)
+            terminal.print_stream(write(ids, n_tokens), prompts[0] if echo else "", encoder, stops)
         else:
             terminal.print_rows(
-                write(ids), prompts, n_samples, n_tokens_to_generate, encoder, stops, jsonl,
+                write(ids, n_tokens), prompts, n_samples, n_tokens, encoder, stops, jsonl,
                 bar=prompts_file is not None, echo=echo,
             )  # fmt: skip
 
     if chat:
 
-        def answer(ids):
-            return terminal.texts_of(write([ids]), encoder, stops)
+        def answer(ids, n_tokens):
+            return terminal.texts_of(write([ids], n_tokens), encoder, stops)
 
-        n_most = hparams["n_ctx"] - n_tokens_to_generate
-        terminal.interact(terminal.converse(answer, encoder, n_most))
+        say = terminal.converse(answer, encoder, hparams["n_ctx"], n_tokens_to_generate)
+        terminal.interact(say)
     elif prompts is None:
         terminal.interact(show)
     else:

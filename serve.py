@@ -23,20 +23,23 @@ import time
 from collections import deque
 from functools import partial
 
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 try:
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.responses import JSONResponse
     from starlette.routing import Route
+
+    from serving.connections import Server, listen  # with uvicorn
 except ModuleNotFoundError as missing:  # nothing else needs them, so they may not be there
     if __name__ != "__main__":
         raise
-    print(f"error: {missing}: pip install -r requirements/serve.txt", file=sys.stderr)
-    sys.exit(2)
+    from plumbing.cli import end_without_packages, main_of
 
-if __name__ == "__main__":  # python -P and -I leave this folder out
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    end_without_packages(missing, "requirements/serve.txt", main_of(__file__))
 
 import kv_cache
 from engine.threads import own_threads
@@ -46,7 +49,6 @@ from serving import about, play
 from serving import metrics as figures
 from serving.answers import Answer
 from serving.chat import delta_of, message_of, read_chat, role_of
-from serving.connections import Server, listen
 from serving.guard import Cors, Guard, read_allowed
 from serving.protocol import Refusal, new_answer, read_completion
 from serving.weights import copied, watch, weight_files
@@ -195,12 +197,15 @@ class Engine:
         while (choice := self.next_choice()) is not None:
             choice.row.number = next(self.numbers)
             self.begun[choice.row.number] = choice
+            choice.begin()
             yield choice.row
 
     def next_choice(self):  # -> the next choice to begin, or None
         """Requests take turns. While others wait, none gets more than half of the batch."""
         with self.lock:
             for asked, queue in list(self.waiting.items()):
+                if not queue[0].may_begin:
+                    continue
                 n_running = sum(choice.asked is asked for choice in self.begun.values())
                 if len(self.waiting) > 1 and n_running >= max(1, self.batch.batch_size // 2):
                     continue
@@ -258,16 +263,22 @@ def deliver(parts):
 
 async def completions(request):
     """POST /v1/completions"""
-    state, body = request.app.state, await request.body()
     # In a thread: a large body takes a while, and the loop could do nothing else meanwhile.
-    asked = await asyncio.to_thread(read_completion, body, state.names, state.encoder, state.n_ctx)
+    return await asyncio.to_thread(complete, await request.body(), request.app.state)
+
+
+def complete(body, state):  # bytes -> Answer
+    asked = read_completion(body, state.names, state.encoder, state.n_ctx)
     return Answer(state, asked, new_answer(state.name))
 
 
 async def chats(request):
     """POST /v1/chat/completions"""
-    state, body = request.app.state, await request.body()
-    asked = await asyncio.to_thread(read_chat, body, state.names, state.encoder, state.n_ctx)
+    return await asyncio.to_thread(chat, await request.body(), request.app.state)
+
+
+def chat(body, state):  # bytes -> Answer
+    asked = read_chat(body, state.names, state.encoder, state.n_ctx)
     if asked.stream:
         fields = new_answer(state.name, "chat.completion.chunk", "chatcmpl")
         roles = [role_of(index) for index in range(asked.n_choices)]
@@ -381,6 +392,9 @@ def main(
 ):
     """Serve a model over HTTP, as OpenAI's completions and chats.
 
+    A request that names no temperature is answered at 1, as OpenAI's protocol has it. The page
+    begins at 0.8. gpt2.py and kv_cache.py have 0, which is greedy.
+
     Args:
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. A missing model is downloaded once.
@@ -399,10 +413,6 @@ def main(
     """
     from utils import find_model, load_encoder_hparams_and_params
 
-    if api_key == "":
-        raise ValueError("--api_key is empty: give a key, or leave it out to serve without one")
-    if host == "":
-        raise ValueError("--host is empty: 127.0.0.1 is this machine alone, 0.0.0.0 all addresses")
     if min(batch_size, max_waiting) < 1 or not timeout > 0:
         raise ValueError("batch_size and max_waiting must be 1 or more, timeout above 0")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)

@@ -1,17 +1,17 @@
 """Train a GPT-2 with JAX and Optax: the functions of gpt2.py, compiled and differentiated.
 
     python train_jax.py                                        # tiny Shakespeare, 2-3 minutes
-    python train_jax.py --data my_novel.txt --out models/novel # any text, byte by byte
+    python train_jax.py --data my_novel.txt --out novel        # any text, byte by byte
     python train_jax.py --init_from 124M --data my_novel.txt   # or go on with a released GPT-2
     python train_jax.py --init_from 124M --data my_novel.txt --lora_rank 8   # adapters of it alone
     python train_jax.py --recipe gpt2-124M --data shards/web   # what prepare.py made, of any size
-    python train_jax.py --resume models/novel                  # go on exactly where it stopped
+    python train_jax.py --resume novel                         # go on exactly where it stopped
     python gpt2.py "It was" --model_size novel                 # then write with it, in NumPy
 
 There is no second model here: `losses` calls `gpt2.hidden_state` on JAX arrays, `jax.jit` compiles
 it and `jax.grad` differentiates it. A training step is a pure function, state in, state out. The
 state is three things: the parameters, the optimizer's moments, and the number of steps done, which
-decides everything random (which stretches of text, which weights to drop). A checkpoint
+decides everything random (which stretches of text, which numbers to drop). A checkpoint
 is this state and the flags: a resumed run ends with the same bits as one that never stopped.
 
 Several devices, or machines, share the work only through the sharding of the arrays: each step's
@@ -22,9 +22,13 @@ compiler works out what to send where; no function below knows how many devices 
 import contextlib
 import dataclasses
 import functools
+import math
 import operator
 import os
 import sys
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 try:
     import jax
@@ -33,11 +37,10 @@ try:
 except ModuleNotFoundError as missing:  # generating needs neither, so they may be missing
     if __name__ != "__main__":
         raise
-    print(f"error: {missing}: pip install -r requirements.txt", file=sys.stderr)
-    sys.exit(2)
+    from plumbing.cli import end_without_packages
+    from training.flags import read_flags
 
-if __name__ == "__main__":  # python -P and -I leave this folder out
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    end_without_packages(missing, "requirements/train.txt", read_flags)
 
 from corpus.examples import is_examples
 from evaluation.tasks import TASKS, accuracy, encode_item, load_items
@@ -58,8 +61,9 @@ from training.devices import (
     start_jax,
     to_host,
 )
+from training.dropout import with_dropout
 from training.flags import OPTIMIZERS, read_flags, read_tasks
-from training.progress import Machine
+from training.progress import Machine, Stats
 from training.run import run
 from training.scoring import make_scorer, score_items
 from training.state import (
@@ -161,25 +165,6 @@ def is_hidden_matrix(params):
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "w", params)
 
 
-def drop_weights(key, params, drop_rate):
-    """A copy of params with a share of the blocks' weights zeroed and the others scaled up.
-
-    DropConnect (Wan et al. 2013) keeps a model from learning a small text by heart, as dropout
-    does, but it acts on the parameters, so that the model's functions stay as they are.
-    """
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.tree.unflatten(tree, list(jax.random.split(key, len(leaves))))
-    n_dropped = round(256 * drop_rate)  # a random byte per weight decides: quick to make
-
-    def drop(key, x, is_hidden):
-        if not is_hidden:
-            return x
-        mask = jax.random.bits(key, x.shape, jnp.uint8) >= n_dropped
-        return x * mask * (256 / (256 - n_dropped))
-
-    return jax.tree.map(drop, keys, params, is_hidden_matrix(params))
-
-
 # --- The optimizer ------------------------------------------------------------------------------
 
 
@@ -246,25 +231,54 @@ def on_stacked_blocks(rule):
     return optax.GradientTransformation(init, update)
 
 
+def with_average(rule, ema):
+    """The optimizer `rule`, which also keeps an exponential moving average of the parameters.
+
+    After each update the average becomes ema * average + (1 - ema) * parameters. It begins as the
+    parameters, and at first ema is smaller, (1 + n) / (10 + n) after n updates, so that it soon
+    forgets where they began. It is one of the optimizer's moments, so it is saved, resumed and
+    spread over devices as those are. Polyak & Juditsky 1992, "Acceleration of Stochastic
+    Approximation by Averaging".
+    """
+
+    def init(params):
+        average = jax.tree.map(jnp.copy, params)
+        return {"average": average, "n_done": jnp.int32(0), "rule": rule.init(params)}
+
+    def update(gradients, moments, params):
+        updates, of_rule = rule.update(gradients, moments["rule"], params)
+        n_done = moments["n_done"] + 1
+        share = 1 - jnp.minimum(ema, (1 + n_done) / (10 + n_done))
+
+        def move(average, x, change):
+            return average + share * (x + change - average)
+
+        average = jax.tree.map(move, moments["average"], params, updates)
+        return updates, {"average": average, "n_done": n_done, "rule": of_rule}
+
+    return optax.GradientTransformation(init, update)
+
+
 # --- Steps --------------------------------------------------------------------------------------
 
 
 def make_train_steps(
-    optimizer, drop_rate=0.0, seed=0, dtype="float32", shardings=None, packed=False, **options
-):
-    """The compiled function (state, batches, n) -> (State after n more steps, their mean loss).
+    optimizer, dropout=0.0, seed=0, dtype="float32", shardings=None, packed=False,
+    grad_clip=math.inf, **options,
+):  # fmt: skip
+    """The compiled function (state, batches, n) -> (State after n more steps, their mean Stats).
 
     batches: [n or more, n_accumulate, batch_size, n_ctx + 1]. Do not use the old state again: the
     new one takes over its memory. shardings: a State of them, or None for one device. packed and
-    options: those of `losses`.
+    options: those of `losses`. grad_clip: the optimizer's, for the Stats alone.
 
     If the parameters hold adapters, only these have gradients and moments, and only they change.
     """
 
     def batch_loss(trained, frozen, batch, key, share):
         weights = combine(trained, frozen)
-        if drop_rate:
-            weights = drop_weights(key, weights, drop_rate)
+        if dropout:
+            weights = with_dropout(key, weights, dropout)
         return mean_loss(weights, batch, share=share, packed=packed, **options)
 
     def value_and_gradients(params, batch, key):  # [n_accumulate, batch_size, n_ctx + 1]
@@ -288,17 +302,21 @@ def make_train_steps(
         value, gradients = value_and_gradients(params, batch, key)
         trained, frozen = partition(params)
         updates, moments = optimizer.update(gradients, moments, trained)
+        norm = optax.tree.norm(gradients)
+        update_size = optax.tree.norm(updates) / optax.tree.norm(trained)
+        stats = Stats(value, norm, jnp.where(norm > grad_clip, 1.0, 0.0), update_size)
         params = combine(optax.apply_updates(trained, updates), frozen)
-        return State(params, moments, n_done + 1), value
+        return State(params, moments, n_done + 1), stats
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def train_steps(state, batches, n):
         def add_step(i, carry):
-            state, value = step(batches[i], carry[0])
-            return state, carry[1] + value
+            state, stats = step(batches[i], carry[0])
+            return state, jax.tree.map(jnp.add, carry[1], stats)
 
-        state, total = jax.lax.fori_loop(0, n, add_step, (State(*state), 0.0))
-        return state, total / n
+        nothing = Stats(0.0, 0.0, 0.0, 0.0)
+        state, total = jax.lax.fori_loop(0, n, add_step, (State(*state), nothing))
+        return state, jax.tree.map(lambda x: x / n, total)
 
     return train_steps
 
@@ -378,6 +396,8 @@ class JaxTrainer:
             flags["grad_clip"],
             flags["adam_b2"],
         )
+        if flags["ema"]:
+            self.optimizer = with_average(self.optimizer, flags["ema"])
 
     def new_model(self, n_vocab):  # -> hparams, parameters
         flags = self.flags
@@ -407,8 +427,9 @@ class JaxTrainer:
         )
         self.options = loss_options(flags, self.n_vocab, flags["batch_size"] // mesh.size)
         self.steps = make_train_steps(
-            self.optimizer, flags["drop_rate"], flags["seed"], shardings=shardings, **self.options
-        )
+            self.optimizer, flags["dropout"], flags["seed"], shardings=shardings,
+            grad_clip=flags["grad_clip"], **self.options,
+        )  # fmt: skip
         windows = fill_batches(text.windows, flags["batch_size"])
         self.windows = put(windows, 2 * (make_sharding(mesh, None, "data"),))
         return state
@@ -425,6 +446,11 @@ class JaxTrainer:
 
     def learning_rate(self, n_done):
         return float(self.schedule(n_done))
+
+    def averaged(self, state):
+        if not self.flags["ema"]:
+            return state.params
+        return combine(state.moments["average"], partition(state.params)[1])
 
     def validate(self, params):
         return float(validation_loss(params, *self.windows, **self.options))

@@ -306,6 +306,12 @@ def save_model(model_dir, encoder, hparams, params, dtype="float32"):
                 os.rmdir(model_dir)  # works only if it is empty, so after a failure
 
 
+def target_dir(out, models_dir="models"):  # the --out flag -> the folder to write
+    """A name alone is a folder in models_dir, as in --model_size; with a slash it is a path."""
+    is_name = os.path.basename(out) == out and out not in ("", ".", "..")
+    return os.path.join(models_dir, out) if is_name else out
+
+
 def check_target(model_dir, for_adapter=False):
     """Raises ValueError or OSError if save_model cannot write, or if other files contradict it."""
     others = "config.json" if for_adapter else CONFIG
@@ -324,25 +330,33 @@ def check_target(model_dir, for_adapter=False):
 # --- The command line ---------------------------------------------------------------------------
 
 
-def main(command: str, adapter: str, out: str, models_dir: str = "models", dtype: str = "float32"):
+def main(
+    command: str,
+    adapter: str,
+    out: str,
+    models_dir: str = "models",
+    saved_dtype: str = "float32",
+):
     """Merge an adapter into its model: `python utils.py merge models/adapter models/whole`.
 
     Args:
         command: merge.
         adapter: a folder in models_dir, or a path, with a LoRA adapter in peft's layout.
-        out: the new folder to write: a model like any other, which needs no base.
+        out: the new folder to write, a name in models_dir or a path: a model like any other, which
+            needs no base.
         models_dir: the folder that holds the models.
-        dtype: float32 or float16, of the weights on disk.
+        saved_dtype: float32 or float16, of the weights on disk.
     """
     if command != "merge":
         raise ValueError(f"no command {command!r}: merge is the only one")
+    out = target_dir(out, models_dir)
     if os.path.isdir(out) and os.listdir(out):
         raise ValueError(f"{out} is not empty: name a new folder")
     model_dir = find_model(adapter, models_dir)
     if not is_adapter(model_dir):
         raise ValueError(f"{model_dir}: no {CONFIG}, so there is nothing to merge")
     encoder, hparams, params = load_encoder_hparams_and_params(model_dir, models_dir)
-    save_model(out, encoder, hparams, params, dtype)
+    save_model(out, encoder, hparams, params, saved_dtype)
     print(f"the merged model is in {out}")
 
 

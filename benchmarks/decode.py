@@ -61,8 +61,9 @@ def engines(folder, params, temporary):
         return write
 
     kinds = {kind: ctranslate2_generator(folder, kind, temporary) for kind in ("float32", "int8")}
+    options = {"batch_size": 64, "lookup": 0}  # a pass for each token, as the others make
     return {
-        "kv_cache": lambda ids, n: kv_cache.generate(ids, params, N_HEAD, n, batch_size=64),
+        "kv_cache": lambda ids, n: kv_cache.generate(ids, params, N_HEAD, n, **options),
         "Hugging_Face": theirs,
         **{f"CTranslate2_{kind}": translator(generator) for kind, generator in kinds.items()},
     }

@@ -36,12 +36,12 @@ def ours(flags, params, tokens, optimizer):  # -> a function that trains N_STEPS
     n_rows = count_rows(n_vocab)
     state, shardings = start_state(params, None, 0, rule, n_rows, mesh, flags["fsdp"])
     how = train_jax.loss_options(flags, n_vocab, flags["batch_size"] // mesh.size)
-    steps = train_jax.make_train_steps(rule, flags["drop_rate"], 0, shardings=shardings, **how)
+    steps = train_jax.make_train_steps(rule, flags["dropout"], 0, shardings=shardings, **how)
     batches = devices.put(tokens, devices.make_sharding(mesh, None, None, "data"))
 
     def train():
         nonlocal state
-        state, loss = steps(state, batches, len(tokens))
+        state, (loss, *_) = steps(state, batches, len(tokens))
         return float(loss)
 
     return train
@@ -60,7 +60,7 @@ def by_hand(flags, params, tokens, stack):
         total = 0.0
         for batches in tokens:
             arrays = shared.params, shared.moments
-            total += backprop.train_step(*arrays, n_done, batches, flags, shared.evaluate)
+            total += backprop.train_step(*arrays, n_done, batches, flags, shared.evaluate).loss
             n_done += 1
         return total / len(tokens)
 

@@ -120,7 +120,7 @@ def split(joined, arrays):  # the reverse: -> {name: view}, for arrays of these 
 
 
 def kind_of(name, x):  # ("m.wte", its array) -> "m.matrices"
-    moment = name[:2] if name.startswith(("m.", "v.")) else ""
+    moment = name[:2] if name[1] == "." else ""  # a parameter's name begins with a longer word
     return moment + ("vectors" if x.ndim == 1 else "matrices")
 
 

@@ -10,13 +10,20 @@ import sys
 
 from corpus.chat import NEXT_TURN, encode_conversation
 from generation.stops import up_to
-from plumbing.cli import one_line
+from plumbing.cli import notice, one_line
 
 # --- Prompts --------------------------------------------------------------------------------------
 
 
-def find_prompts(prompts, prompts_file, interactive):  # -> list of str, or None if they are typed
-    """Raises ValueError for no prompts, or if some come with --interactive."""
+def find_prompts(prompts, prompts_file, interactive, prompt_file=None):
+    """-> list of str, or None if they are typed.
+
+    Raises ValueError for no prompts, or if some come with --interactive.
+    """
+    for prompt in prompts:
+        suggest_file(prompt)
+    if prompt_file is not None:
+        prompts = [*prompts, read_prompt(prompt_file)]
     given = prompts or prompts_file is not None
     if interactive and given:
         raise ValueError("--interactive reads its prompts as you type them: give no others")
@@ -26,6 +33,28 @@ def find_prompts(prompts, prompts_file, interactive):  # -> list of str, or None
     if not prompts:
         raise ValueError("no prompts: give one or more, --prompts_file or --interactive")
     return prompts
+
+
+def find_prompt(prompt, prompt_file):  # the two flags, of which one is given -> str
+    """Raises ValueError if none or both are given."""
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("expected one prompt: the text, or --prompt_file with its file")
+    if prompt_file is not None:
+        return read_prompt(prompt_file)
+    suggest_file(prompt)
+    return prompt
+
+
+def suggest_file(prompt):
+    """nanoGPT reads the file of a prompt FILE:name. Here any prompt is text."""
+    if prompt.startswith("FILE:"):
+        path = prompt.removeprefix("FILE:")
+        notice(f"this prompt is the text {prompt}; to continue that file: --prompt_file {path}")
+
+
+def read_prompt(path):
+    """A whole file, or standard input for "-", without a first BOM and the end of its last line."""
+    return "\n".join(read_lines(path))
 
 
 def read_lines(path):
@@ -49,10 +78,8 @@ def encode_prompts(prompts, encoder, n_ctx):  # list of str -> list of id lists
 
 
 def read_stops(stops, chat):  # the --stop flags -> the strings that end a text
-    """Raises ValueError for an empty one. In a chat the user's next turn is another."""
+    """In a chat the user's next turn is another."""
     stops = [unescape(text) for text in stops]
-    if "" in stops:
-        raise ValueError("stop must not be empty")
     return [*stops, NEXT_TURN] if chat else stops
 
 
@@ -101,22 +128,24 @@ def check_chat(**asked):  # {a flag that excludes --chat: was it given?}
         raise ValueError(f"--chat gives one answer to each line: leave out --{given[0]}")
 
 
-def converse(answer, encoder, n_most):  # -> a function of [line], for interact
+def converse(answer, encoder, n_ctx, n_tokens=None):  # -> a function of [line], for interact
     """Each line is a user's message. The answer is printed; message and answer are remembered.
 
-    answer(ids): the text of an answer in parts. If Ctrl-C stops an answer, the part before counts
-    as the whole. The function raises ValueError for a line of more than n_most ids, which is then
-    forgotten.
+    answer(ids, n): the text of an answer of at most n tokens, in parts. n is n_tokens or, if that
+    is None, what the conversation leaves of the context, which is a quarter at least. If Ctrl-C
+    stops an answer, the part before counts as the whole. The function raises ValueError for a line
+    that is too long, which is then forgotten.
     """
     messages = []
+    n_reserved = max(1, n_ctx // 4) if n_tokens is None else n_tokens
 
     def say(lines):
         asked = [*messages, {"role": "user", "content": lines[0]}]
-        ids = encode_conversation(asked, encoder, n_most)
+        ids = encode_conversation(asked, encoder, n_ctx - n_reserved)
         messages[:] = asked
         said = ""
         try:
-            for text in answer(ids):
+            for text in answer(ids, n_ctx - len(ids) if n_tokens is None else n_tokens):
                 text = text if said else text.lstrip()  # drops the space after "Assistant:"
                 print(text, end="", flush=True)
                 said += text

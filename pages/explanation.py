@@ -11,6 +11,8 @@ from pages.predictions import bytes_of, distributions, likeliest, surprise
 from pages.recording import lens, record
 from pages.templates import template
 
+TITLE = b"<title>What GPT-2 did</title>"  # of every page
+
 MAX_TOKENS = 256  # the maps grow with the square of the text
 N_SHOWN = 257  # a position's likeliest tokens that are listed one by one: all, of a byte model
 N_LENS = 5  # tokens per layer and position in the logit lens
@@ -157,3 +159,10 @@ def page(data):  # a dict -> the text of the HTML file
     """Put the data into the template. No `<` in the data can end the element that holds it."""
     text = json.dumps(data, separators=(",", ":"), default=pack).replace("<", "\\u003c")
     return template("explain.html").replace("{{data}}", text)
+
+
+def is_page(path):
+    """Is a file such a page, or empty?"""
+    with open(path, "rb") as file:
+        beginning = file.read(2000)
+    return not beginning or TITLE in beginning

@@ -6,6 +6,7 @@ Fire reads the flags. This file changes some of Fire's habits, and turns errors 
 exit codes.
 """
 
+import ast
 import contextlib
 import functools
 import inspect
@@ -18,20 +19,48 @@ import types
 import typing
 import warnings
 from collections import deque
+from pathlib import Path
 
 VERSION = "1.0"  # of all of sixtyGPT, for --version
-# Letters that mean the same flag in every command. Any other letter means the one flag that
-# begins with it.
-SHORT = {"m": "model_size", "n": "n_tokens_to_generate", "s": "seed", "t": "temperature"}
+# The only flags of one letter. A letter means the same in every command that has the flag.
+SHORT = {
+    "m": "model_size",
+    "n": "n_tokens_to_generate",
+    "o": "out",
+    "s": "seed",
+    "t": "temperature",
+}
+OTHER_NAMES = {  # a name that other programs give a flag -> ours, to suggest
+    "block_size": "n_ctx",
+    "eval_interval": "eval_every",
+    "gradient_accumulation_steps": "n_accumulate",
+    "lr": "learning_rate",
+    "max_iters": "n_steps",
+    "max_length": "n_tokens_to_generate",
+    "max_new_tokens": "n_tokens_to_generate",
+    "max_steps": "n_steps",
+    "max_tokens": "n_tokens_to_generate",
+    "model": "model_size",
+    "model_name": "model_size",
+    "num_return_sequences": "n_samples",
+    "num_samples": "n_samples",
+    "out_dir": "out",
+    "output_dir": "out",
+    "start": "prompt",
+    "warmup_iters": "n_warmup",
+}
 USERS_MISTAKES = (ValueError, OSError, ImportError, AssertionError, OverflowError, MemoryError)
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+# Every other value that is empty comes from a variable that was not set: `--api_key "$UNSET"`.
+MAY_BE_EMPTY = {"prompt", "prompts", "text", "separator"}
 TYPED = "\0"  # marks what a person typed: argv cannot contain it, so nothing else looks like it
 
 
 def run_cli(main):
     """Run `main` as a command line whose flags are its parameters, read by their annotations.
 
-    `main` starts only once the whole line is understood. USERS_MISTAKES end in one line on stderr
+    `main` starts only once the whole line is understood. main.unlisted: the parameters that the
+    help leaves out. USERS_MISTAKES end in one line on stderr
     and exit code 2, Ctrl-C in 130, a closed pipe in 141.
     """
     if sys.stderr is None:  # it was closed: progress bars would fail to write there
@@ -45,6 +74,7 @@ def run_cli(main):
     )
     try:
         args, kwargs = read_arguments(main, sys.argv[1:])
+        check_not_empty(inspect.signature(main).bind(*args, **kwargs).arguments)
         main(*args, **kwargs)
         if sys.stdout is not None:
             sys.stdout.flush()  # flush here, where a failure can still be reported
@@ -54,7 +84,7 @@ def run_cli(main):
     except BrokenPipeError:
         code = 141
     except USERS_MISTAKES as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}{advice(main, error)}", file=sys.stderr)
         code = 2
     with contextlib.suppress(AttributeError):  # there may be no stdout
         try:
@@ -62,6 +92,31 @@ def run_cli(main):
         except OSError:  # else Python would try, and complain, once more at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def end_without_packages(missing, requirements, main):
+    """End a script whose packages are missing: with its help, if asked for, otherwise one line."""
+    if {"-h", "--help", "--version"} & set(sys.argv[1:]):
+        run_cli(main)
+    print(f"error: {missing}: pip install -r {requirements}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main_of(path):  # -> a function that does nothing, with the signature and the docstring
+    """A script's `main`, for its help. What the script imports need not be installed."""
+    tree = ast.parse(Path(path).read_text("utf-8"))
+    [main] = [node for node in tree.body if getattr(node, "name", "") == "main"]
+    main.body = main.body[:1]  # the docstring
+    names = {}
+    exec(compile(ast.Module([main], []), path, "exec"), names)
+    return names["main"]
+
+
+def advice(main, error):  # -> words to append to an error's line, or ""
+    """For a text that is longer than the model's context: the flag that allows it, if any."""
+    is_too_long = str(error).endswith("positions (n_ctx)")
+    has_slide = "slide" in inspect.signature(main).parameters
+    return "; --slide goes on beyond them" if is_too_long and has_slide else ""
 
 
 def one_line(error):
@@ -100,7 +155,7 @@ def read_arguments(main, argv):
 
     calls = []
 
-    @functools.wraps(main)
+    @functools.wraps(main, updated=())  # fire would list main's attributes
     def record(*args, **kwargs):
         calls.append((args, kwargs))
 
@@ -113,7 +168,9 @@ def read_arguments(main, argv):
         names = () if p.kind is p.VAR_POSITIONAL else (p.name,)  # (): fire's default parser
         SetParseFn(functools.partial(parse, p.name, p.annotation), *names)(record)
     # "int | None" reads better in the help as fire's own "Optional[int]".
-    plain = [p.replace(annotation=kinds(p.annotation)[0]) for p in parameters.values()]
+    unlisted = getattr(main, "unlisted", ()) if help_wanted else ()
+    listed = [p for p in parameters.values() if p.name not in unlisted]
+    plain = [p.replace(annotation=kinds(p.annotation)[0]) for p in listed]
     record.__signature__ = inspect.Signature(plain)
 
     printed = io.StringIO()
@@ -129,6 +186,14 @@ def read_arguments(main, argv):
         print(name_short_flags(printed.getvalue().strip()))
         raise
     return calls[0]
+
+
+def check_not_empty(given):  # {parameter: what was typed for it}
+    """Raises ValueError for an empty text where one stands for nothing that anybody could want."""
+    for name, value in given.items():
+        values = value if isinstance(value, tuple) else (value,)
+        if "" in values and name not in MAY_BE_EMPTY:
+            raise ValueError(f"--{name} is empty: give it a value, or leave it out")
 
 
 def spell_out(argv, parameters):  # -> the words that fire gets
@@ -165,23 +230,30 @@ def find_flag(typed, parameters):  # "-n", "--top-k" or "--nojsonl" -> (name, Fa
     """The parameter that a flag names. ValueError, with the nearest names, if there is none."""
     names = [p.name for p in parameters.values() if p.kind is not p.VAR_POSITIONAL]
     name = typed.lstrip("-").replace("-", "_")
-    if len(name) == 1:
-        found = [n for n in names if n == SHORT.get(name, n) and n.startswith(name)]
-        if len(found) > 1:
-            raise ValueError(f"{typed} could mean {either(found, '--')}: write it in full")
-        name = found[0] if found else name
+    if SHORT.get(name) in names:
+        name = SHORT[name]
     if name in names:
         return name, True
     if name.startswith("no") and name[2:] in names and parameters[name[2:]].annotation is bool:
         return name[2:], False
-    raise ValueError(f"no flag {typed}{did_you_mean(name, names, '--')} (--help lists them all)")
+    if OTHER_NAMES.get(name) in names:
+        hint = f": did you mean --{OTHER_NAMES[name]}?"
+    else:
+        hint = did_you_mean(name, names, "--")
+    raise ValueError(f"no flag {typed}{hint} (--help lists them all)")
 
 
 def did_you_mean(word, names, prefix=""):  # -> ": did you mean this or that?", or ""
-    """The names that contain the word or, if none does, names that look like it; two at most."""
+    """The names that contain the word or, if none does, names that look like it; two at most.
+
+    For a single letter, the names that begin with it.
+    """
     import difflib
 
-    alike = [n for n in names if len(word) > 1 and word.lower() in n.lower()]
+    if len(word) == 1:
+        alike = [n for n in names if n.startswith(word)]
+    else:
+        alike = [n for n in names if word.lower() in n.lower()]
     found = (alike or difflib.get_close_matches(word, names))[:2]
     return f": did you mean {either(found, prefix)}?" if found else ""
 
@@ -196,9 +268,8 @@ def either(names, prefix=""):  # ["a", "b"] -> "a or b"
 
 def name_short_flags(text):  # fire's help -> the help
     """Shows the letters of SHORT. Fire shows a letter wherever just one flag begins with it."""
-    text = re.sub(r"^( +)-h, --", r"\1--", text, flags=re.MULTILINE)  # -h is for help
+    text = re.sub(r"^( +)-\w, --", r"\1--", text, flags=re.MULTILINE)
     for letter, name in SHORT.items():
-        text = re.sub(rf"^( +)-{letter}, --", r"\1--", text, flags=re.MULTILINE)
         text = re.sub(rf"^( +)--{name}=", rf"\1-{letter}, --{name}=", text, flags=re.MULTILINE)
     return text
 

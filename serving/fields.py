@@ -10,7 +10,7 @@ DONE = {  # how a field is read, for the guide
     "messages": "of system or developer, user and assistant; text, or a list of text parts",
     "max_tokens": "at most as many as fit; in chats also max_completion_tokens",
     "n": "1 to 128",
-    "temperature": "0 or more",
+    "temperature": "0 or more; 1 by default",
     "top_p": "0 (greedy) to 1",
     "top_k": "-1 or 0 for all",
     "min_p": "0 to 1",

@@ -335,7 +335,7 @@ def test_how_the_batch_is_cut_does_not_matter(rng):
 # --- Training -------------------------------------------------------------------------------------
 
 SCHEDULE = {"n_steps": 200, "learning_rate": 3e-3, "min_learning_rate": 3e-4, "n_warmup": 20}
-ADAMW = SCHEDULE | {"grad_clip": 1.0, "weight_decay": 0.1, "adam_b2": 0.99}
+ADAMW = SCHEDULE | {"grad_clip": 1.0, "weight_decay": 0.1, "adam_b2": 0.99, "ema": 0.0}
 
 
 def update(params, gradients, moments, n_done):
@@ -381,7 +381,7 @@ def test_200_steps_have_the_losses_of_train_jaxs_adamw(rng):
     state = theirs, optimizer.init(theirs), 0
     moments, gaps, losses, clipped = zeros(params), [], [], 0
     for n_done in range(200):
-        state, wanted = steps(state, batches[n_done : n_done + 1], 1)
+        state, (wanted, *_) = steps(state, batches[n_done : n_done + 1], 1)
         loss, gradients = backprop.loss_and_gradients(params, batches[n_done, 0], 3)
         clipped += math.hypot(*(np.linalg.norm(x) for x in leaves(gradients).values())) > 1
         update(params, gradients, moments, n_done)
@@ -443,13 +443,57 @@ def test_accumulated_batches_are_one_large_batch(rng):
             loss, gradients = backprop.loss_and_gradients(params, tokens, 2, n_tokens)
             return loss, leaves(gradients)
 
-        return backprop.train_step(leaves(params), moments, 0, batches, flags, evaluate)
+        return backprop.train_step(leaves(params), moments, 0, batches, flags, evaluate).loss
 
     a = step(tree_map(np.copy, params), ours, batches)
     b = step(params, whole, batches.reshape(1, 6, 10))
     assert math.isclose(a, b, rel_tol=1e-5) and math.isclose(a, wanted, rel_tol=1e-5)
     first = {name.removeprefix("m."): x for name, x in whole.items() if name.startswith("m.")}
     assert_close(weights.nest({name: ours["m." + name] for name in first}), weights.nest(first))
+
+
+def test_the_average_is_that_of_the_parameters_after_each_step(rng):
+    """Beside the definition, in float64. Its beginning is the parameters before the first step."""
+    params, _, _ = make(rng, (1, 1, 30, 9, 24, 3, 2))
+    flags = ADAMW | {"ema": 0.7, "learning_rate": 0.1}
+    moments = zeros(params) | {f"a.{name}": x.copy() for name, x in leaves(params).items()}
+    wanted = {name: np.float64(x) for name, x in leaves(params).items()}
+    for n_done in range(12):
+
+        def evaluate(tokens, n_tokens):
+            loss, gradients = backprop.loss_and_gradients(params, tokens, 3, n_tokens)
+            return loss, leaves(gradients)
+
+        batch = rng.integers(0, 30, (1, 4, 10))
+        backprop.train_step(leaves(params), moments, n_done, batch, flags, evaluate)
+        kept = min(0.7, (2 + n_done) / (11 + n_done))
+        for name, x in leaves(params).items():
+            wanted[name] = kept * wanted[name] + (1 - kept) * x
+    for name, x in wanted.items():
+        assert np.allclose(moments[f"a.{name}"], x, rtol=0, atol=1e-5), name
+    assert abs(moments["a.wte"] - params["wte"]).max() > 0.01
+
+
+def test_the_stats_of_a_step_are_those_of_their_definitions(rng):
+    """Large arrays are updated in pieces, by threads; the stats are those of all of them."""
+    params, _, hparams = make(rng, (1, 1, 2801, 9, 48, 3, 1))
+    for norm, grad_clip, clipped in ((3.0, 4.0, 0.0), (3.0, 2.0, 1.0)):
+        gradients = random_params(rng, hparams)
+        scale = norm / np.linalg.norm([np.linalg.norm(x) for x in leaves(gradients).values()])
+        gradients = {name: x * np.float32(scale) for name, x in leaves(gradients).items()}
+        before = np.concat([x.ravel() for x in leaves(params).values()]).astype("f8")
+
+        def evaluate(tokens, n_tokens, gradients=gradients):
+            return 2.5, gradients
+
+        flags = ADAMW | {"grad_clip": grad_clip}
+        batches = np.zeros((1, 1, 2))
+        stats = backprop.train_step(leaves(params), zeros(params), 7, batches, flags, evaluate)
+        after = np.concat([x.ravel() for x in leaves(params).values()])
+        wanted = np.linalg.norm(after - before) / np.linalg.norm(before)
+        assert (stats.loss, stats.clipped) == (2.5, clipped)
+        assert math.isclose(stats.gradient_norm, norm, rel_tol=1e-5)
+        assert math.isclose(stats.update_size, wanted, rel_tol=1e-4)
 
 
 def example(part):  # -> the code that the docstring of a function or module ends with
@@ -485,7 +529,7 @@ def some_steps(start, flags, batches):
     with backprop.start_sharing(start, zeros(start), 3, flags["batch_size"]) as shared:
         arrays = shared.params, shared.moments
         losses = [
-            backprop.train_step(*arrays, n_done, batch, flags, shared.evaluate)
+            backprop.train_step(*arrays, n_done, batch, flags, shared.evaluate).loss
             for n_done, batch in enumerate(batches)
         ]
         params, moments = shared.by_name

@@ -28,7 +28,8 @@ from training.text import open_text
 
 run = functools.partial(conftest.run, "backprop.py")
 TINY_RUN = ["--data", REPO / "gpt2.py", "--n_layer", 1, "--n_embd", 8, "--n_ctx", 16]
-TINY_RUN += ["--n_steps", 300, "--eval_every", 100, "--checkpoint_every", 50]
+TINY_RUN += ["--n_steps", 300, "--eval_every", 100, "--checkpoint_every", 50, "--ema", 0.9]
+TINY_RUN += ["--snapshots", 12]
 
 
 def test_it_imports_nothing_of_jax_and_no_other_framework(tmp_path):
@@ -52,11 +53,11 @@ BAD = {
     "heads": (["--n_embd", 100, "--n_head", 3], "multiple of n_head"),
     "no steps": (["--n_steps", 0], "n_steps must be from 1 to"),
     "rate": (["--learning_rate", "nan"], "learning_rate must be more than 0"),
-    "optimizer": (["--optimizer", "muon"], "--optimizer muon is train_jax.py's: here it is adamw"),
-    "dtype": (["--dtype", "bfloat16"], "--dtype bfloat16 is train_jax.py's: here it is float32"),
-    "drop": (["--drop_rate", 0.1], "--drop_rate 0.1 is train_jax.py's: here it is 0.0"),
-    "fsdp": (["--fsdp"], "--fsdp True is train_jax.py's: here it is False"),
-    "processes": (["--num_processes", 2], "--num_processes 2 is train_jax.py's"),
+    "optimizer": (["--optimizer", "muon"], "does not support --optimizer muon: use train_jax.py"),
+    "dtype": (["--dtype", "bfloat16"], "does not support --dtype bfloat16: use train_jax.py"),
+    "drop": (["--dropout", 0.1], "does not support --dropout 0.1: use train_jax.py"),
+    "fsdp": (["--fsdp"], "does not support --fsdp: use train_jax.py"),
+    "processes": (["--num_processes", 2], "does not support --num_processes 2: use train_jax.py"),
     "no text": (["--data", "nowhere.txt"], "no text at nowhere.txt"),
     "no text for it": (["--init_from", "9M", "--data", "nowhere.txt"], "no text at nowhere.txt"),
     "no model": (["--init_from", "9M"], "no model '9M'"),
@@ -74,6 +75,21 @@ def test_a_mistake_ends_in_one_line_before_any_training(tmp_path, case):
     code, out, err = conftest.call("backprop.py", *args)
     assert (code, out) == (2, "") and err.count("\n") == 1 and words in err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_help_lists_what_it_takes_and_train_jax_lists_all():
+    """A flag is listed if it can be given a value other than its only one."""
+    ours, theirs = (
+        set(re.findall(r"^ +(?:-\w, )?--(\w+)=", conftest.call(script, "--help")[1], re.MULTILINE))
+        for script in ("backprop.py", "train_jax.py")
+    )
+    assert theirs - ours == {
+        "coordinator", "dropout", "dtype", "eval_tasks", "eval_tasks_every", "fsdp", "lora_alpha",
+        "lora_rank", "lora_targets", "num_processes", "optimizer", "process_id",
+    }  # fmt: skip
+    assert ours < theirs and {"ema", "n_steps", "saved_dtype"} <= ours
+    said = " ".join(conftest.call("backprop.py", "--help")[1].split())
+    assert "needs only the packages of `make demo`" in said and "GROUP" not in said
 
 
 def test_too_little_text_and_a_folder_in_use_are_refused(tmp_path):
@@ -101,6 +117,21 @@ def ends(out):
     for plan in plans:
         plan["flags"]["out"] = plan["run"] = None
     return files, plans, losses
+
+
+def test_a_name_means_the_same_folder_to_out_resume_and_model_size(tmp_path):
+    """Below ./models unless there is a slash in it. A run of an earlier ./name goes on as well."""
+    sizes = ["--n_layer", 1, "--n_head", 2, "--n_embd", 8, "--n_ctx", 16]
+    new = ["--data", REPO / "gpt2.py", *sizes, "--n_steps", 2, "--out"]
+    for out, name, folder in (("new", "new", "models/new"), ("./old", "old", "old")):
+        code, said, err = run(*new, out, cwd=tmp_path)
+        assert (code, err) == (0, "") and (tmp_path / folder / "model.safetensors").is_file()
+        assert said.endswith(f"the best model is in {'./' * (folder == 'old')}{folder}\n")
+        code, said, err = run("--resume", name, "--n_steps", 3, cwd=tmp_path)
+        assert (code, err) == (0, "") and f"resuming {folder} (shakespeare-cpu, on " in said
+        flags = ["--model_size", name, "-n", 3]
+        assert conftest.call("gpt2.py", "a", *flags, cwd=tmp_path)[0] == 0
+    assert sorted(os.listdir(tmp_path)) == ["models", "old"]
 
 
 @pytest.fixture(scope="module")

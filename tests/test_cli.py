@@ -1,5 +1,7 @@
 """plumbing/cli.py, then gpt2.py and gpt2_pico.py as a person runs them: streams, signals, codes."""
 
+import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -17,6 +19,7 @@ from conftest import REPO, TINY, call, exclaiming, run, tree_map
 import gpt2
 import utils
 from encoder import Encoder
+from generation import terminal
 from model_files import download, weights
 from plumbing import cli
 
@@ -139,7 +142,7 @@ def test_a_prompt_is_text_whatever_it_looks_like(monkeypatch, capsys, prompt):
         (["a", "--tokens=1"], "no flag --tokens: did you mean --n_tokens? (--help"),
         (["a", "--notes", "b"], "no flag --notes: did you mean --note or"),
         (["a", "--nonote"], "no flag --nonote"),
-        (["a", "-n", "1"], "no flag -n (--help"),  # which means n_tokens_to_generate everywhere
+        (["a", "-n", "1"], "no flag -n: did you mean --n_tokens or --note?"),
         (["a", "-x"], "no flag -x (--help"),
         (["a", "--top_k"], "--top_k: expected a value (if it starts with a dash: --top_k=-x)"),
         (["a", "b"], "--n_tokens: expected a whole number, got 'b'"),
@@ -175,13 +178,13 @@ def many(monkeypatch, *argv):
     got = []
 
     def main(
-        *texts: str,
+        *prompts: str,
         n_samples: int = 1,
         n_tokens_to_generate: int = 40,
         stop: tuple[str, ...] | None = None,
         size: str = "",
     ):
-        got.append((texts, n_samples, n_tokens_to_generate, stop, size))
+        got.append((prompts, n_samples, n_tokens_to_generate, stop, size))
 
     monkeypatch.setattr(sys, "argv", ["x", *argv])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
@@ -196,7 +199,7 @@ def test_varargs_are_text_too(monkeypatch):
 
 def test_several_values_are_a_flag_repeated(monkeypatch):
     """Whatever is in them. Of a flag for one value the last counts."""
-    values = ["a,b", "", "=", "--", "('c',)", "None"]
+    values = ["a,b", " ", "=", "--", "('c',)", "None"]
     argv = [word for value in values for word in ("--stop", value)]
     assert many(monkeypatch, *argv)[3] == tuple(values)
     assert many(monkeypatch, *(f"--stop={value}" for value in values))[3] == tuple(values)
@@ -209,21 +212,69 @@ def test_a_letter_means_the_same_flag_everywhere(monkeypatch):
     assert many(monkeypatch, "-n", "7", "text") == (("text",), 1, 7, None, "")
     assert many(monkeypatch, "-n=7")[2] == 7
 
-    def main(train: int = 0, big: bool = False, bold: bool = False, quick: bool = False):
+    def main(train: int = 0, workers: int = 1, big: bool = False, bold: bool = False):
         pass
 
     parameters = inspect.signature(main).parameters
-    assert cli.find_flag("-q", parameters) == ("quick", True)
-    for letter, words in {"b": "-b could mean --big or --bold: write", "t": "no flag -t"}.items():
-        with pytest.raises(ValueError, match=words):
+    hints = {"w": ": did you mean --workers?", "b": ": did you mean --big or --bold?", "q": " (--"}
+    for letter, hint in hints.items():
+        with pytest.raises(ValueError, match=re.escape(f"no flag -{letter}{hint}")):
             cli.find_flag(f"-{letter}", parameters)
 
 
+COMMANDS = ["gpt2", "gpt2_pico", "kv_cache", "explain", "evaluate", "prepare", "serve", "utils"]
+COMMANDS += ["train_jax", "backprop", "parity", "llama_pico"]
+
+
+def parameters_of(command):
+    return inspect.signature(importlib.import_module(command).main, eval_str=True).parameters
+
+
+def test_no_letter_means_two_things_in_two_commands():
+    meanings = {}
+    for command in COMMANDS:
+        for letter in "abcdefghijklmnopqrstuvwxyz":
+            with contextlib.suppress(ValueError):
+                flag, _ = cli.find_flag(f"-{letter}", parameters_of(command))
+                meanings.setdefault(letter, set()).add(flag)
+    assert meanings == {letter: {flag} for letter, flag in cli.SHORT.items()}
+
+
+def test_dtype_means_what_is_computed_with_and_saved_dtype_what_is_on_the_disk():
+    helps = {"dtype": [], "saved_dtype": []}
+    for command in COMMANDS:
+        about = inspect.getdoc(importlib.import_module(command).main) or ""
+        for name in helps.keys() & parameters_of(command).keys():
+            for words in re.findall(rf"^ +{name}: (.*(?:\n {{8}}.*)*)", about, re.MULTILINE):
+                helps[name].append((command, "disk" in words))
+    assert helps == {
+        "dtype": [("train_jax", False), ("parity", False)],
+        "saved_dtype": [("utils", True), ("train_jax", True), ("backprop", True)],
+    }
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["gpt2", "gpt2_pico", "kv_cache", "explain", "evaluate", "prepare", "serve", "utils"]
-    + ["train_jax", "backprop", "parity", "llama_pico"],
+    "script, typed, ours",
+    [
+        ("gpt2.py", "--max_new_tokens", "n_tokens_to_generate"),
+        ("gpt2.py", "--model", "model_size"),
+        ("kv_cache.py", "--num-samples", "n_samples"),
+        ("train_jax.py", "--block_size", "n_ctx"),
+        ("utils.py", "--dtype", "saved_dtype"),
+    ],
 )
+def test_other_programs_names_suggest_ours(script, typed, ours):
+    code, out, err = call(script, "a", "b", "c", typed, "3")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: no flag {typed}: did you mean --{ours}? (--help")
+
+
+def test_every_suggestion_is_some_commands_flag():
+    flags = {flag for command in COMMANDS for flag in parameters_of(command)}
+    assert set(cli.OTHER_NAMES.values()) <= flags and not flags & set(cli.OTHER_NAMES)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_version_and_shows_what_letters_mean(name):
     code, out, err = run(f"{name}.py", "--version")
     assert (code, out, err) == (0, f"sixtyGPT {cli.VERSION}\n", "")
@@ -238,6 +289,30 @@ def test_every_command_has_a_version_and_shows_what_letters_mean(name):
         assert len(shown) < 2
         for flag in shown:
             assert cli.find_flag(f"-{letter}", parameters) == (flag, True)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_empty_value_is_refused_by_every_command(monkeypatch, capsys, name):
+    """It comes from a variable that was not set, and must never mean a default or everything."""
+    started = []
+    main = importlib.import_module(name).main
+    recorder = functools.wraps(main)(lambda *args, **kwargs: started.append(kwargs))
+    parameters = inspect.signature(main, eval_str=True).parameters.values()
+    for p in parameters:
+        words = [f"--{other.name}=1" for other in parameters if other.default is p.empty
+                 and other is not p and other.kind is not p.VAR_POSITIONAL]  # fmt: skip
+        words.append("" if p.kind is p.VAR_POSITIONAL else f"--{p.name}=")
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        started.clear()
+        code = 0
+        try:
+            cli.run_cli(recorder)
+        except SystemExit as stop:
+            code = stop.code
+        err = capsys.readouterr().err
+        is_text = p.name in cli.MAY_BE_EMPTY
+        assert (code, len(started), err.count("\n")) == ((0, 1, 0) if is_text else (2, 0, 1)), p
+        assert is_text or f"--{p.name}" in err
 
 
 def test_one_is_no_plural():
@@ -394,6 +469,45 @@ def test_flags_left_out_mean_40_tokens_from_all_there_are(models):
         assert (code, out, err) == (0, expected(params, "Once", 40, **sampling), "")
 
 
+@pytest.mark.parametrize("script", ["gpt2.py", "kv_cache.py"])
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"], ids=repr)
+def test_a_file_can_be_the_prompt(models, tmp_path, script, end):
+    folder, params = models
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(f"One,\r\ntwo\n\nthree{end}".encode())
+    flags = ["--model_size", "tiny", "--n_tokens_to_generate", "12"]
+    wanted = 0, expected(params, "One,\ntwo\n\nthree", 12), ""
+    assert call(script, *flags, "--prompt_file", path, models_dir=folder) == wanted
+    data = path.read_bytes()
+    assert call(script, *flags, "--prompt_file=-", models_dir=folder, input=data) == wanted
+
+
+def test_a_prompt_and_a_file_exclude_each_other(models, tmp_path):
+    for words in (["a", "--prompt_file", tmp_path / "x"], []):
+        code, out, err = call("gpt2.py", *words, "--model_size", "tiny", models_dir=models[0])
+        assert (code, out) == (2, "") and err.startswith("error: expected one prompt: ")
+    code, _, err = call("gpt2.py", "--prompt_file", tmp_path / "x", models_dir=models[0])
+    assert code == 2 and err == f"error: {tmp_path / 'x'}: No such file or directory\n"
+
+
+def test_a_prompt_in_nanogpts_way_is_text_and_names_the_flag(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert terminal.find_prompt("FILE:a.txt", None) == "FILE:a.txt"
+    assert terminal.find_prompts(["b", "FILE:a.txt"], None, False) == ["b", "FILE:a.txt"]
+    said = "notice: this prompt is the text FILE:a.txt; to continue that file: --prompt_file a.txt"
+    assert capsys.readouterr().err == 2 * f"{said}\n"
+
+
+def test_a_text_that_is_too_long_names_the_flag_that_allows_it(models):
+    long, words = "x" * 60, ["--model_size", "tiny"]
+    for script, prompt in (("gpt2.py", long), ("kv_cache.py", long), ("gpt2.py", "x" * 9999)):
+        code, out, err = call(script, prompt, *words, models_dir=models[0])
+        assert (code, out) == (2, "")
+        assert err.endswith("48 positions (n_ctx); --slide goes on beyond them\n")
+    _, _, err = call("gpt2_pico.py", "x" * 9999, *words, models_dir=models[0])  # it cannot slide
+    assert "positions (n_ctx)" in err and "--slide" not in err
+
+
 def test_prompt_and_new_tokens_may_fill_the_context_exactly(models):
     folder, params = models
     flags = ["--model_size", "tiny", "--n_tokens_to_generate", "44"]
@@ -548,8 +662,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("prepare.py text.txt --out shards", None),
         ("prepare.py text.txt --out shards2 --ray auto", "pip install -r requirements/ray.txt"),
         ("prepare.py text.parquet --out shards3", "pip install pyarrow"),
-        ("train_jax.py --data text.txt --out out", "pip install -r requirements.txt"),
+        ("train_jax.py --data text.txt --out out", "pip install -r requirements/train.txt"),
+        ("train_jax.py --help", None),
+        ("train_jax.py --version", None),
         ("serve.py --model_size tiny", "pip install -r requirements/serve.txt"),
+        ("serve.py --help", None),
+        (
+            "backprop.py --data text.txt --out ./out2 --n_steps 2 --n_embd 16 --n_ctx 16 "
+            "--checkpoint_every 1",
+            None,
+        ),
     ],
 )
 def test_what_is_not_installed_is_not_needed_or_asked_for(models, tmp_path, line, wanted):
@@ -561,7 +683,22 @@ def test_what_is_not_installed_is_not_needed_or_asked_for(models, tmp_path, line
     done = subprocess.run(command, capture_output=True, timeout=120, cwd=tmp_path, encoding="utf-8")
     if wanted is None:
         assert done.returncode == 0, done.stderr
+        if "--help" in args:
+            assert done.stdout == call(script, "--help")[1] != ""
+        if script == "backprop.py":
+            assert done.stdout.count("no loss.png, which needs matplotlib: pip install") == 1
     else:
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: ") and done.stderr.endswith(f"{wanted}\n")
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["serve.py uvicorn serve", "train_jax.py optax train"])
+def test_a_single_missing_package_is_said_in_one_line(script):
+    script, name, file = script.split()
+    code = re.sub(r'HEAVY = ".*"\nHEAVY \+= ".*"', f'HEAVY = "{name}"', WITHOUT)
+    command = [sys.executable, "-c", code, str(REPO / script)]
+    done = subprocess.run(command, capture_output=True, timeout=120, encoding="utf-8")
+    wanted = f"error: No module named '{name}': pip install -r requirements/{file}.txt\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", wanted)
+    assert subprocess.run([*command, "--help"], capture_output=True, timeout=120).returncode == 0

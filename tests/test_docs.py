@@ -267,6 +267,44 @@ def test_page_7_quotes_the_benchmark():
     assert list(quoted.groups()) == measured
 
 
+def numbers(text):  # -> the set of numbers in it, as they are written
+    return set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]*\w)", text))
+
+
+def test_the_readmes_table_quotes_the_benchmarks():
+    """Each row's figures stand in the section of benchmarks/README.md that its script has."""
+    parts = (REPO / "benchmarks" / "README.md").read_text("utf-8").split("\n## ")
+    readme = (REPO / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| .* \|((?: [^|]*\|){4}) `benchmarks/(\w+\.py)` \|$", readme, re.M)
+    assert len(rows) >= 8
+    for figures, script in rows:
+        [part] = [part for part in parts if f"`python benchmarks/{script}" in part]
+        assert numbers(figures) <= numbers(part), script
+
+
+def test_figures_that_are_quoted_twice_agree():
+    measured = (REPO / "benchmarks" / "README.md").read_text("utf-8").replace(" ", "")
+    readme = (REPO / "README.md").read_text("utf-8")
+    guide = (DOCS / "guide.md").read_text("utf-8")
+    adamw, muon = re.search(
+        r"\|thesameontheXeon\|([\d.]+)ms\|\|[\d.]+ms\|[\d.]+ms\|([\d.]+)ms\|", measured
+    ).groups()
+    times = re.findall(r"^\| (Muon|AdamW), .*? \| \d+ \| (\d+) ms \|", guide, re.M)
+    assert times == [("Muon", f"{float(muon):.0f}"), ("AdamW", f"{float(adamw):.0f}")]
+    muon = re.search(r"\|`shakespeare-cpu`\|.*\|([\d.]+)ms\|$", measured, re.M)[1]
+    assert f"whose steps take {float(muon):.0f} ms" in readme
+    loss = re.search(r"^\| Muon, .*\*\*([\d.]+)\*\*", guide, re.M)[1]
+    assert f"**{loss}**" in readme and f"The loss of {loss}" in " ".join(readme.split())
+    whole, parts = re.search(
+        r"logitswhole\|(356\d{3})tokens.*\n\|thesame,inparts:astherecipehasit\|(\d+)tokens",
+        measured,
+    ).groups()
+    quoted = re.search(r"from ([\d ]+) tokens of 124M a second, ([\d ]+) if a batch's", readme)
+    assert [int(n.replace(" ", "")) for n in quoted.groups()] == [
+        round(int(n), -3) for n in (parts, whole)
+    ]
+
+
 def pictures():  # -> {name: the pages that show it}
     shown = {}
     for name in PAGES:

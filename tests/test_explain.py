@@ -819,6 +819,22 @@ def linear_light(colour):  # https://www.w3.org/TR/WCAG22/#dfn-relative-luminanc
 # ---- Odd places, odd weights ---------------------------------------------------------------------
 
 
+def test_only_a_page_is_replaced_unless_asked_to(models, tmp_path):
+    path = tmp_path / "page.html"
+    flags = ["Once", "--model_size", "tiny", "--models_dir", models[0], "--out", path]
+    path.touch()
+    for _ in range(3):  # an empty file, then the page before
+        assert call(*flags)[0] == 0
+        assert path.stat().st_size > 1000
+    notes = b"<html><title>my notes</title>"
+    path.write_bytes(notes)
+    code, out, err = call(*flags)
+    assert (code, out, path.read_bytes()) == (2, "", notes)
+    assert err == f"error: --out {path}: is not a page of explain.py; --overwrite replaces it\n"
+    assert call(*flags, "--overwrite")[0] == 0
+    assert path.read_bytes().startswith(b"<!doctype html>")
+
+
 def test_out_may_be_a_link_but_no_device(models, tmp_path):
     args = ["a", "--model_size", "tiny", "--models_dir", models[0], "--out"]
     (tmp_path / "link.html").symlink_to("real.html")

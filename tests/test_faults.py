@@ -548,7 +548,7 @@ def meet_full_disks(script, flags, whole, tmp_path, n_less, n_more):
     fill_disk(process, n_more)  # for a model, but not for the moments
     assert ends(process, *places).endswith(": File too large\n")
     process = start("--resume", out)
-    assert process.stdout.readline().startswith("going on after step ")
+    assert process.stdout.readline().startswith("resuming ")
     process.stdout.readline()  # a look at the validation text
     process.send_signal(signal.SIGSTOP)
     os.rename(out, away)

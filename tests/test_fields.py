@@ -1,6 +1,7 @@
 """What a request's fields do, beside transformers' logits processors and OpenAI's definitions."""
 
 import contextlib
+import inspect
 import json
 import re
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from serving import fields  # noqa: E402
 from serving.choices import Choice  # noqa: E402
 from serving.protocol import read_completion, server_sent  # noqa: E402
 
+COMMANDS = gpt2.main, kv_cache.main  # which sample
 ENCODER = Encoder([])
 N_HEAD, N_CTX, END = TINY["n_head"], TINY["n_ctx"], 256
 
@@ -190,6 +192,27 @@ def test_the_guide_lists_every_field():
     assert done == fields.DONE
     refused = re.search(r"^Refused, unless .*?: (.*?)\. All", text, re.M | re.S)[1]
     assert re.findall(r"`(\w+)`", refused) == list(fields.REFUSED)
+
+
+def test_the_default_temperatures_are_said_where_people_look():
+    """The server's in its own help and the guide; with the page's, in each command's help."""
+    asked = read_completion(b'{"prompt": "a"}', ["tiny"], ENCODER, N_CTX)
+    sliders = (REPO / "pages" / "sliders.html").read_text("utf-8")
+    page = float(re.search(r'id="temperature" .* value="([\d.]+)"', sliders)[1])
+    ours = {inspect.signature(main).parameters["temperature"].default for main in COMMANDS}
+    assert (asked.sampling.temperature, page, ours) == (1.0, 0.8, {0.0})
+    for main in COMMANDS:
+        words = " ".join(main.__doc__.split())
+        assert "temperature: 0 always takes the likeliest token" in words
+        assert "(A server's requests have 1 by default, and its page begins at 0.8.)" in words
+    words = " ".join(serve.main.__doc__.split())
+    assert "no temperature is answered at 1" in words and "page begins at 0.8" in words
+    assert "gpt2.py and kv_cache.py have 0, which is greedy" in words
+    guide = " ".join((REPO / "docs" / "guide.md").read_text("utf-8").split())
+    assert (
+        "Temperature is 0 by default in `gpt2.py` and `kv_cache.py` (greedy), 1 in the server's "
+        "protocol (as OpenAI's) and 0.8 on the server's page." in guide
+    )
 
 
 # --- What clients send ----------------------------------------------------------------------------

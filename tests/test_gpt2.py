@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib.util
 import inspect
 import itertools
 import math
@@ -18,7 +19,7 @@ from conftest import REPO, call, hugging_face, random_params, tree_map
 
 import gpt2
 import gpt2_pico
-from model_files import weights
+from model_files import hub, weights
 from pages.recording import watch
 
 SMALL = {"n_vocab": 97, "n_ctx": 23, "n_embd": 30, "n_head": 3, "n_layer": 2}
@@ -617,8 +618,8 @@ def test_draws_keep_to_what_top_k_and_top_p_leave(rng):
 @pytest.mark.parametrize("k, kept", [(1, 1), (3, 3), (11, 11), (12, 12), (13, 12), (10**9, 12)])
 def test_top_k_keeps_the_likeliest(rng, k, kept):
     logits = rng.permutation(np.linspace(-2, 2, 12))
-    everything = gpt2.probabilities(logits)
-    probs = gpt2.probabilities(logits, top_k=k)
+    everything = gpt2.probabilities(logits, 1)
+    probs = gpt2.probabilities(logits, 1, top_k=k)
     best = np.argsort(-logits)[:kept]
     assert sorted(np.flatnonzero(probs)) == sorted(best)
     np.testing.assert_allclose(probs[best], everything[best] / everything[best].sum(), rtol=1e-12)
@@ -626,16 +627,16 @@ def test_top_k_keeps_the_likeliest(rng, k, kept):
 
 def test_what_is_left_out_filters_nothing(rng):
     logits = rng.normal(size=50)
-    assert_close(gpt2.probabilities(logits), plain_softmax(logits), 1e-14, np.float64)
+    assert_close(gpt2.probabilities(logits, 1), plain_softmax(logits), 1e-14, np.float64)
 
 
 def test_top_k_0_keeps_all_and_equals_are_not_told_apart():
     logits = np.array([1.0, 3, 2, 2, 0, 2, 1])
-    assert (gpt2.probabilities(logits, top_k=0) == gpt2.probabilities(logits)).all()
-    assert np.flatnonzero(gpt2.probabilities(logits, top_k=1)).tolist() == [1]
+    assert (gpt2.probabilities(logits, 1, top_k=0) == gpt2.probabilities(logits, 1)).all()
+    assert np.flatnonzero(gpt2.probabilities(logits, 1, top_k=1)).tolist() == [1]
     for k in (2, 3, 4):
-        assert np.flatnonzero(gpt2.probabilities(logits, top_k=k)).tolist() == [1, 2, 3, 5]
-    assert np.flatnonzero(gpt2.probabilities(logits, top_p=0.5)).tolist() == [1, 2, 3, 5]
+        assert np.flatnonzero(gpt2.probabilities(logits, 1, top_k=k)).tolist() == [1, 2, 3, 5]
+    assert np.flatnonzero(gpt2.probabilities(logits, 1, top_p=0.5)).tolist() == [1, 2, 3, 5]
 
 
 @pytest.mark.parametrize(
@@ -646,9 +647,36 @@ def test_top_k_0_keeps_all_and_equals_are_not_told_apart():
 def test_top_p_keeps_the_token_that_crosses_p(monkeypatch, p, kept):
     exact = np.array([1 / 16, 0.5, 3 / 64, 0.25, 9 / 64])  # no rounding at the edges
     monkeypatch.setattr(gpt2, "softmax", lambda x: exact)
-    probs = gpt2.probabilities(np.zeros(5), top_p=p)
+    probs = gpt2.probabilities(np.zeros(5), 1, top_p=p)
     wanted = np.where(exact >= np.sort(exact)[-kept], exact, 0)
     assert_close(probs, wanted / wanted.sum(), 1e-15, np.float64)
+
+
+BORDERS = [  # shares, p, and how many tokens are the shortest list whose sum is at least p
+    ([0.5, 0.3, 0.2], 0.8, 2),  # in float64, 0.5 + 0.3 may be less than 0.8
+    ([0.6, 0.3, 0.1], 0.9, 2),
+    ([0.4, 0.3, 0.2, 0.1], 0.9, 3),
+    ([0.4, 0.3, 0.2, 0.1], 0.7, 2),
+    ([0.5, 0.3, 0.2], 0.81, 3),
+    ([0.5, 0.3, 0.2], 0.5, 1),
+    ([0.4, 0.2, 0.2, 0.2], 0.6, 4),  # two would do, but equals are not told apart
+    ([0.1] * 10, 0.3, 10),
+]
+
+
+@pytest.mark.parametrize("shares, p, kept", BORDERS)
+def test_top_p_keeps_the_shortest_list_whose_sum_is_at_least_p(rng, shares, p, kept):
+    """Rounding does not count, here or in kv_cache_jax.py."""
+    order = rng.permutation(len(shares))
+    logits = np.log(np.array(shares))[order] + rng.normal()
+    wanted = np.where(order < kept, np.array(shares)[order], 0)
+    ours = gpt2.probabilities(logits, 1, top_p=p)
+    assert_close(ours, wanted / wanted.sum(), 1e-12, np.float64)
+    jnp = pytest.importorskip("jax.numpy", reason="jax is not installed")
+    from kv_cache_jax import mask
+
+    masked = mask(jnp.asarray(logits, np.float32), 1.0, 0, p)
+    assert ((masked > -math.inf) == (wanted > 0)).all()
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
@@ -840,3 +868,28 @@ def test_only_the_last_position_meets_the_vocabulary(params):
     assert sizes == [97] * 5 and new == gpt2.generate([1, 2, 3], params, 3, 5)
     gpt2.gpt2([1, 2, 3], **watched, n_head=3)
     assert sizes[-1] == 3 * 97  # the watch works
+
+
+# --- the released model ---------------------------------------------------------------------------
+
+PROMPT = "Alan Turing theorized"
+KNOWN = " that computers would one day become the most powerful machines on the planet."
+
+
+def folder_of_124m():  # -> 124M's folder if its weights are on this machine, otherwise None
+    """models/124M, once its checkpoint has been read, or the Hub's files in its cache."""
+    folder = REPO / "models" / "124M"
+    if (folder / weights.WEIGHTS).is_file():
+        return folder
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    return hub.find_cached(hub.RELEASED["124M"], "main", only_tokenizer=False)
+
+
+@pytest.mark.parametrize("script", ["gpt2.py", "gpt2_pico.py", "kv_cache.py"])
+def test_124m_writes_the_known_text(script):
+    folder = folder_of_124m()
+    if folder is None:
+        pytest.skip("124M's weights are neither in models/124M nor in the Hub's cache")
+    flags = ["--n_tokens_to_generate", 14, "--model_size", folder]
+    assert call(script, PROMPT, *flags) == (0, KNOWN + "\n", "")

@@ -80,7 +80,7 @@ def train(seed, dtype, n_devices, fsdp=False, n_steps=30):  # -> the loss of eve
         losses = []
         for batch in tokens.astype(np.int32):
             batch = devices.put(batch[None], devices.make_sharding(mesh, None, None, "data"))
-            state, loss = steps(state, batch, 1)
+            state, (loss, *_) = steps(state, batch, 1)
             losses.append(float(loss))
     return np.array(losses), devices.to_host(state[0])["wte"]
 
@@ -106,7 +106,7 @@ def test_several_gpus_compute_what_one_does(rng, dtype, fsdp):
 def test_a_run_goes_on_where_it_stopped(tmp_path):
     """Sums on a GPU come in any order, so that losses are alike, not the same."""
     flags = ["--data", "python-docs", "--recipe", "shakespeare", "--n_steps", 80]
-    flags += ["--eval_every", 40, "--checkpoint_every", 40, "--drop_rate", 0.1]
+    flags += ["--eval_every", 40, "--checkpoint_every", 40, "--dropout", 0.1]
     run = functools.partial(conftest.run, "train_jax.py", timeout=600)
     code, _, err = run(*flags, "--out", tmp_path / "whole")
     assert (code, err) == (0, "")

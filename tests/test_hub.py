@@ -231,7 +231,7 @@ def test_every_script_takes_a_name(server, tiny, tmp_path):
 def test_training_goes_on_with_a_model_of_the_hub(server, tiny, tmp_path):
     server.repositories["some/tiny"] = tiny[0]
     (tmp_path / "text.txt").write_text("It was the best of times. " * 60)
-    flags = ["--init_from", "some/tiny", "--n_steps", "1", "--out", "mine", "--n_ctx", "16"]
+    flags = ["--init_from", "some/tiny", "--n_steps", "1", "--out", "./mine", "--n_ctx", "16"]
     assert call_trainer("--data", "text.txt", *flags)[0] == 0
     assert gpt2("mine", "--models_dir", ".")[0] == 0
 

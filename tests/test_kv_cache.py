@@ -15,7 +15,7 @@ import weakref
 import conftest
 import numpy as np
 import pytest
-from conftest import REPO, TINY, exclaiming, hugging_face, on_linux, random_params
+from conftest import REPO, TINY, call, exclaiming, hugging_face, on_linux, random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -160,12 +160,12 @@ def test_the_arithmetic_for_124m():
 
 def test_no_new_ids_are_refused(params):
     cache = kv_cache.new_cache(params, N_HEAD, capacity=0)
-    for call in (
+    for act in (
         lambda: kv_cache.prefill(cache, [], params, N_HEAD),
         lambda: kv_cache.extend([cache, kv_cache.copy_cache(cache)], [[1], []], params, N_HEAD),
     ):
         with pytest.raises(ValueError, match="every row needs at least one new id"):
-            call()
+            act()
     assert cache.n_seq == 0 and cache.kv.shape[3] == 1
 
 
@@ -792,7 +792,8 @@ def test_a_common_beginning_is_read_once(rng, params, monkeypatch, batch_size, c
         "extend_all",
         lambda caches, new, *rest: n_run.append(sum(map(len, new))) or plain(caches, new, *rest),
     )
-    ours = kv_cache.generate(prompts, params, N_HEAD, 6, batch_size=batch_size, chunk=chunk)
+    how = {"batch_size": batch_size, "chunk": chunk, "lookup": 0}  # no guesses among what is run
+    ours = kv_cache.generate(prompts, params, N_HEAD, 6, **how)
     assert ours == expected
     n_distinct = sum(len(set(map(tuple, (p[:n] for p in prompts)))) for n in range(1, 19))
     n_rest = sum(map(len, prompts)) - 6 * 18
@@ -895,6 +896,28 @@ def test_lookup_changes_no_token(data):
     assert in_order[0] == in_order[1]
 
 
+@pytest.mark.parametrize("sampling", [[], ["--temperature", "0.8", "--seed", "5"]], ids=str)
+def test_a_single_text_is_guessed_by_default_and_stays_the_same(monkeypatch, sampling):
+    """Of the shipped model, which repeats itself if it is greedy."""
+    passes, plain = [], kv_cache.extend_all
+
+    def note(caches, new_ids, *rest):
+        passes.append([len(ids) for ids in new_ids])
+        return plain(caches, new_ids, *rest)
+
+    monkeypatch.setattr(kv_cache, "extend_all", note)
+    words = ["ROMEO:\nO, ", "--model_size", "shakespeare", "-n", "160", *sampling]
+    wanted = call("kv_cache.py", *words, "--lookup", "0")
+    assert wanted[0] == 0 and max(passes[1:]) == [1]
+    n_plain = len(passes)
+    assert call("kv_cache.py", *words) == wanted
+    guessed = passes[n_plain + 1 :]
+    assert [1 + kv_cache.LOOKUP] in guessed and len(guessed) < n_plain
+    passes.clear()
+    assert call("kv_cache.py", *words, "JULIET:")[0] == 0  # several texts: no guesses
+    assert all(sizes in ([1], [1, 1]) for sizes in passes[2:])
+
+
 def test_lookup_writes_a_text_that_repeats_in_fewer_passes(params, monkeypatch):
     passes, plain = [], kv_cache.extend_all
     monkeypatch.setattr(
@@ -903,7 +926,8 @@ def test_lookup_writes_a_text_that_repeats_in_fewer_passes(params, monkeypatch):
     still = exclaiming(HPARAMS)  # always the same token
     (ids,) = kv_cache.generate([[1, 2]], still, N_HEAD, 30, lookup=4)
     n_lookup = len(passes)
-    assert [ids] == kv_cache.generate([[1, 2]], still, N_HEAD, 30) and len(set(ids)) == 1
+    assert [ids] == kv_cache.generate([[1, 2]], still, N_HEAD, 30, lookup=0)
+    assert len(set(ids)) == 1
     assert n_lookup <= 4 + 30 / 5 and max(passes[1:]) == 5 and len(passes) == n_lookup + 30
 
 
@@ -1273,7 +1297,7 @@ BAD = {
     "a long row alone": (["x" * 45], "45 prompt tokens"),
     "batch_size": (["One", "--batch_size", "0"], "batch_size must be"),
     "n_samples": (["One", "--n_samples", "-1"], "n_samples must be"),
-    "stop": (["One", "--stop", ""], "stop must not be empty"),
+    "stop": (["One", "--stop", ""], "--stop is empty"),
     "temperature": (["One", "--temperature", "nan"], "temperature must be"),
     "a number": (["One", "--batch_size", "many"], "--batch_size: expected a whole number"),
 }
@@ -1291,6 +1315,8 @@ def test_what_is_left_out_means_the_same_everywhere():
     functions = (gpt2.generate_stream, gpt2.main, kv_cache.generate_stream, kv_cache.main)
     functions += (Sampling, gpt2.sample)
     defaults = [inspect.signature(function).parameters for function in functions]
+    name = "n_tokens_to_generate"  # left out of a chat, it means another number
+    defaults[3] = dict(defaults[3]) | {name: defaults[3][name].replace(default=kv_cache.N_TOKENS)}
     for mine, others in itertools.permutations(defaults, 2):
         for name in mine.keys() & others.keys():
             if others[name].default is not inspect.Parameter.empty:

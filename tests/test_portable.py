@@ -128,10 +128,13 @@ def test_a_run_trains_goes_on_and_replaces_what_it_started_from(imitated, tmp_pa
     """Its files are mapped or open while others take their places."""
     flags = ["--data", "text.txt", "--n_steps", "4", "--checkpoint_every", "2"]
     imitated(system, script, *flags, *SMALL, "--out", "new")
-    assert (tmp_path / "new" / "loss.png").exists()
+    assert (tmp_path / "models" / "new" / "loss.png").exists()
     assert "step 8:" in imitated(system, script, "--resume", "new", "--n_steps", "8")
-    assert sorted(os.listdir(tmp_path / "new" / "checkpoints")) == ["00000006", "00000008"]
-    flags += ["--init_from", "./new", "--overwrite", "--learning_rate", "0.01"]
+    assert sorted(os.listdir(tmp_path / "models" / "new" / "checkpoints")) == [
+        "00000006",
+        "00000008",
+    ]
+    flags += ["--init_from", "new", "--overwrite", "--learning_rate", "0.01"]
     assert "step 4:" in imitated(system, script, *flags, "--out", "new")
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"]
 
@@ -239,6 +242,7 @@ def test_drive_letters_and_backslashes_are_paths(monkeypatch, name):
     assert not hub.is_repository(name)
     with pytest.raises(ValueError, match="no folder at .*: expected a model's folder, or its name"):
         utils.find_model(name)
+    assert utils.target_dir(name) == name and utils.target_dir("mine") == r"models\mine"
     assert read_tasks(f"hellaswag={name}.jsonl,lambada") == {
         "hellaswag": f"{name}.jsonl",
         "lambada": None,

@@ -4,12 +4,18 @@ import errno
 import gc
 import json
 import os
+from types import SimpleNamespace
 
 import jax
 import pytest
+from conftest import TINY
 
+import utils
+from encoder import Encoder
 from plumbing import files
 from training import devices, progress
+from training.run import Output
+from training.text import open_text
 
 
 def read(path):
@@ -23,8 +29,8 @@ def read(path):
 def log(tmp_path):
     """make_log for tokens of 1000 FLOP, and 5 MFLOP/s."""
 
-    def make(n_done=0, **options):
-        machine = progress.Machine("1 x x", 5e6, "measured")
+    def make(n_done=0, source="known", **options):
+        machine = progress.Machine("1 x x", 5e6, source)
         return progress.make_log(
             tmp_path / "out", 7, n_done, machine, 1000, lambda n: n / 100, **options
         )
@@ -35,7 +41,7 @@ def log(tmp_path):
 def test_a_line_is_in_the_file_at_once_and_the_bar_shows_the_same(log, tmp_path, capsys):
     write = log()
     assert (
-        "1 x x, 5e-06 TFLOP/s (measured); a token takes 0.001 MFLOP (6 N + 12 L E T)"
+        "1 x x, 5e-06 TFLOP/s (known); a token takes 0.001 MFLOP (6 N + 12 L E T)"
         in capsys.readouterr().out
     )
     assert write({"step": 20, "loss": 2.5}) == {"loss": "2.500"}
@@ -50,6 +56,13 @@ def test_a_line_is_in_the_file_at_once_and_the_bar_shows_the_same(log, tmp_path,
         | {"mfu": 1234.5 * 1000 / 5e6},
         {"step": 40, "validation": 2.75},
     ]
+
+
+def test_a_peak_that_was_measured_on_a_busy_machine_gives_no_share_of_it(log, capsys):
+    write = log(source="measured")
+    assert "5e-06 TFLOP/s (measured)" in capsys.readouterr().out
+    shown = write({"step": 40, "loss": 2.25, "tokens_per_second": 1234.5})
+    assert shown == {"loss": "2.250", "tok/s": "1.23k"}
 
 
 def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint(log, tmp_path):
@@ -132,7 +145,7 @@ def test_the_picture_shows_both_losses(log, tmp_path):
     from matplotlib.image import imread
 
     picture = imread(tmp_path / "out" / "loss.png")
-    assert picture.shape == (600, 960, 4) and matplotlib
+    assert picture.shape == (900, 960, 4) and matplotlib
     colours = {tuple(c) for c in (picture[..., :3].reshape(-1, 3) * 255).round().astype(int)}
     assert (255, 127, 14) in colours  # the second line's orange, matplotlib's "C1"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["loss.png", "metrics.jsonl"]
@@ -257,3 +270,41 @@ def test_a_log_that_is_no_file_is_refused(log, tmp_path, what):
     with pytest.raises(OSError, match=r"^cannot write .*metrics\.jsonl: [^N]"):
         log(n_done=40)
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+# --- Samples --------------------------------------------------------------------------------------
+
+
+def sample_of(data, n_ctx, capsys):  # -> the prompt and the length that are asked for, what is said
+    """Output.show_sample for a model that writes "So\\n\\nbe it"."""
+    encoder = Encoder([])
+    text = open_text(str(data), encoder, n_ctx)
+    flags = {"out": "out", "data": str(data), "seed": 7}
+    model = utils.Model(encoder, TINY | {"n_ctx": n_ctx}, None)
+    trainer = SimpleNamespace(versions={}, is_main=True)
+    asked = []
+
+    def generate(prompts, params, n_head, n, endoftext, temperature, seed):
+        asked.append((prompts, n, temperature, seed))
+        return [encoder.encode("So\n\nbe it")]
+
+    Output(flags, model, text, trainer).show_sample(generate, {})
+    [([prompt], n, temperature, seed)] = asked
+    assert (temperature, seed) == (0.8, 7)
+    return encoder.decode(prompt), n, capsys.readouterr().out
+
+
+def test_a_sample_names_its_prompt_and_its_temperature(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("Some words.\n" * 99)
+    said = '  a sample, at temperature 0.8, after "\\n":\n    So\n    be it\n'
+    assert sample_of(tmp_path / "text.txt", 48, capsys) == ("\n", 47, said)
+
+
+@pytest.mark.parametrize("n_ctx, prompt", [(128, "Is 2 even?"), (6, "en?")])
+def test_a_sample_follows_the_prompt_of_a_validation_example(tmp_path, capsys, n_ctx, prompt):
+    """Of 12 examples the second is drawn to validate with; it may be cut on the left."""
+    path = tmp_path / "examples.jsonl"
+    lines = [{"prompt": f"Is {i} even?", "completion": " No"} for i in range(1, 13)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = f'  a sample, at temperature 0.8, after "{prompt}":\n    So\n    be it\n'
+    assert sample_of(path, n_ctx, capsys) == (prompt, min(100, n_ctx - len(prompt)), said)

@@ -147,15 +147,14 @@ def check_out(out, overwrite=False, is_adapter=False):
     run that was stopped before it saved anything is never in the way.
     """
     folder = os.path.join(out, "checkpoints")
-    if not out:
-        raise ValueError("--out is empty: name the folder to write")
     check_target(out, is_adapter)
     if os.path.lexists(folder) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         raise ValueError(f"{folder}: is not a folder we may write to")
     there = set(os.listdir(out)) if os.path.isdir(out) else set()
     if os.path.isdir(folder) and not os.listdir(folder):
         there -= {"checkpoints"}
-    there = {name for name in there - {"metrics.jsonl"} if not HALF_WRITTEN.fullmatch(name)}
+    there -= {"metrics.jsonl", "snapshots"}
+    there = {name for name in there if not HALF_WRITTEN.fullmatch(name)}
     if there and not overwrite:
         goes_on = f"--resume {out} goes on with its run, " if "checkpoints" in there else ""
         kinds = {"model.safetensors": "a model", "adapter_model.safetensors": "an adapter"}
@@ -167,9 +166,7 @@ def check_out(out, overwrite=False, is_adapter=False):
 
 
 def find_out(resume, models_dir):  # the --resume flag -> the run's folder
-    """A folder in models_dir, as --init_from takes it, or a path."""
-    if not resume:
-        raise ValueError("--resume is empty: name the folder of a run")
+    """The folder that --out makes of the same words; or a path, as --init_from takes it."""
     inside = os.path.join(models_dir, resume)
     return inside if os.path.isdir(inside) else resume
 

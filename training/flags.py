@@ -47,7 +47,9 @@ COUNT = Limits("from 1 to 2147483647", lambda n: 1 <= n < 2**31)
 POSITIVE = Limits("more than 0", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE = Limits("0 or more", lambda x: 0 <= x < math.inf)
 BELOW_1 = Limits("more than 0 and less than 1", lambda x: 0 < x < 1)
-DROP_RATE = Limits("from 0 to 0.9", lambda x: 0 <= x <= 0.9)
+DROPOUT = Limits("from 0 to 0.9", lambda x: 0 <= x <= 0.9)
+EMA = Limits("0 or more, and less than 1", lambda x: 0 <= x < 1)
+SNAPSHOTS = Limits("from 2 to 1000", lambda n: 2 <= n <= 1000)
 SEED = Limits("from 0 to 4294967295", lambda n: 0 <= n < 2**32)
 TARGETS = Limits("some of c_attn, c_proj, c_fc, with commas between them", is_targets)
 
@@ -85,8 +87,8 @@ FLAGS = [
     ),
     Flag(
         "out", str, RUN, default="models/mine",
-        help='the folder to write, a new one; `python gpt2.py "..." --model_size mine` then reads '
-        "models/mine.",
+        help="the folder to write, a new one. A name alone, such as mine, is a folder in "
+        "models_dir, where --resume and --model_size look as well; with a slash, it is a path.",
     ),
     Flag(
         "recipe", str, RUN, is_required=True,
@@ -189,8 +191,14 @@ FLAGS = [
         help="Adam's second decay rate.",
     ),
     Flag(
-        "drop_rate", float, RECIPE, limits=DROP_RATE, default=0.0, numpy=0.0,
-        help="share of the blocks' weights left out at random in every step, in 256ths.",
+        "dropout", float, RECIPE, limits=DROPOUT, default=0.0, numpy=0.0,
+        help="share of the numbers that are dropped at random in every step, in 256ths: of the "
+        "embeddings' sum, and of what attention and the ffn add to it.",
+    ),
+    Flag(
+        "ema", float, RECIPE, limits=EMA, default=0.0,
+        help="keep an exponential moving average of the parameters, of which each step keeps this "
+        "share, such as 0.999; it is what is validated, sampled from and saved. 0 for none.",
     ),
     Flag(
         "dtype", str, RECIPE, limits=one_of(DTYPES), is_required=True, numpy="float32",
@@ -227,6 +235,12 @@ FLAGS = [
         help="float32 or float16, of the best model's weights on disk.",
     ),
     Flag(
+        "snapshots", int, RUN, limits=SNAPSHOTS,
+        help="keep so many copies of the parameters in out/snapshots, in float16, most of them "
+        "from the first steps. `python explain.py TEXT --run OUT` makes a page of them, which "
+        "shows how the model learned.",
+    ),
+    Flag(
         "tensorboard", bool, CALL, default=False,
         help="also write the losses to out/tensorboard (needs pip install tensorboard).",
     ),
@@ -245,6 +259,9 @@ FLAGS = [
     ),
 ]  # fmt: skip
 
+# Flags of earlier versions, each with the only value whose runs can be resumed.
+RETIRED = {"drop_rate": 0.0}
+
 # The flags that concern this call alone: options.resume, options.models_dir ...
 Options = collections.namedtuple("Options", [flag.name for flag in FLAGS if flag.source == CALL])
 
@@ -255,15 +272,28 @@ are measured, with a sample. Whenever the validation loss is the best so far, th
 to `out`, in place of the one before: whatever happens later, the best one is kept. Ctrl-C and
 SIGTERM end a run after the current steps, with a checkpoint. Beside the model are metrics.jsonl
 and loss.png, which show how it went.
-
-backprop.py computes all of it with NumPy: it takes AdamW and float32 alone, and refuses
-lora_rank, examples, drop_rate, fsdp, eval_tasks and several processes of one run.
-
+{about}
 A recipe sets each of the flags from n_layer to seed except eval_tasks, and may set data. A flag
 that you type replaces the recipe's value. The recipes are in training/recipes.py.
 
 Args:
 """
+
+
+JAX_ABOUT = """
+backprop.py computes all of it with NumPy: it takes AdamW and float32 alone, and refuses
+lora_rank, examples, dropout, fsdp, eval_tasks and several processes of one run.
+"""
+
+NUMPY_ABOUT = """
+All of it is computed with NumPy, in float32 and with AdamW. This needs only the packages of
+`make demo` (requirements/generate.txt), and matplotlib for loss.png. train_jax.py also takes
+examples, has other optimizers and precisions, and uses GPUs and several machines.
+"""
+
+# The flags that backprop.py knows only to refuse them, and those that mean nothing without these.
+JAX_ONLY = {flag.name for flag in FLAGS if flag.numpy != EVERY_VALUE}
+JAX_ONLY |= {flag.name for flag in FLAGS if flag.needs in JAX_ONLY}
 
 
 def make_signature():
@@ -282,15 +312,19 @@ def make_signature():
     return inspect.Signature(parameters)
 
 
-def make_help():
-    """HELP, and a paragraph for each row."""
+def make_help(about, flags):
+    """HELP, with a paragraph about the trainer, and one for each of the flags."""
     wrapped = (
         textwrap.fill(
             f"{flag.name}: {flag.help}", 96, initial_indent=" " * 4, subsequent_indent=" " * 8
         )
-        for flag in FLAGS
+        for flag in flags
     )
-    return HELP + "\n".join(wrapped) + "\n"
+    return HELP.format(about=about) + "\n".join(wrapped) + "\n"
+
+
+def numpy_help():  # backprop.py's
+    return make_help(NUMPY_ABOUT, [flag for flag in FLAGS if flag.name not in JAX_ONLY])
 
 
 # --- The flags that are typed -------------------------------------------------------------------
@@ -317,7 +351,7 @@ def read_flags(*args, **kwargs):  # -> {name: value} of the flags for the run, O
 
 
 read_flags.__signature__ = make_signature()
-read_flags.__doc__ = make_help()
+read_flags.__doc__ = make_help(JAX_ABOUT, FLAGS)
 
 
 AGAIN = ("n_steps", "data", "init_from")  # the flags that a resumed run may be given
@@ -345,10 +379,12 @@ def check_numpy(values):  # {flag: value}
     for flag in FLAGS:
         value = values.get(flag.name)
         if flag.numpy != EVERY_VALUE and value is not None and value != flag.numpy:
-            reason = "" if flag.numpy is None else f": here it is {flag.numpy}"
-            raise ValueError(f"--{flag.name} {value} is train_jax.py's{reason}")
+            asked = f"--{flag.name}" if value is True else f"--{flag.name} {value}"
+            raise ValueError(f"backprop.py does not support {asked}: use train_jax.py")
     if is_examples(values.get("data", "")):
-        raise ValueError(f"--data {values['data']} is train_jax.py's")
+        raise ValueError(
+            f"backprop.py does not learn examples, --data {values['data']}: use train_jax.py"
+        )
 
 
 def check_has_data(data, recipe):  # the --data flag, or None
@@ -401,11 +437,6 @@ def choose(typed, platform, hparams=None):  # -> the flags of a new run
     if flags["dtype"] is None:
         flags["dtype"] = "float32" if platform == "cpu" else "bfloat16"
     check_flags(flags)
-    if flags["drop_rate"] and round(256 * flags["drop_rate"]) == 0:  # earlier runs could have it
-        raise ValueError(
-            f"drop_rate is rounded to 256ths, and {flags['drop_rate']} would be 0: "
-            f"the least is 1/256, {1 / 256:.4f}"
-        )
     return flags
 
 
@@ -423,6 +454,11 @@ def check_flags(flags):
             raise ValueError(f"{flag.name} needs --{flag.needs}")
     if flags["n_embd"] % flags["n_head"]:
         raise ValueError("n_embd {n_embd} must be a multiple of n_head {n_head}".format(**flags))
+    if flags["dropout"] and round(256 * flags["dropout"]) == 0:
+        raise ValueError(
+            f"dropout is rounded to 256ths, and {flags['dropout']} would be 0: "
+            f"the least is 1/256, {1 / 256:.4f}"
+        )
     if flags["min_learning_rate"] > flags["learning_rate"]:
         raise ValueError("min_learning_rate must not be more than learning_rate")
     read_tasks(flags.get("eval_tasks"))
@@ -431,9 +467,10 @@ def check_flags(flags):
 
 
 def check_lora(flags):
-    for name, only in (("optimizer", "adamw"), ("drop_rate", 0.0)):
-        if flags[name] != only:
-            raise ValueError(f"{name} must be {only} with --lora_rank, not {flags[name]}")
+    if flags["optimizer"] != "adamw":
+        raise ValueError(f"optimizer must be adamw with --lora_rank, not {flags['optimizer']}")
+    if "snapshots" in flags:
+        raise ValueError("snapshots are of whole models: leave out --snapshots or --lora_rank")
     if flags["lora_rank"] > flags["n_embd"]:
         raise ValueError(f"lora_rank is at most n_embd, {flags['n_embd']} in that model")
 
@@ -441,11 +478,15 @@ def check_lora(flags):
 def check_saved(metadata, folder):  # what a checkpoint's run.json says -> the run's flags
     """A flag that is younger than the run gets its default.
 
-    Raises ValueError if run.json is damaged, or another program wrote it.
+    Raises ValueError if run.json is damaged, or another program wrote it, or if the run needs a
+    flag that there is no more.
     """
     rows = {flag.name: flag for flag in FLAGS if flag.source != CALL}
+    retired = []
     try:
         flags = metadata["flags"]
+        retired = [name for name in RETIRED if flags.get(name, RETIRED[name]) != RETIRED[name]]
+        flags = {name: value for name, value in flags.items() if name not in RETIRED}
         is_right = flags["recipe"] in RECIPES
         is_right &= all(type(flags[name]) is rows[name].kind for name in flags)
         for flag in rows.values():
@@ -462,6 +503,11 @@ def check_saved(metadata, folder):  # what a checkpoint's run.json says -> the r
         is_right = False
     if not is_right:
         raise ValueError(f"{folder}/run.json: damaged, or not of this trainer")
+    if retired:
+        raise ValueError(
+            f"{folder}: was trained with --{retired[0]}, which this version doesn't have: "
+            "resume it with the version that began it, or train on from its model with --init_from"
+        )
     return flags
 
 

@@ -11,7 +11,8 @@ SHAKESPEARE = {
     "weight_decay": 0.1,
     "grad_clip": 1.0,
     "adam_b2": 0.99,
-    "drop_rate": 0.0,
+    "dropout": 0.0,
+    "ema": 0.0,
     "dtype": None,  # float32 on CPUs, bfloat16 elsewhere
     "fsdp": False,
     "eval_every": 200,
@@ -36,7 +37,7 @@ RECIPES = {
     | {"learning_rate": 5e-3, "min_learning_rate": 5e-5},
     "shakespeare": SHAKESPEARE
     | {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_ctx": 256, "batch_size": 64, "n_steps": 5000}
-    | {"learning_rate": 3e-3, "min_learning_rate": 3e-5, "drop_rate": 0.1},
+    | {"learning_rate": 3e-3, "min_learning_rate": 3e-5, "dropout": 0.1},
     "tinystories": SHAKESPEARE  # 23 million parameters with 8192 tokens of the stories' own
     | {"n_layer": 6, "n_head": 8, "n_embd": 512, "n_ctx": 512, "batch_size": 64, "n_steps": 20000}
     | {"learning_rate": 2e-3, "min_learning_rate": 2e-5, "n_warmup": 500, "data": None},

@@ -13,8 +13,9 @@ the same attributes and methods:
     start(model, moments, n_done, text) -> State; moments: a checkpoint's, {name: array}, or None
     machine()                           -> progress.Machine, the same in all processes
     read(n_done, n)                     -> batches for n steps, after the first n_done
-    steps(state, batches, n)            -> State after n more steps, their mean loss; after start
+    steps(state, batches, n)            -> State after n more steps, the means of their Stats
     learning_rate(n_done)               -> the next step's
+    averaged(state)                     -> the parameters to validate: with --ema their average
     validate(params)                    -> nats per token of the validation text
     measure_tasks(params)               -> {name: share that is right}, of --eval_tasks
     generate(prompts, params, n_head, n_tokens_to_generate, **options)    as kv_cache.generate
@@ -29,6 +30,7 @@ got it. Of several processes each calls every method. No JAX here.
 
 import contextlib
 import functools
+import json
 import math
 import os
 import secrets
@@ -54,6 +56,7 @@ from training.checkpoints import (
     with_full_paths,
 )
 from training.flags import check_saved, choose, extend
+from training.snapshots import delete_snapshots, snapshot_steps, write_snapshot
 from training.text import check_data, describe, open_text
 from utils import (
     MissingBase,
@@ -61,7 +64,10 @@ from utils import (
     check_base,
     find_model,
     load_encoder_hparams_and_params,
+    target_dir,
 )
+
+SAMPLE_TEMPERATURE = 0.8
 
 
 def run(trainer_class, typed, options):
@@ -80,6 +86,7 @@ def run(trainer_class, typed, options):
         flags = extend(flags, n_done, typed.get("n_steps")) | {"out": out}
         flags = with_new_places(flags, typed, options.models_dir)
     else:
+        typed = typed | {"out": target_dir(typed["out"], options.models_dir)}
         is_adapter = "lora_rank" in typed
         check_out(typed["out"], options.overwrite, is_adapter)
         if "init_from" in typed:
@@ -110,9 +117,11 @@ def run(trainer_class, typed, options):
         if "tokenizer" in flags and model is None:
             folder = find_model(flags["tokenizer"], options.models_dir, only_tokenizer=True)
             encoder = get_encoder("", folder)
-        text = open_text(flags["data"], encoder, flags["n_ctx"])
+        described = checkpoint and checkpoint.metadata["text"]
+        text = open_text(flags["data"], encoder, flags["n_ctx"], described)
         if model is None:
             model = Model(text.encoder, *trainer.new_model(text.encoder.n_vocab))
+        model = model._replace(encoder=text.encoder)
         if "lora_rank" in flags:
             description = text.description | {"base": base_fingerprint(model.params)}
             text = text._replace(description=description)
@@ -142,7 +151,8 @@ def run(trainer_class, typed, options):
         if checkpoint and n_done < flags["n_steps"]:
             rate, lowest = trainer.learning_rate(n_done), flags["min_learning_rate"]
             output.show(
-                f"going on after step {n_done} of {flags['n_steps']}: "
+                f"resuming {flags['out']} ({flags['recipe']}, on {flags['data']}) "
+                f"after step {n_done} of {flags['n_steps']}: "
                 f"the learning rate is {rate:.2g} now and {lowest:.2g} at the end"
             )
 
@@ -212,7 +222,7 @@ def check_sizes(flags, hparams, folder):
 def check_description(description, flags, checkpoint):
     """Raises ValueError if a checkpoint was made with another text or another frozen model."""
     for key, value in checkpoint.metadata["text"].items():  # older checkpoints say less
-        if description.get(key) != value:
+        if key != "examples" and description.get(key) != value:  # a line for people
             name, noun = ("init_from", "model") if key == "base" else ("data", "text")
             raise ValueError(
                 f"{flags[name]}: is not the {noun} that {checkpoint.folder} was trained on"
@@ -240,20 +250,22 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
     bar = tqdm(total=n_steps, initial=n_done, unit="step", disable=disable)
     with bar, note_signals() as caught:
         batches = trainer.read(n_done, n_per_call)
+        output.save_snapshot(trainer, state, n_done)
         while n_done < n_steps and not trainer.agree(caught):
             began = time.perf_counter()
             n_due = min(k - n_done % k for k in (eval_every, checkpoint_every, tasks_every))
-            n = min(n_per_call, n_due, n_steps - n_done)
-            state, loss = trainer.steps(state, batches, n)
+            n = min(n_per_call, n_due, output.steps_to_snapshot(n_done), n_steps - n_done)
+            state, stats = trainer.steps(state, batches, n)
             n_done += n
             batches = trainer.read(n_done, n_per_call)  # while the device is at work
-            loss = float(loss)
+            stats = {name: float(x) for name, x in stats._asdict().items()}
+            loss = stats["loss"]
             if not loss < worst:
                 rescue = "there is no checkpoint"
                 if output.checkpoint:
                     rescue = f"the last checkpoint is {output.checkpoint}"
                 raise ValueError(f"the loss is {loss:.4g} at step {n_done}: {rescue}")
-            values = {"step": n_done, "loss": loss}
+            values = {"step": n_done} | stats
             if is_compiled:  # the first call's time is the compiler's
                 seconds = time.perf_counter() - began
                 values["tokens_per_second"] = n * tokens_per_step / seconds
@@ -270,10 +282,11 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
             if n_done % checkpoint_every == 0 or is_last:
                 output.save_checkpoint(trainer.gather(state))
                 n_saved = n_done
+            output.save_snapshot(trainer, state, n_done)
         stopped = trainer.agree(caught)
         if stopped and n_done > n_saved:
             if output.best == math.inf:
-                output.save_best(trainer.gather_params(state.params))
+                output.save_best(trainer.gather_params(trainer.averaged(state)))
             output.save_checkpoint(trainer.gather(state))
         if stopped and output.checkpoint:
             output.show(f"stopped after step {n_done}, which is saved in {output.checkpoint}")
@@ -285,18 +298,19 @@ def validate(trainer, state, output, words):
 
     words: what stands before the loss.
     """
-    loss = trainer.validate(state.params)
+    params = trainer.averaged(state)
+    loss = trainer.validate(params)
     output.log({"step": int(state.n_done), "validation": loss})
     output.show(f"{words} validation {loss:.4f}")
     if loss < output.best:
         output.best = loss
-        output.save_best(trainer.gather_params(state.params))
-    output.show_sample(trainer.generate, state.params)
+        output.save_best(trainer.gather_params(params))
+    output.show_sample(trainer.generate, params)
 
 
 def measure_tasks(trainer, state, output):
     """Measure what --eval_tasks asks for, if anything."""
-    shares = trainer.measure_tasks(state.params)
+    shares = trainer.measure_tasks(trainer.averaged(state))
     if shares:
         step = int(state.n_done)
         output.log({"step": step} | shares)
@@ -316,13 +330,18 @@ class Output:
         self.out = flags["out"]
         self.model = model
         self.description = text.description
+        self.prompt = text.prompt
         self.versions = trainer.versions
         self.is_main = trainer.is_main
         self.is_unheard = False  # has printing failed?
+        self.can_draw = True  # is there matplotlib?
         self.log = lambda values: {}  # what open_log opens
         self.number = secrets.randbits(48)  # by which the run knows its checkpoints
         self.checkpoint = None  # the folder of the last one
         self.best = math.inf  # the lowest validation loss
+        n_snapshots = flags.get("snapshots")
+        self.snapshots = snapshot_steps(flags["n_steps"], n_snapshots) if n_snapshots else []
+        self.has_room = True  # for snapshots
         if checkpoint:
             self.number = checkpoint.metadata.get("run")
             self.checkpoint = checkpoint.folder
@@ -337,6 +356,7 @@ class Output:
                 tensorboard, flops_per_param,
             )  # fmt: skip
             delete_half_written(self.out)
+            delete_snapshots(self.out, n_done if self.checkpoint else None)
 
     def show(self, text):
         """Print a line for people. If nobody can read it any more, the run goes on without."""
@@ -350,13 +370,15 @@ class Output:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def show_sample(self, generate, params):
-        """Show some lines that the model writes after a line's end: 100 tokens of it at most."""
+        """Show what the model writes after the text's prompt: 100 tokens of it at most."""
         encoder, hparams, _ = self.model
-        n = min(100, hparams["n_ctx"] - 1)
+        n = min(100, hparams["n_ctx"] - len(self.prompt))
         [ids] = generate(
-            [encoder.encode("\n")], params, hparams["n_head"], n,
-            endoftext=encoder.end_ids, temperature=0.8, seed=self.flags["seed"],
+            [self.prompt], params, hparams["n_head"], n,
+            endoftext=encoder.end_ids, temperature=SAMPLE_TEMPERATURE, seed=self.flags["seed"],
         )  # fmt: skip
+        prompt = json.dumps(encoder.decode(self.prompt)[-60:], ensure_ascii=False)
+        self.show(f"  a sample, at temperature {SAMPLE_TEMPERATURE}, after {prompt}:")
         lines = [line for line in encoder.decode(ids).splitlines() if line.strip()]
         self.show("\n".join("    " + line for line in lines))
 
@@ -364,6 +386,21 @@ class Output:
         if self.is_main:
             best = self.model._replace(params=params)
             save_params(self.out, best, self.flags, self.flags["saved_dtype"])
+
+    def steps_to_snapshot(self, n_done):  # -> how many more steps to the next one
+        return min((step - n_done for step in self.snapshots if step > n_done), default=math.inf)
+
+    def save_snapshot(self, trainer, state, n_done):
+        """If one is due. A disk that is full costs the snapshots, not the run."""
+        if n_done not in self.snapshots:
+            return
+        params = trainer.gather_params(trainer.averaged(state))
+        if self.is_main and self.has_room:
+            try:
+                write_snapshot(self.out, self.model.hparams, params, n_done)
+            except OSError as error:
+                self.has_room = False
+                self.show(f"{error.strerror}: the run goes on without more snapshots")
 
     def save_checkpoint(self, state):
         if not self.is_main:
@@ -377,5 +414,15 @@ class Output:
         }
         previous = self.checkpoint
         self.checkpoint = save_checkpoint(self.out, self.model, state, metadata, previous)
-        with contextlib.suppress(ImportError, OSError):  # a run must not fail for a picture
-            progress.plot(self.out)
+        self.draw()
+
+    def draw(self):
+        """Write loss.png. A run must not fail for a picture; if it needs a package, say so once."""
+        if self.can_draw:
+            try:
+                progress.plot(self.out)
+            except ImportError:
+                self.can_draw = False
+                self.show("no loss.png, which needs matplotlib: pip install matplotlib")
+            except OSError:
+                pass
