@@ -32,8 +32,13 @@ Training is a loop over two functions, for parameters and batches of ids of your
 import contextlib
 import functools
 import math
+import os
+import sys
 
 import numpy as np
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from engine import sharing
 from gpt2 import attention_weights, gelu, gpt2, layer_norm, linear, softmax

@@ -471,6 +471,10 @@ def main(
 
 
 if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
     from plumbing.cli import run_cli
 
     run_cli(main)

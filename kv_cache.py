@@ -21,11 +21,16 @@ same function reads prompts ("prefill", many new tokens a row) and writes (one n
 """
 
 import math
+import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 import numpy as np
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from engine import products, slices
 from generation import terminal

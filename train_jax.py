@@ -24,6 +24,11 @@ import dataclasses
 import functools
 import math
 import operator
+import os
+import sys
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 try:
     import jax

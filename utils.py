@@ -17,11 +17,15 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import typing
 from pathlib import Path
 
 import numpy as np
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from encoder import Encoder, get_encoder
 from model_files.adapters import CONFIG, is_adapter, merge, read_adapter, read_config
