@@ -41,7 +41,7 @@ from plumbing.cli import run_cli
 from training.checkpoints import State
 from training.flags import JAX_ONLY, check_numpy, numpy_flags, numpy_help, read_flags
 from training.init import init_tree
-from training.progress import Machine, measure_peak
+from training.progress import Machine, Stats, measure_peak
 from training.run import run
 from training.text import draw_stretches
 
@@ -299,7 +299,7 @@ def moment_kinds(flags):
 
 
 def train_step(params, moments, n_done, batches, flags, evaluate):
-    """One step, in place; returns the loss. batches: [n_accumulate, batch_size, n_ctx + 1].
+    """One step, in place; returns its Stats. batches: [n_accumulate, batch_size, n_ctx + 1].
 
     params: {name: array}; moments: {"m.wte": array, "v.wte": array, ...}, with --ema also the
     averages of params, {"a.wte": array, ...}. evaluate(tokens, n_tokens=n) is loss_and_gradients,
@@ -314,13 +314,17 @@ def train_step(params, moments, n_done, batches, flags, evaluate):
     scale = min(1, flags["grad_clip"] / (norm or 1))
 
     def update(name, p, gradient, m, v, average=None):
+        before = p.copy()
         weight_decay = flags["weight_decay"] if is_matrix(name) else 0.0
         adamw(p, gradient, m, v, n_done, rate, weight_decay, flags["adam_b2"], scale)
         if average is not None:  # what it keeps is smaller at first, so that it forgets the start
             average += (1 - min(flags["ema"], (2 + n_done) / (11 + n_done))) * (p - average)
+        squares.append((np.square(before).sum(), np.square(p - before).sum()))
 
+    squares = []  # of the parameters, of their updates
     sharing.for_each(update, pieces)
-    return loss
+    of_params, of_updates = (math.fsum(x) for x in zip(*squares, strict=True))
+    return Stats(loss, norm, float(scale < 1), math.sqrt(of_updates / of_params))
 
 
 # --- The trainer --------------------------------------------------------------------------------
@@ -380,9 +384,9 @@ class NumpyTrainer:
 
     def steps(self, state, batches, n):
         shared = self.shared
-        losses = []
+        stats = []
         for i in range(n):
-            loss = train_step(
+            of_step = train_step(
                 shared.params,
                 shared.moments,
                 state.n_done + i,
@@ -390,8 +394,9 @@ class NumpyTrainer:
                 self.flags,
                 shared.evaluate,
             )
-            losses.append(loss)
-        return state._replace(n_done=state.n_done + n), math.fsum(losses) / n
+            stats.append(of_step)
+        means = Stats(*(math.fsum(x) / n for x in zip(*stats, strict=True)))
+        return state._replace(n_done=state.n_done + n), means
 
     def learning_rate(self, n_done):
         return scheduled_rate(n_done, self.flags)

@@ -25,6 +25,7 @@ the treatment of broken Unicode.
 """
 
 import codecs
+import copy
 import re
 import sys
 from collections import Counter, defaultdict
@@ -162,8 +163,9 @@ class Encoder:
     <|endoftext|>, if the vocabulary has it. added: {text: AddedToken} of further such texts; those
     that are not special always become a single id. end_ids: the ids that end a text, by default
     that of <|endoftext|>; a model can have others. add_prefix_space: encode a text, and the text
-    after an added token, as if it began with a space. Raises ValueError for a merge of pieces that
-    are not in the vocabulary, and for a vocabulary that check_vocab refuses.
+    after an added token, as if it began with a space. chat_template: Jinja, for transformers, see
+    corpus/chat.py. Raises ValueError for a merge of pieces that are not in the vocabulary, and for
+    a vocabulary that check_vocab refuses.
 
     n_vocab: one more than the largest id. endoftext: the first of end_ids, which is written after
     a document; None if there are none. piece_of_id: the inverse of vocab, with all added tokens.
@@ -174,8 +176,9 @@ class Encoder:
     """
 
     def __init__(
-        self, merges, vocab=None, special=None, end_ids=None, added=None, add_prefix_space=False
-    ):
+        self, merges, vocab=None, special=None, end_ids=None, added=None, add_prefix_space=False,
+        chat_template=None,
+    ):  # fmt: skip
         self.merges = [(left, right) for left, right in merges]
         vocab = number_pieces(self.merges) if vocab is None else check_vocab(vocab)
         if not special and not added and ENDOFTEXT in vocab:
@@ -187,7 +190,7 @@ class Encoder:
         if end_ids is None:
             end_ids = [self.vocab[ENDOFTEXT]] if ENDOFTEXT in self.vocab else []
         self.add_prefix_space = add_prefix_space
-        self.chat_template = None  # for transformers, see corpus/chat.py
+        self.chat_template = chat_template
         self.end_ids = tuple(end_ids)
         self.endoftext = self.end_ids[0] if self.end_ids else None
         self._byte_ids = [self.vocab.get(CHAR_OF_BYTE[byte]) for byte in range(256)]
@@ -266,6 +269,12 @@ class Encoder:
         self.piece_of_id = {id: piece for id, piece in self.piece_of_id.items() if id < n_vocab}
         self._is_limited = True
         self.is_byte_model = False
+
+    def with_chat_template(self, chat_template):  # -> Encoder
+        """Return a copy that saves another chat template."""
+        encoder = copy.copy(self)
+        encoder.chat_template = chat_template
+        return encoder
 
     def decode(self, ids):
         """Return the text of an iterable of ids; bytes that are not UTF-8 become U+FFFD.
@@ -501,6 +510,6 @@ def get_encoder(model_name, models_dir):
             end_ids=tokenizer.end_ids,
             added=tokenizer.added,
             add_prefix_space=tokenizer.add_prefix_space,
+            chat_template=tokenizer.chat_template,
         )
-    encoder.chat_template = tokenizer.chat_template
     return encoder

@@ -113,7 +113,7 @@ def load_shards(folder, encoder):  # -> the same as load_ids
         (shards_encoder.vocab, shards_encoder.merges) != (encoder.vocab, encoder.merges)
     ):
         raise ValueError(f"{folder}: its tokenizer is not the model's")
-    check_ids(shards["val"], encoder.n_vocab, folder)
+    check_ids(shards["val"], encoder.n_vocab)
     ids = np.concatenate(shards["val"])
     if encoder.endoftext not in (None, ids[0]):
         ids = np.concatenate([[encoder.endoftext], ids])

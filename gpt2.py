@@ -237,7 +237,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..., n_seq
     which tokens are alike: what is learned about a token as an answer also helps where it is read.
     A second matrix would make 124M nearly a third larger (Press & Wolf 2017, arXiv:1608.05859).
     """
-    return hidden_state(inputs, wte, wpe, blocks, ln_f, n_head) @ wte.swapaxes(0, 1)
+    return hidden_state(inputs, wte, wpe, blocks, ln_f, n_head) @ wte.T
 
 
 # --------------------------------------------------------------------------------------------------
@@ -245,18 +245,19 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..., n_seq
 # --------------------------------------------------------------------------------------------------
 
 
-def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):  # [n_vocab] -> float64
+def probabilities(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):  # [n_vocab] -> float64
     """The distribution that `sample` draws from.
 
-    temperature: below 1 sharpens it, above 1 flattens it.
+    temperature: 1 leaves the model's own; below 1 sharpens it, above 1 flattens it.
     top_k: keeps the k likeliest tokens; 0 keeps all (Fan et al. 2018, arXiv:1805.04833).
-    top_p: keeps the likeliest tokens that together reach p, the one that crosses p included
-        (Holtzman et al. 2019, arXiv:1904.09751).
+    top_p: keeps the shortest list of likeliest tokens whose sum is at least p (Holtzman et al.
+        2019, arXiv:1904.09751).
     min_p: keeps the tokens that have at least this share of the likeliest one's probability; 0
         keeps all (Nguyen et al. 2024, arXiv:2407.01082).
 
-    They apply in this order. A token that ties with the last one kept is also kept. All is float64,
-    so that 50257 small numbers add up to 1.
+    They apply in this order. A token that ties with the last one kept is also kept. A sum that is
+    below p only by rounding counts as p: of 0.5, 0.3 and 0.2, top_p 0.8 keeps two, although 0.5 +
+    0.3 may come out as 0.7999999999999999. All is float64, so that 50257 small numbers add up to 1.
     """
     logits = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature sends all others to -inf, as it should
@@ -267,9 +268,10 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):  # [n
     probs = softmax(logits)
     if top_p < 1:
         descending = np.sort(probs)[::-1]
-        n_below = np.searchsorted(np.cumsum(descending), top_p)  # this many do not reach p
-        n_kept = 1 + n_below  # and the next one crosses it
-        least = descending[min(n_kept, len(probs)) - 1]
+        sums = np.cumsum(descending)  # of the first token, the first two, ...
+        n_below = np.searchsorted(sums, top_p - 1e-12)  # this many of them are below p
+        n_kept = min(n_below + 1, len(probs))
+        least = descending[n_kept - 1]
         probs = np.where(probs < least, 0.0, probs)
     probs = np.where(probs < min_p * probs.max(), 0.0, probs)
     return probs / probs.sum()
@@ -309,6 +311,67 @@ def sample(
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
 
+def latest(ids, n_ctx):  # list of ids -> its end, at most n_ctx ids
+    """The ids that the model still sees: all if they fit, otherwise the last n_ctx // 2.
+
+    Half, not n_ctx - 1: kv_cache.py, which does the same, must read them again after each cut, so
+    cuts should be rare.
+    """
+    if len(ids) <= n_ctx:
+        return ids
+    n_kept = max(1, n_ctx // 2)
+    return ids[-n_kept:]
+
+
+def generate_stream(
+    inputs, params, n_head, n_tokens_to_generate, seed=None, endoftext=None, slide=False, **sampling
+):
+    """Yields new token ids one at a time; ends early at `endoftext`, which is not yielded.
+
+    Autoregression: run the model, choose a token from the last position's logits, append, repeat.
+    Each step runs the whole sequence again, although only its last token is new.
+
+    sampling: temperature, top_k, top_p, min_p and repetition_penalty, as `sample` takes them;
+        greedy by default.
+    endoftext: an id, or several of which any ends the text.
+    slide: let the text outgrow n_ctx; then the model sees only its end.
+
+    The first next() raises ValueError for what check_sampling and check_length refuse.
+    """
+    n_ctx = len(params["wpe"])
+    check_sampling(n_tokens_to_generate, seed=seed, **sampling)
+    check_length(len(inputs), n_tokens_to_generate, math.inf if slide else n_ctx)
+    end_ids = end_ids_of(endoftext)
+    inputs = list(inputs)  # a copy: the caller's list stays as it is
+    rng = np.random.default_rng(seed)
+    for _ in range(n_tokens_to_generate):
+        inputs = latest(inputs, n_ctx)
+        x = hidden_state(inputs, **params, n_head=n_head)
+        logits = x[-1] @ params["wte"].T  # as in gpt2, but of the last position only
+        token = sample(logits, rng, **sampling, ids=inputs)
+        if token in end_ids:
+            return
+        inputs.append(token)
+        yield token
+
+
+def generate(inputs, params, n_head, n_tokens_to_generate, **options):
+    """list of ids -> list of the new ids. `options` as in generate_stream; greedy by default."""
+    return list(generate_stream(inputs, params, n_head, n_tokens_to_generate, **options))
+
+
+# --------------------------------------------------------------------------------------------------
+# Nothing is to be learned from here on: arguments are checked, and the command line is read
+# --------------------------------------------------------------------------------------------------
+
+
+def end_ids_of(endoftext):  # an id, several, or None -> a collection of ids
+    """Return the ids that end a text: some models have more than one."""
+    if endoftext is None:
+        return ()
+    return (endoftext,) if isinstance(endoftext, int | np.integer) else tuple(endoftext)
+
+
 def check_sampling(
     n_tokens_to_generate, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
     seed=None,
@@ -342,59 +405,6 @@ def check_length(n_prompt, n_tokens_to_generate, n_ctx):
             f"{n_prompt} prompt tokens + {n_tokens_to_generate} to generate = {n_seq}, "
             f"but this model has only {n_ctx} positions (n_ctx)"
         )
-
-
-def latest(ids, n_ctx):  # list of ids -> its end, at most n_ctx ids
-    """The ids that the model still sees: all if they fit, otherwise the last n_ctx // 2.
-
-    Half, not n_ctx - 1: kv_cache.py, which does the same, must read them again after each cut, so
-    cuts should be rare.
-    """
-    return ids if len(ids) <= n_ctx else ids[-max(1, n_ctx // 2) :]
-
-
-def end_ids_of(endoftext):  # an id, several, or None -> a collection of ids
-    """Return the ids that end a text: some models have more than one."""
-    if endoftext is None:
-        return ()
-    return (endoftext,) if isinstance(endoftext, int | np.integer) else tuple(endoftext)
-
-
-def generate_stream(
-    inputs, params, n_head, n_tokens_to_generate, seed=None, endoftext=None, slide=False, **sampling
-):
-    """Yields new token ids one at a time; ends early at `endoftext`, which is not yielded.
-
-    Autoregression: run the model, choose a token from the last position's logits, append, repeat.
-    Each step runs the whole sequence again, although only its last token is new.
-
-    sampling: temperature, top_k, top_p, min_p and repetition_penalty, as `sample` takes them;
-        greedy by default.
-    endoftext: an id, or several of which any ends the text.
-    slide: let the text outgrow n_ctx; then the model sees only its end.
-
-    The first next() raises ValueError for what check_sampling and check_length refuse.
-    """
-    n_ctx = len(params["wpe"])
-    check_sampling(n_tokens_to_generate, seed=seed, **sampling)
-    check_length(len(inputs), n_tokens_to_generate, math.inf if slide else n_ctx)
-    end_ids = end_ids_of(endoftext)
-    inputs = list(inputs)  # a copy: the caller's list stays as it is
-    rng = np.random.default_rng(seed)
-    for _ in range(n_tokens_to_generate):
-        inputs = latest(inputs, n_ctx)
-        x = hidden_state(inputs, **params, n_head=n_head)
-        logits = params["wte"] @ x[-1]  # as in gpt2, but of the last position only
-        token = sample(logits, rng, **sampling, ids=inputs)
-        if token in end_ids:
-            return
-        inputs.append(token)
-        yield token
-
-
-def generate(inputs, params, n_head, n_tokens_to_generate, **options):
-    """list of ids -> list of the new ids. `options` as in generate_stream; greedy by default."""
-    return list(generate_stream(inputs, params, n_head, n_tokens_to_generate, **options))
 
 
 def main(

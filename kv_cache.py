@@ -188,7 +188,7 @@ def next_logits(x, params, n_run=1):  # [n_rows, n_embd] -> [n_rows, n_vocab]
     """The logits of the token after each row's last, in a pass that ran n_run tokens."""
     # Use as many threads as the pass did, so that no others wake.
     with products.own_threads(max(len(x), n_run), x.shape[1]):
-        return x @ products.wrap(params)["wte"].swapaxes(0, 1)
+        return x @ products.wrap(params)["wte"].T
 
 
 def step(caches, tokens, params, n_head):  # n_rows caches and ids -> [n_rows, n_vocab]

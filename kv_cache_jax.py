@@ -42,7 +42,7 @@ STATIC = ("n_head", "n_vocab", "sampling")  # each new value is compiled anew
 def mask(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):  # [..., n_vocab] -> the same
     """The logits whose softmax is gpt2.probabilities: -inf for a token that must not be drawn.
 
-    All in float32, so a token on top_p's very border may fall on the other side of it.
+    All in float32, whose rounding is larger: a sum that is below p by less than 1e-6 counts as p.
     """
     temperature = min(max(temperature, 1e-30), 1e30)  # float32's range
     logits = (logits - logits.max(-1, keepdims=True)) / temperature
@@ -51,9 +51,10 @@ def mask(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):  # [..., n_vocab] 
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if top_p < 1:
         descending = jnp.sort(logits, descending=True)
-        n_before = (jnp.cumsum(softmax(descending), -1) < top_p).sum(-1, keepdims=True)
-        crossing = jnp.minimum(n_before, logits.shape[-1] - 1)  # the token that crosses p
-        least = jnp.take_along_axis(descending, crossing, -1)
+        sums = jnp.cumsum(softmax(descending), -1)  # of the first token, the first two, ...
+        n_below = (sums < top_p - 1e-6).sum(-1, keepdims=True)  # this many of them are below p
+        last = jnp.minimum(n_below, logits.shape[-1] - 1)
+        least = jnp.take_along_axis(descending, last, -1)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if min_p > 0:  # the largest logit is 0
         logits = jnp.where(logits < math.log(min_p), -jnp.inf, logits)

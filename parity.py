@@ -76,7 +76,7 @@ def reference(params, n_head, tokens, parts=tuple(PARTS)):  # -> {name: array}, 
 
 def main(
     command: str,
-    theirs: str = "",
+    theirs: str | None = None,
     model_size: str = "124M",
     models_dir: str = "models",
     text: str = TEXT,

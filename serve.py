@@ -193,12 +193,15 @@ class Engine:
         while (choice := self.next_choice()) is not None:
             choice.row.number = next(self.numbers)
             self.begun[choice.row.number] = choice
+            choice.begin()
             yield choice.row
 
     def next_choice(self):  # -> the next choice to begin, or None
         """Requests take turns. While others wait, none gets more than half of the batch."""
         with self.lock:
             for asked, queue in list(self.waiting.items()):
+                if not queue[0].may_begin:
+                    continue
                 n_running = sum(choice.asked is asked for choice in self.begun.values())
                 if len(self.waiting) > 1 and n_running >= max(1, self.batch.batch_size // 2):
                     continue
@@ -256,16 +259,22 @@ def deliver(parts):
 
 async def completions(request):
     """POST /v1/completions"""
-    state, body = request.app.state, await request.body()
     # In a thread: a large body takes a while, and the loop could do nothing else meanwhile.
-    asked = await asyncio.to_thread(read_completion, body, state.names, state.encoder, state.n_ctx)
+    return await asyncio.to_thread(complete, await request.body(), request.app.state)
+
+
+def complete(body, state):  # bytes -> Answer
+    asked = read_completion(body, state.names, state.encoder, state.n_ctx)
     return Answer(state, asked, new_answer(state.name))
 
 
 async def chats(request):
     """POST /v1/chat/completions"""
-    state, body = request.app.state, await request.body()
-    asked = await asyncio.to_thread(read_chat, body, state.names, state.encoder, state.n_ctx)
+    return await asyncio.to_thread(chat, await request.body(), request.app.state)
+
+
+def chat(body, state):  # bytes -> Answer
+    asked = read_chat(body, state.names, state.encoder, state.n_ctx)
     if asked.stream:
         fields = new_answer(state.name, "chat.completion.chunk", "chatcmpl")
         roles = [role_of(index) for index in range(asked.n_choices)]
@@ -400,10 +409,6 @@ def main(
     """
     from utils import find_model, load_encoder_hparams_and_params
 
-    if api_key == "":
-        raise ValueError("--api_key is empty: give a key, or leave it out to serve without one")
-    if host == "":
-        raise ValueError("--host is empty: 127.0.0.1 is this machine alone, 0.0.0.0 all addresses")
     if min(batch_size, max_waiting) < 1 or not timeout > 0:
         raise ValueError("batch_size and max_waiting must be 1 or more, timeout above 0")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)

@@ -22,6 +22,7 @@ compiler works out what to send where; no function below knows how many devices 
 import contextlib
 import dataclasses
 import functools
+import math
 import operator
 
 try:
@@ -57,7 +58,7 @@ from training.devices import (
 )
 from training.dropout import with_dropout
 from training.flags import OPTIMIZERS, read_flags, read_tasks
-from training.progress import Machine
+from training.progress import Machine, Stats
 from training.run import run
 from training.scoring import make_scorer, score_items
 from training.state import (
@@ -257,13 +258,14 @@ def with_average(rule, ema):
 
 
 def make_train_steps(
-    optimizer, dropout=0.0, seed=0, dtype="float32", shardings=None, packed=False, **options
-):
-    """The compiled function (state, batches, n) -> (State after n more steps, their mean loss).
+    optimizer, dropout=0.0, seed=0, dtype="float32", shardings=None, packed=False,
+    grad_clip=math.inf, **options,
+):  # fmt: skip
+    """The compiled function (state, batches, n) -> (State after n more steps, their mean Stats).
 
     batches: [n or more, n_accumulate, batch_size, n_ctx + 1]. Do not use the old state again: the
     new one takes over its memory. shardings: a State of them, or None for one device. packed and
-    options: those of `losses`.
+    options: those of `losses`. grad_clip: the optimizer's, for the Stats alone.
 
     If the parameters hold adapters, only these have gradients and moments, and only they change.
     """
@@ -295,17 +297,21 @@ def make_train_steps(
         value, gradients = value_and_gradients(params, batch, key)
         trained, frozen = partition(params)
         updates, moments = optimizer.update(gradients, moments, trained)
+        norm = optax.tree.norm(gradients)
+        update_size = optax.tree.norm(updates) / optax.tree.norm(trained)
+        stats = Stats(value, norm, jnp.where(norm > grad_clip, 1.0, 0.0), update_size)
         params = combine(optax.apply_updates(trained, updates), frozen)
-        return State(params, moments, n_done + 1), value
+        return State(params, moments, n_done + 1), stats
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def train_steps(state, batches, n):
         def add_step(i, carry):
-            state, value = step(batches[i], carry[0])
-            return state, carry[1] + value
+            state, stats = step(batches[i], carry[0])
+            return state, jax.tree.map(jnp.add, carry[1], stats)
 
-        state, total = jax.lax.fori_loop(0, n, add_step, (State(*state), 0.0))
-        return state, total / n
+        nothing = Stats(0.0, 0.0, 0.0, 0.0)
+        state, total = jax.lax.fori_loop(0, n, add_step, (State(*state), nothing))
+        return state, jax.tree.map(lambda x: x / n, total)
 
     return train_steps
 
@@ -416,8 +422,9 @@ class JaxTrainer:
         )
         self.options = loss_options(flags, self.n_vocab, flags["batch_size"] // mesh.size)
         self.steps = make_train_steps(
-            self.optimizer, flags["dropout"], flags["seed"], shardings=shardings, **self.options
-        )
+            self.optimizer, flags["dropout"], flags["seed"], shardings=shardings,
+            grad_clip=flags["grad_clip"], **self.options,
+        )  # fmt: skip
         windows = fill_batches(text.windows, flags["batch_size"])
         self.windows = put(windows, 2 * (make_sharding(mesh, None, "data"),))
         return state

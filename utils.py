@@ -95,16 +95,23 @@ def load_encoder_hparams_and_params(model_size, models_dir="models"):
     return Model(encoder, hparams | {"n_vocab": encoder.n_vocab}, params)
 
 
-def load_base_and_adapter(model_dir, models_dir="models"):
-    """Load an adapter's base, and the adapter: encoder, hparams, params, read_adapter's dict."""
+class MissingBase(ValueError):
+    """An adapter's base is not where the adapter says."""
+
+
+def load_base_and_adapter(model_dir, models_dir="models", base=None):
+    """Load an adapter's base, and the adapter: encoder, hparams, params, read_adapter's dict.
+
+    base: the base's name or folder, if it is not the one that the adapter names.
+    """
     config = read_config(model_dir)
     path = os.path.join(model_dir, CONFIG)
-    base = config["base_model_name_or_path"]
-    revision = config.get("revision")
+    revision = config.get("revision") if base is None else None
+    base = base or config["base_model_name_or_path"]
     try:
         base_dir = find_model(f"{base}@{revision}" if revision else base, models_dir)
     except ValueError as error:
-        raise ValueError(f"{path}: its base is missing: {error}") from None
+        raise MissingBase(f"{path}: its base is missing: {error}") from None
     try:
         check_base(base_dir)
     except ValueError as error:

@@ -144,7 +144,7 @@ def trainer(flags, n_vocab, whole):  # -> a function that trains some steps, and
 
     def train():
         nonlocal state
-        state, loss = steps(state, batches, n_steps)
+        state, (loss, *_) = steps(state, batches, n_steps)
         return float(loss)
 
     return train, n_steps * flags["batch_size"] * flags["n_ctx"]

@@ -44,7 +44,7 @@ def measure(shape, lora_rank):  # -> what one process prints
     seconds = []
     for _ in range(1 + N_STEPS):
         start = time.perf_counter()
-        state, loss = steps(state, tokens, 1)
+        state, (loss, *_) = steps(state, tokens, 1)
         float(loss)
         seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -41,7 +41,7 @@ def ours(flags, params, tokens, optimizer):  # -> a function that trains N_STEPS
 
     def train():
         nonlocal state
-        state, loss = steps(state, batches, len(tokens))
+        state, (loss, *_) = steps(state, batches, len(tokens))
         return float(loss)
 
     return train
@@ -60,7 +60,7 @@ def by_hand(flags, params, tokens, stack):
         total = 0.0
         for batches in tokens:
             arrays = shared.params, shared.moments
-            total += backprop.train_step(*arrays, n_done, batches, flags, shared.evaluate)
+            total += backprop.train_step(*arrays, n_done, batches, flags, shared.evaluate).loss
             n_done += 1
         return total / len(tokens)
 

@@ -106,8 +106,7 @@ def select(entry, twin):  # the part of a twin that an entry is compared with
 
 
 def comparable(entry, x):
-    x = entry.select(x)
-    return layouts.hide(x) if entry.name.endswith("attn.masked") else x
+    return layouts.comparable(entry.name, entry.select(x))
 
 
 def tolerance(name, twin, ours, case):  # -> what every number may be off, and all of them
@@ -276,6 +275,16 @@ def gradient_candidates(case, ours, name):
         ("wte's gradient lacks the head's share: the two are not tied", False),
     ):
         yield Candidate(text, changed(tied_share(case, ours, is_head)))
+    root = math.sqrt(sizes["d_head"])
+
+    def before_scaling(name, x, part):
+        return x / root if name.endswith("attn.scores") else x
+
+    yield Candidate(
+        "the gradient of the scores is that of query times key before they are divided by the root "
+        "of d_head: here scores are what the softmax is given",
+        changed(before_scaling),
+    )
     for mistake in mistakes.BACKWARD:
         yield Candidate(
             mistake.cause, lambda precision, until, m=mistake: backward(case, precision, m)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 import gpt2
+from checking.recording import raw_scores
 
 
 class Mistake(NamedTuple):
@@ -553,6 +554,68 @@ def bias_averaged(f):
     return linear
 
 
+def with_gradients(change):
+    """change(q, dq, dk, dv) -> the three that attention's backward returns."""
+
+    def changed(f):
+        def attention(q, k, v):
+            y, backward = f(q, k, v)
+            return y, lambda dy: change(q, *backward(dy))
+
+        return attention
+
+    return same(changed)
+
+
+def queries_and_keys_scaled(power):  # of d_head
+    def change(q, dq, dk, dv):
+        scale = q.shape[-1] ** power
+        return scale * dq, scale * dk, dv
+
+    return change
+
+
+def keys_without_transpose(f, names):
+    def attention(q, k, v):
+        y, backward = f(q, k, v)
+        p = names["attention_weights"](q, k)
+
+        def wrong_backward(dy):
+            dq, _, dv = backward(dy)
+            d_weights = dy @ v.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
+            return dq, names["softmax_backward"](d_weights, p) @ q, dv
+
+        return y, wrong_backward
+
+    return attention
+
+
+def values_without_transpose(f, names):
+    def attention(q, k, v):
+        y, backward = f(q, k, v)
+        p = names["attention_weights"](q, k)
+        return y, lambda dy: (*backward(dy)[:2], p @ dy)
+
+    return attention
+
+
+def backward_with(weights):
+    """weights(scores without mask, the right weights) -> those of the backward pass."""
+
+    def change(f, names):
+        def attention(q, k, v):
+            y, _ = f(q, k, v)
+            right = names["attention_weights"]
+            names["attention_weights"] = lambda q, k: weights(raw_scores(q, k), right(q, k))
+            _, backward = f(q, k, v)
+            names["attention_weights"] = right
+            return y, backward
+
+        return attention
+
+    return change
+
+
 BACKWARD = [
     Mistake("the gradient of softmax lacks the term that its sum of 1 makes", "softmax_backward",
             same(lambda f: lambda dy, y: y * dy)),
@@ -562,6 +625,21 @@ BACKWARD = [
             "linear_backward", same(bias_averaged)),
     Mistake("the gradient of GELU is that of ReLU", "gelu_backward",
             same(lambda f: lambda dy, x, y: dy * (x > 0))),
+    Mistake("the gradients of queries and keys are not scaled: divide by the root of d_head, as "
+            "the scores are", "attention_forward", with_gradients(queries_and_keys_scaled(0.5))),
+    Mistake("the gradients of queries and keys are scaled twice: divide once by the root of d_head",
+            "attention_forward", with_gradients(queries_and_keys_scaled(-0.5))),
+    Mistake("the gradients of queries and keys are swapped", "attention_forward",
+            with_gradients(lambda q, dq, dk, dv: (dk, dq, dv))),
+    Mistake("the gradient of the keys lacks a transposition: it is scores^T times queries",
+            "attention_forward", keys_without_transpose),
+    Mistake("the gradient of the values lacks a transposition: it is weights^T times the gradient",
+            "attention_forward", values_without_transpose),
+    Mistake("the mask is forgotten in the backward pass, where the weights are computed again",
+            "attention_forward", backward_with(lambda raw, weights: gpt2.softmax(raw))),
+    Mistake("the mask is forgotten in the backward pass, where the weights are computed again from "
+            "the sums of the forward pass", "attention_forward",
+            backward_with(lambda raw, weights: np.exp(raw - raw[..., :1]) * weights[..., :1])),
 ]  # fmt: skip
 
 # --- AdamW ----------------------------------------------------------------------------------------

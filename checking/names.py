@@ -88,6 +88,14 @@ LLM_C_STACKED = {
     "fch": "mlp.c_fc", "fch_gelu": "mlp.gelu", "fcproj": "mlp.c_proj", "residual3": "resid_post",
     **LLM_C_WEIGHTS,
 }  # fmt: skip
+# What is only added to something has the sum's gradient. The mask adds to the scores.
+SAME_GRADIENT = {
+    "wte": "embed",
+    "wpe": "embed",
+    "attn.masked": "attn.scores",
+    "attn.c_proj": "resid_mid",
+    "mlp.c_proj": "resid_post",
+}
 NOT_COMPARED = ("ln1_mean", "ln1_rstd", "ln2_mean", "ln2_rstd", "lnf_mean", "lnf_rstd", "probs")
 GRADIENTS = ("grad.", "grads.", "gradients.", "d_")  # what marks a gradient; or .grad at the end
 STEPS = ("step.", "after.", "updated.")
@@ -112,14 +120,14 @@ def gradient_order(params, n_layer):
     order = ["logits", "ln_f", "ln_f.g", "ln_f.b"]
     within = [
         "resid_post", "mlp.c_proj.", "mlp.gelu", "mlp.c_fc", "mlp.c_fc.", "ln_2", "ln_2.",
-        "resid_mid", "attn.c_proj.", "attn.out", "attn.c_attn",
-        "attn.c_attn.", "ln_1", "ln_1.",
+        "resid_mid", "attn.c_proj.", "attn.out", "attn.v", "attn.weights", "attn.scores", "attn.q",
+        "attn.k", "attn.c_attn", "attn.c_attn.", "ln_1", "ln_1.",
     ]  # fmt: skip
     for i in reversed(range(n_layer)):
         for part in within:
             name = f"blocks.{i}.{part}"
             order += [p for p in params if p.startswith(name)] if name.endswith(".") else [name]
-    return [*order, "wpe", "wte"]
+    return [*order, "embed", "wpe", "wte"]
 
 
 def about(name):  # an intermediate's name, with a block's number or without -> its row in the table
@@ -173,10 +181,14 @@ def find_name(name, n_layer, params):
     if base in LLM_C_STACKED:
         is_weight = base in LLM_C_WEIGHTS
         kind = kind or ("params." if is_weight else "")
-        return [(f"{kind}blocks.{i}.{LLM_C_STACKED[base]}", i) for i in range(n_layer)]
+        part = LLM_C_STACKED[base]
+        part = SAME_GRADIENT.get(part, part) if kind == "grad." else part
+        return [(f"{kind}blocks.{i}.{part}", i) for i in range(n_layer)]
     if kind in ("grad.", "step.") and base in ("wte", "wpe"):
         return [(kind + base, None)]  # not the rows that a text takes, the parameter
     ours = known_names(n_layer, params)[base]
+    if kind == "grad.":
+        ours = gradient_name(ours)
     if kind and ours.startswith("params."):
         ours = ours.removeprefix("params.")
     elif (
@@ -187,6 +199,11 @@ def find_name(name, n_layer, params):
     ):
         raise KeyError(name)
     return [(kind + ours, None)]
+
+
+def gradient_name(name):  # "blocks.0.mlp.c_proj" -> "blocks.0.resid_post"
+    block, part = re.fullmatch(r"(blocks\.\d+\.)?(.*)", name).groups("")
+    return block + SAME_GRADIENT.get(part, part)
 
 
 def split_kind(name):  # "transformer.wte.weight.grad" -> ("grad.", "transformer.wte.weight")
@@ -230,7 +247,8 @@ def table():  # -> lines for people
         "params.NAME   a parameter: wte, wpe, blocks.{i}.attn.c_attn.w, .b, blocks.{i}.ln_1.g ...",
         "              also h.{i}.attn.c_attn.weight, lm_head.weight, and llm.c's qkvw, ln1b ...",
         "grad.NAME     the gradient of the mean loss by a parameter or an intermediate;",
-        "              also NAME.grad, grads.NAME, llm.c's dqkvw ...",
+        "              also NAME.grad, grads.NAME, llm.c's dqkvw, datt ... attn.masked has that of",
+        "              attn.scores, attn.c_proj that of resid_mid, mlp.c_proj that of resid_post.",
         "step.NAME     a parameter after one step of AdamW. Matrices may be [n_in, n_out] or",
         "              [n_out, n_in]. llm.c's names stand for the arrays of all blocks, stacked.",
         "tokens        the ids, [n_batch, n_seq + 1]: if they are there, they are the text.",
@@ -255,8 +273,7 @@ def source(name, backprop):
     """Where gpt2.py (or backprop.py) makes the tensor of this name."""
     kind, base = split_kind(name)
     if kind == "grad.":
-        maker = gradient_maker(base)
-        return find_line(backprop, maker, maker, "return")
+        return find_line(backprop, *gradient_line(base))
     if kind:
         maker = "adamw" if kind == "step." else "gpt2"
         module = backprop if kind == "step." else gpt2
@@ -267,20 +284,33 @@ def source(name, backprop):
     return find_line(gpt2, made.maker, made.caller, made.line)
 
 
-def gradient_maker(name):  # the part of backprop.py that computes this gradient
-    if name == "logits":
-        return "cross_entropy"
-    if name in ("wte", "wpe"):
-        return "gpt2_forward"
-    if ".ln_" in name and name.endswith((".g", ".b")) or name.startswith("ln_f."):
-        return "layer_norm_backward"
-    if name.endswith("mlp.c_fc"):
-        return "gelu_backward"
-    if name.endswith("attn.c_attn"):
-        return "mha_forward"
-    if name.endswith(("resid_post", "resid_mid")):
-        return "transformer_block_forward"
-    return "linear_backward"
+# The end of a name: the function of backprop.py that makes its gradient, and the line where.
+GRADIENT_LINES = {
+    "logits": ("cross_entropy", "cross_entropy", "targets] -= 1"),
+    "wte": ("gpt2_forward", "gpt2_forward", "d_wte[ids] +="),
+    "wpe": ("gpt2_forward", "gpt2_forward", "d_wpe["),
+    "ln_f": ("gpt2_forward", "gpt2_forward", "d_logits @ wte"),
+    "embed": ("transformer_block_forward", "transformer_block_forward", "dx += d"),
+    "resid_post": ("transformer_block_forward", "transformer_block_forward", "dx += d"),
+    "resid_mid": ("transformer_block_forward", "transformer_block_forward", "d += dy"),
+    "mlp.c_fc": ("gelu_backward", "ffn_forward", "gelu_backward("),
+    "attn.v": ("attention_forward", "attention_forward", "@ dy"),
+    "attn.weights": ("attention_forward", "attention_forward", "d_scores ="),
+    "attn.scores": ("softmax_backward", "attention_forward", "d_scores ="),
+    "attn.q": ("attention_forward", "attention_forward", "d_scores @ k"),
+    "attn.k": ("attention_forward", "attention_forward", "d_scores @ k"),
+    "attn.c_attn": ("mha_forward", "mha_forward", "d = np.concat"),
+    ".ln_1.": ("layer_norm_backward", "layer_norm_backward", "return"),
+    ".ln_2.": ("layer_norm_backward", "layer_norm_backward", "return"),
+    "ln_f.": ("layer_norm_backward", "layer_norm_backward", "return"),
+}
+
+
+def gradient_line(name):  # -> the maker of this gradient, its caller, what the caller's line has
+    for part, line in GRADIENT_LINES.items():
+        if name.endswith(part) or part.endswith(".") and part in name:
+            return line
+    return "linear_backward", "linear_backward", "return"
 
 
 def find_line(module, maker, caller, text):

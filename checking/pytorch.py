@@ -34,34 +34,42 @@ def record(model, tokens, loss=None, optimizer=None, names_of_theirs=None):
     if is_module:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         inputs, targets = inputs.to(device), targets.to(device)
-    arrays = {}
+    arrays, tensors = {}, {}
     known = known_modules(model, names_of_theirs or {}) if is_module else {}
-    hooks = [module.register_forward_hook(noting(arrays, name)) for module, name in known.items()]
+
+    def note(name, x):
+        arrays[name] = to_numpy(x)
+        if getattr(x, "requires_grad", False):
+            x.retain_grad()
+            tensors[name] = x
+
+    hooks = [module.register_forward_hook(noting(note, name)) for module, name in known.items()]
     try:
         with torch.set_grad_enabled(loss is not None):
             result = model(inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    arrays |= results(result)
+    note_results(result, note)
     if loss is not None:
         value = loss(result, targets)
         arrays["loss"] = to_numpy(value)
         if is_module:
             arrays |= gradients_and_step(model, value, optimizer, names_of_theirs or {})
+            arrays |= gradients_of(tensors)
     return {"tokens": to_numpy(tokens), **arrays}
 
 
-def results(result):  # what a model returned -> {name: array}
+def note_results(result, note):  # of what a model returned
     if isinstance(result, dict) and not hasattr(result, "logits"):
-        return {name: to_numpy(x) for name, x in result.items()}
+        for name, x in result.items():
+            note(name, x)
+        return
     logits = getattr(result, "logits", result)
-    logits = logits[0] if isinstance(logits, (tuple, list)) else logits
-    found = {"logits": to_numpy(logits)}
+    note("logits", logits[0] if isinstance(logits, (tuple, list)) else logits)
     for i, weights in enumerate(getattr(result, "attentions", None) or ()):
         if weights is not None:
-            found[f"blocks.{i}.attn.weights"] = to_numpy(weights)
-    return found
+            note(f"blocks.{i}.attn.weights", weights)
 
 
 def known_modules(model, theirs):  # -> {module: our name}
@@ -92,15 +100,15 @@ def our_name(name, theirs):
     return found[0][0] if len(found) == 1 else None
 
 
-def noting(arrays, name):
+def noting(note, name):
     def hook(module, args, result):
         short = name.split(".", 2)[-1]
         if short in INPUTS and hasattr(module, "weight"):  # not what only contains c_proj
-            arrays[name.removesuffix(short) + INPUTS[short]] = to_numpy(args[0])
+            note(name.removesuffix(short) + INPUTS[short], args[0])
         if name == "logits":
             return
         result = result[0] if isinstance(result, tuple) else result
-        arrays[name] = to_numpy(result)
+        note(name, result)
 
     return hook
 
@@ -117,6 +125,15 @@ def gradients_and_step(model, loss, optimizer, theirs):
         for name, p in model.named_parameters():
             arrays[f"step.{parameter_name(name, theirs)}"] = to_numpy(p)
     return arrays
+
+
+def gradients_of(tensors):  # {name: a tensor whose gradient was kept} -> {"grad.NAME": array}
+    """Without those of the embeddings' rows: grad.wte and grad.wpe are the parameters'."""
+    return {
+        f"grad.{name}": to_numpy(x.grad)
+        for name, x in tensors.items()
+        if x.grad is not None and name not in ("wte", "wpe")
+    }
 
 
 def parameter_name(name, theirs):  # "layers.0.norm.weight" -> "blocks.0.ln_1.weight", by `theirs`

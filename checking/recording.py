@@ -6,6 +6,7 @@ mistake would do.
 """
 
 import functools
+import math
 from types import FunctionType, ModuleType
 from typing import NamedTuple
 
@@ -315,7 +316,8 @@ def backward(case, precision, mistake=None):
     """backprop.py's gradient of the mean loss -> {"grad.NAME": array}.
 
     NAME is a parameter or, where a function of backprop.py is given its gradient, an intermediate.
-    The sequences go through it one by one, so that all arrays noted are of one sequence.
+    The sequences go through it one by one, so that all arrays noted are of one sequence. Attention
+    is in one piece.
     """
     params = case.params[precision]
     parts = [backward_of_one(case, row[None], params, precision, mistake) for row in case.tokens]
@@ -337,20 +339,62 @@ def backward_of_one(case, tokens, params, precision, mistake):
     rounded = rounding(precision)
     layers = names_of_layers(params)
     n_seq = tokens.shape[1] - 1
+    root = math.sqrt(case.sizes()["d_head"])
     arrays = {}
+    at = {}
 
     def note(name, x):
         arrays[f"grad.{name}"] = np.array(x)  # a copy: what is noted may be changed in place
 
+    def note_in_attention(name, x):  # [n_head, 1, ...]: one sequence
+        note(f"blocks.{at['block']}.attn.{name}", x[:, 0])
+
     def linear(function, names):
         def noted(dy, x, w, b):
-            _, i, layer = layers[id(w)].split(".", 2)  # "blocks", "0", "attn.c_attn"
+            _, at["block"], layer = layers[id(w)].split(".", 2)  # "blocks", "0", "attn.c_attn"
             output_name, input_name = GIVEN_AND_MADE[layer]
             dx, gradients = function(dy, x, w, b)
             dx = rounded(dx)
-            note(f"blocks.{i}.{output_name}", dy)
-            note(f"blocks.{i}.{input_name}", dx)
+            note(f"blocks.{at['block']}.{output_name}", dy)
+            note(f"blocks.{at['block']}.{input_name}", dx)
             return dx, gradients
+
+        return noted
+
+    def softmax(function, names):
+        """backprop.py divides by the root before it comes here, gpt2.py's scores have it already:
+        what is given is the gradient of the weights, what is made that of the scores, over it."""
+
+        def noted(dy, y):
+            dy = rounded(dy)
+            dx = rounded(function(dy, y))
+            note_in_attention("weights", dy * root)
+            note_in_attention("scores", dx * root)
+            return dx
+
+        return noted
+
+    def attention(function, names):
+        def noted(q, k, v):
+            y, attention_backward = function(q, k, v)
+
+            def noted_backward(dy):
+                gradients = [rounded(x) for x in attention_backward(dy)]
+                for name, x in zip("qkv", gradients, strict=True):
+                    note_in_attention(name, x)
+                return gradients
+
+            return y, noted_backward
+
+        return noted
+
+    def in_one_piece(function, names):
+        return names["attention_forward"]
+
+    def embedding(function, names):
+        def noted(ids, rows):
+            note("embed", rows)
+            return function(ids, rows)
 
         return noted
 
@@ -385,8 +429,11 @@ def backward_of_one(case, tokens, params, precision, mistake):
     watches = {
         "linear_backward": linear,
         "layer_norm_backward": norm,
-        "softmax_backward": round_all,
+        "softmax_backward": softmax,
         "gelu_backward": round_all,
+        "attention_forward": attention,
+        "attention_in_blocks_forward": in_one_piece,
+        "sum_by_id": embedding,
         "cross_entropy": loss,
         **dict.fromkeys(WATCHED, round_all),
     }

@@ -58,6 +58,8 @@ def check_message(message, number):  # -> the message in its plain form
     role = "system" if message.get("role") == "developer" else message.get("role")
     if not isinstance(role, str) or role not in NAMES:
         raise ValueError(f"message {number}: role is {role!r}, not {', '.join(NAMES)}")
+    if message.get("weight", 1) not in (0, 1):
+        raise ValueError(f"message {number}: weight is {message['weight']!r}, not 0 or 1")
     return message | {"role": role, "content": "".join(part["text"] for part in parts)}
 
 
@@ -65,8 +67,7 @@ def encode_messages(messages, encoder):  # -> [(ids, whether they are an answer)
     """Encode the parts that are only read, and the answers. messages: as check_messages allows.
 
     All text between two answers is encoded as one, and every answer by itself, so that the ids at
-    the beginning stay the same while the conversation grows. Empty answers, and those with the
-    weight 0, are only read.
+    the beginning stay the same while the conversation grows.
     """
     parts = []
     text = ""
@@ -74,8 +75,8 @@ def encode_messages(messages, encoder):  # -> [(ids, whether they are an answer)
         content = message["content"].strip()
         if message["role"] == "assistant":
             parts.append((encoder.encode(text + NAMES["assistant"]), False))
-            content = without_end(content)
-            is_learned = content != "" and message.get("weight", 1) != 0
+            content = without_end(content, encoder)
+            is_learned = is_learned_answer(message, encoder)
             parts.append((encode_answer(" " + content, encoder), is_learned))
             text = "\n"
         else:
@@ -85,15 +86,28 @@ def encode_messages(messages, encoder):  # -> [(ids, whether they are an answer)
     return parts
 
 
+def is_learned_answer(message, encoder):
+    """Is it the assistant's? Empty answers, and those with the weight 0, are only read."""
+    is_answer = message["role"] == "assistant" and message.get("weight", 1) != 0
+    return is_answer and not is_empty_answer(message, encoder)
+
+
+def is_empty_answer(message, encoder):
+    text = without_end(message["content"].strip(), encoder)
+    return message["role"] == "assistant" and text == ""
+
+
 def encode_answer(text, encoder):  # -> ids, with <|endoftext|> at their end if there is one
     ids = encoder.encode(text)
     return ids if encoder.endoftext is None else [*ids, encoder.endoftext]
 
 
-def without_end(text):
-    """Drop an <|endoftext|> that ends an answer: it is the end, which encode_answer appends."""
-    if text.rstrip().endswith(ENDOFTEXT):
-        return text.rstrip().removesuffix(ENDOFTEXT)
+def without_end(text, encoder):
+    """Drop an end token that ends an answer: it is the end, which encode_answer appends."""
+    for end in [ENDOFTEXT, *(encoder.decode([id]) for id in encoder.end_ids)]:
+        for answer in (text, text.rstrip()):
+            if answer.endswith(end):
+                return answer.removesuffix(end)
     return text
 
 
@@ -103,20 +117,33 @@ def encode_conversation(messages, encoder, n_max):  # -> at most n_max ids
     If the conversation is too long, the oldest messages are left out, but never a system message
     at the beginning. Raises ValueError if the last message alone is too long.
     """
-    system = messages[:1] if messages[0]["role"] == "system" else []
     next_answer = {"role": "assistant", "content": ""}
-
-    def ids_from(start):
-        parts = encode_messages([*system, *messages[start:], next_answer], encoder)
-        return [id for part, _ in parts[:-1] for id in part]
-
-    # Fewer messages have fewer ids, so bisection finds the first start that fits.
-    starts = possible_starts(messages, len(system))
-    i = bisect_left(starts, True, key=lambda start: len(ids_from(start)) <= n_max)
-    ids = ids_from(starts[min(i, len(starts) - 1)])
+    parts = encode_latest([*messages, next_answer], encoder, n_max)
+    ids = [id for part, _ in parts[:-1] for id in part]
     if len(ids) > n_max:
         raise ValueError(f"a message of {len(ids)} tokens, but there is room for {n_max}")
     return ids
+
+
+def encode_latest(messages, encoder, n_max):  # -> [(ids, whether they are an answer), ...]
+    """encode_messages of the latest ones, with at most n_max ids before the last message's own.
+
+    messages: they end with an answer. The oldest messages are left out, as few as possible, but
+    never a system message at the beginning, nor the message before the last answer: if that is too
+    long, so is the result.
+    """
+    system = messages[:1] if messages[0]["role"] == "system" else []
+
+    def encode_from(start):
+        return encode_messages([*system, *messages[start:]], encoder)
+
+    def fits(start):
+        return sum(len(ids) for ids, _ in encode_from(start)[:-1]) <= n_max
+
+    # Fewer messages have fewer ids, so bisection finds the first start that fits.
+    starts = possible_starts(messages[:-1], len(system))
+    i = bisect_left(starts, True, key=fits)
+    return encode_from(starts[min(i, len(starts) - 1)])
 
 
 def possible_starts(messages, start):  # -> indices of the messages that can come first

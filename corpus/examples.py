@@ -13,18 +13,24 @@ import contextlib
 import json
 import math
 import os
+import sys
 from bisect import bisect_left, insort
+from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 
 from corpus.chat import (
-    CHAT_TEMPLATE,
     check_messages,
     encode_answer,
+    encode_latest,
     encode_messages,
+    is_empty_answer,
+    is_learned_answer,
     without_end,
 )
-from corpus.documents import format_of, read_lines
+from corpus.documents import Options, format_of, read_lines
+from corpus.jobs import draw
 from model_files.vocabulary import MOST_IDS
 from plumbing.cli import count
 from plumbing.files import check_file, parse_json
@@ -33,6 +39,30 @@ from plumbing.files import check_file, parse_json
 READ = MOST_IDS  # only read: the model need not predict it
 BEGINS = 2 * MOST_IDS  # the first token of an example
 KEYS = {"text", "prompt", "completion", "messages"}
+
+# How examples are cut to fit, and which are held out. A resumed run keeps the rules that it began
+# with. By the first ones, an example loses its beginning, every tenth is held out, and of very many
+# the longest are measured; checkpoints of that time name no rules.
+RULES = 2
+FIRST_RULES = 1
+SEED = Options.seed  # of the draw: whatever the seed of a run, the same examples are held out
+
+# What is said of examples, after a number of them.
+CUT_ON_THE_LEFT = "cut on the left to fit"
+CUT_AT_THE_END = "cut at the end to fit"
+FORGOTTEN = "without their oldest messages, to fit"
+EMPTY_ANSWER = "with an empty answer, which is not learned"
+NOTHING = "left out with nothing to learn"
+MERGED = "whose completion would have merged with the prompt"
+NOTES = (CUT_ON_THE_LEFT, CUT_AT_THE_END, FORGOTTEN, EMPTY_ANSWER, NOTHING, MERGED)
+
+
+class Examples(NamedTuple):
+    """What load_examples read: the examples, a line for people, and whether some are chats."""
+
+    examples: list  # of [n] int32, marked ids
+    summary: str
+    has_conversations: bool
 
 
 def is_examples(data):  # the --data flag
@@ -48,60 +78,100 @@ def is_examples(data):  # the --data flag
     return True
 
 
-def load_examples(path, encoder, n_max):  # -> examples, and a line for people that counts them
+def load_examples(path, encoder, n_max, rules=RULES):  # -> Examples
     """Read examples: each is int32, at most n_max marked ids, and has something to learn.
 
     Raises ValueError, which names the file and the line, for a line that is not an example.
     """
     check_file(path, math.inf)
     examples = []
-    n_cut = n_apart = n_empty = 0
+    counts = Counter()
+    has_conversations = False
+    n_fit = n_max if rules == RULES else sys.maxsize  # the oldest rules cut on the left alone
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
-        parts, is_apart = read_example(line, f"{path}, line {number}", encoder)
-        example = mark(parts, n_max)
-        if not is_learned(example).any():
-            n_empty += 1
-            continue
-        examples.append(example)
-        n_cut += sum(len(ids) for ids, _ in parts) > n_max
-        n_apart += is_apart
-    summary = [count(len(examples), "example")]
-    if n_cut:
-        summary.append(f"{n_cut} cut on the left to fit")
-    if n_empty:
-        summary.append(f"{n_empty} left out with nothing to learn")
-    if n_apart:
-        summary.append(f"{n_apart} whose completion would have merged with the prompt")
-    return examples, ", ".join(summary)
-
-
-def read_example(line, where, encoder):  # -> [(ids, whether they are learned), ...], is_apart
-    """Encode an example. is_apart: in one text, the prompt and the completion would share a token.
-
-    They are encoded separately, so that the prompt never holds a part of the completion.
-    """
-    example = parse_json(line, where)
-    prompt = example.get("prompt")
-    completion = example.get("completion")
-    if "messages" in example:
-        messages = example["messages"]
+        where = f"{path}, line {number}"
+        row = parse_json(line, where)
+        is_conversation = "messages" in row
+        has_conversations |= is_conversation
+        read = read_conversation if is_conversation else read_completion
         try:
-            messages = check_messages(messages)
+            parts, notes = read(row, encoder, n_fit)
         except ValueError as problem:
             raise ValueError(f"{where}: {problem}") from None
-        encoder.chat_template = CHAT_TEMPLATE  # so that the model's folder says what it learned
-        return encode_messages(messages, encoder), False
+        example = mark(parts, n_max)
+        if not is_learned(example).any():
+            counts[NOTHING] += 1
+            continue
+        if len(example) < sum(len(ids) for ids, _ in parts):
+            notes.append(CUT_ON_THE_LEFT)
+        examples.append(example)
+        counts.update(notes)
+    words = [f"{counts[note]} {note}" for note in NOTES if counts[note]]
+    summary = ", ".join([count(len(examples), "example"), *words])
+    return Examples(examples, summary, has_conversations)
+
+
+def read_completion(row, encoder, n_max):  # -> [(ids, whether they are learned), ...], notes
+    """Encode a prompt and a completion. A completion of n_max ids or more loses its end.
+
+    They are encoded separately, so that the prompt never holds a part of the completion. notes:
+    those of NOTES that are true of the example.
+    """
+    prompt = row.get("prompt")
+    completion = row.get("completion")
     if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise ValueError(f"{where}: expected a prompt and a completion, both text, or messages")
-    completion = without_end(completion)
-    is_apart = encoder.encode(prompt + completion) != [
-        *encoder.encode(prompt),
-        *encoder.encode(completion),
-    ]
-    answer = encode_answer(completion, encoder) if completion else []
-    return [(encoder.encode_prompt(prompt), False), (answer, True)], is_apart
+        raise ValueError("expected a prompt and a completion, both text, or messages")
+    completion = without_end(completion, encoder)
+    notes = []
+    if encoder.encode(prompt + completion) != encoder.encode(prompt) + encoder.encode(completion):
+        notes.append(MERGED)
+    parts = [(encoder.encode_prompt(prompt), False)]
+    parts.append((encode_answer(completion, encoder) if completion else [], True))
+    return cut_answer(parts, n_max, notes), notes
+
+
+def read_conversation(row, encoder, n_max):  # -> [(ids, whether they are learned), ...], notes
+    """Encode a conversation. If it has more than n_max ids, it loses its oldest messages.
+
+    A last answer of n_max ids or more loses its end. notes: as read_completion's.
+    """
+    for key in ("tools", "functions"):
+        if row.get(key):
+            raise ValueError(f"{key} are not supported: leave them out")
+    messages = check_messages(row["messages"])
+    learned = [i for i, message in enumerate(messages) if is_learned_answer(message, encoder)]
+    n_empty = sum(is_empty_answer(message, encoder) for message in messages)
+    notes = [EMPTY_ANSWER] if n_empty and learned else []
+    parts = encode_messages(messages, encoder)
+    if count_ids(parts) <= n_max or not learned:
+        return parts, notes
+    messages = messages[: learned[-1] + 1]  # nothing is learned from what follows
+    parts = encode_messages(messages, encoder)
+    room = n_max - least_room(len(parts[-1][0]), n_max)
+    latest = encode_latest(messages, encoder, room)
+    if count_ids(latest) < count_ids(parts):
+        notes.append(FORGOTTEN)
+    return cut_answer(latest, n_max, notes), notes
+
+
+def count_ids(parts):
+    return sum(len(ids) for ids, _ in parts)
+
+
+def cut_answer(parts, n_max, notes):  # -> parts, of which mark leaves the last n_max ids
+    """Cut the last answer at its end if it would not fit even alone. notes: gets CUT_AT_THE_END."""
+    *before, (answer, is_learned) = parts
+    n = max(least_room(len(answer), n_max), n_max - count_ids(before))
+    if n < len(answer):
+        notes.append(CUT_AT_THE_END)
+    return [*before, (answer[:n], is_learned)]
+
+
+def least_room(n_answer, n_max):  # -> how many of n_max ids are an answer's, whatever its prompt
+    """All that it has, if that leaves room for an id before it; otherwise a quarter."""
+    return n_answer if n_answer < n_max else max(1, n_max // 4)
 
 
 def mark(parts, n_max):  # [(ids, whether they are learned), ...] -> [n] int32, the last n_max
@@ -148,8 +218,25 @@ def pack(examples, n):  # [arrays of at most n] -> [n_rows, n]
     return packed
 
 
-def hold_out(examples):  # -> those to train on, those to validate with
-    """Every tenth is for validation; of fewer than ten, the last one."""
-    n = min(10, len(examples))
-    train = [example for number, example in enumerate(examples, 1) if number % n]
-    return train, examples[n - 1 :: n]
+def hold_out(examples, rules=RULES):  # -> those to train on, those to validate with
+    """Hold out a tenth, at least one, drawn at random: always the same ones of as many examples."""
+    n = max(1, len(examples) // 10)
+    if rules == RULES:
+        held_out = set(draw_some(len(examples), n))
+    else:
+        held_out = set(range(min(10, len(examples)) - 1, len(examples), 10))
+    parts = [], []
+    for number, example in enumerate(examples):
+        parts[number in held_out].append(example)
+    return parts
+
+
+def draw_some(n, n_drawn):  # -> n_drawn of the numbers below n, all if there are no more
+    """Draw without replacement, as prepare.py draws documents."""
+    numbers = draw(np.arange(n, dtype=np.uint64), 0, SEED)
+    return np.argsort(numbers, kind="stable")[:n_drawn]
+
+
+def thin(rows, n_most, rules=RULES):  # [n_rows, n] -> at most n_most of them
+    """Draw rows to validate with if there are more than that. pack puts the longest first."""
+    return rows[:n_most] if rules != RULES else rows[np.sort(draw_some(len(rows), n_most))]

@@ -245,12 +245,12 @@ def sampling():
     encoder, hparams, params = load()
     logits = gpt2.gpt2(encoder.encode("I will not "), **params, n_head=hparams["n_head"])[-1]
     order = np.argsort(-logits)[:14]
-    plain = gpt2.probabilities(logits)[order]
+    plain = gpt2.probabilities(logits, 1)[order]
     settings = [
         ("temperature 0.5: sharper", {"temperature": 0.5}),
         ("temperature 1.5: flatter", {"temperature": 1.5}),
-        ("top_k 4: the four likeliest", {"top_k": 4}),
-        ("top_p 0.6: until 60% is reached", {"top_p": 0.6}),
+        ("top_k 4: the four likeliest", {"temperature": 1, "top_k": 4}),
+        ("top_p 0.6: until 60% is reached", {"temperature": 1, "top_p": 0.6}),
     ]
     figure, grid = plt.subplots(
         2, 2, figsize=(6, 3.8), layout="constrained", sharex=True, sharey=True

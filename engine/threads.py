@@ -5,7 +5,9 @@ count or limit the threads of Apple's Accelerate.
 
 Inside `with own_threads(n_rows):` OpenBLAS stays on the calling thread, and `in_threads(work, n)`
 cuts the work into a slice for each of our threads; with `in_step` they can wait for each other.
-Ctrl-C, forks and a caller's own threads do no harm.
+Ctrl-C and a caller's own threads do no harm, and neither does a fork while no other thread
+computes. While one does, os.fork() may never return: OpenBLAS stops its threads before a fork, even
+those that are in a product. Fork before such threads start, or let multiprocessing "spawn".
 """
 
 import contextlib

@@ -78,10 +78,8 @@ def encode_prompts(prompts, encoder, n_ctx):  # list of str -> list of id lists
 
 
 def read_stops(stops, chat):  # the --stop flags -> the strings that end a text
-    """Raises ValueError for an empty one. In a chat the user's next turn is another."""
+    """In a chat the user's next turn is another."""
     stops = [unescape(text) for text in stops]
-    if "" in stops:
-        raise ValueError("stop must not be empty")
     return [*stops, NEXT_TURN] if chat else stops
 
 

@@ -14,9 +14,10 @@ function reweigh(next, temperature, top_k, top_p) {  // -> {probs of those shown
   }
   let mass = logits.map((logit, i) => counts[i] * Math.exp(logit));
   let total = mass.reduce((a, b) => a + b), seen = 0, n_kept = 0;
+  const goal = (top_p - 1e-12) * total;  // a sum that is below p only by rounding counts as p
   const kept = mass.map((m, i) => {  // how much of each group is kept: one token whole or not
-    const part = m === 0 || seen >= top_p * total && top_p < 1 ? 0 :
-      counts[i] === 1 || top_p === 1 ? 1 : Math.min(1, Math.ceil((top_p * total - seen) / (m / counts[i])) / counts[i]);
+    const part = m === 0 || seen >= goal && top_p < 1 ? 0 :
+      counts[i] === 1 || top_p === 1 ? 1 : Math.min(1, Math.ceil((goal - seen) / (m / counts[i])) / counts[i]);
     seen += m;
     return part;
   });

@@ -51,6 +51,8 @@ OTHER_NAMES = {  # a name that other programs give a flag -> ours, to suggest
 }
 USERS_MISTAKES = (ValueError, OSError, ImportError, AssertionError, OverflowError, MemoryError)
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+# Every other value that is empty comes from a variable that was not set: `--api_key "$UNSET"`.
+MAY_BE_EMPTY = {"prompt", "prompts", "text", "separator"}
 TYPED = "\0"  # marks what a person typed: argv cannot contain it, so nothing else looks like it
 
 
@@ -72,6 +74,7 @@ def run_cli(main):
     )
     try:
         args, kwargs = read_arguments(main, sys.argv[1:])
+        check_not_empty(inspect.signature(main).bind(*args, **kwargs).arguments)
         main(*args, **kwargs)
         if sys.stdout is not None:
             sys.stdout.flush()  # flush here, where a failure can still be reported
@@ -183,6 +186,14 @@ def read_arguments(main, argv):
         print(name_short_flags(printed.getvalue().strip()))
         raise
     return calls[0]
+
+
+def check_not_empty(given):  # {parameter: what was typed for it}
+    """Raises ValueError for an empty text where one stands for nothing that anybody could want."""
+    for name, value in given.items():
+        values = value if isinstance(value, tuple) else (value,)
+        if "" in values and name not in MAY_BE_EMPTY:
+            raise ValueError(f"--{name} is empty: give it a value, or leave it out")
 
 
 def spell_out(argv, parameters):  # -> the words that fire gets

@@ -8,10 +8,11 @@ import time
 
 from starlette.responses import JSONResponse, StreamingResponse
 
-from serving.choices import Choice, Part, logprobs_of
+from serving.choices import Part, choices_of, logprobs_of
 from serving.protocol import Refusal, server_sent, usage
 
 UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # for proxies, nginx's too
+MOST_BUILT_HERE = 64  # entries of log-probabilities of one event; others wait while more are built
 REASONS = {"endoftext": "stop", "stop": "stop", "length": "length"}
 
 
@@ -25,8 +26,8 @@ class Answer:
     """The response to a checked request, whose texts wait or are being written.
 
     fields: what each piece of the answer repeats; shape(part, asked, encoder): a choice in it;
-    opening: choices that a stream sends before there is any text. Raises Refusal if too many texts
-    wait already.
+    opening: choices that a stream sends before there is any text. Making one takes a while where
+    the request asks for many texts, so it is made in a thread.
     """
 
     def __init__(self, state, asked, fields, shape=choice_of, opening=()):
@@ -36,12 +37,11 @@ class Answer:
         self.shape = shape
         self.opening = opening
         self.queue = asyncio.Queue()
-        self.choices = [
-            Choice(asked, index, state, self.queue.put_nowait) for index in range(asked.n_choices)
-        ]
-        state.engine.submit(asked, self.choices)
+        self.choices = choices_of(asked, state, self.queue.put_nowait)
 
     async def __call__(self, scope, receive, send):  # as ASGI calls a response
+        """Raises Refusal if too many texts wait already, or where no answer comes."""
+        self.state.engine.submit(self.asked, self.choices)
         try:
             if self.asked.stream:
                 response = StreamingResponse(
@@ -69,14 +69,20 @@ class Answer:
         """An event for each token, as it is written. An error is also sent as an event."""
         no_usage = {"usage": None} if self.asked.include_usage else {}
         n_sampled = 0
+
+        def event(part):
+            choice = self.shape(part, self.asked, self.state.encoder)
+            return server_sent(self.fields | {"choices": [choice]} | no_usage)
+
         try:
             for choice in self.opening:
                 yield server_sent(self.fields | {"choices": [choice]} | no_usage)
             async for part in self.parts():
                 n_sampled += part.n_sampled if part.end else 0
-                if part.text or part.entries or part.end:
-                    choice = self.shape(part, self.asked, self.state.encoder)
-                    yield server_sent(self.fields | {"choices": [choice]} | no_usage)
+                if len(part.entries) > MOST_BUILT_HERE:
+                    yield await asyncio.to_thread(event, part)
+                elif part.text or part.entries or part.end:
+                    yield event(part)
             if self.asked.include_usage:
                 counts = usage(self.asked.n_prompt_tokens, n_sampled)
                 yield server_sent(self.fields | {"choices": [], "usage": counts})

@@ -32,15 +32,16 @@ class Choice:
     """One of the texts that a request asks for, written by a row whose sampler it is.
 
     state: the application's, with its encoder, n_ctx and engine. deliver(part) is called, in
-    asyncio's thread, with each Part.
+    asyncio's thread, with each Part. twin: the choice that scores the same prompt, if one does.
     """
 
-    def __init__(self, asked, index, state, deliver):
+    def __init__(self, asked, index, state, deliver, twin=None):
         self.asked = asked
         self.index = index
         self.encoder = encoder = state.encoder
         self.logits_of = state.engine.logits_of
         self.deliver = deliver
+        self.twin = twin
         self.is_dropped = False  # has its client gone?
         self.prompt = asked.prompts[index // asked.n]
         endoftext = None if asked.ignore_eos else encoder.end_ids
@@ -58,11 +59,22 @@ class Choice:
         self.n_scored = 0  # tokens of the prompt
         self.n_text_taken = 0
         self.n_entries_taken = 0
-        self.needs_states = asked.echo and asked.logprobs is not None
+        self.needs_states = asked.is_scored and twin is None
         if self.needs_states:
             self.note(self.prompt[0], None, None, None)
         elif asked.echo:
             self.text = self.utf8.decode(encoder.decode_bytes(self.prompt))
+
+    @property
+    def may_begin(self):
+        """Is the prompt's score known, if another text finds it?"""
+        twin = self.twin
+        return twin is None or twin.n_scored == len(self.prompt) or twin.row.end is not None
+
+    def begin(self):
+        if self.twin is not None:
+            self.entries = self.twin.entries[: len(self.prompt)]
+            self.error = self.twin.error
 
     def read_states(self, x):  # [n, n_embd], of the prompt's next n tokens
         try:
@@ -155,6 +167,18 @@ class Choice:
         entries = [entry for entry in self.entries[self.n_entries_taken :] if entry[-1] < n_sure]
         self.n_entries_taken += len(entries)
         return Part(self.index, text, entries, end, self.n_sampled)
+
+
+def choices_of(asked, state, deliver):  # -> a Choice for each text, in the order to begin them
+    """Equal prompts are scored once: the first text of each begins before the others."""
+    scoring = {}
+    choices = []
+    for index in range(asked.n_choices):
+        prompt = tuple(asked.prompts[index // asked.n]) if asked.is_scored else index
+        choice = Choice(asked, index, state, deliver, scoring.get(prompt))
+        scoring.setdefault(prompt, choice)
+        choices.append(choice)
+    return sorted(choices, key=lambda choice: choice.twin is not None)
 
 
 def log_probs_of(logits, ids, n):  # [rows, n_vocab], [rows] -> [rows], [rows, n] ids, [rows, n]

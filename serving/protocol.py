@@ -69,6 +69,10 @@ class Asked:
         return len(self.prompts) * self.n
 
     @property
+    def is_scored(self):  # are the prompts' log-probabilities part of the answer?
+        return self.echo and self.logprobs is not None
+
+    @property
     def n_prompt_tokens(self):
         return sum(map(len, self.prompts))
 

@@ -381,7 +381,7 @@ def test_200_steps_have_the_losses_of_train_jaxs_adamw(rng):
     state = theirs, optimizer.init(theirs), 0
     moments, gaps, losses, clipped = zeros(params), [], [], 0
     for n_done in range(200):
-        state, wanted = steps(state, batches[n_done : n_done + 1], 1)
+        state, (wanted, *_) = steps(state, batches[n_done : n_done + 1], 1)
         loss, gradients = backprop.loss_and_gradients(params, batches[n_done, 0], 3)
         clipped += math.hypot(*(np.linalg.norm(x) for x in leaves(gradients).values())) > 1
         update(params, gradients, moments, n_done)
@@ -443,7 +443,7 @@ def test_accumulated_batches_are_one_large_batch(rng):
             loss, gradients = backprop.loss_and_gradients(params, tokens, 2, n_tokens)
             return loss, leaves(gradients)
 
-        return backprop.train_step(leaves(params), moments, 0, batches, flags, evaluate)
+        return backprop.train_step(leaves(params), moments, 0, batches, flags, evaluate).loss
 
     a = step(tree_map(np.copy, params), ours, batches)
     b = step(params, whole, batches.reshape(1, 6, 10))
@@ -472,6 +472,28 @@ def test_the_average_is_that_of_the_parameters_after_each_step(rng):
     for name, x in wanted.items():
         assert np.allclose(moments[f"a.{name}"], x, rtol=0, atol=1e-5), name
     assert abs(moments["a.wte"] - params["wte"]).max() > 0.01
+
+
+def test_the_stats_of_a_step_are_those_of_their_definitions(rng):
+    """Large arrays are updated in pieces, by threads; the stats are those of all of them."""
+    params, _, hparams = make(rng, (1, 1, 2801, 9, 48, 3, 1))
+    for norm, grad_clip, clipped in ((3.0, 4.0, 0.0), (3.0, 2.0, 1.0)):
+        gradients = random_params(rng, hparams)
+        scale = norm / np.linalg.norm([np.linalg.norm(x) for x in leaves(gradients).values()])
+        gradients = {name: x * np.float32(scale) for name, x in leaves(gradients).items()}
+        before = np.concat([x.ravel() for x in leaves(params).values()]).astype("f8")
+
+        def evaluate(tokens, n_tokens, gradients=gradients):
+            return 2.5, gradients
+
+        flags = ADAMW | {"grad_clip": grad_clip}
+        batches = np.zeros((1, 1, 2))
+        stats = backprop.train_step(leaves(params), zeros(params), 7, batches, flags, evaluate)
+        after = np.concat([x.ravel() for x in leaves(params).values()])
+        wanted = np.linalg.norm(after - before) / np.linalg.norm(before)
+        assert (stats.loss, stats.clipped) == (2.5, clipped)
+        assert math.isclose(stats.gradient_norm, norm, rel_tol=1e-5)
+        assert math.isclose(stats.update_size, wanted, rel_tol=1e-4)
 
 
 def example(part):  # -> the code that the docstring of a function or module ends with
@@ -507,7 +529,7 @@ def some_steps(start, flags, batches):
     with backprop.start_sharing(start, zeros(start), 3, flags["batch_size"]) as shared:
         arrays = shared.params, shared.moments
         losses = [
-            backprop.train_step(*arrays, n_done, batch, flags, shared.evaluate)
+            backprop.train_step(*arrays, n_done, batch, flags, shared.evaluate).loss
             for n_done, batch in enumerate(batches)
         ]
         params, moments = shared.by_name

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from training.text import open_text
 run = functools.partial(conftest.run, "backprop.py")
 TINY_RUN = ["--data", REPO / "gpt2.py", "--n_layer", 1, "--n_embd", 8, "--n_ctx", 16]
 TINY_RUN += ["--n_steps", 300, "--eval_every", 100, "--checkpoint_every", 50, "--ema", 0.9]
+TINY_RUN += ["--snapshots", 12]
 
 
 def test_it_imports_nothing_of_jax_and_no_other_framework(tmp_path):
@@ -212,6 +214,63 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(never_stopped):
     process.communicate()
     code, _, err = run("--resume", out)
     assert (code, err) == (0, "") and ends(out) == ends(never_stopped)
+
+
+DAMAGE = {
+    "model.safetensors": lambda file: os.truncate(file, file.stat().st_size - 9),
+    "optimizer.safetensors": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "config.json": Path.unlink,
+    "run.json": lambda file: file.write_text("["),
+    "cut run.json": lambda file: os.truncate(file, file.stat().st_size // 2),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_it(
+    never_stopped, tmp_path, what
+):
+    out = shutil.copytree(never_stopped, tmp_path / "out")
+    last, before = out / "checkpoints" / "00000300", out / "checkpoints" / "00000250"
+    DAMAGE[what](last / what.split()[-1])
+    code, printed, err = conftest.call("backprop.py", "--resume", out)
+    assert (code, printed) == (2, "") and err.count("\n") == 1 and str(last) in err
+    assert err.endswith(f": delete {last}, and --resume goes on from {before}\n")
+    shutil.rmtree(last)
+    code, printed, err = run("--resume", out)
+    assert (code, err) == (0, "") and "going on after step 250" in printed
+    assert ends(out) == ends(never_stopped)
+
+
+def test_a_damaged_checkpoint_is_not_offered_in_place_of_another(never_stopped, tmp_path):
+    out = shutil.copytree(never_stopped, tmp_path / "out")
+    for folder in (out / "checkpoints").iterdir():
+        os.truncate(folder / "optimizer.safetensors", 99)
+    code, printed, err = conftest.call("backprop.py", "--resume", out)
+    assert (code, printed) == (2, "") and "00000300/optimizer.safetensors: cut short" in err
+    assert "delete" not in err
+
+
+def test_a_run_goes_on_where_its_text_has_moved(never_stopped, tmp_path):
+    out = shutil.copytree(never_stopped, tmp_path / "out")
+    last = out / "checkpoints" / "00000300" / "run.json"
+    plan = json.loads(last.read_text())
+    plan["flags"]["data"] = gone = str(tmp_path / "gone.txt")
+    last.write_text(json.dumps(plan))
+    code, printed, err = conftest.call("backprop.py", "--resume", out)
+    line = f"error: no text at {gone}: if it has moved, --data names its new place\n"
+    assert (code, printed, err) == (2, "", line)
+    moved = shutil.copy(REPO / "gpt2.py", tmp_path / "moved.py")
+    other = tmp_path / "other.py"
+    other.write_text(moved.read_text().replace("a", "b", 1))
+    code, printed, err = conftest.call("backprop.py", "--resume", out, "--data", other)
+    assert (code, printed) == (2, "") and err.count("\n") == 1
+    assert err.startswith(f"error: {other}: is not the text that {last.parent} was trained on")
+    code, printed, err = run("--resume", out, "--data", "moved.py", "--n_steps", 310, cwd=tmp_path)
+    assert (code, err) == (0, "") and "step 310:" in printed
+    code, printed, err = run("--resume", out, "--n_steps", 320)  # it knows the new place
+    assert (code, err) == (0, "") and "step 320:" in printed
+    code, printed, err = conftest.call("backprop.py", "--resume", out, "--init_from", "124M")
+    assert (code, printed) == (2, "") and "leave out --init_from" in err
 
 
 def test_what_it_trains_opens_in_transformers_and_in_gpt2(never_stopped):

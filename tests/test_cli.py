@@ -1,6 +1,7 @@
 """plumbing/cli.py, then gpt2.py and gpt2_pico.py as a person runs them: streams, signals, codes."""
 
 import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -177,13 +178,13 @@ def many(monkeypatch, *argv):
     got = []
 
     def main(
-        *texts: str,
+        *prompts: str,
         n_samples: int = 1,
         n_tokens_to_generate: int = 40,
         stop: tuple[str, ...] | None = None,
         size: str = "",
     ):
-        got.append((texts, n_samples, n_tokens_to_generate, stop, size))
+        got.append((prompts, n_samples, n_tokens_to_generate, stop, size))
 
     monkeypatch.setattr(sys, "argv", ["x", *argv])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
@@ -198,7 +199,7 @@ def test_varargs_are_text_too(monkeypatch):
 
 def test_several_values_are_a_flag_repeated(monkeypatch):
     """Whatever is in them. Of a flag for one value the last counts."""
-    values = ["a,b", "", "=", "--", "('c',)", "None"]
+    values = ["a,b", " ", "=", "--", "('c',)", "None"]
     argv = [word for value in values for word in ("--stop", value)]
     assert many(monkeypatch, *argv)[3] == tuple(values)
     assert many(monkeypatch, *(f"--stop={value}" for value in values))[3] == tuple(values)
@@ -288,6 +289,30 @@ def test_every_command_has_a_version_and_shows_what_letters_mean(name):
         assert len(shown) < 2
         for flag in shown:
             assert cli.find_flag(f"-{letter}", parameters) == (flag, True)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_empty_value_is_refused_by_every_command(monkeypatch, capsys, name):
+    """It comes from a variable that was not set, and must never mean a default or everything."""
+    started = []
+    main = importlib.import_module(name).main
+    recorder = functools.wraps(main)(lambda *args, **kwargs: started.append(kwargs))
+    parameters = inspect.signature(main, eval_str=True).parameters.values()
+    for p in parameters:
+        words = [f"--{other.name}=1" for other in parameters if other.default is p.empty
+                 and other is not p and other.kind is not p.VAR_POSITIONAL]  # fmt: skip
+        words.append("" if p.kind is p.VAR_POSITIONAL else f"--{p.name}=")
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        started.clear()
+        code = 0
+        try:
+            cli.run_cli(recorder)
+        except SystemExit as stop:
+            code = stop.code
+        err = capsys.readouterr().err
+        is_text = p.name in cli.MAY_BE_EMPTY
+        assert (code, len(started), err.count("\n")) == ((0, 1, 0) if is_text else (2, 0, 1)), p
+        assert is_text or f"--{p.name}" in err
 
 
 def test_one_is_no_plural():

@@ -50,7 +50,7 @@ def train(seed, n_devices, fsdp, optimizer, dtype="float32"):
     steps = train_jax.make_train_steps(optimizer, 0.1, seed, shardings=shardings, **how)
     spec = devices.make_sharding(mesh, None, None, "data")
     batches = read_batches(TEXT, seed, 0, (4, 2, 8), 16, spec)
-    state, loss = steps(state, batches, 4)
+    state, (loss, *_) = steps(state, batches, 4)
     windows = fill_batches(cut_windows(TEXT, 16)[:13], 8)
     windows = devices.put(windows, 2 * (devices.make_sharding(mesh, None, "data"),))
     return state, float(loss), float(train_jax.validation_loss(state[0], *windows, **how))

@@ -14,10 +14,22 @@ from corpus.chat import (
     encode_conversation,
     encode_messages,
 )
-from corpus.examples import BEGINS, READ, hold_out, is_learned, load_examples, mark, pack
+from corpus.examples import (
+    BEGINS,
+    FIRST_RULES,
+    READ,
+    RULES,
+    hold_out,
+    is_learned,
+    load_examples,
+    mark,
+    pack,
+    thin,
+)
 from encoder import ENDOFTEXT, Encoder, get_encoder, train
 from generation.terminal import converse
 from gpt2 import generate
+from training.text import open_text
 
 jax = pytest.importorskip("jax", reason="jax is not installed")
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -25,6 +37,7 @@ pytest.importorskip("optax", reason="optax is not installed")
 import jax.numpy as jnp  # noqa: E402
 
 import train_jax  # noqa: E402
+import training.text  # noqa: E402
 from training import batches, devices  # noqa: E402
 
 HPARAMS = {"n_vocab": 257, "n_ctx": 32, "n_embd": 24, "n_head": 3, "n_layer": 2}
@@ -48,8 +61,8 @@ def write(path, *lines):
     return str(path)
 
 
-def load(path, *lines, n_most=999, encoder=None):
-    return load_examples(write(path, *lines), encoder or Encoder([]), n_most)
+def load(path, *lines, n_most=999, encoder=None, **rules):  # -> examples, a line for people
+    return load_examples(write(path, *lines), encoder or Encoder([]), n_most, **rules)[:2]
 
 
 def show(example, encoder):  # a marked example -> its text, what is learned in brackets
@@ -100,20 +113,129 @@ def test_a_conversation_has_the_ids_that_transformers_gives_the_template(tmp_pat
     assert is_learned(example).tolist() == list(map(bool, wanted["assistant_masks"]))
 
 
+OPENAI_TEMPLATE = """
+{%- for m in messages %}
+    {%- set text %}{% if m.content is string %}{{ m.content }}{% else %}
+        {%- for part in m.content or [] %}{{ part.text }}{% endfor %}
+    {%- endif %}{% endset %}
+    {{- '\n' if loop.index > 1 }}
+    {%- if m.role != 'assistant' %}
+        {{- 'User' if m.role == 'user' else 'System' }}: {{ text | trim }}
+    {%- elif m.weight == 0 or not text | trim %}
+        {{- 'Assistant: ' + text | trim }}<|endoftext|>
+    {%- else %}
+        {{- 'Assistant:' }}
+        {%- generation %}{{ ' ' + text | trim }}<|endoftext|>{% endgeneration %}
+    {%- endif %}
+{%- endfor %}"""
+
+
+def random_message(rng):  # of OpenAI's finetuning, in all of its forms
+    role = str(rng.choice(["user", "assistant", "assistant", "system", "developer"]))
+    texts = rng.choice(["hello", " who are you", "\n", "", "é?", "'tis you who asks "], 3).tolist()
+    message = {"role": role, "content": texts[0]}
+    if rng.random() < 0.4:
+        message["content"] = [{"type": "text", "text": text} for text in texts]
+    if role == "assistant" and rng.random() < 0.5:
+        message["weight"] = int(rng.integers(2))
+    if role == "assistant" and rng.random() < 0.1:
+        message["content"] = None
+    return message
+
+
+def test_openais_messages_have_the_ids_and_the_mask_of_a_template_of_transformers(rng, tmp_path):
+    """Weights of 0, empty answers, developers, lists of text parts: written again in Jinja."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    words.save(tmp_path)
+    tokenizer = transformers.GPT2TokenizerFast.from_pretrained(tmp_path)
+    n_learned = n_read = 0
+    for _ in range(60):
+        messages = [random_message(rng) for _ in range(rng.integers(1, 7))]
+        wanted = tokenizer.apply_chat_template(
+            messages,
+            chat_template=OPENAI_TEMPLATE,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        ids, mask = wanted["input_ids"], list(map(bool, wanted["assistant_masks"]))
+        if messages[-1]["role"] != "assistant":
+            newline = words.encode("\n")
+            ids, mask = [*ids, *newline], [*mask, *[False for _ in newline]]
+        parts = encode_messages(check_messages(messages), words)
+        example = mark(parts, 999)
+        assert (example & (READ - 1)).tolist() == ids
+        assert is_learned(example).tolist() == mask
+        examples, said = load(tmp_path / "a.jsonl", {"messages": messages}, encoder=words)
+        if any(mask):
+            assert (examples[0] == example).all()
+            is_empty = [m["role"] == "assistant" and not joined(m).strip() for m in messages]
+            assert (said == "1 example, 1 with an empty answer, which is not learned") == any(
+                is_empty
+            )
+        else:
+            assert said == "0 examples, 1 left out with nothing to learn"
+        n_learned += any(mask)
+        n_read += not any(mask)
+    assert n_learned > 9 and n_read > 2
+
+
+def joined(message):
+    content = message["content"] or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+USER = {"role": "user", "content": "Hi"}
+NOT_TEXT = {
+    "message 2 has tool_calls, which are not supported": {
+        "messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
+    },
+    "message 2 has function_call, which are not supported": {
+        "messages": [USER, {"role": "assistant", "content": "", "function_call": {"name": "f"}}]
+    },
+    "message 1: role is 'tool', not system, user, assistant": {
+        "messages": [{"role": "tool", "content": "4", "tool_call_id": "1"}]
+    },
+    "message 1 has no content that is text": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}
+        ]
+    },
+    "message 2: weight is 0.5, not 0 or 1": {
+        "messages": [USER, {"role": "assistant", "content": "Ho", "weight": 0.5}]
+    },
+    "tools are not supported: leave them out": {"messages": TALK, "tools": [{"type": "function"}]},
+    "functions are not supported: leave them out": {"messages": TALK, "functions": [{"name": "f"}]},
+    "expected a prompt and a completion, both text, or messages": {
+        "prompt": [USER], "completion": TALK[2:3],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", NOT_TEXT)
+def test_what_is_not_text_is_refused(tmp_path, problem):
+    with pytest.raises(ValueError, match=f"a.jsonl, line 2: {problem}$"):
+        load(tmp_path / "a.jsonl", {"messages": TALK}, NOT_TEXT[problem])
+    calls = {"tool_calls": [], "function_call": None}  # as some programs write them
+    load(tmp_path / "a.jsonl", {"messages": [m | calls for m in TALK], "tools": []})
+
+
 @pytest.mark.parametrize("end", [ENDOFTEXT, "</s>"])
 def test_the_template_of_an_export_renders_the_ids_that_are_learned(tmp_path, end):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("jinja2", reason="jinja2 is not installed")
     special = {ENDOFTEXT: words.endoftext, "</s>": words.n_vocab}
     encoder = Encoder(words.merges, words.vocab, special, [special[end]])
-    examples, _ = load(tmp_path / "a.jsonl", {"messages": TALK}, encoder=encoder)
-    encoder.save(tmp_path / "m")
+    path = write(tmp_path / "a.jsonl", *2 * [{"messages": TALK}])
+    (example, _), *_ = load_examples(path, encoder, 999)
+    open_text(path, encoder, 999).encoder.save(tmp_path / "m")
+    assert encoder.chat_template is None
     again = get_encoder("m", tmp_path)
     again.save(tmp_path / "again")
     for folder in ("m", "again"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
         rendered = tokenizer.apply_chat_template(TALK, return_dict=True)["input_ids"]
-        assert rendered == (examples[0] & (READ - 1)).tolist()
+        assert rendered == (example & (READ - 1)).tolist()
         for n in range(1, len(TALK) + 1):
             prompt = tokenizer.apply_chat_template(
                 TALK[:n], add_generation_prompt=True, return_dict=True
@@ -122,9 +244,8 @@ def test_the_template_of_an_export_renders_the_ids_that_are_learned(tmp_path, en
 
 
 def test_models_of_prompts_and_completions_get_no_chat_template(tmp_path):
-    encoder = Encoder([])
-    load(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}, encoder=encoder)
-    encoder.save(tmp_path)
+    path = write(tmp_path / "a.jsonl", *2 * [{"prompt": "a", "completion": "b"}])
+    open_text(path, None, 9).encoder.save(tmp_path)
     assert "chat_template" not in (tmp_path / "tokenizer_config.json").read_text()
 
 
@@ -139,15 +260,77 @@ def test_a_prompt_and_its_completion_share_no_token(tmp_path):
     assert said == "2 examples, 1 whose completion would have merged with the prompt"
 
 
-def test_what_is_too_long_is_cut_on_the_left(tmp_path):
-    lines = [{"prompt": "0123456789", "completion": "yes"}, {"prompt": "0", "completion": "no"}]
-    lines += [{"prompt": "0", "completion": "abcdefghij"}, {"prompt": "0", "completion": ""}]
-    lines += [{"messages": TALK[:2]}]
+LONG = [
+    ("0123456789", "yes", f"6789[yes{ENDOFTEXT}]"),
+    ("0", "no", f"0[no{ENDOFTEXT}]"),
+    ("0", "abcdefghij", "0[abcdefg]"),
+    ("012345", "abcdefghij", "012345[ab]"),  # what the prompt leaves, but a quarter at least
+    ("0123456789", "abcdefghij", "456789[ab]"),
+    ("0", "abcdef", f"0[abcdef{ENDOFTEXT}]"),
+    ("0123456789", "abcdef", f"9[abcdef{ENDOFTEXT}]"),  # of 7 ids, the most that fit
+    ("0123456789", "abcdefg", "456789[ab]"),
+]
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning_and_a_completion_its_end(tmp_path):
+    lines = [{"prompt": prompt, "completion": completion} for prompt, completion, _ in LONG]
+    lines += [{"prompt": "0", "completion": ""}, {"messages": TALK[:2]}]
     examples, said = load(tmp_path / "a.jsonl", *lines, n_most=8)
     shown = [show(example, Encoder([])) for example in examples]
-    assert shown == [f"6789[yes{ENDOFTEXT}]", f"0[no{ENDOFTEXT}]", f"d[efghij{ENDOFTEXT}]"]
-    assert said == "3 examples, 2 cut on the left to fit, 2 left out with nothing to learn"
+    assert shown == [wanted for _, _, wanted in LONG]
+    assert said == (
+        "8 examples, 4 cut on the left to fit, 4 cut at the end to fit, "
+        "2 left out with nothing to learn"
+    )
     assert all(example[0] & (READ | BEGINS) == READ | BEGINS for example in examples)
+
+
+def random_talk(rng):  # ends with a user's message and the answer to it
+    roles = rng.choice(["user", "assistant"], rng.integers(9), p=[0.6, 0.4]).tolist()
+    roles = ["system"] * int(rng.integers(2)) + [*roles, "user", "assistant"]
+    return [{"role": role, "content": "x" * rng.integers(1, 9)} for role in roles]
+
+
+def n_ids(messages):
+    return sum(len(ids) for ids, _ in encode_messages(messages, Encoder([])))
+
+
+def test_a_conversation_that_is_too_long_forgets_what_a_chat_forgets(rng, tmp_path):
+    """Its last answer comes after the prompt for which the server would write one as long."""
+    n_forgotten = 0
+    for _ in range(60):
+        talk = random_talk(rng)
+        n_answer = len(f" {talk[-1]['content']}") + 1
+        shortest = talk[: talk[0]["role"] == "system"] + talk[-2:]
+        n_most = int(rng.integers(n_ids(shortest), n_ids(talk) + 2))
+        trailing = int(rng.integers(2)) * [{"role": "user", "content": "nothing is learned of it"}]
+        row = {"messages": talk + trailing}
+        [example], said = load(tmp_path / "a.jsonl", row, n_most=n_most)
+        prompt = encode_conversation(talk[:-1], Encoder([]), n_most - n_answer)
+        ids = (example & (READ - 1)).tolist()
+        assert ids[:-n_answer] == prompt and len(ids) <= n_most
+        assert is_learned(example[-n_answer:]).all()
+        is_forgotten = len(ids) < n_ids(talk)
+        n_forgotten += is_forgotten
+        assert (said == "1 example, 1 without their oldest messages, to fit") == is_forgotten
+    assert 9 < n_forgotten < 60
+
+
+def test_a_conversation_whose_last_answer_is_too_long_keeps_the_answers_beginning(tmp_path):
+    system, user = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}
+    talk = [system, user, {"role": "assistant", "content": "A"}, user]
+    talk.append({"role": "assistant", "content": "abcdefghij" * 9})
+    [example], said = load(tmp_path / "a.jsonl", {"messages": talk}, n_most=40)
+    start = "System: S\nUser: U\nAssistant:"
+    assert show(example, Encoder([])) == f"{start}[ {talk[-1]['content'][: 39 - len(start)]}]"
+    assert said == "1 example, 1 cut at the end to fit, 1 without their oldest messages, to fit"
+
+
+def test_a_last_message_that_is_too_long_loses_its_beginning(tmp_path):
+    talk = [{"role": "user", "content": "0123456789" * 9}, {"role": "assistant", "content": "yes"}]
+    [example], said = load(tmp_path / "a.jsonl", {"messages": talk}, n_most=20)
+    assert show(example, Encoder([])) == f"6789\nAssistant:[ yes{ENDOFTEXT}]"
+    assert said == "1 example, 1 cut on the left to fit"
 
 
 BAD = {
@@ -266,10 +449,61 @@ def test_every_example_is_packed_once_and_little_room_is_left(rng):
         assert len(rows) <= 11 / 9 * least + 4  # of best fit decreasing (Johnson 1973)
 
 
-def test_a_tenth_is_held_out():
+def test_a_tenth_is_held_out_at_random():
     for n in (2, 3, 9, 10, 11, 19, 20, 100):
         train, val = hold_out(list(range(n)))
         assert sorted(train + val) == list(range(n)) and len(val) == max(1, n // 10)
+        assert train == sorted(train) and val == sorted(val)
+        assert hold_out(list(range(n))) == (train, val)
+    train, val = hold_out(list(range(10000)))
+    counts = np.bincount(np.array(val) % 10, minlength=10)
+    assert counts.min() > 60 and counts.max() < 140  # of data made in rounds of ten
+    gaps = np.diff(val)
+    assert 8 < gaps.std() < 11  # a draw's are geometric: sqrt(90)
+
+
+def test_no_class_of_data_made_in_rounds_of_ten_is_lost(tmp_path):
+    lines = [{"prompt": "x", "completion": str(number % 10)} for number in range(1000)]
+    opened = open_text(write(tmp_path / "a.jsonl", *lines), None, 8)
+    for rows in (opened.train[0], opened.windows):
+        assert set(rows[is_learned(rows)].tolist()) == {256, *Encoder([]).encode("0123456789")}
+
+
+def test_the_rows_to_validate_with_are_drawn_from_all_lengths(rng):
+    examples = [mark([(range(n), True)], 64) for n in rng.integers(2, 64, 9000).tolist()]
+    rows = pack(examples, 64)
+
+    def lengths(rows):  # of the longest example in each, which comes first
+        return 1 + np.argmax(rows[:, 1:] & BEGINS > 0, axis=1)
+
+    def error(rules):
+        return abs(lengths(thin(rows, 400, rules)).mean() - lengths(rows).mean())
+
+    limit = 4 * lengths(rows).std() / 400**0.5
+    assert error(RULES) < limit < error(FIRST_RULES)
+    assert (thin(rows, len(rows)) == rows).all() and len(thin(rows, 400)) == 400
+    assert (thin(rows, 400) == thin(rows, 400)).all()
+
+
+def test_an_earlier_run_goes_on_with_its_rules(tmp_path, monkeypatch):
+    """A checkpoint that names no rules is of a run that cut, held out and measured as here."""
+    monkeypatch.setattr(training.text, "MOST_VALIDATION", 3 * 12)
+    lines = [{"prompt": "p" * n, "completion": f"{n}" * n} for n in range(1, 61)]
+    path = write(tmp_path / "a.jsonl", *lines, {"messages": TALK})
+    encode = Encoder([]).encode
+    examples = [
+        mark([(encode(row["prompt"]), False), ([*encode(row["completion"]), 256], True)], 13)
+        for row in lines
+    ]
+    examples.append(mark(encode_messages(TALK, Encoder([])), 13))
+    held_out = pack(examples[9::10], 13)[:3]
+    rows = pack([example for number, example in enumerate(examples, 1) if number % 10], 13)
+    earlier = open_text(path, None, 12, {"n_train": 1})
+    assert (earlier.train[0] == rows).all() and (earlier.windows == held_out).all()
+    assert open_text(path, None, 12, earlier.description).description == earlier.description
+    today = open_text(path, None, 12)
+    assert open_text(path, None, 12, today.description).description == today.description
+    assert today.description["training"] != earlier.description["training"]
 
 
 def test_rows_are_taken_in_turn_wherever_a_run_begins(rng):
@@ -376,7 +610,7 @@ def train_rows(rng, n_devices, examples, seed):  # -> the loss of 3 steps, and t
     steps = train_jax.make_train_steps(optimizer, shardings=shardings, **how)
     spec = devices.make_sharding(mesh, None, None, "data")
     rows = batches.read_batches([pack(examples, 33)], seed, 0, (3, 2, 8), 32, spec)
-    state, loss = steps(state, rows, 3)
+    state, (loss, *_) = steps(state, rows, 3)
     return float(loss), devices.to_host(state[0])
 
 
@@ -413,6 +647,17 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(tmp_path):
     code, said, _ = call_trainer("--resume", out)
     assert code == 0 and " after step 30 of 40: the learning rate is" in said
     assert [(last / name).read_bytes() for name in names] == wanted
+    shutil.rmtree(last)
+    run_json = out / "checkpoints" / "00000030" / "run.json"
+    metadata = json.loads(run_json.read_text())
+    metadata["text"] = open_text(str(path), None, 32, {}).description | {
+        "examples": "in a few words"
+    }
+    del metadata["text"]["rules"]  # as an earlier run wrote it
+    run_json.write_text(json.dumps(metadata))
+    code, said, _ = call_trainer("--resume", out)
+    assert code == 0 and "going on after step 30 of 40" in said
+    assert [(last / name).read_bytes() for name in names] != wanted  # it learns other examples
     shutil.rmtree(last)
     write(tmp_path / "sums.jsonl", *2 * [{"prompt": "another", "completion": "example"}])
     code, _, complaint = call_trainer("--resume", out)

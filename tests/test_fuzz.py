@@ -207,7 +207,7 @@ def read_tokenizer(documents, folder):
 
 def read_examples(documents, folder):
     write(folder, {"a.jsonl": b"\n".join(documents.values())})
-    found, _ = examples.load_examples(f"{folder}/a.jsonl", ENCODER, 48)
+    found, *_ = examples.load_examples(f"{folder}/a.jsonl", ENCODER, 48)
     rows = examples.pack(found, 48)
     assert sum(map(len, found)) <= rows.size
     for line in documents.values():

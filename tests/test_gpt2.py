@@ -618,8 +618,8 @@ def test_draws_keep_to_what_top_k_and_top_p_leave(rng):
 @pytest.mark.parametrize("k, kept", [(1, 1), (3, 3), (11, 11), (12, 12), (13, 12), (10**9, 12)])
 def test_top_k_keeps_the_likeliest(rng, k, kept):
     logits = rng.permutation(np.linspace(-2, 2, 12))
-    everything = gpt2.probabilities(logits)
-    probs = gpt2.probabilities(logits, top_k=k)
+    everything = gpt2.probabilities(logits, 1)
+    probs = gpt2.probabilities(logits, 1, top_k=k)
     best = np.argsort(-logits)[:kept]
     assert sorted(np.flatnonzero(probs)) == sorted(best)
     np.testing.assert_allclose(probs[best], everything[best] / everything[best].sum(), rtol=1e-12)
@@ -627,16 +627,16 @@ def test_top_k_keeps_the_likeliest(rng, k, kept):
 
 def test_what_is_left_out_filters_nothing(rng):
     logits = rng.normal(size=50)
-    assert_close(gpt2.probabilities(logits), plain_softmax(logits), 1e-14, np.float64)
+    assert_close(gpt2.probabilities(logits, 1), plain_softmax(logits), 1e-14, np.float64)
 
 
 def test_top_k_0_keeps_all_and_equals_are_not_told_apart():
     logits = np.array([1.0, 3, 2, 2, 0, 2, 1])
-    assert (gpt2.probabilities(logits, top_k=0) == gpt2.probabilities(logits)).all()
-    assert np.flatnonzero(gpt2.probabilities(logits, top_k=1)).tolist() == [1]
+    assert (gpt2.probabilities(logits, 1, top_k=0) == gpt2.probabilities(logits, 1)).all()
+    assert np.flatnonzero(gpt2.probabilities(logits, 1, top_k=1)).tolist() == [1]
     for k in (2, 3, 4):
-        assert np.flatnonzero(gpt2.probabilities(logits, top_k=k)).tolist() == [1, 2, 3, 5]
-    assert np.flatnonzero(gpt2.probabilities(logits, top_p=0.5)).tolist() == [1, 2, 3, 5]
+        assert np.flatnonzero(gpt2.probabilities(logits, 1, top_k=k)).tolist() == [1, 2, 3, 5]
+    assert np.flatnonzero(gpt2.probabilities(logits, 1, top_p=0.5)).tolist() == [1, 2, 3, 5]
 
 
 @pytest.mark.parametrize(
@@ -647,9 +647,36 @@ def test_top_k_0_keeps_all_and_equals_are_not_told_apart():
 def test_top_p_keeps_the_token_that_crosses_p(monkeypatch, p, kept):
     exact = np.array([1 / 16, 0.5, 3 / 64, 0.25, 9 / 64])  # no rounding at the edges
     monkeypatch.setattr(gpt2, "softmax", lambda x: exact)
-    probs = gpt2.probabilities(np.zeros(5), top_p=p)
+    probs = gpt2.probabilities(np.zeros(5), 1, top_p=p)
     wanted = np.where(exact >= np.sort(exact)[-kept], exact, 0)
     assert_close(probs, wanted / wanted.sum(), 1e-15, np.float64)
+
+
+BORDERS = [  # shares, p, and how many tokens are the shortest list whose sum is at least p
+    ([0.5, 0.3, 0.2], 0.8, 2),  # in float64, 0.5 + 0.3 may be less than 0.8
+    ([0.6, 0.3, 0.1], 0.9, 2),
+    ([0.4, 0.3, 0.2, 0.1], 0.9, 3),
+    ([0.4, 0.3, 0.2, 0.1], 0.7, 2),
+    ([0.5, 0.3, 0.2], 0.81, 3),
+    ([0.5, 0.3, 0.2], 0.5, 1),
+    ([0.4, 0.2, 0.2, 0.2], 0.6, 4),  # two would do, but equals are not told apart
+    ([0.1] * 10, 0.3, 10),
+]
+
+
+@pytest.mark.parametrize("shares, p, kept", BORDERS)
+def test_top_p_keeps_the_shortest_list_whose_sum_is_at_least_p(rng, shares, p, kept):
+    """Rounding does not count, here or in kv_cache_jax.py."""
+    order = rng.permutation(len(shares))
+    logits = np.log(np.array(shares))[order] + rng.normal()
+    wanted = np.where(order < kept, np.array(shares)[order], 0)
+    ours = gpt2.probabilities(logits, 1, top_p=p)
+    assert_close(ours, wanted / wanted.sum(), 1e-12, np.float64)
+    jnp = pytest.importorskip("jax.numpy", reason="jax is not installed")
+    from kv_cache_jax import mask
+
+    masked = mask(jnp.asarray(logits, np.float32), 1.0, 0, p)
+    assert ((masked > -math.inf) == (wanted > 0)).all()
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])

@@ -80,7 +80,7 @@ def train(seed, dtype, n_devices, fsdp=False, n_steps=30):  # -> the loss of eve
         losses = []
         for batch in tokens.astype(np.int32):
             batch = devices.put(batch[None], devices.make_sharding(mesh, None, None, "data"))
-            state, loss = steps(state, batch, 1)
+            state, (loss, *_) = steps(state, batch, 1)
             losses.append(float(loss))
     return np.array(losses), devices.to_host(state[0])["wte"]
 

@@ -1297,7 +1297,7 @@ BAD = {
     "a long row alone": (["x" * 45], "45 prompt tokens"),
     "batch_size": (["One", "--batch_size", "0"], "batch_size must be"),
     "n_samples": (["One", "--n_samples", "-1"], "n_samples must be"),
-    "stop": (["One", "--stop", ""], "stop must not be empty"),
+    "stop": (["One", "--stop", ""], "--stop is empty"),
     "temperature": (["One", "--temperature", "nan"], "temperature must be"),
     "a number": (["One", "--batch_size", "many"], "--batch_size: expected a whole number"),
 }

@@ -186,7 +186,7 @@ def test_eight_devices_compute_what_one_does(rng, fsdp):
         state, shardings = start_state(tree, None, 0, optimizer, 257, mesh, fsdp)
         steps = train_jax.make_train_steps(optimizer, shardings=shardings, n_head=2)
         spec = devices.make_sharding(mesh, None, None, "data")
-        state, loss = steps(state, read_batches(TEXT, 1, 0, (3, 2, 8), 16, spec), 3)
+        state, (loss, *_) = steps(state, read_batches(TEXT, 1, 0, (3, 2, 8), 16, spec), 3)
         return devices.to_host(state[0]), float(loss)
 
     one, wanted = train(1, False)
@@ -497,6 +497,32 @@ def test_a_base_that_has_changed_is_no_base_to_go_on_with(run, models, tmp_path,
     assert f"is not the model that {place} was trained on" in err
 
 
+def test_a_run_goes_on_where_its_base_has_moved(run, models, tmp_path, rng):
+    out, _, _ = run
+    folder, _ = models
+    shutil.copytree(out, tmp_path / "run")
+    for place in sorted((tmp_path / "run" / "checkpoints").iterdir()):
+        text = (place / "adapter_config.json").read_text()
+        gone = text.replace(str(folder / "tiny"), str(tmp_path / "gone"))
+        (place / "adapter_config.json").write_text(gone)
+
+    def resume(*args):
+        return conftest.call_trainer("--resume", tmp_path / "run", "--n_steps", 9, *args)
+
+    code, printed, err = resume()
+    assert (code, printed) == (2, "") and err.count("\n") == 1 and "its base is missing" in err
+    assert err.endswith("; if it has moved, --init_from names its new place\n")
+    utils.save_model(tmp_path / "other", Encoder([]), TINY, random_params(rng, TINY))
+    code, printed, err = resume("--init_from", tmp_path / "other")
+    assert (code, printed) == (2, "") and err.count("\n") == 1
+    assert f"other: is not the model that {place} was trained on" in err
+    moved = shutil.copytree(folder / "tiny", tmp_path / "moved")
+    code, printed, err = resume("--init_from", moved)
+    assert (code, err) == (0, "") and "going on after step 8" in printed
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(moved)
+
+
 @pytest.mark.parametrize(
     "given, models_dir, wanted",
     [
@@ -524,7 +550,7 @@ BAD_FLAGS = {
     "rank too large": (["--lora_rank", 17], "lora_rank is at most n_embd, 16 in that model"),
     "alpha": (["--lora_rank", 2, "--lora_alpha", 0], "lora_alpha must be more than 0"),
     "target": (["--lora_rank", 2, "--lora_targets", "c_attn,wte"], "lora_targets must be some of"),
-    "no target": (["--lora_rank", 2, "--lora_targets", ""], "lora_targets must be some of"),
+    "no target": (["--lora_rank", 2, "--lora_targets", ""], "--lora_targets is empty"),
     "no rank": (["--lora_alpha", 2], "lora_alpha needs --lora_rank"),
     "muon": (["--lora_rank", 2, "--optimizer", "muon"], "optimizer must be adamw with --lora_rank"),
 }

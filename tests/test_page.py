@@ -106,7 +106,7 @@ def test_a_text_streams_in_each_token_shaded_by_its_surprise(page, params):
     assert js(page, CHOSEN) == ids + new
     assert "".join(every(page, "#tokens .token"))[: len(HOSTILE)] == HOSTILE
     logits = gpt2.gpt2(ids + new, **params, n_head=N_HEAD)
-    probs = np.array([gpt2.probabilities(row) for row in logits[:-1]])
+    probs = np.array([gpt2.probabilities(row, 1) for row in logits[:-1]])
     bits = -np.log2(probs[np.arange(len(probs)), (ids + new)[1:]])
     shaded = parts(page, "shown.map(node => node.button)")
     np.testing.assert_allclose(shaded, np.minimum([0, *bits], 12) / 12, atol=0.002)
@@ -270,7 +270,7 @@ def test_a_head_is_switched_off(page, params, address):
 
     def check(heads, i):
         logits = [gpt2.gpt2(ids, **silenced(params, h, N_HEAD), n_head=N_HEAD) for h in ([], heads)]
-        probs = [np.array([gpt2.probabilities(row) for row in rows]) for rows in logits]
+        probs = [np.array([gpt2.probabilities(row, 1) for row in rows]) for rows in logits]
         costs = [-np.log2(p[np.arange(len(ids) - 1), ids[1:]]).mean() for p in probs]
         words = every(page, "#cost")[0]
         told = [float(word) for word in words.split() if word.replace(".", "").isdigit()]

@@ -73,6 +73,57 @@ def activation(x, wrong):
     return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 
+class ByHand(torch.autograd.Function):
+    """y as it is, a function of the inputs; the gradients by the inputs are backward(dy)."""
+
+    @staticmethod
+    def forward(ctx, y, backward, *inputs):
+        ctx.by_hand = backward
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, None, *ctx.by_hand(dy)
+
+
+def by_hand(y, backward, *inputs):
+    return ByHand.apply(y.detach(), backward, *inputs)
+
+
+def scores_by_hand(scores, q, k, wrong):
+    d = q.shape[-1]
+    scale = {"backward not scaled": 1, "backward scaled twice": 1 / d}.get(wrong, d**-0.5)
+
+    def backward(dy):
+        dq, dk = scale * dy @ k, scale * dy.mT @ q
+        wrongs = {"backward q k swapped": (dk, dq), "backward k not turned": (dq, scale * dy @ q)}
+        return wrongs.get(wrong, (dq, dk))
+
+    return by_hand(scores, backward, q, k)
+
+
+def attention_by_hand(raw, weights, v, wrong, note):
+    """Dao et al. 2022, algorithm 4 (arXiv:2205.14135), where the weights are computed again."""
+    p = weights.detach()
+    if wrong == "backward softmax without mask":
+        p = torch.softmax(raw.detach(), -1)
+    if wrong == "backward exp without mask":
+        later = torch.ones_like(raw, dtype=torch.bool).triu(1)
+        sums = raw.detach().masked_fill(later, -math.inf).logsumexp(-1, keepdim=True)
+        p = torch.exp(raw.detach() - sums)
+
+    def softmax_backward(dy):
+        row_sums = (p * dy).sum(-1, keepdim=True)
+        return (p * dy if wrong == "backward without row sums" else p * (dy - row_sums),)
+
+    def product_backward(dy):
+        return dy @ v.mT, (p if wrong == "backward v not turned" else p.mT) @ dy
+
+    weights = by_hand(weights, softmax_backward, raw)
+    note("attn.weights", weights)
+    return by_hand(weights @ v, product_backward, weights, v)
+
+
 def attend(x, attn, n_head, wrong, note):
     """Vaswani et al. 2017, equation 1, for each head."""
     n_batch, n_seq, n_embd = x.shape
@@ -96,7 +147,10 @@ def attend(x, attn, n_head, wrong, note):
         note(f"attn.{name}", t)
     scale = {"no scale": 1.0, "scaled twice": 1 / d, "scaled by n_embd": n_embd**-0.5}
     scores = torch.einsum("bhid,bhjd->bhij", q, k) * scale.get(wrong, d**-0.5)
+    if wrong.startswith("backward"):
+        scores = scores_by_hand(scores, q, k, wrong)
     note("attn.scores", scores)
+    raw = scores
     shift = {"mask sees the next": 2, "mask hides its own": 0, "mask hides its own, -1e9": 0}
     later = torch.ones(n_seq, n_seq, dtype=torch.bool).triu(shift.get(wrong, 1))
     if wrong == "mask upside down":
@@ -113,6 +167,8 @@ def attend(x, attn, n_head, wrong, note):
         weights = weights * ~later
     note("attn.weights", weights)
     y = weights @ v
+    if wrong.startswith("backward"):
+        y = attention_by_hand(raw, weights, v, wrong, note)
     if wrong == "joined without transpose":
         y = y.reshape(n_batch, n_seq, n_embd)
     else:
@@ -226,8 +282,9 @@ def uncorrected_step(params):
         p.data -= 1e-3 * m / (v.sqrt() + 1e-8)
 
 
-GRADIENTS = {"logits", "ln_f", "resid_post", "mlp.gelu", "mlp.c_fc", "ln_2", "resid_mid"}
-GRADIENTS |= {"attn.out", "attn.c_attn", "ln_1"}
+GRADIENTS = {"logits", "ln_f", "resid_post", "mlp.gelu", "mlp.c_fc", "ln_2", "resid_mid", "embed"}
+GRADIENTS |= {f"attn.{name}" for name in ("out", "v", "weights", "scores", "q", "k", "c_attn")}
+GRADIENTS |= {"ln_1", "mlp.c_proj", "attn.c_proj", "attn.masked"}  # the last three: of a sum's part
 
 
 def theirs(case, wrong="", dtype=torch.float32, only_forward=False):  # -> {name: array}
@@ -299,6 +356,11 @@ def test_a_correct_implementation_passes(rng, dtype):
     arrays = theirs(case, dtype=getattr(torch, dtype))
     verdict = agree(arrays, case, dtype=dtype)
     assert len(verdict.differences) == len(arrays) > 60
+
+
+def test_a_backward_pass_by_hand_that_is_right_passes(rng):
+    case = fresh(rng)
+    agree(theirs(case, "backward"), case)
 
 
 @pytest.mark.slow
@@ -375,6 +437,14 @@ PLANTED = {  # what is done wrong: (the first tensor that differs, words of the 
     "mean over the wrong axis": ("loss", "mean over the wrong axis"),
     "head detached": ("grad.wte", "lacks the head's share"),
     "gradients not averaged": ("grad.logits", "gradients are not averaged"),
+    "backward not scaled": ("grad.blocks.1.attn.q", "queries and keys are not scaled"),
+    "backward scaled twice": ("grad.blocks.1.attn.q", "queries and keys are scaled twice"),
+    "backward q k swapped": ("grad.blocks.1.attn.q", "gradients of queries and keys are swapped"),
+    "backward k not turned": ("grad.blocks.1.attn.k", "keys lacks a transposition"),
+    "backward v not turned": ("grad.blocks.1.attn.v", "values lacks a transposition"),
+    "backward without row sums": ("grad.blocks.1.attn.scores", "lacks the term that its sum"),
+    "backward softmax without mask": ("grad.blocks.1.attn.v", "mask is forgotten in the backward"),
+    "backward exp without mask": ("grad.blocks.1.attn.v", "from the sums of the forward pass"),
     "no bias correction": ("step.wte", "lacks the bias correction"),
     "decay of biases": ("step.blocks.0.attn.c_attn.b", "applied to biases"),
     "no decay": ("step.wte", "no weight decay"),
@@ -573,6 +643,35 @@ def test_names_of_others_are_understood(rng, others):
     assert {d.entry.name: d.entry.theirs for d in verdict.differences} == others
 
 
+def test_gradients_inside_attention_are_taken_in_others_layouts_and_names(rng):
+    params, n_head, tokens = case = fresh(rng, n_batch=1)
+    arrays = {n: x for n, x in theirs(case).items() if n.startswith("grad.blocks")}
+    inner = {n: x for n, x in arrays.items() if n.endswith((".q", ".k", ".v"))}
+    agree({n: x.transpose(0, 2, 1, 3) for n, x in inner.items()}, case)
+    agree({n: x.transpose(0, 2, 1, 3).reshape(1, x.shape[2], -1) for n, x in inner.items()}, case)
+
+    def stacked(name):
+        return np.stack([arrays[f"grad.blocks.{i}.{name}"] for i in range(2)])
+
+    weights = stacked("attn.weights")
+    others = {
+        "dpreatt": stacked("attn.scores"),
+        "datt": np.tril(weights),  # llm.c leaves the hidden ones at 0
+        "dattproj": stacked("resid_mid"),
+        "dfcproj": stacked("resid_post"),
+        "blocks.1.attn.hook_q.grad": arrays["grad.blocks.1.attn.q"],
+        "grads.h.0.attn.probs": arrays["grad.blocks.0.attn.weights"],
+        "blocks.0.attn.hook_attn_scores.grad": arrays["grad.blocks.0.attn.scores"],
+    }
+    assert len(agree(others, case).differences) == 4 * 2 + 3
+    assert np.abs(np.triu(weights, 1)).max() > 0
+    weights[0, 0, 1, 4, 2] *= 1.01
+    verdict = verdict_of(others | {"datt": weights}, case)
+    assert verdict.first.entry.name == "grad.blocks.0.attn.weights"
+    verdict = verdict_of({"dpreatt": stacked("attn.scores") / math.sqrt(8)}, case)
+    assert "before they are divided by the root of d_head" in verdict.cause.text
+
+
 def test_llm_c_stacks_its_blocks(rng):
     case = fresh(rng)
     arrays = theirs(case)
@@ -647,6 +746,19 @@ def test_what_is_recorded_is_what_gpt2_computes(rng):
     assert np.abs(arrays["float64.logits"] - arrays["logits"]).max() > 0
 
 
+@pytest.mark.parametrize("n_seq", [9, 70])  # backprop.py takes 64 queries at a time
+def test_every_gradient_is_autograds_in_float64(rng, n_seq):
+    params, n_head, tokens = case = fresh(rng, n_seq=n_seq, n_ctx=n_seq)
+    wanted = {n: x for n, x in theirs(case, dtype=torch.float64).items() if n.startswith("grad.")}
+    arrays, made = parity.reference(params, n_head, tokens)
+    found = [name for name in names.all_names(made) if name.startswith("grad.")]
+    assert len(found) == 4 + 2 * (13 + 12) + 3 and set(found) <= set(wanted)
+    for name in found:
+        np.testing.assert_allclose(
+            arrays[f"float64.{name}"], wanted[name], rtol=1e-5, atol=1e-9, err_msg=name
+        )
+
+
 def test_params_are_not_changed(rng):
     params, n_head, tokens = case = fresh(rng)
     before = {name: x.copy() for name, x in leaves(params).items()}
@@ -692,7 +804,9 @@ def test_record_collects_transformers_tensors(rng):
     assert verdict.first is None, parity.describe(verdict)
     found = {d.entry.name for d in verdict.differences}
     assert {"blocks.1.attn.c_attn", "blocks.0.resid_mid", "blocks.1.attn.out", "logits"} <= found
-    assert "loss" in found and len([n for n in found if n.startswith("grad.")]) == 28
+    gradients = [name for name in found if name.startswith("grad.")]
+    assert "loss" in found and len(gradients) == 3 + 2 * 8 + 28  # 28 of parameters
+    assert {"grad.blocks.0.attn.out", "grad.blocks.1.resid_mid", "grad.embed"} <= set(gradients)
     model.transformer.h[1].mlp.act = torch.nn.GELU()
     verdict = parity.compare(parity.record(model, tokens, loss), params, n_head)
     assert verdict.first.entry.name == "blocks.1.mlp.gelu" and "erf" in verdict.cause.text
@@ -748,6 +862,7 @@ def test_check_runs_transformers(folder):
     code, out, _ = call("parity.py", "check", f"hf:{folder}", "--text", text, "--json")
     found = {row["name"] for row in json.loads(out)["tensors"]}
     assert {"blocks.1.attn.weights", "grad.wte", "step.wpe", "blocks.0.mlp.gelu", "loss"} <= found
+    assert "grad.blocks.0.attn.weights" in found
 
 
 # --- A student's functions ------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_predictions_are_gpt2s_with_those_heads_mute(rng, heads, n_seq):
     assert found["positions"].tolist() == list(range(n_seq))
     assert found["top_ids"].shape == (n_seq, 50) and found["tail_counts"].sum() == 207
     for i, row in enumerate(logits):
-        probs = gpt2.probabilities(row)
+        probs = gpt2.probabilities(row, 1)
         np.testing.assert_allclose(softmax_of(found, i), -np.sort(-probs)[:50], rtol=1e-3)
         np.testing.assert_allclose(found["top_logits"][i], row[found["top_ids"][i]], atol=1e-3)
         if i + 1 < n_seq:

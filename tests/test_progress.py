@@ -145,7 +145,7 @@ def test_the_picture_shows_both_losses(log, tmp_path):
     from matplotlib.image import imread
 
     picture = imread(tmp_path / "out" / "loss.png")
-    assert picture.shape == (600, 960, 4) and matplotlib
+    assert picture.shape == (900, 960, 4) and matplotlib
     colours = {tuple(c) for c in (picture[..., :3].reshape(-1, 3) * 255).round().astype(int)}
     assert (255, 127, 14) in colours  # the second line's orange, matplotlib's "C1"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["loss.png", "metrics.jsonl"]

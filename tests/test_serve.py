@@ -36,6 +36,7 @@ pytest.importorskip("starlette", reason="starlette is not installed")
 from starlette.testclient import TestClient  # noqa: E402
 
 import serve  # noqa: E402
+from serving import answers as answers_module  # noqa: E402
 from serving import connections, guard  # noqa: E402
 from serving.choices import Choice, log_probs_of  # noqa: E402
 from serving.metrics import new_metrics  # noqa: E402
@@ -191,13 +192,14 @@ def test_samples_are_kv_caches_samples(client, params):
 def test_a_seed_is_any_whole_number(client, params):
     """A negative one stands for the one that has the same 64 bits."""
     seeds = [5, 5 + 128, 5 + 2**32, 2**63 - 1, -1, 1 - 2**63]
-    how = {"max_tokens": 20, "ignore_eos": True}
-    texts = [ask(client, "One", seed=seed, **how)["choices"][0]["text"] for seed in seeds]
+    how = {"max_tokens": 20, "ignore_eos": True, "temperature": 1.5, "logprobs": 0}
+    answers = [ask(client, "One", seed=seed, **how)["choices"][0] for seed in seeds]
+    found = [tuple(answer["logprobs"]["token_ids"]) for answer in answers]
     ids = ENCODER.encode("One")
-    for seed, text in zip(seeds, texts, strict=True):
-        one = drawn(params, ids, 20, temperature=1.0, seed=seed if seed > 0 else 2**64 + seed)
-        assert text == ENCODER.decode(one), seed
-    assert len(set(texts)) == len(seeds)
+    for seed, new in zip(seeds, found, strict=True):
+        rng_seed = seed if seed > 0 else 2**64 + seed
+        assert list(new) == drawn(params, ids, 20, temperature=1.5, seed=rng_seed), seed
+    assert len(set(found)) == len(seeds)
 
 
 def test_the_end_of_text_ends_a_text_unless_it_is_ignored(client):
@@ -965,6 +967,77 @@ def test_a_common_beginning_is_read_once(params, monkeypatch, rng):
             choice = ask(client, prompt, max_tokens=4, temperature=0, ignore_eos=True)["choices"][0]
             assert choice["text"] == ENCODER.decode(gpt2.generate(prompt, params, N_HEAD, 4))
     assert sum(n_run) <= 25 + 5 * (3 + 3)
+
+
+def test_equal_prompts_are_scored_once(params, monkeypatch, rng):
+    """The answers are those of requests that come alone, also while others are written."""
+    n_run, n_scored = [], []
+    run, score = kv_cache.extend_all, Choice.score
+    prompts = [rng.integers(0, 256, n).tolist() for n in (20, 3, 30)]
+    asked = [prompts[i] for i in (0, 1, 0, 2, 1, 1, 0)]
+    how = {"echo": True, "logprobs": 3, "temperature": 0, "ignore_eos": True, "max_tokens": 4}
+    with serving(params, batch_size=4) as client:
+        alone = [ask(client, prompt, **how)["choices"][0] for prompt in prompts]
+        monkeypatch.setattr(
+            Choice, "score", lambda self, x: n_scored.append(len(x)) or score(self, x)
+        )
+        for choice in ask(client, asked, n=2, **how)["choices"]:
+            wanted = alone[prompts.index(asked[choice["index"] // 2])]
+            assert choice["text"] == wanted["text"]
+            ours, theirs = choice["logprobs"], wanted["logprobs"]
+            assert ours["token_ids"] == theirs["token_ids"]
+            assert ours["text_offset"] == theirs["text_offset"]
+            for got, want in zip(ours["token_logprobs"], theirs["token_logprobs"], strict=True):
+                assert got == pytest.approx(want, abs=1e-4)
+        assert sum(n_scored) == 20 + 3 + 30
+        n_scored.clear()
+        monkeypatch.setattr(
+            kv_cache,
+            "extend_all",
+            lambda caches, new, *rest: n_run.append(sum(map(len, new))) or run(caches, new, *rest),
+        )
+        choices = ask(client, [prompts[2]] * 1024, **how | {"max_tokens": 0})["choices"]
+        assert sum(n_scored) == 30
+        assert sum(n_run) <= 30 + 1023
+        assert len(choices) == 1024
+        assert all(choice["logprobs"] == choices[0]["logprobs"] for choice in choices)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_large_answers_are_built_off_the_loop(params, monkeypatch, stream):
+    """So that it can meanwhile tell a load balancer that all is well."""
+    loops, builders = set(), set()
+    build, pass_on, begin = answers_module.logprobs_of, serve.deliver, answers_module.choices_of
+
+    def note(where, work):
+        def work_and_note(*args):
+            where.add(threading.get_ident())
+            return work(*args)
+
+        return work_and_note
+
+    hparams = TINY | {"n_ctx": 200}
+    wide = params | {"wpe": np.resize(params["wpe"], (200, hparams["n_embd"]))}
+    monkeypatch.setattr(serve, "deliver", note(loops, pass_on))
+    monkeypatch.setattr(answers_module, "logprobs_of", note(builders, build))
+    monkeypatch.setattr(answers_module, "choices_of", note(builders, begin))
+    with serving(wide, hparams) as client:
+        asked = {"prompt": [[1] * 150] * 4, "echo": True, "logprobs": 5, "max_tokens": 0}
+        response = client.post("/v1/completions", json=asked | {"stream": stream})
+        assert response.status_code == 200 and response.text.count('"token_logprobs"') == 4
+    assert len(loops) == 1 and builders and not loops & builders
+
+
+def test_an_error_of_a_score_reaches_equal_prompts(params, monkeypatch):
+    def broken(self, x):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(Choice, "score", broken)
+    with serving(params) as client:
+        asked = {"prompt": ["One two three"] * 4, "echo": True, "logprobs": 1, "max_tokens": 0}
+        response = client.post("/v1/completions", json=asked)
+        assert response.status_code == 500 and "no luck" in response.text
+        assert ask(client, "One")
 
 
 def test_kept_caches_stay_within_their_bound(params, rng):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from conftest import REPO, call, call_trainer, run
 
 from corpus import shards
 from encoder import ENDOFTEXT, Encoder, get_encoder
+from evaluate import load_shards
+from training.text import load_tokens
 
 
 def write_nano(path, ids):
@@ -29,6 +32,8 @@ def write_llm_c(path, ids, version=1, magic=20240520, dtype=np.uint16):
         file.write(np.array(ids, dtype=dtype).tobytes())
 
 
+SIZES = ["--n_layer", "1", "--n_embd", "16", "--n_ctx", "32"]
+TRAIN = [*SIZES, "--n_steps", "40", "--eval_every", "20"]
 LLAMA_3 = {"magic": 20240801, "version": 7, "dtype": np.uint32}
 
 
@@ -83,8 +88,6 @@ def test_foreign_shards(tmp_path, rng, kind):
     assert encoder is None
     assert shards.read_stretches(split["train"], [0], 1000).tolist() == [train]
     assert shards.read_stretches(split["val"], [0], 300).tolist() == [val]
-    with pytest.raises(ValueError, match="has the id 256, but the tokenizer has only 256"):
-        shards.check_ids([np.array([3, 256])], 256, "x")
     Encoder([("a", "b")]).save(tmp_path)
     assert shards.open_shards(tmp_path)[1].merges == [("a", "b")]
 
@@ -98,6 +101,42 @@ def test_llama_3s_shards_hold_ids_beyond_uint16(tmp_path, rng):
     write_llm_c(tmp_path / "edu_fineweb_val_000000.bin", ids, **LLAMA_3 | {"dtype": np.uint64})
     with pytest.raises(ValueError, match="its header says version 7, 301 ids"):
         shards.open_shards(tmp_path)
+
+
+def put_id(path, position, id):
+    ids = np.memmap(path, "<u2", mode="r+")
+    ids[position] = id
+    ids.flush()
+
+
+def test_an_id_beyond_the_vocabulary_is_found_where_it_is(prepared, tmp_path, rng):
+    n_ids = (prepared / "train_000001.bin").stat().st_size // 2
+    position = int(rng.integers(n_ids))
+    put_id(prepared / "train_000001.bin", position, 60000)
+    problem = rf"train_000001.bin: id 60000 at position {position}, but the tokenizer has only 257"
+    with pytest.raises(ValueError, match=problem):
+        load_tokens(str(prepared))
+    for script in ("backprop.py", "train_jax.py"):
+        code, out, err = call(script, "--data", prepared, "--out", tmp_path / "m", *TRAIN)
+        assert (code, out) == (2, "") and re.search(problem, err) and err.count("\n") == 1
+    assert not (tmp_path / "m").exists()
+    load_shards(str(prepared), Encoder([]))  # evaluate.py reads only the other split
+    put_id(prepared / "val_000000.bin", 3, 257)
+    with pytest.raises(ValueError, match="val_000000.bin: id 257 at position 3, but the tokenizer"):
+        load_shards(str(prepared), Encoder([]))
+
+
+def test_ids_are_checked_in_every_part_and_below_zero(tmp_path):
+    ids = np.zeros(2**21, "<i8")
+    for position, id in ((2**20 - 1, -1), (2**20, 256), (2**21 - 1, 2**40)):
+        ids[position] = id
+        ids.tofile(tmp_path / "train.bin")
+        shard = np.memmap(tmp_path / "train.bin", "<i8", mode="r")
+        with pytest.raises(ValueError, match=f"train.bin: id {id} at position {position}, but"):
+            shards.check_ids([shard], 256)
+        ids[position] = 255
+    ids.tofile(tmp_path / "train.bin")
+    shards.check_ids([np.memmap(tmp_path / "train.bin", "<i8", mode="r")], 256)
 
 
 def damage(folder, how):
@@ -209,20 +248,6 @@ def test_damaged_foreign_files(tmp_path):
         shards.open_shards(tmp_path)
 
 
-TRAIN = [
-    "--n_layer",
-    "1",
-    "--n_embd",
-    "16",
-    "--n_ctx",
-    "32",
-    "--n_steps",
-    "40",
-    "--eval_every",
-    "20",
-]
-
-
 @pytest.mark.slow
 def test_a_model_is_trained_from_shards(prepared, tmp_path):
     code, out, err = call_trainer("--data", prepared, "--out", tmp_path / "m", *TRAIN)
@@ -259,7 +284,7 @@ def test_the_same_ids_train_alike_from_every_kind(prepared, tmp_path):
     write_nano(tmp_path / "nano" / "x_val.bin", [1, 300] * 100)
     flags = ["--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "n"]
     code, out, err = call_trainer("--data", tmp_path / "nano", *flags)
-    assert (code, out) == (2, "") and "has the id 300, but the tokenizer has only 257" in err
+    assert (code, out) == (2, "") and "id 300 at position 1, but the tokenizer has only 257" in err
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ def test_examples_are_read_whatever_their_files_are_called(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     path = str(tmp_path / name)
     assert examples.is_examples(path)
-    (first, second), _ = examples.load_examples(path, Encoder([]), 99)
+    (first, second), *_ = examples.load_examples(path, Encoder([]), 99)
     assert first.tolist() == second.tolist() and first[-1] == 256 and len(first) == 4
 
 

@@ -13,6 +13,7 @@ written under another name and then renamed; the last two of a run are kept.
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ import numpy as np
 
 from model_files.adapters import is_adapter, peft_config, write_adapter
 from model_files.weights import read_safetensors, write_safetensors
+from plumbing.cli import one_line
 from plumbing.files import read_json, write_whole
 from training import progress
 from training.adapters import adapt, find_adapters
@@ -145,15 +147,14 @@ def check_out(out, overwrite=False, is_adapter=False):
     run that was stopped before it saved anything is never in the way.
     """
     folder = os.path.join(out, "checkpoints")
-    if not out:
-        raise ValueError("--out is empty: name the folder to write")
     check_target(out, is_adapter)
     if os.path.lexists(folder) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         raise ValueError(f"{folder}: is not a folder we may write to")
     there = set(os.listdir(out)) if os.path.isdir(out) else set()
     if os.path.isdir(folder) and not os.listdir(folder):
         there -= {"checkpoints"}
-    there = {name for name in there - {"metrics.jsonl"} if not HALF_WRITTEN.fullmatch(name)}
+    there -= {"metrics.jsonl", "snapshots"}
+    there = {name for name in there if not HALF_WRITTEN.fullmatch(name)}
     if there and not overwrite:
         goes_on = f"--resume {out} goes on with its run, " if "checkpoints" in there else ""
         kinds = {"model.safetensors": "a model", "adapter_model.safetensors": "an adapter"}
@@ -166,27 +167,28 @@ def check_out(out, overwrite=False, is_adapter=False):
 
 def find_out(resume, models_dir):  # the --resume flag -> the run's folder
     """The folder that --out makes of the same words; or a path, as --init_from takes it."""
-    if not resume:
-        raise ValueError("--resume is empty: name the folder of a run")
     inside = os.path.join(models_dir, resume)
     return inside if os.path.isdir(inside) else resume
 
 
-def find_checkpoint(out):  # -> Checkpoint
-    """The last one of the run in a folder. Raises ValueError or OSError if there is none.
+def find_checkpoint(out, before=math.inf):  # -> Checkpoint
+    """The last one of the run in a folder, or the last before a step.
 
-    If this run has replaced an earlier one, checkpoints of the earlier one do not count.
+    Raises ValueError or OSError if there is none, or if it is damaged. If this run has replaced an
+    earlier one, checkpoints of the earlier one do not count.
     """
     folder = os.path.join(out, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
     complete = [n for n in names if os.path.isfile(os.path.join(folder, n, "run.json"))]
-    complete = sorted(filter(CHECKPOINT.fullmatch, complete), key=int, reverse=True)
+    complete = [n for n in complete if CHECKPOINT.fullmatch(n) and int(n) < before]
+    complete.sort(key=int, reverse=True)
     if not complete:
         raise FileNotFoundError(f"{out}: nothing to resume: no checkpoint in {folder}")
     lines = progress.read_log(Path(out, "metrics.jsonl"))
     for name in complete:
         path = os.path.join(folder, name)
-        metadata = read_json(os.path.join(path, "run.json"))
+        with offering_earlier(out, path):
+            metadata = read_json(os.path.join(path, "run.json"))
         if not lines or metadata.get("run") == progress.find_run(lines):
             return Checkpoint(path, metadata)
     raise FileNotFoundError(
@@ -195,14 +197,35 @@ def find_checkpoint(out):  # -> Checkpoint
     )
 
 
-def load_checkpoint(folder, moment_shapes, models_dir="."):  # -> Model, {name: array}
-    """Read what save_checkpoint wrote. The moments come in the order of moment_shapes(params).
+@contextlib.contextmanager
+def offering_earlier(out, folder, read=None):
+    """If reading a checkpoint fails, the error says how to go on from the one before it.
 
-    moment_shapes(params) -> {name: (shape, dtype)} of the moments that the optimizer needs. Raises
-    ValueError if the file has others.
+    read(Checkpoint) is tried on that one first: if it fails as well, there is nothing to offer.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        try:
+            earlier = find_checkpoint(out, before=int(os.path.basename(folder)))
+            if read:
+                read(earlier)
+        except (ValueError, OSError):
+            raise error from None
+        raise ValueError(
+            f"{one_line(error)}: delete {folder}, and --resume goes on from {earlier.folder}"
+        ) from None
+
+
+def load_checkpoint(folder, moment_shapes, models_dir=".", base=None):
+    """Read what save_checkpoint wrote -> Model, {name: array} of moments.
+
+    The moments come in the order of moment_shapes(params) -> {name: (shape, dtype)}, those that the
+    optimizer needs. base: as in load_base_and_adapter. Raises ValueError or OSError if the
+    moments are others, or if a file is damaged.
     """
     if is_adapter(folder):
-        encoder, hparams, params, adapters = load_base_and_adapter(folder, models_dir)
+        encoder, hparams, params, adapters = load_base_and_adapter(folder, models_dir, base)
         model = Model(encoder, hparams, adapt(params, adapters))
     else:
         model = load_encoder_hparams_and_params(folder, ".")

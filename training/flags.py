@@ -49,6 +49,7 @@ NOT_NEGATIVE = Limits("0 or more", lambda x: 0 <= x < math.inf)
 BELOW_1 = Limits("more than 0 and less than 1", lambda x: 0 < x < 1)
 DROPOUT = Limits("from 0 to 0.9", lambda x: 0 <= x <= 0.9)
 EMA = Limits("0 or more, and less than 1", lambda x: 0 <= x < 1)
+SNAPSHOTS = Limits("from 2 to 1000", lambda n: 2 <= n <= 1000)
 SEED = Limits("from 0 to 4294967295", lambda n: 0 <= n < 2**32)
 TARGETS = Limits("some of c_attn, c_proj, c_fc, with commas between them", is_targets)
 
@@ -118,7 +119,7 @@ FLAGS = [
         "resume", str, CALL,
         help="the `out` of an earlier run, which then goes on where it stopped, with its flags. "
         "Only n_steps may be given again, to go on for longer, with a learning rate that follows "
-        "the cosine of the longer run.",
+        "the cosine of the longer run, and data or (with lora_rank) init_from, if they have moved.",
     ),
     Flag(
         "overwrite", bool, CALL, default=False,
@@ -234,6 +235,12 @@ FLAGS = [
         help="float32 or float16, of the best model's weights on disk.",
     ),
     Flag(
+        "snapshots", int, RUN, limits=SNAPSHOTS,
+        help="keep so many copies of the parameters in out/snapshots, in float16, most of them "
+        "from the first steps. `python explain.py TEXT --run OUT` makes a page of them, which "
+        "shows how the model learned.",
+    ),
+    Flag(
         "tensorboard", bool, CALL, default=False,
         help="also write the losses to out/tensorboard (needs pip install tensorboard).",
     ),
@@ -338,7 +345,7 @@ def read_flags(*args, **kwargs):  # -> {name: value} of the flags for the run, O
         raise ValueError("--init_from brings its own tokenizer: leave out --tokenizer")
     if options.resume is not None:
         check_resumes(typed, options)
-    if init_from is not None:
+    elif init_from is not None:
         check_has_data(values["data"], recipe or "finetune")  # before a download in vain
     return typed, options
 
@@ -347,10 +354,13 @@ read_flags.__signature__ = make_signature()
 read_flags.__doc__ = make_help(JAX_ABOUT, FLAGS)
 
 
+AGAIN = ("n_steps", "data", "init_from")  # the flags that a resumed run may be given
+
+
 def check_resumes(typed, options):
     """Raises ValueError for flags that a run with --resume may not be given."""
     defaults = {flag.name: flag.default for flag in FLAGS if flag.source == RUN}
-    extra = [n for n in typed if n != "n_steps" and typed[n] != defaults.get(n)]
+    extra = [n for n in typed if n not in AGAIN and typed[n] != defaults.get(n)]
     if extra:
         raise ValueError(f"--resume takes the run's own flags: leave out --{min(extra)}")
     if options.overwrite:
@@ -459,6 +469,8 @@ def check_flags(flags):
 def check_lora(flags):
     if flags["optimizer"] != "adamw":
         raise ValueError(f"optimizer must be adamw with --lora_rank, not {flags['optimizer']}")
+    if "snapshots" in flags:
+        raise ValueError("snapshots are of whole models: leave out --snapshots or --lora_rank")
     if flags["lora_rank"] > flags["n_embd"]:
         raise ValueError(f"lora_rank is at most n_embd, {flags['n_embd']} in that model")
 

@@ -36,6 +36,19 @@ class Machine(typing.NamedTuple):
     source: str  # "known" or "measured"
 
 
+class Stats(typing.NamedTuple):
+    """What is known of a training step, or the means of several steps.
+
+    gradient_norm: the length of the whole gradient, before it is clipped. clipped: 1 if it was
+    clipped, and 0 if not. update_size: the length of the update as a share of the parameters'.
+    """
+
+    loss: float  # nats per token
+    gradient_norm: float
+    clipped: float
+    update_size: float
+
+
 def measure_peak():  # -> NumPy's FLOP/s
     """Those of one large product."""
     n, seconds = 2048, []
@@ -174,36 +187,63 @@ def import_writer():
 
 
 def plot(out):
-    """out/loss.png: both losses by step, and, on a second scale, what --eval_tasks measured.
+    """out/loss.png: the losses by step, with what --eval_tasks measured, and below them the stats.
 
     ImportError if there is no matplotlib.
     """
     from matplotlib.figure import Figure
 
     lines = read_log(Path(out, "metrics.jsonl"))
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for key, style in (("loss", {"linewidth": 0.8, "alpha": 0.7}), ("validation", {"marker": "o"})):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            label = {"loss": "training", "validation": "validation"}[key]
-            axes.plot(*zip(*points, strict=True), label=label, markersize=4, **style)
-    measured = [line for line in lines if "validation" in line]
-    if measured:
-        best = min(measured, key=lambda line: line["validation"])
-        axes.axhline(best["validation"], color="gray", linewidth=0.8, linestyle=":")
-        title = f"best validation loss {best['validation']:.4f} at step {best['step']}"
-        axes.set_title(title, fontsize="medium")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
-    axes.grid(alpha=0.3)
+    figure = Figure(figsize=(8, 7.5), layout="constrained")
+    axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    plot_losses(axes, lines)
     plot_shares(axes, lines)
-    if axes.lines:
-        axes.legend()
+    plot_stats(below, lines)
+    for panel in (axes, below):
+        panel.grid(alpha=0.3)
+        if panel.lines:
+            panel.legend(fontsize="small")
+    below.set_xlabel("step")
     with replacing(Path(out, "loss.png")) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    del figure, axes  # they refer to each other, with megabytes of pixels, and
+    del figure, axes, below, panel  # they refer to each other, with megabytes of pixels, and
     gc.collect()  # Python would let dozens pile up before it looks for such
+
+
+def points(lines, name):  # -> two lists, the steps and the values of the lines that have it
+    found = [(line["step"], line[name]) for line in lines if name in line]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def plot_losses(axes, lines):
+    for name, label, style in (
+        ("loss", "training", {"linewidth": 0.8, "alpha": 0.7}),
+        ("validation", "validation", {"marker": "o", "markersize": 4}),
+    ):
+        steps, losses = points(lines, name)
+        if steps:
+            axes.plot(steps, losses, label=label, **style)
+    steps, losses = points(lines, "validation")
+    if losses:
+        best = min(losses)
+        axes.axhline(best, color="gray", linewidth=0.8, linestyle=":")
+        title = f"best validation loss {best:.4f} at step {steps[losses.index(best)]}"
+        axes.set_title(title, fontsize="medium")
+    axes.set_ylabel("loss, nats per token")
+
+
+def plot_stats(axes, lines):
+    """The gradient's norm, with the share of clipped steps, and the updates' size: on a log scale,
+    since all three are small and their changes are factors."""
+    for name, label in (
+        ("gradient_norm", "gradient norm"),
+        ("update_size", "update / parameters"),
+        ("clipped", "share of steps clipped"),
+    ):
+        steps, values = points(lines, name)
+        if any(values):
+            axes.plot(steps, values, label=label, linewidth=0.8)
+            axes.set_yscale("log")
 
 
 def plot_shares(axes, lines):
@@ -211,9 +251,8 @@ def plot_shares(axes, lines):
     names = sorted({name for line in lines for name in line if "_acc" in name})
     right = axes.twinx() if names else None
     for i, name in enumerate(names):
-        points = [(line["step"], line[name]) for line in lines if name in line]
         style = {"color": f"C{2 + i}", "marker": "s", "markersize": 3, "linestyle": "--"}
-        right.plot(*zip(*points, strict=True), **style)
+        right.plot(*points(lines, name), **style)
         axes.plot([], [], label=name, **style)  # for the legend, which belongs to this scale
     if names:
         right.set_ylabel("share that is right")

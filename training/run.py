@@ -13,7 +13,7 @@ the same attributes and methods:
     start(model, moments, n_done, text) -> State; moments: a checkpoint's, {name: array}, or None
     machine()                           -> progress.Machine, the same in all processes
     read(n_done, n)                     -> batches for n steps, after the first n_done
-    steps(state, batches, n)            -> State after n more steps, their mean loss; after start
+    steps(state, batches, n)            -> State after n more steps, the means of their Stats
     learning_rate(n_done)               -> the next step's
     averaged(state)                     -> the parameters to validate: with --ema their average
     validate(params)                    -> nats per token of the validation text
@@ -29,6 +29,7 @@ got it. Of several processes each calls every method. No JAX here.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -49,13 +50,22 @@ from training.checkpoints import (
     find_checkpoint,
     find_out,
     load_checkpoint,
+    offering_earlier,
     save_checkpoint,
     save_params,
     with_full_paths,
 )
 from training.flags import check_saved, choose, extend
+from training.snapshots import delete_snapshots, snapshot_steps, write_snapshot
 from training.text import check_data, describe, open_text
-from utils import Model, check_base, find_model, load_encoder_hparams_and_params, target_dir
+from utils import (
+    MissingBase,
+    Model,
+    check_base,
+    find_model,
+    load_encoder_hparams_and_params,
+    target_dir,
+)
 
 SAMPLE_TEMPERATURE = 0.8
 
@@ -70,9 +80,11 @@ def run(trainer_class, typed, options):
     if options.resume is not None:
         out = find_out(options.resume, options.models_dir)
         checkpoint = find_checkpoint(out)
+        with offering_earlier(out, checkpoint.folder, read_saved):
+            flags = read_saved(checkpoint)
         n_done = checkpoint.metadata["step"]
-        flags = check_saved(checkpoint.metadata, checkpoint.folder)
         flags = extend(flags, n_done, typed.get("n_steps")) | {"out": out}
+        flags = with_new_places(flags, typed, options.models_dir)
     else:
         typed = typed | {"out": target_dir(typed["out"], options.models_dir)}
         is_adapter = "lora_rank" in typed
@@ -94,18 +106,22 @@ def run(trainer_class, typed, options):
             flags = choose(typed, platform, model and model.hparams)
         trainer = stack.enter_context(contextlib.closing(trainer_class(flags)))
         if checkpoint:
-            folder = checkpoint.folder
-            model, moments = load_checkpoint(folder, trainer.moment_shapes, options.models_dir)
-            check_sizes(flags, model.hparams, folder)
+            load = functools.partial(
+                load_all, flags, trainer.moment_shapes, options.models_dir, typed.get("init_from")
+            )
+            with offering_earlier(out, checkpoint.folder, load):
+                model, moments = load(checkpoint)
 
         # --- The text, and what is learned from it ---
         encoder = model and model.encoder
         if "tokenizer" in flags and model is None:
             folder = find_model(flags["tokenizer"], options.models_dir, only_tokenizer=True)
             encoder = get_encoder("", folder)
-        text = open_text(flags["data"], encoder, flags["n_ctx"])
+        described = checkpoint and checkpoint.metadata["text"]
+        text = open_text(flags["data"], encoder, flags["n_ctx"], described)
         if model is None:
             model = Model(text.encoder, *trainer.new_model(text.encoder.n_vocab))
+        model = model._replace(encoder=text.encoder)
         if "lora_rank" in flags:
             description = text.description | {"base": base_fingerprint(model.params)}
             text = text._replace(description=description)
@@ -162,6 +178,40 @@ def run(trainer_class, typed, options):
 # --- A checkpoint that is resumed ---------------------------------------------------------------
 
 
+def read_saved(checkpoint):  # -> the run's flags
+    return check_saved(checkpoint.metadata, checkpoint.folder)
+
+
+def with_new_places(flags, typed, models_dir):  # -> the run's flags
+    """Replace the text's place and the frozen model's, if they have moved and new ones are typed.
+
+    Raises FileNotFoundError if there is no text.
+    """
+    if "init_from" in typed and "lora_rank" not in flags:
+        raise ValueError("this run's checkpoints are whole models: leave out --init_from")
+    if "init_from" in typed:
+        flags = flags | {"init_from": base_name(typed["init_from"], models_dir)}
+    if "data" in typed:
+        flags = flags | {"data": typed["data"]}
+    try:
+        check_data(flags["data"])
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no text at {flags['data']}: if it has moved, --data names its new place"
+        ) from None
+    return flags
+
+
+def load_all(flags, moment_shapes, models_dir, base, checkpoint):  # -> Model, {name: array}
+    folder = checkpoint.folder
+    try:
+        model, moments = load_checkpoint(folder, moment_shapes, models_dir, base)
+    except MissingBase as error:
+        raise MissingBase(f"{error}; if it has moved, --init_from names its new place") from None
+    check_sizes(flags, model.hparams, folder)
+    return model, moments
+
+
 def check_sizes(flags, hparams, folder):
     """Raises ValueError if run.json and the model in a checkpoint do not fit together."""
     is_same = all(flags[name] == hparams[name] for name in ("n_layer", "n_head", "n_embd"))
@@ -172,7 +222,7 @@ def check_sizes(flags, hparams, folder):
 def check_description(description, flags, checkpoint):
     """Raises ValueError if a checkpoint was made with another text or another frozen model."""
     for key, value in checkpoint.metadata["text"].items():  # older checkpoints say less
-        if description.get(key) != value:
+        if key != "examples" and description.get(key) != value:  # a line for people
             name, noun = ("init_from", "model") if key == "base" else ("data", "text")
             raise ValueError(
                 f"{flags[name]}: is not the {noun} that {checkpoint.folder} was trained on"
@@ -200,20 +250,22 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
     bar = tqdm(total=n_steps, initial=n_done, unit="step", disable=disable)
     with bar, note_signals() as caught:
         batches = trainer.read(n_done, n_per_call)
+        output.save_snapshot(trainer, state, n_done)
         while n_done < n_steps and not trainer.agree(caught):
             began = time.perf_counter()
             n_due = min(k - n_done % k for k in (eval_every, checkpoint_every, tasks_every))
-            n = min(n_per_call, n_due, n_steps - n_done)
-            state, loss = trainer.steps(state, batches, n)
+            n = min(n_per_call, n_due, output.steps_to_snapshot(n_done), n_steps - n_done)
+            state, stats = trainer.steps(state, batches, n)
             n_done += n
             batches = trainer.read(n_done, n_per_call)  # while the device is at work
-            loss = float(loss)
+            stats = {name: float(x) for name, x in stats._asdict().items()}
+            loss = stats["loss"]
             if not loss < worst:
                 rescue = "there is no checkpoint"
                 if output.checkpoint:
                     rescue = f"the last checkpoint is {output.checkpoint}"
                 raise ValueError(f"the loss is {loss:.4g} at step {n_done}: {rescue}")
-            values = {"step": n_done, "loss": loss}
+            values = {"step": n_done} | stats
             if is_compiled:  # the first call's time is the compiler's
                 seconds = time.perf_counter() - began
                 values["tokens_per_second"] = n * tokens_per_step / seconds
@@ -230,6 +282,7 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
             if n_done % checkpoint_every == 0 or is_last:
                 output.save_checkpoint(trainer.gather(state))
                 n_saved = n_done
+            output.save_snapshot(trainer, state, n_done)
         stopped = trainer.agree(caught)
         if stopped and n_done > n_saved:
             if output.best == math.inf:
@@ -286,6 +339,9 @@ class Output:
         self.number = secrets.randbits(48)  # by which the run knows its checkpoints
         self.checkpoint = None  # the folder of the last one
         self.best = math.inf  # the lowest validation loss
+        n_snapshots = flags.get("snapshots")
+        self.snapshots = snapshot_steps(flags["n_steps"], n_snapshots) if n_snapshots else []
+        self.has_room = True  # for snapshots
         if checkpoint:
             self.number = checkpoint.metadata.get("run")
             self.checkpoint = checkpoint.folder
@@ -300,6 +356,7 @@ class Output:
                 tensorboard, flops_per_param,
             )  # fmt: skip
             delete_half_written(self.out)
+            delete_snapshots(self.out, n_done if self.checkpoint else None)
 
     def show(self, text):
         """Print a line for people. If nobody can read it any more, the run goes on without."""
@@ -329,6 +386,21 @@ class Output:
         if self.is_main:
             best = self.model._replace(params=params)
             save_params(self.out, best, self.flags, self.flags["saved_dtype"])
+
+    def steps_to_snapshot(self, n_done):  # -> how many more steps to the next one
+        return min((step - n_done for step in self.snapshots if step > n_done), default=math.inf)
+
+    def save_snapshot(self, trainer, state, n_done):
+        """If one is due. A disk that is full costs the snapshots, not the run."""
+        if n_done not in self.snapshots:
+            return
+        params = trainer.gather_params(trainer.averaged(state))
+        if self.is_main and self.has_room:
+            try:
+                write_snapshot(self.out, self.model.hparams, params, n_done)
+            except OSError as error:
+                self.has_room = False
+                self.show(f"{error.strerror}: the run goes on without more snapshots")
 
     def save_checkpoint(self, state):
         if not self.is_main:

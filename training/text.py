@@ -7,7 +7,18 @@ import typing
 
 import numpy as np
 
-from corpus.examples import hold_out, is_examples, is_learned, load_examples, pack, prompt_of
+from corpus.chat import CHAT_TEMPLATE
+from corpus.examples import (
+    FIRST_RULES,
+    RULES,
+    hold_out,
+    is_examples,
+    is_learned,
+    load_examples,
+    pack,
+    prompt_of,
+    thin,
+)
 from corpus.shards import check_ids, count_ids, open_shards, read_stretches
 from corpus.texts import encode_text, read_text
 from encoder import Encoder
@@ -45,7 +56,8 @@ def load_text(data):  # the --data flag -> [str], the documents
 def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]}, Encoder
     """Token shards from a folder, or a text as bytes or `encoder`'s tokens, the last tenth for val.
 
-    `encoder` is the model's or --tokenizer's. Shards made with another tokenizer are refused.
+    `encoder` is the model's or --tokenizer's. Raises ValueError for shards that were made with
+    another tokenizer, and for an id beyond the vocabulary.
     """
     if data in NAMED_TEXTS or not os.path.isdir(data):
         encoder = encoder or Encoder([])
@@ -57,10 +69,10 @@ def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]},
         raise ValueError(f"{data}: shards without a tokenizer: name theirs with --tokenizer")
     if encoder and own and encoder.vocab != own.vocab:
         raise ValueError(f"{data}: shards of another tokenizer: prepare them with the model's")
-    if not os.path.exists(os.path.join(data, "meta.json")):  # its tokenizer is unknown
-        for split in shards.values():
-            check_ids(split, (encoder or own).n_vocab, data)
-    return shards, encoder or own
+    encoder = encoder or own
+    for split in shards.values():
+        check_ids(split, encoder.n_vocab)
+    return shards, encoder
 
 
 class Text(typing.NamedTuple):
@@ -68,8 +80,9 @@ class Text(typing.NamedTuple):
 
     train: arrays of ids, or, of examples, one array [n_rows, n_ctx + 1], which is read row by row.
     windows: [n_windows, n_ctx + 1], what is validated with. description: what a checkpoint says of
-    both: counts and fingerprints, and a line about the examples if they are such. prompt: ids, the
-    beginning of the samples that are shown: a line's end, or the first validation example's prompt.
+    both: counts and fingerprints; of examples, also a line for people, and their rules. encoder:
+    what is saved with the model. prompt: ids, the beginning of the samples that are shown: a line's
+    end, or the first validation example's prompt.
     """
 
     train: list
@@ -79,10 +92,14 @@ class Text(typing.NamedTuple):
     prompt: list
 
 
-def open_text(data, encoder, n_ctx):  # the --data flag -> Text
-    """encoder: the model's or --tokenizer's, or None: then a text is bytes."""
+def open_text(data, encoder, n_ctx, described=None):  # the --data flag -> Text
+    """encoder: the model's or --tokenizer's, or None: then a text is bytes.
+
+    described: what the checkpoint of a resumed run says of its text.
+    """
     if is_examples(data):
-        return open_examples(data, encoder or Encoder([]), n_ctx)
+        rules = RULES if described is None else described.get("rules", FIRST_RULES)
+        return open_examples(data, encoder or Encoder([]), n_ctx, rules)
     shards, encoder = load_tokens(data, encoder)
     check_enough(shards, n_ctx, data)
     windows = cut_windows(shards["val"], n_ctx)
@@ -94,26 +111,30 @@ def open_text(data, encoder, n_ctx):  # the --data flag -> Text
     return Text(shards["train"], windows, description, encoder, encoder.encode("\n"))
 
 
-def open_examples(data, encoder, n_ctx):
+def open_examples(data, encoder, n_ctx, rules):
     """As open_text, for a file of JSON lines that corpus/examples.py describes."""
-    examples, words = load_examples(data, encoder, n_ctx + 1)
+    examples, summary, has_conversations = load_examples(data, encoder, n_ctx + 1, rules)
     if len(examples) < 2:
-        raise ValueError(f"{data}: {words}: at least 2 are needed, one of them to validate with")
-    held_out = hold_out(examples)
+        raise ValueError(f"{data}: {summary}: at least 2 are needed, one of them to validate with")
+    held_out = hold_out(examples, rules)
     prompt = prompt_of(held_out[1][0])[-max(1, n_ctx - 1) :]  # so that there is room for a token
     train, windows = (pack(part, n_ctx + 1) for part in held_out)
-    windows = windows[: max(1, MOST_VALIDATION // n_ctx)]
+    windows = thin(windows, max(1, MOST_VALIDATION // n_ctx), rules)
     description = {
         "n_train": int(is_learned(train).sum()),
         "training": fingerprint([train.ravel()]),
         "validation": hashlib.sha256(windows.tobytes()).hexdigest(),
-        "examples": words,
+        "examples": summary,
+        "rules": rules,
     }
+    if has_conversations:  # the model's folder will say what it has learned
+        encoder = encoder.with_chat_template(CHAT_TEMPLATE)
     return Text([train], windows, description, encoder, prompt)
 
 
 def describe(text):  # -> a line for people
-    n_train, words = text.description["n_train"], text.description.get("examples")
+    n_train = text.description["n_train"]
+    words = text.description.get("examples")
     if words is None:
         return f"{n_train} training and {text.windows[:, 1:].size} validation tokens"
     n_val = int(is_learned(text.windows).sum())
