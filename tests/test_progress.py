@@ -4,7 +4,6 @@ import errno
 import gc
 import json
 import os
-import re
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +11,6 @@ import pytest
 from conftest import TINY
 
 import utils
-from corpus.examples import READ
 from encoder import Encoder
 from plumbing import files
 from training import devices, progress
@@ -302,14 +300,11 @@ def test_a_sample_names_its_prompt_and_its_temperature(tmp_path, capsys):
     assert sample_of(tmp_path / "text.txt", 48, capsys) == ("\n", 47, said)
 
 
-@pytest.mark.parametrize("n_ctx, pattern", [(128, r"Is \d+ even\?"), (6, r"en\?")])
-def test_a_sample_follows_the_prompt_of_a_validation_example(tmp_path, capsys, n_ctx, pattern):
-    """The example may be cut on the left."""
+@pytest.mark.parametrize("n_ctx, prompt", [(128, "Is 2 even?"), (6, "en?")])
+def test_a_sample_follows_the_prompt_of_a_validation_example(tmp_path, capsys, n_ctx, prompt):
+    """Of 12 examples the second is drawn to validate with; it may be cut on the left."""
     path = tmp_path / "examples.jsonl"
     lines = [{"prompt": f"Is {i} even?", "completion": " No"} for i in range(1, 13)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    prompt, n, said = sample_of(path, n_ctx, capsys)
-    assert re.fullmatch(pattern, prompt) and n == min(100, n_ctx - len(prompt))
-    assert said == f'  a sample, at temperature 0.8, after "{prompt}":\n    So\n    be it\n'
-    windows = open_text(str(path), Encoder([]), n_ctx).windows & (READ - 1)
-    assert any(Encoder([]).decode(row.tolist()).startswith(f"{prompt} No") for row in windows)
+    said = f'  a sample, at temperature 0.8, after "{prompt}":\n    So\n    be it\n'
+    assert sample_of(path, n_ctx, capsys) == (prompt, min(100, n_ctx - len(prompt)), said)
