@@ -324,12 +324,10 @@ def test_draw_makes_every_picture_of_the_pages(tmp_path):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, str(DOCS / "draw.py"), str(tmp_path)]
     subprocess.run(command, cwd=REPO, env=env, check=True, timeout=300)
-    ours = {link for link in pictures() if "/" not in link} - {
-        "explain.png",
-        "serve.png",
-    }  # screenshot.py's
+    photographs = {"explain.png", "learning.png", "serve.png"}  # screenshot.py's
+    ours = {link for link in pictures() if "/" not in link} - photographs
     assert {path.name for path in tmp_path.iterdir()} == ours
-    assert {path.name for path in DOCS.glob("*.png")} == ours | {"explain.png", "serve.png"}
+    assert {path.name for path in DOCS.glob("*.png")} == ours | photographs
     for name in ours:
         for path in (tmp_path / name, DOCS / name):
             data = path.read_bytes()
