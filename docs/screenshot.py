@@ -95,9 +95,9 @@ def main(folder=REPO / "docs", run=None):
     for flag in ("--headless=new", "--no-sandbox", "--hide-scrollbars"):
         options.add_argument(flag)
     with webdriver.Chrome(options, webdriver.ChromeService(which("chromedriver"))) as chrome:
-        size = {"width": 1000, "height": 750, "deviceScaleFactor": 1, "mobile": False}
-        chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        for show in (explain, learning, serve):
+        for show, height in ((explain, 750), (learning, 1000), (serve, 750)):
+            size = {"width": 1000, "height": height, "deviceScaleFactor": 1, "mobile": False}
+            chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
             show(chrome, run)
             picture = chrome.execute_cdp_cmd("Page.captureScreenshot", {})["data"]
             (Path(folder) / f"{show.__name__}.png").write_bytes(base64.b64decode(picture))
