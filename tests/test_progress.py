@@ -300,9 +300,9 @@ def test_a_sample_names_its_prompt_and_its_temperature(tmp_path, capsys):
     assert sample_of(tmp_path / "text.txt", 48, capsys) == ("\n", 47, said)
 
 
-@pytest.mark.parametrize("n_ctx, prompt", [(128, "Is 10 even?"), (6, "en?")])
+@pytest.mark.parametrize("n_ctx, prompt", [(128, "Is 2 even?"), (6, "en?")])
 def test_a_sample_follows_the_prompt_of_a_validation_example(tmp_path, capsys, n_ctx, prompt):
-    """The tenth example is the first to validate with; it may be cut on the left."""
+    """Of 12 examples the second is drawn to validate with; it may be cut on the left."""
     path = tmp_path / "examples.jsonl"
     lines = [{"prompt": f"Is {i} even?", "completion": " No"} for i in range(1, 13)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
