@@ -1,5 +1,6 @@
 """explain.py's page about a run: what its snapshots make of one text, from the first step on."""
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -96,7 +97,7 @@ def write(params, encoder, n_head, generate):  # -> what a snapshot writes after
     prompt = encoder.encode("\n") or list(encoder.end_ids)
     options = {"temperature": 0.8, "seed": 1, "slide": True}
     [ids] = generate([prompt], params, n_head, N_SAMPLE, endoftext=encoder.end_ids, **options)
-    return encoder.decode(ids)
+    return re.sub(r"\n{3,}", "\n\n", encoder.decode(ids)).strip("\n")
 
 
 def curve(log, name, steps):  # -> [[place, loss], ...]: snapshot 3 is at 3, others in between

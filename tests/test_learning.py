@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import time
 
 import conftest
@@ -99,7 +100,8 @@ def test_the_page_holds_what_every_snapshot_does(written, run_folder):
             shown = data["lens_probs"][k, layer] / 255
             np.testing.assert_allclose(shown, -np.sort(-probs)[:, :5], atol=0.0021)
         [new] = generate([[10]], params, 2, 160, temperature=0.8, seed=1, slide=True, endoftext=256)
-        assert data["samples"][k] == Encoder([]).decode(new)
+        written_then = Encoder([]).decode(new).strip("\n")
+        assert data["samples"][k] == re.sub("\n\n\n+", "\n\n", written_then)
 
 
 def test_a_head_that_looks_at_the_token_before_is_found(written):
@@ -230,8 +232,7 @@ def test_the_slider_shows_another_snapshot(opened, written):
     assert all(a != b for a, b in zip(at_the_end, seen(), strict=True))
     press(opened, "ARROW_RIGHT", "ARROW_RIGHT")
     assert every(opened, "#step") == ["Step 3"]
-    lines = "\n".join(line for line in data["samples"][2].strip().splitlines() if line)
-    assert [text.replace("\n\n", "\n") for text in every(opened, "#sample")] == [lines]
+    assert every(opened, "#sample") == [data["samples"][2]]
     rows = js(opened, "Array.from({length: 9}, (_, j) => attention(1, 0, 8, j))")
     start = 8 * 9 // 2
     wanted = (data["attention"][2, 1, 0, start : start + 9] / 255) ** 2
