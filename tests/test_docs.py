@@ -32,7 +32,8 @@ ALL += [
 ]
 ALIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.M)
-IGNORED = re.compile(r"^(data|models|\.jax)(/|$)|^explain\.html$|__pycache__")  # see .gitignore
+# See .gitignore.
+IGNORED = re.compile(r"^(data|models|\.jax)(/|$)|^(explain|learning)\.html$|__pycache__")
 NEEDS = {  # a section in whose blocks the word occurs is left out where this is not there
     "data/shakespeare.txt": SHAKESPEARE.exists(),
     "jax": all(importlib.util.find_spec(name) for name in ("jax", "optax")),
