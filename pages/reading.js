@@ -73,8 +73,9 @@ function tokenButton(id, i, background) {
 
 const tokens = data.ids.map((id, i) => tokenButton(id, i, "none"));
 const shaded = data.ids.map((id, i) => tokenButton(id, i, "none"));
-tokens.flat().forEach((element) => $("tokens").append(element));
-shaded.flat().forEach((element) => $("shaded").append(element));
+for (const [box, parts] of [[$("tokens"), tokens], [$("shaded"), shaded]]) {
+  parts.forEach((parts, i) => addToken(box, parts, texts[i - 1], texts[i]));
+}
 shaded.forEach(([button], i) => {
   button.tabIndex = -1;
   button.addEventListener("click", () => set({position: i}));
