@@ -482,9 +482,20 @@ def test_a_large_vocabulary_is_reshaped_nearly_exactly(browser, tmp_path, rng):
 @pytest.mark.slow
 def test_the_pages_photographs_can_be_taken_again(browser, tmp_path):
     pytest.importorskip("starlette", reason="starlette is not installed")
-    command = [sys.executable, str(REPO / "docs" / "screenshot.py"), str(tmp_path)]
+    run = [
+        "--data",
+        REPO / "gpt2.py",
+        "--n_steps",
+        "9",
+        "--snapshots",
+        "4",
+        "--out",
+        tmp_path / "run",
+    ]
+    conftest.run("backprop.py", *run, cwd=tmp_path)
+    command = [sys.executable, REPO / "docs" / "screenshot.py", tmp_path, tmp_path / "run"]
     subprocess.run(command, check=True, timeout=120)
-    for name in ("explain.png", "serve.png"):
+    for name in ("explain.png", "learning.png", "serve.png"):
         taken, shown = ((folder / name).read_bytes() for folder in (tmp_path, REPO / "docs"))
         assert taken[:8] == b"\x89PNG\r\n\x1a\n" and taken[16:24] == shown[16:24]  # the sizes
 
