@@ -160,7 +160,7 @@ class Engine:
                 self.prefixes.touch(row.source)
         heard = [(self.begun[event.row], event.end) for event in events]
         heard = [(choice, end) for choice, end in heard if end or choice.asked.stream]
-        parts = [(choice.deliver, choice.result(end)) for choice, end in heard]
+        parts = [(choice.deliver, choice.take(end)) for choice, end in heard]
         for choice, end in heard:
             if end:
                 self.release(choice.row)

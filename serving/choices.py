@@ -159,11 +159,10 @@ class Choice:
         strip = self.asked.strip and not self.text
         self.text += text.lstrip() if strip else text
 
-    def result(self, end):  # -> what is delivered: a Part, or the exception that ended this text
-        return self.take(end) if self.error is None else self.error
-
-    def take(self, end):  # -> Part
+    def take(self, end):  # -> Part, or the exception that ended this text
         """end: why the text ends, or None. At its end, the part also has what was held back."""
+        if self.error is not None:
+            return self.error
         if end and not self.has_stopped:
             self.add(self.held + self.utf8.decode(b"", final=True))
         text = self.text[self.n_text_taken :]
