@@ -1,6 +1,7 @@
 """Opens GPT-2 up: one HTML page that shows what the model did with a text.
 
     python explain.py "Alan Turing theorized that computers would one day become"
+    python explain.py "To be, or not to be" --run models/mine    # how a model of your own learned
 
 The forward pass is gpt2.py's own, run once, unchanged. How it becomes a page, in reading order:
 
@@ -11,13 +12,20 @@ The forward pass is gpt2.py's own, run once, unchanged. How it becomes a page, i
     pages/explanation.py   `explain`, which does all of it: it records, then rounds and packs
     pages/explain.html     draws the data in any browser, without a network
 
+With --run, pages/learning.py does the same with every snapshot that a training run has kept, and
+pages/learning.html draws it with a slider over the steps.
+
 What the page calls the logit lens is nostalgebraist's "interpreting GPT: the logit lens" (2020):
 the stream after each block, read as if it were the last. serve.py sends the same page (/explain),
 on which heads can be switched off.
 """
 
 import os
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from pages.explanation import explain, is_page
 from plumbing.cli import count
@@ -28,7 +36,8 @@ def main(
     text: str,
     model_size: str = "124M",
     models_dir: str = "models",
-    out: str = "explain.html",
+    out: str | None = None,
+    run: str | None = None,
     overwrite: bool = False,
 ):
     """Write an HTML page that shows what GPT-2 did with a text. Open it in any browser.
@@ -38,23 +47,63 @@ def main(
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. A model that is missing is downloaded once.
         models_dir: the folder that holds the models.
-        out: the file to write; an earlier page of this script is replaced.
+        out: the file to write, explain.html or, with run, learning.html by default; an earlier
+            page of this script is replaced.
+        run: show how a model learned, in place of model_size: the folder of a training run with
+            --snapshots. Then the text may have 128 tokens.
         overwrite: also replace a file that is not such a page.
     """
-    from utils import load_encoder_hparams_and_params
-
+    out = out or ("explain.html" if run is None else "learning.html")
     path = Path(os.path.realpath(out))  # if --out is a link, the file it points to is written
     check_out(out, path, overwrite)  # before any download
-    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    inputs = encoder.encode_prompt(text, hparams["n_ctx"])
-    model = os.path.basename(os.path.abspath(model_size))
-    html = explain(inputs, encoder, hparams, params, model)
+    if run is None:
+        n_tokens, html = explain_model(text, model_size, models_dir)
+    else:
+        n_tokens, html = explain_run(text, run, models_dir)
     try:
         write_whole(path, html)
     except OSError as error:  # its own text would name a temporary file
         raise OSError(f"cannot write {path}: {error.strerror}") from None
     size = path.stat().st_size / 1e6
-    print(f"{path}: {count(len(inputs), 'token')}, {size:.1f} MB. Open it in a browser.")
+    print(f"{path}: {count(n_tokens, 'token')}, {size:.1f} MB. Open it in a browser.")
+
+
+def explain_model(text, model_size, models_dir):  # -> the number of tokens, the page's text
+    from utils import load_encoder_hparams_and_params
+
+    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+    inputs = encoder.encode_prompt(text, hparams["n_ctx"])
+    model = os.path.basename(os.path.abspath(model_size))
+    return len(inputs), explain(inputs, encoder, hparams, params, model)
+
+
+def explain_run(text, run, models_dir):  # -> the number of tokens, the page's text
+    """Raises ValueError or OSError if the folder has no run, or its run has no snapshots."""
+    from kv_cache import generate
+    from pages.learning import Run, learning
+    from training.checkpoints import find_out
+    from training.progress import read_log
+    from training.snapshots import find_snapshots, read_snapshot
+    from utils import load_encoder_hparams_and_params
+
+    folder = find_out(run, models_dir)
+    if not os.path.isdir(folder):
+        raise ValueError(f"--run {run}: there is no such folder: name the --out of a training run")
+    paths = find_snapshots(folder)
+    if len(paths) < 2:
+        raise ValueError(
+            f"--run {run}: has {count(len(paths), 'snapshot')}, and the page needs 2: train with "
+            f"--snapshots, as in python train_jax.py --snapshots 60 --overwrite --out {folder}"
+        )
+    encoder, hparams, _ = load_encoder_hparams_and_params(folder, models_dir)
+    inputs = encoder.encode_prompt(text, hparams["n_ctx"])
+
+    def read(step):
+        return read_snapshot(paths[step], hparams)
+
+    name = os.path.basename(os.path.abspath(folder))
+    story = Run(name, [*paths], read, read_log(Path(folder, "metrics.jsonl")))
+    return len(inputs), learning(inputs, story, encoder, hparams, generate)
 
 
 def check_out(out, path, overwrite=False):

@@ -17,10 +17,14 @@ import asyncio
 import contextlib
 import itertools
 import os
+import sys
 import threading
 import time
 from collections import Counter, deque
 from functools import partial
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 try:
     from starlette.applications import Starlette

@@ -1,6 +1,8 @@
-"""Photographs explain.py's page and serve.py's for the README, in a real browser.
+"""Photographs explain.py's pages and serve.py's for the README and the tour, in a real browser.
 
-    python docs/screenshot.py [FOLDER]        # docs/explain.png and docs/serve.png
+    python docs/screenshot.py [FOLDER [RUN]]    # docs/explain.png, learning.png and serve.png
+
+RUN: the folder of a run with snapshots. Without one, train_jax.py trains its default recipe.
 
 Needs requirements/test.txt, chromium and its chromedriver.
 """
@@ -24,6 +26,11 @@ CHOOSE = """
     document.querySelector("#heads").scrollIntoView();
     window.scrollBy(0, -210);  // below the text, which stays in sight
 """
+FORMED = """
+    const [layer, head, snapshot] = data.formed[0] ?? [0, 0, last];
+    set({layer, head, snapshot: Math.min(last, snapshot + 4), position: arguments[0]});
+    document.querySelector("#formed").scrollIntoView();
+"""
 SET = """
     const input = document.getElementById(arguments[0]);
     input.value = arguments[1];
@@ -31,7 +38,7 @@ SET = """
 """
 
 
-def explain(chrome):
+def explain(chrome, run):
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "explain.html"
         command = [sys.executable, REPO / "explain.py", TEXT, *MODEL, "--out", page]
@@ -40,7 +47,20 @@ def explain(chrome):
     chrome.execute_script(CHOOSE, TEXT.index("er window"), 3 * 6 + 3)
 
 
-def serve(chrome):
+def learning(chrome, run):
+    with tempfile.TemporaryDirectory() as folder:
+        if run is None:
+            run = Path(folder) / "mine"
+            command = [sys.executable, REPO / "train_jax.py", "--snapshots", "60", "--out", run]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        page = Path(folder) / "learning.html"
+        command = [sys.executable, REPO / "explain.py", TEXT, "--run", run, "--out", page]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        chrome.get(page.as_uri())
+    chrome.execute_script(FORMED, TEXT.index("er window"))
+
+
+def serve(chrome, run):
     """A text, other tokens taken at two places of it, and one chosen. It is another each time."""
 
     def wait(condition):
@@ -69,16 +89,16 @@ def serve(chrome):
             server.terminate()
 
 
-def main(folder=REPO / "docs"):
+def main(folder=REPO / "docs", run=None):
     options = webdriver.ChromeOptions()
     options.binary_location = which("chromium") or which("google-chrome")
     for flag in ("--headless=new", "--no-sandbox", "--hide-scrollbars"):
         options.add_argument(flag)
     with webdriver.Chrome(options, webdriver.ChromeService(which("chromedriver"))) as chrome:
-        size = {"width": 1000, "height": 750, "deviceScaleFactor": 1, "mobile": False}
-        chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        for show in (explain, serve):
-            show(chrome)
+        for show, height in ((explain, 750), (learning, 1000), (serve, 750)):
+            size = {"width": 1000, "height": height, "deviceScaleFactor": 1, "mobile": False}
+            chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            show(chrome, run)
             picture = chrome.execute_cdp_cmd("Page.captureScreenshot", {})["data"]
             (Path(folder) / f"{show.__name__}.png").write_bytes(base64.b64decode(picture))
 

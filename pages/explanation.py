@@ -11,7 +11,7 @@ from pages.predictions import bytes_of, distributions, likeliest, surprise
 from pages.recording import lens, record
 from pages.templates import template
 
-TITLE = b"<title>What GPT-2 did</title>"  # of every page
+TITLES = b"<title>What GPT-2 did</title>", b"<title>How a GPT-2 learned</title>"  # of every page
 
 MAX_TOKENS = 256  # the maps grow with the square of the text
 N_SHOWN = 257  # a position's likeliest tokens that are listed one by one: all, of a byte model
@@ -155,14 +155,14 @@ def source(function):  # -> a function's lines as they are in the file, and the 
     return {"first": first, "lines": "".join(lines)}
 
 
-def page(data):  # a dict -> the text of the HTML file
+def page(data, name="explain.html"):  # a dict, a template -> the text of the HTML file
     """Put the data into the template. No `<` in the data can end the element that holds it."""
     text = json.dumps(data, separators=(",", ":"), default=pack).replace("<", "\\u003c")
-    return template("explain.html").replace("{{data}}", text)
+    return template(name).replace("{{data}}", text)
 
 
 def is_page(path):
-    """Is a file such a page, or empty?"""
+    """Is a file explain.py's page, of a model or of a run, or empty?"""
     with open(path, "rb") as file:
         beginning = file.read(2000)
-    return not beginning or TITLE in beginning
+    return not beginning or any(title in beginning for title in TITLES)

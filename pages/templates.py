@@ -6,6 +6,8 @@ FOLDER = Path(__file__).parent
 SHARED = {  # {marker in a template: the file that replaces it}
     "{{style}}": "shared.css",
     "{{script}}": "shared.js",
+    "{{reading_style}}": "reading.css",
+    "{{reading_script}}": "reading.js",
     "{{sliders}}": "sliders.html",
     "{{surprise}}": "surprise.html",
 }

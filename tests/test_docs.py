@@ -32,7 +32,8 @@ ALL += [
 ]
 ALIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.M)
-IGNORED = re.compile(r"^(data|models|\.jax)(/|$)|^explain\.html$|__pycache__")  # see .gitignore
+# See .gitignore.
+IGNORED = re.compile(r"^(data|models|\.jax)(/|$)|^(explain|learning)\.html$|__pycache__")
 NEEDS = {  # a section in whose blocks the word occurs is left out where this is not there
     "data/shakespeare.txt": SHAKESPEARE.exists(),
     "jax": all(importlib.util.find_spec(name) for name in ("jax", "optax")),
@@ -324,12 +325,10 @@ def test_draw_makes_every_picture_of_the_pages(tmp_path):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, str(DOCS / "draw.py"), str(tmp_path)]
     subprocess.run(command, cwd=REPO, env=env, check=True, timeout=300)
-    ours = {link for link in pictures() if "/" not in link} - {
-        "explain.png",
-        "serve.png",
-    }  # screenshot.py's
+    photographs = {"explain.png", "learning.png", "serve.png"}  # screenshot.py's
+    ours = {link for link in pictures() if "/" not in link} - photographs
     assert {path.name for path in tmp_path.iterdir()} == ours
-    assert {path.name for path in DOCS.glob("*.png")} == ours | {"explain.png", "serve.png"}
+    assert {path.name for path in DOCS.glob("*.png")} == ours | photographs
     for name in ours:
         for path in (tmp_path / name, DOCS / name):
             data = path.read_bytes()
