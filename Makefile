@@ -35,7 +35,7 @@ serve: .venv/serve
 # What needs JAX, and most of what needs PyTorch, runs beside the rest, and is reported last. The
 # rest begins with TensorFlow and a browser, in processes of their own, while the other is small.
 # XLA's optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
-ON_JAX = recording encoder evaluate kv_cache gpt2 progress examples gpu gpu_report \
+ON_JAX = recording estimate encoder evaluate kv_cache gpt2 progress examples gpu gpu_report \
 	stress scoring kv_cache_jax devices docs backprop lora train
 ON_OTHERS = tensorflow page explain serve utils backprop_run
 tests = $(1:%=tests/test_%.py)

@@ -5,14 +5,16 @@
 
 It needs only the packages of `make demo` (requirements/generate.txt).
 
-gpt2.py computes the loss; this file says how it changes if anything in there does. If dy is the
-gradient by a function's result y (how the loss changes with y), the chain rule gives dx, the
-gradient by its input x. So every function of gpt2.py has a counterpart here, in its order:
+gpt2.py computes the logits; this file computes how the loss changes with every number on the way.
+If dy is the gradient with respect to a function's result y (how the loss changes with y), the chain
+rule gives dx, the gradient with respect to its input x. So every function of gpt2.py has a
+counterpart here, in the same order:
 
 *  A small function f has f_backward(dy, ...), which takes dy and f's arguments, or f's result where
    that saves work. It returns dx, and the gradients of f's parameters under their names.
-*  One made of others has f_forward(...), which calls gpt2.py's functions as they are. It returns y
-   and `backward`, which takes dy, returns the same as above, and keeps what it needs until then.
+*  A function f that calls others has f_forward(...), which uses gpt2.py's functions as they are.
+   It returns y and a function `backward`, which remembers the intermediate results that it needs,
+   takes dy, and returns dx and the gradients of the parameters.
 
 A batch's tokens stand one after the other, [n_tokens, n_embd], because a few large products are
 faster than many small ones; only attention sees the sequences. Memory: 4 bytes for each parameter,
@@ -30,8 +32,13 @@ Training is a loop over two functions, for parameters and batches of ids of your
 import contextlib
 import functools
 import math
+import os
+import sys
 
 import numpy as np
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from engine import sharing
 from gpt2 import attention_weights, gelu, gpt2, layer_norm, linear, softmax
@@ -51,13 +58,13 @@ from training.text import draw_stretches
 def gelu_backward(dy, x, y):  # [...] each, y = gelu(x) -> dx
     """gelu(x) = x s, where s = (1 + tanh u) / 2 and u = sqrt(2 / pi) (x + 0.044715 x^3).
 
-        slope = s + x s'                  the product rule
+        slope = s + x s'                  by the product rule
         s'    = s (1 - s) 2u'             because tanh' = 1 - tanh^2
-        slope = s (1 + (x - x s) 2u')     s' put in, s taken out
+        slope = s (1 + (x - x s) 2u')     s' substituted, s factored out
               = s (1 + (x - y) 2u')       because x s is y
         2u'   = 2 sqrt(2 / pi) (1 + 3 * 0.044715 x^2)
 
-    s is y / x, so tanh is not computed again. Only at x = 0 that is 0 / 0, where s is 1/2.
+    s is y / x, so tanh need not be computed again; only at x = 0 is that 0 / 0, and there s is 1/2.
     """
     with np.errstate(invalid="ignore"):
         s = y / x
@@ -83,7 +90,8 @@ def layer_norm_backward(dy, x, g, b, eps=1e-5):  # [n_tokens, n_embd] twice -> d
     dx has three terms: dn = dy g, scaled as x was; less its mean, because adding a number to all x
     changes no n; less its part along n, because stretching x changes no n either.
     """
-    n, n_embd = x - x.mean(-1, keepdims=True), x.shape[-1]  # n but for the scale
+    n_embd = x.shape[-1]
+    n = x - x.mean(-1, keepdims=True)  # not yet scaled
     scale = (np.vecdot(n, n) / n_embd + eps) ** -0.5
     dx = dy * g
     dx -= (dy @ g / n_embd)[:, None]  # its mean
@@ -94,8 +102,11 @@ def layer_norm_backward(dy, x, g, b, eps=1e-5):  # [n_tokens, n_embd] twice -> d
 
 
 def linear_backward(dy, x, w, b):  # [n_tokens, n_out], [n_tokens, n_in] -> dx, {"w", "b"}
-    """y_j = sum_i x_i w_ij + b_j. x_i acts on every y_j, by w_ij: dx = dy w^T.
-    w_ij acts in every token, by its x_i: dw_ij is the sum over tokens of x_i dy_j, so x^T dy."""
+    """y_j is the sum over i of x_i w_ij, plus b_j.
+
+    x_i acts on every y_j, with the slope w_ij, so dx = dy w^T. w_ij acts in every token, with the
+    slope x_i: dw_ij is the sum over the tokens of x_i dy_j, so dw = x^T dy.
+    """
     return dy @ w.T, {"w": x.T @ dy, "b": np.ones_like(dy[:, 0]) @ dy}  # faster than dy.sum(0)
 
 
@@ -103,7 +114,7 @@ def ffn_forward(x, c_fc, c_proj):  # [n_tokens, n_embd] -> y, backward
     h = linear(x, **c_fc)
     a = gelu(h)
 
-    def backward(dy):  # the same three in reverse -> dx, {"c_fc", "c_proj"}
+    def backward(dy):  # the same three steps in reverse -> dx, {"c_fc", "c_proj"}
         da, d_proj = linear_backward(dy, a, **c_proj)
         dx, d_fc = linear_backward(gelu_backward(da, h, a), x, **c_fc)
         return dx, {"c_fc": d_fc, "c_proj": d_proj}
@@ -112,9 +123,10 @@ def ffn_forward(x, c_fc, c_proj):  # [n_tokens, n_embd] -> y, backward
 
 
 def attention_forward(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_head] -> y, backward
-    """y = p v is a product, as in linear: dp = dy v^T, dv = p^T dy. So are the scores, q k^T.
+    """y = p v is a matrix product, as in linear: dp = dy v^T and dv = p^T dy. So is q k^T, the
+    scores.
 
-    The mask needs nothing: what it hides has p = 0, so softmax_backward gives it 0.
+    The mask needs no code: the positions that it hides have p = 0, so softmax_backward gives 0.
     """
     p = attention_weights(q, k)
 
@@ -125,13 +137,16 @@ def attention_forward(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_hea
     return p @ v, backward
 
 
-def attention_in_blocks_forward(q, k, v):  # the same
-    """Keys and values serve the queries of many blocks, and get the sum of what each sends back."""
-    n_q, n_seq, parts = q.shape[-2], k.shape[-2], []
+def attention_in_blocks_forward(q, k, v):  # the shapes of attention_forward
+    """Many blocks of queries use the same keys and values, whose gradients are sums over blocks."""
+    n_q = q.shape[-2]
+    n_seq = k.shape[-2]
     if n_q <= 64:
         return attention_forward(q, k, v)
+    parts = []
     for start in range(0, n_q, 64):
-        block, n_seen = np.s_[..., start : start + 64, :], n_seq - n_q + min(start + 64, n_q)
+        n_seen = n_seq - n_q + min(start + 64, n_q)
+        block = np.s_[..., start : start + 64, :]
         seen = np.s_[..., :n_seen, :]
         parts.append((block, seen, *attention_forward(q[block], k[seen], v[seen])))
 
@@ -147,7 +162,7 @@ def attention_in_blocks_forward(q, k, v):  # the same
 
 
 def mha_forward(x, c_attn, c_proj, n_head, n_seq):  # [n_tokens, n_embd] -> y, backward
-    """Heads and sequences stand apart only for attention; c_attn and c_proj see tokens alone."""
+    """Only attention needs axes for heads and sequences; c_attn and c_proj work on tokens."""
     d_head = x.shape[-1] // n_head
 
     def split(x):  # [n_tokens, n_embd] -> [n_head, n_batch, n_seq, d_head]
@@ -189,9 +204,12 @@ def transformer_block_forward(x, mlp, attn, ln_1, ln_2, n_head, n_seq):  # -> y,
 
 
 def gpt2_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_batch, n_seq] -> logits, backward
-    """wte serves twice and gets the sum: it makes the logits, as a linear's w^T, and its rows are
-    the inputs. There each row gets the sum over all places of its id."""
-    (n_batch, n_seq), inputs, backwards = inputs.shape, inputs.ravel(), []
+    """wte is used twice, so its gradient is the sum of two: one as the matrix that makes the
+    logits, w^T of a linear, and one as the rows that the inputs look up. There a row gets the sum
+    over all positions that have its id."""
+    n_batch, n_seq = inputs.shape
+    inputs = inputs.ravel()
+    backwards = []
     x = wte[inputs] + np.tile(wpe[:n_seq], (n_batch, 1))
     for block in blocks:
         x, backward = transformer_block_forward(x, **block, n_head=n_head, n_seq=n_seq)
@@ -199,7 +217,9 @@ def gpt2_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_batch, n_seq] ->
     y = layer_norm(x, **ln_f)
 
     def backward(d_logits):  # [n_tokens, n_vocab] -> a tree like the parameters
-        d_wte, d_wpe, d_blocks = d_logits.T @ y, np.zeros_like(wpe), []
+        d_wte = d_logits.T @ y
+        d_wpe = np.zeros_like(wpe)
+        d_blocks = []
         d, d_ln_f = layer_norm_backward(d_logits @ wte, x, **ln_f)
         for block_backward in reversed(backwards):
             d, d_block = block_backward(d)
@@ -213,8 +233,11 @@ def gpt2_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_batch, n_seq] ->
 
 
 def sum_by_id(ids, rows):  # [n], [n, n_embd] -> the different ids, the sum of each one's rows
-    """`d_wte[ids] += rows` would count an id once, and np.add.at goes number by number. Sorted, the
-    rows of an id are neighbours, which reduceat adds up."""
+    """Add up the rows of each id.
+
+    `d_wte[ids] += rows` would use only one row of an id that occurs twice, and np.add.at is slow.
+    Once the rows are sorted by id, those of an id are neighbours, and reduceat adds them up.
+    """
     order = np.argsort(ids, kind="stable")
     ids = ids[order]
     first = np.flatnonzero(np.append(True, ids[1:] != ids[:-1]))
@@ -226,18 +249,20 @@ def cross_entropy(logits, targets):  # [n, n_vocab], [n] -> nats [n], the gradie
 
     The first has the slope p, the second 1 at the target and 0 elsewhere; the gradient is their
     difference. The ln of the sum comes from the likeliest token, whose p is never 0."""
-    p, rows, best = softmax(logits), np.arange(len(logits)), logits.argmax(-1)
+    p = softmax(logits)
+    rows = np.arange(len(logits))
+    best = logits.argmax(-1)
     nats = logits[rows, best] - np.log(p[rows, best]) - logits[rows, targets]
     p[rows, targets] -= 1
     return nats, p
 
 
 def loss_and_gradients(params, tokens, n_head, n_tokens=None):  # [n_batch, n_seq + 1] ids
-    """The mean of -ln p[next token], in nats, a float; and its gradient, a tree like params.
+    """The mean of -ln p[next token], in nats, as a float; and its gradient, a tree like params.
 
-    n_tokens: what the sums are divided by, if the batch is a part of a larger one; by default the
-    batch's own number of predicted tokens. Threads share the sequences; their sums are added in
-    the batch's order, which gives the same bits each time, on one machine.
+    n_tokens: divide the sums by this number, if the batch is a part of a larger one; by default by
+    the number of tokens that the batch predicts. Threads share the sequences; their sums are added
+    in the order of the batch, so one machine computes the same bits each time.
     """
     if n_tokens is None:
         n_tokens = tokens[:, 1:].size
@@ -274,12 +299,13 @@ def scheduled_rate(n_done, flags):  # the learning rate of a run with these flag
 def adamw(p, gradient, m, v, n_done, rate, weight_decay=0.0, b2=0.99, scale=1.0, b1=0.9):
     """The update of one array p, in place; m and v are zeros like p before the first step.
 
-    Adam (Kingma & Ba 2015, arXiv:1412.6980) divides the mean m of the gradients by the root of the
-    mean v of their squares. Both begin at 0, too small by the factors c1 and c2. Weight decay
-    shrinks p by itself (Loshchilov & Hutter 2019, arXiv:1711.05101). scale: what the gradient is
-    multiplied by, below 1 if it is clipped.
+    Adam (Kingma & Ba 2015, arXiv:1412.6980) divides m, a moving average of the gradients, by the
+    root of v, one of their squares. Both begin at 0, so at first they are too small, by the factors
+    c1 and c2. Weight decay shrinks p apart from that (Loshchilov & Hutter 2019, arXiv:1711.05101).
+    scale: the gradient is multiplied by it; it is below 1 where the gradient is clipped.
     """
-    c1, c2 = 1 - b1 ** (n_done + 1), 1 - b2 ** (n_done + 1)
+    c1 = 1 - b1 ** (n_done + 1)
+    c2 = 1 - b2 ** (n_done + 1)
     m *= b1
     m += gradient * ((1 - b1) * scale)
     v *= b2
@@ -299,7 +325,7 @@ def moment_kinds(flags):
 
 
 def train_step(params, moments, n_done, batches, flags, evaluate):
-    """One step, in place; returns its Stats. batches: [n_accumulate, batch_size, n_ctx + 1].
+    """Take one step, in place; return its Stats. batches: [n_accumulate, batch_size, n_ctx + 1].
 
     params: {name: array}; moments: {"m.wte": array, "v.wte": array, ...}, with --ema also the
     averages of params, {"a.wte": array, ...}. evaluate(tokens, n_tokens=n) is loss_and_gradients,
@@ -331,7 +357,7 @@ def train_step(params, moments, n_done, batches, flags, evaluate):
 
 
 class NumpyTrainer:
-    """What training/run.py's loop asks of a trainer, which is explained there."""
+    """The trainer of backprop.py for the loop in training/run.py, which explains the methods."""
 
     is_main = True
     versions = {"numpy": np.__version__}
@@ -431,10 +457,10 @@ class NumpyTrainer:
 
 
 def start_sharing(params, moments, n_head, batch_size):  # a context, which gives a sharing.Shared
-    """engine/sharing.py's, for loss_and_gradients and copies of a model's tree and its moments.
+    """sharing.share for loss_and_gradients, with copies of a model's parameters and moments.
 
-    moments: {"m.wte": zeros, "v.wte": zeros, ...}. The loop at the top of this file, with what this
-    gives, is a small model's fastest: processes share each batch, and an update has two arrays.
+    moments: {"m.wte": zeros, "v.wte": zeros, ...}. This is the fastest loop for a small model:
+    processes share each batch, and an update changes only two arrays.
 
         with start_sharing(params, moments, n_head, batch_size) as shared:
             moments = shared.moments

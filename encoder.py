@@ -262,7 +262,7 @@ class Encoder:
         return ids
 
     def limit_ids(self, n_vocab):
-        """Leave n_vocab ids: those beyond are no rows of the model. Encoding one is an error."""
+        """Keep the ids below n_vocab: the model has no rows for others, and encoding one raises."""
         self.n_vocab = n_vocab
         self.end_ids = tuple(id for id in self.end_ids if id < n_vocab)
         self.endoftext = self.end_ids[0] if self.end_ids else None

@@ -18,10 +18,14 @@ import itertools
 import json
 import math
 import os
+import sys
 from functools import partial
 
 import numpy as np
 from tqdm import tqdm
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from corpus.shards import check_ids, count_ids, open_shards
 from corpus.texts import encode_text, read_text

@@ -17,7 +17,11 @@ on which heads can be switched off.
 """
 
 import os
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from pages.explanation import explain, is_page
 from plumbing.cli import count

@@ -4,7 +4,7 @@
 
 A language model is one function: token ids in, and for every position a score (a logit) for each
 token that could come next. The first half of this file is that function, built up from its smallest
-part; the second half uses it again and again to write text.
+part; the second half uses it again and again to write text. Checks and the command line come last.
 
 Five conventions hold throughout the file:
 
@@ -473,6 +473,10 @@ def main(
 
 
 if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
     from plumbing.cli import run_cli
 
     run_cli(main)

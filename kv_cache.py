@@ -21,11 +21,16 @@ same function reads prompts ("prefill", many new tokens a row) and writes (one n
 """
 
 import math
+import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 import numpy as np
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from engine import products, slices
 from generation import terminal
@@ -127,7 +132,7 @@ def new_cache(params, n_head, capacity=FIRST_CAPACITY):
 
 
 def copy_cache(cache, n_seq=None):
-    """A second row that goes on from the same tokens, or the first n_seq of them, independently."""
+    """A copy of the cache, or of its first n_seq tokens, from which a second row can continue."""
     if n_seq is None:
         return Cache(cache.kv.copy(), cache.n_seq)
     return Cache(cache.kv[..., :n_seq, :].copy(), n_seq)
@@ -145,8 +150,8 @@ def extend(caches, new_ids, params, n_head):  # n_rows caches and id lists -> [n
     return x[np.cumsum([len(ids) for ids in new_ids]) - 1]
 
 
-def extend_all(caches, new_ids, params, n_head):  # the same -> [n_tokens, n_embd]
-    """Runs each row's new ids, one or more; their keys and values are added to its cache, in place.
+def extend_all(caches, new_ids, params, n_head):  # caches and id lists -> [n_tokens, n_embd]
+    """Runs each row's new ids, one or more, and adds their keys and values to its cache, in place.
 
     Returns the hidden states of all new tokens, row after row. Raises ValueError if a row has no
     new id or outgrows n_ctx, or if two rows have the same cache (see copy_cache).
@@ -211,7 +216,7 @@ def prefill(cache, ids, params, n_head, chunk=CHUNK):  # one row's prompt -> [n_
 
 
 # --------------------------------------------------------------------------------------------------
-# A batch: rows that take their steps together. generation/rows.py says what a row is, and who runs
+# A batch: rows that take their steps together. generation/rows.py explains rows, and who runs first
 # --------------------------------------------------------------------------------------------------
 
 
@@ -376,10 +381,12 @@ def check_counts(lookup, **counts):
 
 
 def default_batch_size(n_rows, n_longest, params):
-    """n_rows, but at most 64, and at most as many as have room in half of the free memory.
+    """n_rows, but at most 64, and at most as many as fit, with their caches, into half of the free
+    memory.
 
-    A step of 32 rows takes far less time than four steps of 8: the weights are read once. Each row
-    needs a cache for n_longest tokens, or n_ctx, and half a cache more while it grows.
+    A step of 32 rows takes far less time than four steps of 8, because the weights are read once.
+    Each row needs a cache for n_longest tokens, at most n_ctx, and half of that again while the
+    cache grows.
     """
     n_ctx, n_embd = params["wpe"].shape
     capacity = grown(min(FIRST_CAPACITY, n_ctx), min(n_longest, n_ctx), n_ctx)

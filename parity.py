@@ -17,9 +17,13 @@ What carries this is in checking/.
 """
 
 import json as json_format
+import os
 import sys
 
 import numpy as np
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import backprop
 from checking import assignment, causes, files, pytorch, report

@@ -14,10 +14,10 @@ random numbers follow from the files alone, so one worker and a cluster write th
 Compressed files and standard input cannot be cut in place: the parent unpacks them, a span at a
 time, into files for the workers.
 
-A document ends at a line that holds only <|endoftext|> (or --separator), or at the end of a file;
-in JSON lines and Parquet, each row is a document. Each is followed by the id of <|endoftext|>, and
-nothing else changes. corpus/documents.py reads the files; corpus/jobs.py writes the shards. A
-folder of shards holds:
+A document ends at <|endoftext|> (which goes with its line's end, if the line holds nothing else),
+at a line that holds only --separator, and at the end of a file; in JSON lines and Parquet, also at
+the end of each row. Each is followed by the id of <|endoftext|>, and nothing else changes.
+corpus/documents.py reads the files; corpus/jobs.py writes the shards. A folder of shards holds:
 
     train_000000.bin ..., val_000000.bin ...   ids, little-endian uint16 (uint32 above 65535 ids)
     meta.json                                  what is in them, and from where; written last of all
@@ -31,12 +31,16 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import encoder as encoder_module
 from corpus.documents import (
@@ -306,7 +310,8 @@ def main(
         out: the folder for the shards; shards/NAME by default.
         tokenizer: 124M (GPT-2's), a folder in models_dir, or a path; bytes by default.
         train_tokenizer: learn a tokenizer of this many entries from the text itself.
-        separator: the line that separates the documents of a text; empty for blank lines.
+        separator: a line that separates the documents of a text as well as <|endoftext|> does;
+            empty for blank lines.
         field: the field or column with the text, in JSON lines and Parquet; "text" by default. If
             it is given, standard input and files of unknown kinds are read as JSON lines.
         val_fraction: share of the documents for validation, 0.01 by default; if that would be fewer

@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's protocol, completions and chats: many clients, one batch.
+"""A server that speaks OpenAI's protocol, completions, chats and responses: one batch for all.
 
     python serve.py --model_size shakespeare
     curl localhost:8000/v1/completions -d '{"prompt": "ROMEO:", "max_tokens": 40}'
@@ -17,10 +17,14 @@ import asyncio
 import contextlib
 import itertools
 import os
+import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from functools import partial
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 try:
     from starlette.applications import Starlette
@@ -46,7 +50,8 @@ from serving import metrics as figures
 from serving.answers import Answer
 from serving.chat import delta_of, message_of, read_chat, role_of
 from serving.guard import Cors, Guard, read_allowed
-from serving.protocol import Refusal, new_answer, read_completion
+from serving.protocol import Refusal, new_answer, read_completion, read_object
+from serving.responses import Response, read_response
 from serving.weights import copied, watch, weight_files
 
 # --------------------------------------------------------------------------------------------------
@@ -147,6 +152,7 @@ class Engine:
     def step(self):
         """A pass of all rows; then what they wrote goes to those who wait for it."""
         self.sort_out()
+        self.make_room()
         n_rows = len(self.batch.rows)
         start = time.perf_counter()
         ended = [] if self.prefixes is None else self.prefixes.rows
@@ -189,6 +195,35 @@ class Engine:
                 del self.begun[choice.row.number]
         self.batch.rows = [row for row in self.batch.rows if row.end != "dropped"]
 
+    def make_room(self):
+        """Pauses a row for each request that has none, where the batch is full.
+
+        So nobody waits for another's text to end. The row is of the request that has most. Later
+        it reads its text again and goes on.
+        """
+        n_running = Counter(choice.asked for choice in self.begun.values())
+        with self.lock:
+            n_without = sum(asked not in n_running for asked in self.waiting)
+        for _ in range(n_without - (self.batch.batch_size - len(self.batch.rows))):
+            asked = max(n_running, key=n_running.get, default=None)
+            can_pause = [c for c in self.begun.values() if c.asked is asked and not c.is_scoring]
+            if n_running[asked] < 2 or not can_pause:
+                return
+            self.pause(min(can_pause, key=lambda choice: choice.row.n_read))
+            n_running[asked] -= 1
+
+    def pause(self, choice):
+        """Takes a row out of the batch, to go on as the first of its request that waits."""
+        row = choice.row
+        row.cache = None
+        self.batch.rows = [other for other in self.batch.rows if other is not row]
+        for other in self.batch.rows:
+            if other.source is row:  # it would wait for what the row had read
+                other.source = None
+        del self.begun[row.number]
+        with self.lock:
+            self.waiting.setdefault(choice.asked, deque()).appendleft(choice)
+
     def arrivals(self):  # the rows of choices that wait, as long as there are any
         while (choice := self.next_choice()) is not None:
             choice.row.number = next(self.numbers)
@@ -197,13 +232,18 @@ class Engine:
             yield choice.row
 
     def next_choice(self):  # -> the next choice to begin, or None
-        """Requests take turns. While others wait, none gets more than half of the batch."""
+        """Requests take turns; those that have no row come first.
+
+        While others wait, none gets more than half of the batch.
+        """
+        n_running = Counter(choice.asked for choice in self.begun.values())
+        most = max(1, self.batch.batch_size // 2)
         with self.lock:
-            for asked, queue in list(self.waiting.items()):
+            for asked in sorted(self.waiting, key=lambda asked: n_running[asked] > 0):
+                queue = self.waiting[asked]
                 if not queue[0].may_begin:
                     continue
-                n_running = sum(choice.asked is asked for choice in self.begun.values())
-                if len(self.waiting) > 1 and n_running >= max(1, self.batch.batch_size // 2):
+                if len(self.waiting) > 1 and n_running[asked] >= most:
                     continue
                 del self.waiting[asked]
                 choice = queue.popleft()
@@ -274,13 +314,24 @@ async def chats(request):
 
 
 def chat(body, state):  # bytes -> Answer
-    asked = read_chat(body, state.names, state.encoder, state.n_ctx)
+    asked = read_chat(read_object(body), state.names, state.encoder, state.n_ctx)
     if asked.stream:
         fields = new_answer(state.name, "chat.completion.chunk", "chatcmpl")
         roles = [role_of(index) for index in range(asked.n_choices)]
         return Answer(state, asked, fields, delta_of, opening=roles)
     fields = new_answer(state.name, "chat.completion", "chatcmpl")
     return Answer(state, asked, fields, message_of)
+
+
+async def responses(request):
+    """POST /v1/responses"""
+    return await asyncio.to_thread(respond, await request.body(), request.app.state)
+
+
+def respond(body, state):  # bytes -> Response
+    data = read_object(body)
+    asked = read_response(data, state.names, state.encoder, state.n_ctx)
+    return Response(state, asked, data)
 
 
 async def explain_text(request):
@@ -304,6 +355,7 @@ async def explain_text(request):
 ROUTES = [
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/chat/completions", chats, methods=["POST"]),
+    Route("/v1/responses", responses, methods=["POST"]),
     Route("/explain", explain_text),
     *play.ROUTES,
     *about.ROUTES,

@@ -2,17 +2,17 @@
 
     python train_jax.py                                        # tiny Shakespeare, 2-3 minutes
     python train_jax.py --data my_novel.txt --out novel        # any text, byte by byte
-    python train_jax.py --init_from 124M --data my_novel.txt   # or go on with a released GPT-2
-    python train_jax.py --init_from 124M --data my_novel.txt --lora_rank 8   # adapters of it alone
-    python train_jax.py --recipe gpt2-124M --data shards/web   # what prepare.py made, of any size
-    python train_jax.py --resume novel                         # go on exactly where it stopped
+    python train_jax.py --init_from 124M --data my_novel.txt   # or finetune a released GPT-2
+    python train_jax.py --init_from 124M --data my_novel.txt --lora_rank 8   # or only adapters
+    python train_jax.py --recipe gpt2-124M --data shards/web   # shards from prepare.py, any size
+    python train_jax.py --resume novel                         # continue exactly where it stopped
     python gpt2.py "It was" --model_size novel                 # then write with it, in NumPy
 
 There is no second model here: `losses` calls `gpt2.hidden_state` on JAX arrays, `jax.jit` compiles
 it and `jax.grad` differentiates it. A training step is a pure function, state in, state out. The
 state is three things: the parameters, the optimizer's moments, and the number of steps done, which
-decides everything random (which stretches of text, which numbers to drop). A checkpoint
-is this state and the flags: a resumed run ends with the same bits as one that never stopped.
+decides everything random (which sequences of the text, which numbers to drop). A checkpoint is
+this state and the flags: a resumed run ends with the same bits as one that never stopped.
 
 Several devices, or machines, share the work only through the sharding of the arrays: each step's
 sequences are spread over them, and with --fsdp so are the parameters and moments. From that, JAX's
@@ -24,6 +24,11 @@ import dataclasses
 import functools
 import math
 import operator
+import os
+import sys
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 try:
     import jax
@@ -93,8 +98,8 @@ def losses(params, tokens, n_head, packed=False, **options):
 def mean_loss(params, tokens, n_head, share=None, packed=False, **options):
     """[n_batch, n_seq + 1] -> [], the mean over all tokens that are to be learned.
 
-    share: the share of targets that are learned, if it is not these rows' own. With that of all
-    batches that make a step, every learned token of the step has equal weight.
+    share: the share of targets that are learned, by default that of these rows. With the share of
+    all batches of a step, every learned token of the step has the same weight.
     """
     nats = row_nats(params, tokens, n_head, packed=packed, **options)
     n_targets = tokens.shape[1] - 1
@@ -107,10 +112,10 @@ def row_nats(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None, pack
     """[n_batch, n_seq + 1] -> [n_batch], the sum of -log p(next token) over a row.
 
     Most options do not change the result, up to rounding. n_vocab: how many rows of wte are tokens,
-    if the rest are padding. The logits are computed in n_chunks parts, of which one is held at a
-    time, and computed again for the gradient. `attend` replaces gpt2.attention. Logits and
-    everything after are float32, whatever the parameters are. In packed rows, targets that are not
-    to be learned count as 0.
+    if the rest are padding. The logits are computed in n_chunks parts, only one of which is in
+    memory at a time, and computed again for the gradient. `attend` replaces gpt2.attention. Logits
+    and everything after them are float32, whatever the parameters are. In packed rows, targets that
+    are not learned count as 0.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     if packed:
@@ -139,8 +144,7 @@ def row_nats(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None, pack
 def narrow(params, dtype):
     """A copy with the blocks' weights in `dtype`; embeddings and norms stay float32.
 
-    The stream x that the blocks add to also stays float32, and so do layer_norm's means and
-    variances.
+    The residual stream also stays float32, and so do layer_norm's means and variances.
     """
 
     def convert(path, x):
@@ -175,7 +179,7 @@ def make_schedule(n_steps, learning_rate, min_learning_rate, n_warmup):
 
 
 def make_optimizer(schedule, optimizer, weight_decay, grad_clip, adam_b2):
-    """One of training/flags.py's OPTIMIZERS. Raises ValueError for another name.
+    """Return the optimizer of that name, one of OPTIMIZERS. Raises ValueError for another name.
 
     adamw: Adam, with weight decay for all matrices, not for biases and gains.
 
@@ -202,14 +206,14 @@ def make_optimizer(schedule, optimizer, weight_decay, grad_clip, adam_b2):
 
 
 def muon_dimensions(params):
-    """Which arrays are Muon's, and that their last two axes are a matrix's; None for the others."""
+    """Mark the arrays that Muon updates, whose last two axes are a matrix; None for the others."""
     layers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     return jax.tree.map(lambda is_hidden: layers if is_hidden else None, is_hidden_matrix(params))
 
 
 def on_stacked_blocks(rule):
-    """The optimizer `rule`, which gets all blocks as one, with the layers as each array's first
-    axis: that makes fewer and larger operations, and devices can share the work along this axis."""
+    """The optimizer `rule`, applied to all blocks stacked into one, with the layers as each array's
+    first axis. That makes fewer and larger operations, which devices can divide along this axis."""
 
     def stack(tree):
         return tree | {"blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *tree["blocks"])}
@@ -320,10 +324,9 @@ def make_train_steps(
     jax.jit, static_argnames=("dtype", "n_head", "n_vocab", "n_chunks", "attend", "packed")
 )
 def validation_loss(params, windows, counts, dtype="float32", packed=False, **options):
-    """The loss on all of the validation text, [n, batch_size, n_ctx + 1], a batch at a time.
+    """[n, batch_size, n_ctx + 1] -> [], nats per token of all validation windows.
 
-    counts: [n, batch_size], 1 for a window, 0 for what only fills the last batch. -> [], nats per
-    token
+    counts: [n, batch_size], 1 for a window, 0 for a row that only fills the last batch.
     """
     weights = narrow(params, dtype)
     n_targets = windows.shape[-1] - 1
@@ -354,7 +357,7 @@ def loss_options(flags, n_vocab, n_batch):
 
 
 class JaxTrainer:
-    """What training/run.py's loop asks of a trainer, which is explained there."""
+    """The trainer of train_jax.py for the loop in training/run.py, which explains the methods."""
 
     versions = {"jax": jax.__version__, "optax": optax.__version__}
     steps_per_call = (20, 5, 1)
@@ -364,7 +367,7 @@ class JaxTrainer:
     @staticmethod
     @contextlib.contextmanager
     def running(options):
-        """Joins the other processes, if there are any; an error in one of them ends all."""
+        """Join the other processes, if there are any. An error in one of them ends all of them."""
         start_jax(options.coordinator, options.num_processes, options.process_id)
         with end_together():
             try:
@@ -405,7 +408,7 @@ class JaxTrainer:
         return moment_shapes(self.optimizer, params)
 
     def start(self, model, moments, n_done, text):
-        """Puts everything on the devices. What is compiled is compiled when it is first called."""
+        """Put everything on the devices. Functions are compiled when they are first called."""
         flags, mesh = self.flags, self.mesh
         check_agreement([flags, text.description])
         self.n_vocab, self.train = model.hparams["n_vocab"], text.train
@@ -451,7 +454,7 @@ class JaxTrainer:
         return float(validation_loss(params, *self.windows, **self.options))
 
     def load_tasks(self, encoder, hparams):
-        """Reads what --eval_tasks asks for, and makes the function that scores it."""
+        """Read the tasks of --eval_tasks, and make the function that scores them."""
         n_ctx = hparams["n_ctx"]
         for task, path in read_tasks(self.flags.get("eval_tasks")).items():
             items = load_items(task, path, f"--eval_tasks {task}=")
@@ -490,7 +493,7 @@ class JaxTrainer:
         return State(params, name_leaves(moments), int(state.n_done))
 
     def close(self):
-        """JAX's processes end by themselves."""
+        """Nothing to do: JAX's processes end by themselves."""
 
 
 @functools.wraps(read_flags, assigned=["__doc__"])  # every flag is explained there

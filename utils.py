@@ -17,11 +17,15 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import typing
 from pathlib import Path
 
 import numpy as np
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from encoder import Encoder, get_encoder
 from model_files.adapters import CONFIG, is_adapter, merge, read_adapter, read_config
@@ -35,6 +39,7 @@ from model_files.convert import (
 )
 from model_files.download import SIZES, download
 from model_files.hub import fetch_released, fetch_repository, is_repository
+from model_files.tokenizer import CHAT_TEMPLATE_FILE
 from model_files.weights import (
     WEIGHTS,
     WEIGHTS_INDEX,
@@ -312,7 +317,7 @@ def check_target(model_dir, for_adapter=False):
     """Raises ValueError or OSError if save_model cannot write, or if other files contradict it."""
     others = "config.json" if for_adapter else CONFIG
     stale = ("added_tokens.json", "special_tokens_map.json", "generation_config.json")
-    for name in ("hparams.json", "encoder.json", *stale, others):
+    for name in ("hparams.json", "encoder.json", *stale, CHAT_TEMPLATE_FILE, others):
         if os.path.exists(os.path.join(model_dir, name)):
             raise ValueError(f"{model_dir}: has {name}, of another model; save to another folder")
     paths = (Path(model_dir), *Path(model_dir).absolute().parents)

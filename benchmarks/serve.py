@@ -1,11 +1,15 @@
 """How does the server do under load, beside kv_cache.py alone and beside transformers?
 
 usage: python benchmarks/serve.py load [SECONDS [CLIENTS]]   # the shipped model; 60 and 64
+       python benchmarks/serve.py fairness                   # a small request beside a large one
        python benchmarks/serve.py peers                      # 124M's shape, beside transformers
 
 load: a crowd of clients with prompts of all lengths, of which many begin alike, whole answers and
 streams, and some that go away half-way. Every text is compared with gpt2.generate's. Then the same
 texts by the server and by kv_cache.generate, turn by turn, and the time to a first token.
+
+fairness: while one client has 128 texts of 200 tokens written, another asks for one token at a
+time. How long does it wait for it, in passes of the engine and in milliseconds?
 
 peers: the same requests to serve.py and to a plain server of transformers: starlette, and a loop
 that pads the requests that wait into a batch, generates, and answers them. Each is its own process,
@@ -179,6 +183,49 @@ async def first_tokens(port, prompts, n):
     return [first for first, _ in await asyncio.gather(*posts)]
 
 
+# --- A small request beside a large one -----------------------------------------------------------
+
+N_SMALL = 20
+
+
+def fairness():
+    print(machine())
+    for n_large in (32, 128):  # there is room for 64
+        process, port = start(ROOT / "serve.py", "--model_size", "shakespeare", "--port", 0)
+        try:
+            waits = asyncio.run(waits_beside(port, n_large))
+        finally:
+            stop(process)
+        passes, seconds = zip(*waits, strict=True)
+        print(f"beside {n_large} texts, {N_SMALL} small requests waited for their first token")
+        print(f"  passes: median {median(passes):.0f}, at most {max(passes):.0f}")
+        print(f"  ms: median {median(seconds) * 1e3:.0f}, at most {max(seconds) * 1e3:.0f}")
+
+
+async def waits_beside(port, n_large):  # -> [(passes, seconds)] of the small requests
+    large = asyncio.create_task(post(port, request("ROMEO:", 200, n=n_large)))
+    while await figure(port, "rows_running") < min(n_large, N_CLIENTS):
+        await asyncio.sleep(0.01)
+    waits = []
+    for i in range(N_SMALL):
+        n_passes = await figure(port, "passes_total")
+        first, _ = await post(port, request(f"JULIET {i}:", 1))
+        waits.append((await figure(port, "passes_total") - n_passes, first))
+    assert not large.done(), "the large request ended too early to be felt"
+    large.cancel()
+    return waits
+
+
+async def figure(port, name):  # one of GET /metrics
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    text = (await reader.read()).decode()
+    writer.close()
+    return next(
+        float(line.split()[1]) for line in text.splitlines() if line.startswith(f"sixtygpt_{name} ")
+    )
+
+
 # --- 124M's shape, beside transformers ------------------------------------------------------------
 
 N_PEERS, N_NEW = 16, 40
@@ -264,7 +311,7 @@ def serve_transformers(folder):
 
 
 if __name__ == "__main__":
-    works = {"load": lambda: load(*map(int, sys.argv[2:])), "peers": peers}
+    works = {"load": lambda: load(*map(int, sys.argv[2:])), "fairness": fairness, "peers": peers}
     works["transformers"] = lambda: serve_transformers(sys.argv[2])  # what `peers` starts
     if sys.argv[1:2] not in [[what] for what in works]:
         sys.exit(__doc__)

@@ -8,7 +8,7 @@
 
 GPT-2 has no tokens for speakers, so this is text that it can read from the start: a name and a
 colon, the message without the white space around it, and a new line. Only an answer ends with the
-id of <|endoftext|>, which no message can contain, so that a model learns to say when it is done.
+id of the end token, which no message can contain, so that a model learns to say when it is done.
 The space before a message belongs to its first word, as always in GPT-2, so no token spans the ":".
 """
 
@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (  # the same for transformers' apply_chat_template, in Jinja
     "{% endfor %}"
     "{{ 'Assistant:' if add_generation_prompt }}"
 )
-NEXT_TURN = "\nUser:"  # where a model that has not learned to end its answers goes on by itself
+NEXT_TURN = "\nUser:"  # what a model writes next if it has not learned to end its answers
 
 
 def check_messages(messages):  # -> the messages, each with a role of NAMES and a text
@@ -97,7 +97,7 @@ def is_empty_answer(message, encoder):
     return message["role"] == "assistant" and text == ""
 
 
-def encode_answer(text, encoder):  # -> ids, with <|endoftext|> at their end if there is one
+def encode_answer(text, encoder):  # -> ids, followed by the end token if there is one
     ids = encoder.encode(text)
     return ids if encoder.endoftext is None else [*ids, encoder.endoftext]
 
@@ -128,9 +128,9 @@ def encode_conversation(messages, encoder, n_max):  # -> at most n_max ids
 def encode_latest(messages, encoder, n_max):  # -> [(ids, whether they are an answer), ...]
     """encode_messages of the latest ones, with at most n_max ids before the last message's own.
 
-    messages: they end with an answer. The oldest messages are left out, as few as possible, but
-    never a system message at the beginning, nor the message before the last answer: if that is too
-    long, so is the result.
+    messages: they end with an answer. As few of the oldest as possible are left out, but never a
+    system message at the beginning, nor the message before the last answer: if that one is too
+    long, the result is too long.
     """
     system = messages[:1] if messages[0]["role"] == "system" else []
 

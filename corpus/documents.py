@@ -48,6 +48,7 @@ BINARY = {
     "Parquet, but its name does not end in .parquet": b"PAR1",
 }
 LIST_HINT = ": jq -c '.[]' turns a list into JSON lines"
+END = ENDOFTEXT.encode()  # separates documents in every format
 N_START = 4096  # bytes by which a file is judged
 
 # Where a long text can be cut without changing its ids: before the white-space character that
@@ -462,6 +463,12 @@ def cut_stream(blocks, boundary, n_span):  # yields (bytes, whether a span ends 
 # --- Long documents -----------------------------------------------------------------------------
 
 
+def cut_row(position, text):  # a row of JSON lines or of Parquet -> yields Parts
+    """A row is a document, or several if <|endoftext|> is in it; all have the row's position."""
+    for document in text.split(END):
+        yield from cut_document(position, document)
+
+
 def cut_document(position, text):  # yields Parts
     start = 0
     while len(text) - start > 2 * BLOCK:
@@ -492,15 +499,28 @@ def find_cut(text):  # bytes -> position
 # --- Plain text ---------------------------------------------------------------------------------
 
 
-def cut_text(span, options, work_dir):  # yields Spans that end with a separator's line
-    separator = re.escape(b"\n" + options.separator.encode())
-    yield from cut_at(re.compile(separator + rb"\r?\n"), span, options, work_dir)
+def cut_text(span, options, work_dir):  # yields Spans that end where a document ends
+    """After a separator's line, or after <|endoftext|> in a line of other text.
+
+    What follows must not look like a line of its own: each span is read as if it began a file.
+    """
+    separator = re.escape(options.separator.encode())
+    boundary = rb"\n%s\r?\n" % separator
+    if options.separator in ("", ENDOFTEXT):
+        boundary += rb"|%s(?=[^\r\n<])" % re.escape(END)
+    yield from cut_at(re.compile(boundary), span, options, work_dir)
 
 
 def read_text(file, span, options):  # yields lists of Parts
-    """Split a text at the lines that hold only the separator."""
+    """Split a text at the lines that hold only the separator, and wherever <|endoftext|> is.
+
+    A line that holds only <|endoftext|> goes with its end; within a line, only <|endoftext|> does.
+    """
     separator = options.separator.encode()
-    line = re.compile(re.escape(separator) + rb"\r?(?:\n|\Z)")
+    line = rb"(?:%s|%s)\r?" % (re.escape(END), re.escape(separator))
+    found_before_end = re.compile(rb"%s\n|%s" % (line, re.escape(END)))
+    found_at_end = re.compile(rb"%s(?:\n|\Z)|%s" % (line, re.escape(END)))
+    n_most = max(len(END), len(separator)) + 2  # bytes of what may be found
     buffer = b""
     position = span.start  # of the buffer's first byte
     document = span.start  # where the document that is being read begins
@@ -510,30 +530,35 @@ def read_text(file, span, options):  # yields lists of Parts
     while True:
         block = file.read(min(BLOCK, span.stop - position - len(buffer)))
         buffer += block
-        n_complete = buffer.rfind(b"\n") + 1 if block else len(buffer)  # bytes of whole lines
+        pattern = found_before_end if block else found_at_end
+        # What begins later may be incomplete.
+        n_certain = max(0, len(buffer) - n_most) if block else len(buffer)
         parts = []
         n_used = 0
-        for found in line.finditer(buffer, 0, n_complete):
-            end = found.start()
-            follows_newline = buffer[end - 1] == NEWLINE if end else at_line_start
-            if not found[0] or not follows_newline:
-                continue  # only the end of a longer line, so not a separator
-            if is_begun or end > n_used:  # between two separators in a row there is no document
-                parts.append(Part(document, buffer[n_used:end], True))
-            n_used = found.end()
+        for found in pattern.finditer(buffer):
+            start, end = found.span()
+            if start >= n_certain or start == end:
+                break
+            follows_newline = buffer[start - 1] == NEWLINE if start else at_line_start
+            if not follows_newline:
+                if not found[0].startswith(END):
+                    continue  # only the end of a longer line, so not a separator
+                end = start + len(END)
+            if is_begun or start > n_used:  # between two separators in a row there is no document
+                parts.append(Part(document, buffer[n_used:start], True))
+            n_used = end
             is_begun = False
             document = position + n_used
-        rest = buffer[n_used:]
         if not block:
             if position + len(buffer) < span.stop:
                 raise BadText(SHORTER, position)
+            rest = buffer[n_used:]
             if is_begun or rest:
                 parts.append(Part(document, rest, True))
             yield parts
             return
-        if len(rest) >= BLOCK:
-            if len(buffer) - n_complete < len(separator) + 2:  # can be half a separator
-                rest = buffer[n_used:n_complete] or rest
+        if n_certain - n_used >= BLOCK:
+            rest = buffer[n_used:n_certain]
             rest = rest[: find_cut(rest)]
             parts.append(Part(document, rest, False))
             n_used += len(rest)
@@ -565,7 +590,7 @@ def read_json_lines(file, span, options):  # yields lists of Parts
         if len(line) > MOST_LINE:
             raise BadText(f"a line of more than {MOST_LINE} bytes", position)
         if line.strip():
-            parts += cut_document(position, text_of_line(line, options.field, position))
+            parts += cut_row(position, text_of_line(line, options.field, position))
         position += len(line)
         n_bytes += len(line)
         if n_bytes >= BLOCK:
@@ -632,7 +657,7 @@ def read_parquet(file, span, options):  # yields lists of Parts
                 raise BadText(f"row {row}: {error}") from None
             if not isinstance(text, str):
                 raise BadText(f"row {row} has no text in the column {options.field!r}")
-            parts += cut_document(row, text.encode())
+            parts += cut_row(row, text.encode())
             if len(text) >= BLOCK:
                 yield parts
                 parts = []

@@ -1,12 +1,12 @@
-"""Examples to learn from: JSON lines, packed into rows of ids that say what is to be learned.
+"""Examples to learn from: JSON lines, packed into rows of ids that are marked as learned or read.
 
     {"prompt": "The capital of France is", "completion": " Paris."}
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
 
 These are the forms of OpenAI's finetuning and of TRL's "prompt-completion" and "conversational"
-data sets. The model learns the completion, or every answer, and the <|endoftext|> at its end; it
-only reads the rest. A row holds many examples, none of which sees the others: marks that are added
-to the ids say where each begins.
+data sets. The model learns the completion, or every answer, and the end token after it; it only
+reads the rest. A row holds many examples, none of which sees the others: marks that are added to
+the ids say where each begins.
 """
 
 import contextlib
@@ -40,17 +40,17 @@ READ = MOST_IDS  # only read: the model need not predict it
 BEGINS = 2 * MOST_IDS  # the first token of an example
 KEYS = {"text", "prompt", "completion", "messages"}
 
-# How examples are cut to fit, and which are held out. A resumed run keeps the rules that it began
-# with. By the first ones, an example loses its beginning, every tenth is held out, and of very many
-# the longest are measured; checkpoints of that time name no rules.
+# The rules by which examples are cut to fit and held out. A resumed run keeps those that it began
+# with. By the first rules, which checkpoints do not name, an example loses its beginning, every
+# tenth is held out, and where there are very many the longest of these are measured.
 RULES = 2
 FIRST_RULES = 1
 SEED = Options.seed  # of the draw: whatever the seed of a run, the same examples are held out
 
-# What is said of examples, after a number of them.
+# What the summary says after a number of examples.
 CUT_ON_THE_LEFT = "cut on the left to fit"
 CUT_AT_THE_END = "cut at the end to fit"
-FORGOTTEN = "without their oldest messages, to fit"
+FORGOTTEN = "without the oldest messages, to fit"
 EMPTY_ANSWER = "with an empty answer, which is not learned"
 NOTHING = "left out with nothing to learn"
 MERGED = "whose completion would have merged with the prompt"
@@ -58,7 +58,7 @@ NOTES = (CUT_ON_THE_LEFT, CUT_AT_THE_END, FORGOTTEN, EMPTY_ANSWER, NOTHING, MERG
 
 
 class Examples(NamedTuple):
-    """What load_examples read: the examples, a line for people, and whether some are chats."""
+    """The examples of a file, a line for people, and whether some are conversations."""
 
     examples: list  # of [n] int32, marked ids
     summary: str
@@ -87,7 +87,7 @@ def load_examples(path, encoder, n_max, rules=RULES):  # -> Examples
     examples = []
     counts = Counter()
     has_conversations = False
-    n_fit = n_max if rules == RULES else sys.maxsize  # the oldest rules cut on the left alone
+    n_fit = n_max if rules == RULES else sys.maxsize  # then only mark cuts
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -116,8 +116,8 @@ def load_examples(path, encoder, n_max, rules=RULES):  # -> Examples
 def read_completion(row, encoder, n_max):  # -> [(ids, whether they are learned), ...], notes
     """Encode a prompt and a completion. A completion of n_max ids or more loses its end.
 
-    They are encoded separately, so that the prompt never holds a part of the completion. notes:
-    those of NOTES that are true of the example.
+    They are encoded separately, so that the prompt never contains a part of the completion. notes:
+    the ones of NOTES that are true of the example.
     """
     prompt = row.get("prompt")
     completion = row.get("completion")
@@ -160,8 +160,8 @@ def count_ids(parts):
     return sum(len(ids) for ids, _ in parts)
 
 
-def cut_answer(parts, n_max, notes):  # -> parts, of which mark leaves the last n_max ids
-    """Cut the last answer at its end if it would not fit even alone. notes: gets CUT_AT_THE_END."""
+def cut_answer(parts, n_max, notes):  # -> parts, which mark may still cut on the left
+    """Cut the end of the last part if it would not fit even alone; add CUT_AT_THE_END to notes."""
     *before, (answer, is_learned) = parts
     n = max(least_room(len(answer), n_max), n_max - count_ids(before))
     if n < len(answer):
@@ -169,8 +169,8 @@ def cut_answer(parts, n_max, notes):  # -> parts, of which mark leaves the last 
     return [*before, (answer[:n], is_learned)]
 
 
-def least_room(n_answer, n_max):  # -> how many of n_max ids are an answer's, whatever its prompt
-    """All that it has, if that leaves room for an id before it; otherwise a quarter."""
+def least_room(n_answer, n_max):  # -> how many of n_max ids an answer gets, whatever its prompt
+    """The answer is whole if that leaves room for an id before it; otherwise it gets a quarter."""
     return n_answer if n_answer < n_max else max(1, n_max // 4)
 
 

@@ -3,20 +3,14 @@
 import numpy as np
 
 from corpus.documents import read_documents
-from encoder import ENDOFTEXT
 
 
 def read_text(path):  # -> [str], the documents
     """Read a file's documents, in any format of corpus/documents.py, without empty ones.
 
-    <|endoftext|> separates them, in a line of its own, which is left out, or anywhere in a line.
-    Line ends are part of the text and stay as they are. Raises ValueError or OSError, which name
-    the file, if it cannot be read.
+    Raises ValueError or OSError, which name the file, if it cannot be read.
     """
-    documents = []
-    for document in read_documents(path):
-        documents += filter(None, document.split(ENDOFTEXT))
-    return documents
+    return list(read_documents(path))
 
 
 def encode_text(documents, encoder):  # [str] -> [n_ids] int32

@@ -107,7 +107,8 @@ def run_ray(jobs, work, address):
         raise ImportError("--ray needs ray: pip install -r requirements/ray.txt") from None
     send_by_value(ray.cloudpickle)
     try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        with contextlib.chdir(PROJECT):  # what starts here imports from the current folder
+            ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
         # Many retries: for some seconds Ray keeps sending jobs to a machine that has died.
         remote = ray.remote(max_retries=100)(lambda job: work(job))
         running = {}

@@ -14,7 +14,7 @@ import re
 from encoder import get_encoder
 from model_files.config import read_hparams
 from model_files.download import NO_NETWORK
-from model_files.tokenizer import TOKENIZER_FILES
+from model_files.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_FILES
 from model_files.weights import WEIGHTS, WEIGHTS_INDEX, read_index
 from plumbing.cli import notice
 
@@ -27,7 +27,7 @@ RELEASED = {  # GPT-2's sizes: the same weights as in OpenAI's checkpoints, as s
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@.+)?")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TEXTS = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
-TEXTS += ("special_tokens_map.json", "generation_config.json", WEIGHTS_INDEX)
+TEXTS += ("special_tokens_map.json", "generation_config.json", CHAT_TEMPLATE_FILE, WEIGHTS_INDEX)
 LOG_IN = "HF_TOKEN, or `hf auth login`, says who you are"
 
 

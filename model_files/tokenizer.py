@@ -5,7 +5,8 @@
     vocab.json + merges.txt      Hugging Face's names for OpenAI's two files
 
 Added tokens are also in tokenizer_config.json or, in older folders, in added_tokens.json.
-special_tokens_map.json, also an older file, says which of them are special.
+special_tokens_map.json, also an older file, says which of them are special. A chat template is in
+chat_template.jinja or, in older folders, in tokenizer_config.json.
 
 encoder.py makes an Encoder of what is read. Both of Hugging Face's layouts are written. After
 https://github.com/openai/gpt-2/blob/master/src/encoder.py and https://huggingface.co/docs/tokenizers.
@@ -20,6 +21,8 @@ from plumbing.files import check_file, naming, read_json, write_whole
 
 TOKENIZER_FILES = [("encoder.json", "vocab.bpe"), ("tokenizer.json",), ("vocab.json", "merges.txt")]
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 VERSION = "#version: 0.2"  # the first line of a merges.txt
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
@@ -98,14 +101,13 @@ def read_tokenizer(folder):  # -> Tokenizer
             if text in added and added[text].id != token.id:
                 raise ValueError(f"{text!r} has two ids, {added[text].id} and {token.id}")
         added |= found
-        for text in special:
-            id = added[text].id if text in added else vocab.get(printable(text))
-            if id is not None:
-                normalized = text in added and added[text].normalized
-                added[text] = AddedToken(id, is_special=True, normalized=normalized)
+    special_file = Path(folder, SPECIAL_TOKENS_MAP)
+    with naming(special_file if special_file.is_file() else Path(folder, TOKENIZER_CONFIG)):
+        added = number_special(special, added, vocab)
+    with naming(path):
         vocab, piece_of_id = add_tokens(vocab, added)
     end_ids = read_end_ids(folder, roles, added, piece_of_id)
-    chat_template = config.get("chat_template") if is_text(config.get("chat_template")) else None
+    chat_template = read_chat_template(folder, config)
     return Tokenizer(
         merges, vocab, added, end_ids, bool(add_prefix_space), chat_template, merges_file
     )
@@ -123,26 +125,75 @@ def read_optional(folder, name):  # -> the JSON object in a file, {} if there is
     return read_json(path) if path.is_file() else {}
 
 
-def read_special(folder, config):
-    """Return {"eos_token": "</s>", ...}, the tokens with a role, and a set of all special texts.
+def read_special(folder, config):  # -> {"eos_token": "</s>", ...}, {text: settings}
+    """Return the tokens with a role, and all special texts, in the order of transformers.
 
     config: the content of tokenizer_config.json. Older folders name them in
     special_tokens_map.json, which as in transformers is read if tokenizer_config.json has no
-    added_tokens_decoder, and then comes first.
+    added_tokens_decoder, and then comes first. settings: as in an added_tokens_decoder.
     """
     sources = [config]
     if "added_tokens_decoder" not in config:
-        sources.append(read_optional(folder, "special_tokens_map.json"))
-    roles = {}
-    special = {ENDOFTEXT}
+        sources.append(read_optional(folder, SPECIAL_TOKENS_MAP))
+    by_role = dict.fromkeys(ROLES)
+    others = []
     for source in sources:
-        roles |= {role: token_text(source[role]) for role in ROLES if source.get(role)}
+        by_role |= {key: source[key] for key in source if key.endswith("_token") and source[key]}
         for key in ("additional_special_tokens", "extra_special_tokens"):
-            tokens = source.get(key) or []
-            tokens = tokens.values() if isinstance(tokens, dict) else tokens
-            special.update(map(token_text, tokens if hasattr(tokens, "__iter__") else []))
-    special.update(roles.values())
-    return roles, special - {None}
+            tokens = source.get(key)
+            if isinstance(tokens, dict):
+                others += tokens.values()
+            elif isinstance(tokens, list):
+                others += tokens
+    roles = {role: token_text(token) for role, token in by_role.items()}
+    special = {}
+    for token in [*by_role.values(), *others]:
+        text = token_text(token)
+        if text is not None:
+            special.setdefault(text, token if isinstance(token, dict) else {})
+    return roles, special
+
+
+def number_special(special, added, vocab):  # -> {text: AddedToken}, added with all of special
+    """Number the special tokens that no file gives an id, after all others, as transformers does.
+
+    special: {text: settings}. <|endoftext|> is special even where no file says so.
+    """
+    added = dict(added)
+    if ENDOFTEXT in added or ENDOFTEXT in vocab:
+        special = {ENDOFTEXT: {}} | special
+    for text, settings in special.items():
+        if text in added:
+            added[text] = added[text]._replace(is_special=True)
+            continue
+        if text in vocab and printable(text) == text:  # "Ġ" in the vocabulary is not the text "Ġ"
+            id = vocab[text]
+        else:
+            id = 1 + max([len(vocab) - 1, *(token.id for token in added.values())])
+        added |= parse_added({str(id): settings | {"content": text, "special": True}})
+    return added
+
+
+def read_chat_template(folder, config):  # -> Jinja, or None
+    """Read the chat template; of several with names, the one that is named default.
+
+    Raises ValueError, which names the file, if none is, or if a template is not text.
+    """
+    path = Path(folder, CHAT_TEMPLATE_FILE)
+    if path.is_file():
+        with naming(path):
+            check_file(path)
+            return path.read_text("utf-8") or None
+    template = config.get("chat_template")
+    entries = template if isinstance(template, list) else []
+    for entry in entries:
+        if isinstance(entry, dict) and entry.get("name") == "default":
+            template = entry.get("template")
+    if template is not None and not isinstance(template, str):
+        path = Path(folder, TOKENIZER_CONFIG)
+        expected = "a text, or a list of templates of which one is named default"
+        raise ValueError(f"{path}: chat_template must be {expected}")
+    return template or None
 
 
 def read_added(folder, config, special):  # -> the file that they are in, {text: AddedToken}

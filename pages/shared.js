@@ -2,7 +2,7 @@
 
 // What gpt2.probabilities does, over the likeliest tokens one by one and the others in groups.
 // next: top_logits, descending; tail_logits and tail_counts of the groups; top_k: 0 for all.
-function reweigh(next, temperature, top_k, top_p) {  // -> {probs of those shown, n_kept}
+function reweigh(next, temperature, top_k, top_p, min_p = 0) {  // -> {probs of those shown, n_kept}
   const n_shown = next.top_logits.length;
   let logits = [...next.top_logits, ...next.tail_logits];
   const counts = [...new Array(n_shown).fill(1), ...next.tail_counts], best = logits[0];
@@ -23,10 +23,19 @@ function reweigh(next, temperature, top_k, top_p) {  // -> {probs of those shown
   });
   const last = kept.findLastIndex((part) => part > 0);  // its equals stay as well
   for (let i = last + 1; i < n_shown && logits[i] === logits[last]; i++) kept[i] = 1;
+  logits.forEach((logit, i) => { if (Math.exp(logit) < min_p) kept[i] = 0; });  // the best one's is 0
   mass = mass.map((m, i) => m * kept[i]);
   total = mass.reduce((a, b) => a + b);
   kept.forEach((part, i) => n_kept += Math.round(part * counts[i]));
   return {probs: mass.slice(0, n_shown).map((m) => m / total), n_kept};
+}
+
+// What gpt2.penalize_repetition does, to the tokens that are shown: -> next, descending again.
+function penalize(next, seen, penalty) {  // next: also ids; seen: a Set of the text's ids
+  const logits = next.top_logits.map((logit, k) =>
+    !seen.has(next.ids[k]) ? logit : logit < 0 ? logit * penalty : logit / penalty);
+  const order = logits.map((_, k) => k).sort((a, b) => logits[b] - logits[a]);
+  return {...next, ids: order.map((k) => next.ids[k]), top_logits: order.map((k) => logits[k])};
 }
 
 const unhex = (text) => Uint8Array.from(text.match(/../g) ?? [], (pair) => parseInt(pair, 16));
@@ -74,6 +83,20 @@ const percent = (p) => p === 0 ? "0" : p < 0.00001 ? "< 0.001 %" :
   (100 * p).toFixed(p < 0.001 ? 3 : p < 0.0995 ? 1 : 0) + " %";
 const short = (x) => x >= 99.5 ? x.toFixed(0) : x.toPrecision(2);
 
+// A text is shown word by word, so that lines end between words, not between a word's tokens.
+const UNSPACED = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}]/u;  // no spaces
+function beginsWord(before, text) {  // texts of two tokens, null for what is not UTF-8
+  return /\s$/u.test(before ?? "") || /^\s+\S/u.test(text ?? "") || UNSPACED.test(text ?? "") ||
+    UNSPACED.test(before ?? "");
+}
+function addToken(box, [button, ...breaks], before, text) {
+  const last = box.lastElementChild;
+  const joins = last?.className === "word" && (!beginsWord(before, text) || /^\s+$/u.test(text ?? ""));
+  const word = joins ? last : box.appendChild(make("span", {class: "word"}));
+  word.append(button);
+  box.append(...breaks);
+}
+
 const $ = (id) => document.getElementById(id);
 function make(tag, attributes = {}, ...children) {  // text is only ever text, never HTML
   const element = document.createElement(tag);
@@ -92,7 +115,17 @@ function bar(name, parts, value, title = "") {  // parts: [[class, from 0 to 1],
   return [make("div", {class: "name mono", title}, name), track, make("div", {class: "value"}, value)];
 }
 
+// What outlives a reload, "localStorage" or only as long as the tab is open, "sessionStorage". A
+// browser may deny both; then it is kept as long as the page is open.
+const forgetful = new Map();
+function recall(storage, key) {  // -> a string or null
+  try { return window[storage].getItem(key); } catch { return forgetful.get(key) ?? null; }
+}
+function remember(storage, key, value) {
+  try { window[storage].setItem(key, value); } catch { forgetful.set(key, value); }
+}
+
 function authorization() {  // headers with the server's key, if it has one; a header holds bytes
-  const key = sessionStorage.getItem("api_key");
+  const key = recall("sessionStorage", "api_key");
   return key ? {authorization: "Bearer " + String.fromCharCode(...new TextEncoder().encode(key))} : {};
 }

@@ -43,7 +43,7 @@ async def tokenizer_info(request):
     encoder = request.app.state.encoder
     text = None if encoder.endoftext is None else encoder.decode([encoder.endoftext])
     names = ("bos_token", "eos_token", "pad_token")
-    return JSONResponse(dict.fromkeys(names, text) | {"chat_template": None})
+    return JSONResponse(dict.fromkeys(names, text) | {"chat_template": encoder.chat_template})
 
 
 # A thread of its own: a client who asks for much delays no completion. What still waits in its

@@ -17,16 +17,14 @@ from serving.protocol import (
     check_model,
     flag,
     number,
-    read_object,
     read_settings,
 )
 
 # --- Reading a request ----------------------------------------------------------------------------
 
 
-def read_chat(body, names, encoder, n_ctx):  # bytes -> Asked
+def read_chat(data, names, encoder, n_ctx):  # the body's object -> Asked
     """A chat's request. Its one prompt is the conversation, as much of its end as fits."""
-    data = read_object(body)
     check_model(data, names)
     refuse_what_is_not_text(data)
     n_most = read_most(data)

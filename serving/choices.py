@@ -71,8 +71,13 @@ class Choice:
         twin = self.twin
         return twin is None or twin.n_scored == len(self.prompt) or twin.row.end is not None
 
+    @property
+    def is_scoring(self):
+        return self.needs_states and 0 < self.n_scored < len(self.prompt)
+
     def begin(self):
-        if self.twin is not None:
+        """Takes over the prompt's scores, once."""
+        if self.twin is not None and not self.entries:
             self.entries = self.twin.entries[: len(self.prompt)]
             self.error = self.twin.error
 

@@ -27,6 +27,10 @@ DONE = {  # how a field is read, for the guide
     "echo": "completions only",
     "stream": "server-sent events",
     "stream_options": "include_usage",
+    "input": "of /v1/responses: a string or a list of messages, as in chats",
+    "instructions": "of /v1/responses: a system message before the others",
+    "max_output_tokens": "of /v1/responses: as max_tokens in chats",
+    "text": "of /v1/responses: its format must be text",
 }
 REFUSED = {  # name: the values that ask for nothing, besides null
     # OpenAI's
@@ -40,6 +44,13 @@ REFUSED = {  # name: the values that ask for nothing, besides null
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "web_search_options": (),
+    "background": (False,),
+    "conversation": (),
+    "include": ([],),
+    "max_tool_calls": (),
+    "previous_response_id": (),
+    "reasoning": ({},),
+    "truncation": ("auto",),
     # vLLM's
     "add_generation_prompt": (True,),
     "allowed_token_ids": ([],),

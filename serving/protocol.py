@@ -298,8 +298,9 @@ def usage(n_prompt, n_completion):
     return {"prompt_tokens": n_prompt, "completion_tokens": n_completion, "total_tokens": total}
 
 
-def server_sent(data):  # a dict, or "[DONE]" -> one event of a stream
+def server_sent(data, kind=None):  # a dict, or "[DONE]" -> one event of a stream
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
     for character in "\u0085\u2028\u2029":  # httpx and requests would end a line here
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return f"data: {text}\n\n".encode()
+    name = f"event: {kind}\n" if kind else ""
+    return f"{name}data: {text}\n\n".encode()

@@ -11,6 +11,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -228,3 +229,54 @@ def models(tmp_path_factory):
     params = random_params(np.random.default_rng(seed), TINY)
     utils.save_model(folder / "tiny", Encoder([]), TINY, params)
     return folder, params
+
+
+@pytest.fixture(scope="module")
+def params(models):
+    return models[1]
+
+
+# --- Servers; they need starlette -----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def serving(params, hparams=TINY, **options):
+    """A client of serve.py's application, whose tokens are bytes, in this process."""
+    from starlette.testclient import TestClient
+
+    import serve
+
+    app = serve.make_app("tiny", Encoder([]), hparams, params, **options)
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        yield client
+    assert not app.state.engine.thread.is_alive()
+
+
+@contextlib.contextmanager
+def on_a_port(app):  # -> (host, port)
+    """The application behind uvicorn, on a port of its own."""
+    import serve
+
+    with serve.listen("127.0.0.1", 0) as listening:
+        server = serve.server_of(app)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield listening.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def client(params):
+    with serving(params) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def address(params):
+    import serve
+
+    with on_a_port(serve.make_app("tiny", Encoder([]), TINY, params)) as address:
+        yield address

@@ -1,6 +1,7 @@
 """Added tokens and settings of tokenizers' files: the ids are those of the tokenizers library."""
 
 import json
+import re
 
 import pytest
 from conftest import TINY, call, random_params
@@ -97,14 +98,22 @@ def test_tokens_that_are_not_special_are_always_one_id(folder):
     assert N + 1 not in ours.encode(START)
 
 
-def test_the_rows_of_added_tokens_are_kept(rng, folder):
-    """They were cut off as padding where only added_tokens.json named the tokens."""
+ONLY_NAMED = [
+    {"added_tokens": {START: N, PAD: N + 1}},
+    {"added_tokens": {START: N}, "special_tokens_map": {"pad_token": PAD}},
+    {"special_tokens_map": {"pad_token": {"content": PAD}, "unk_token": START}},
+]
+
+
+@pytest.mark.parametrize("contents", ONLY_NAMED)
+def test_the_rows_of_added_tokens_are_kept(rng, folder, contents):
+    """They were cut off as padding where only older files named the tokens, with an id or not."""
     sizes = TINY | {"n_vocab": N + 2}
     params = random_params(rng, sizes)
     added = Encoder(SMALL.merges, SMALL.vocab, {ENDOFTEXT: N - 1, START: N, PAD: N + 1})
     utils.save_model(folder, added, sizes, params)
     SMALL.save(folder)
-    write_json(folder, added_tokens={START: N, PAD: N + 1})
+    write_json(folder, **contents)
     (folder / "tokenizer.json").unlink(missing_ok=True)
     encoder, hparams, loaded = utils.load_encoder_hparams_and_params(str(folder))
     assert (encoder.n_vocab, hparams["n_vocab"], len(loaded["wte"])) == (N + 2, N + 2, N + 2)
@@ -270,3 +279,91 @@ def test_an_exports_tokenizer_json_gives_our_ids(tmp_path, kind):
         assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
     again = get_encoder("", tmp_path)
     assert (again.added, again.piece_of_id) == (ours.added, ours.piece_of_id)
+
+
+TOKEN_SETTINGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+REFUSALS = r"takes its surroundings into account|add_bos_token is not|add_eos_token is not"
+
+
+def draw_tokens(data):  # -> {text: settings}
+    texts = st.lists(st.text("ab <|é", min_size=1, max_size=4), unique=True, max_size=3)
+    rarely = st.sampled_from([False] * 9 + [True])
+    tokens = {}
+    for text in [*data.draw(texts), *data.draw(st.sampled_from([[], [PAD], [START, PAD]]))]:
+        if "é" in text or text in SMALL.vocab:  # the library takes "é" for a byte spelled so
+            continue
+        flags = {name: data.draw(rarely) for name in ("lstrip", "rstrip", "single_word")}
+        flags |= {name: data.draw(st.booleans()) for name in ("normalized", "special")}
+        tokens[text] = flags
+    return tokens
+
+
+def write_decoder(folder, tokens, config):
+    """As transformers 4.34 and later: every token with its id and its settings."""
+    decoder = {N + i: {"content": text} | tokens[text] for i, text in enumerate(tokens)}
+    decoder[N - 1] = {"content": ENDOFTEXT, "special": True}
+    config["added_tokens_decoder"] = {str(id): decoder[id] for id in sorted(decoder)}
+
+
+def write_added_tokens(folder, tokens, config):
+    """As before that: ids in one file, roles and settings of special tokens in another."""
+    special = [text for text in tokens if tokens[text]["special"]]
+    roles = dict(zip(("bos_token", "pad_token", "mask_token"), special, strict=False))
+    settings = {text: {"content": text} | tokens[text] for text in special}
+    for text in special:
+        del settings[text]["special"]
+    special_tokens_map = {role: settings[text] for role, text in roles.items()}
+    without_id = [*roles.values()][1::2]
+    numbered = [text for text in tokens if text not in without_id]
+    added_tokens = {text: id for id, text in enumerate(numbered, N)}
+    write_json(folder, added_tokens=added_tokens, special_tokens_map=special_tokens_map)
+
+
+def write_roles(folder, tokens, config):
+    """Special tokens that have a role, but no id in any file."""
+    config |= dict(zip(("pad_token", "eos_token", "sep_token", "cls_token"), tokens, strict=False))
+
+
+def write_tokenizer_json(folder, tokens, config):
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    for text, flags in tokens.items():
+        theirs.add_tokens([transformers.AddedToken(text, **flags)])
+    theirs.backend_tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    "place", [write_decoder, write_added_tokens, write_roles, write_tokenizer_json]
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_settings_give_the_ids_of_transformers_or_are_refused(tmp_path_factory, place, data):
+    folder = tmp_path_factory.mktemp("fuzz")
+    SMALL.save(folder)
+    (folder / "tokenizer.json").unlink()
+    tokens = draw_tokens(data)
+    flags = ("add_prefix_space", "add_bos_token", "add_eos_token")
+    config = {"tokenizer_class": "GPT2Tokenizer"}
+    config |= {
+        name: data.draw(st.sampled_from([True, False]))
+        for name in data.draw(st.sets(st.sampled_from(flags)))
+    }
+    if end := data.draw(st.sampled_from([None, ENDOFTEXT, *tokens])):
+        config["eos_token"] = end
+    place(folder, tokens, config)
+    write_json(folder, tokenizer_config=config)
+    samples = st.lists(st.sampled_from([*tokens, "a", "b", " ", "  ", ENDOFTEXT, "é", "covid"]))
+    texts = ["".join(data.draw(samples)) for _ in range(4)]
+    try:
+        ours = get_encoder("", folder)
+    except ValueError as refusal:
+        is_plain = not any(t[key] for t in tokens.values() for key in TOKEN_SETTINGS[:3])
+        adds = config.get("add_bos_token") or config.get("add_eos_token")
+        assert re.search(REFUSALS, str(refusal)) and "\n" not in str(refusal)
+        assert adds or not is_plain
+        return
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.n_vocab == len(theirs) and ours.endoftext == theirs.eos_token_id
+    for text in texts:
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text, allow_endoftext=True) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False), text

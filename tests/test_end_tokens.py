@@ -9,10 +9,12 @@ from conftest import TINY, call, hugging_face, random_params
 import gpt2
 import kv_cache
 import utils
-from corpus.chat import encode_messages
+from corpus.chat import encode_messages, is_learned_answer
+from corpus.examples import load_examples
 from encoder import Encoder, get_encoder
 
 END, OTHER_END = "</s>", "<|im_end|>"
+TEMPLATE = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
 SPECIAL = {"<|endoftext|>": 256, END: 257, OTHER_END: 258}
 SIZES = TINY | {"n_vocab": 259}
 
@@ -155,6 +157,60 @@ def test_an_answer_to_learn_from_ends_with_the_models_end(folder):
     assert (asked, answered, answer[-1]) == (False, True, 258)
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, {"default": TEMPLATE, "rag": "{{ messages }}"}])
+@pytest.mark.parametrize("as_jinja", [True, False])
+def test_a_chat_template_is_read_wherever_transformers_saves_it(
+    folder, tmp_path, template, as_jinja
+):
+    """In files of their own, or in tokenizer_config.json; of several, the default one is kept."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    theirs.chat_template = template
+    theirs.save_pretrained(tmp_path / "theirs", save_jinja_files=as_jinja)
+    assert (tmp_path / "theirs" / "chat_template.jinja").is_file() == as_jinja
+    ours = get_encoder("theirs", tmp_path)
+    assert ours.chat_template == theirs.get_chat_template() == TEMPLATE
+    ours.save(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again.chat_template == TEMPLATE
+
+
+def test_the_file_of_a_chat_template_comes_first(folder):
+    transformers = pytest.importorskip("transformers")
+    write(folder, tokenizer_config={"chat_template": "{{ bos_token }}"})
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    assert get_encoder("", folder).chat_template == theirs.chat_template == TEMPLATE
+    with pytest.raises(ValueError, match="has chat_template.jinja, of another model"):
+        utils.check_target(folder)
+
+
+@pytest.mark.parametrize("template", [{"default": ""}, 7, [{"name": "rag", "template": ""}], ["x"]])
+def test_a_chat_template_that_is_none_is_refused(folder, template):
+    write(folder, tokenizer_config={"chat_template": template})
+    problem = r"tokenizer_config\.json: chat_template must be a text, or a list of templates "
+    with pytest.raises(ValueError, match=problem):
+        get_encoder("", folder)
+
+
+@pytest.mark.parametrize("end", ["", END, OTHER_END, "<|endoftext|>", f"{END} \n"])
+def test_an_end_at_the_end_of_an_answer_is_the_end(folder, tmp_path, end):
+    """In an example as in a conversation; elsewhere it is text."""
+    write(folder, config={"eos_token_id": [258, 257]})
+    encoder = get_encoder("", folder)
+    wanted = [*encoder.encode(f" {END}Ho"), 258]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "Hi", "completion": f" {END}Ho{end}"}))
+    [example], *_ = load_examples(str(path), encoder, 99)
+    assert example[2:].tolist() == wanted
+    messages = [{"role": "user", "content": "Hi"}]
+    messages.append({"role": "assistant", "content": f"{END}Ho{end}"})
+    (_, _), (answer, _) = encode_messages(messages, encoder)
+    assert answer == wanted
+    messages[1]["content"] = end
+    assert not is_learned_answer(messages[1], encoder)
+
+
 def test_the_server_ends_where_gpt2_ends_and_names_the_end(folder):
     serve = pytest.importorskip("serve", reason="starlette is not installed")
     testclient = pytest.importorskip("starlette.testclient")
@@ -162,6 +218,7 @@ def test_the_server_ends_where_gpt2_ends_and_names_the_end(folder):
     new_ids = greedy(params, Encoder([]).encode("It was"), 12)
     ends = [258, new_ids[5]]
     write(folder, config={"eos_token_id": ends})
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     encoder, hparams, params = utils.load_encoder_hparams_and_params(str(folder))
     wanted = gpt2.generate(encoder.encode("It was"), params, 2, 12, endoftext=ends)
     with testclient.TestClient(
@@ -170,6 +227,7 @@ def test_the_server_ends_where_gpt2_ends_and_names_the_end(folder):
         body = {"prompt": "It was", "max_tokens": 12, "temperature": 0}
         [choice] = client.post("/v1/completions", json=body).json()["choices"]
         assert (choice["text"], choice["finish_reason"]) == (encoder.decode(wanted), "stop")
-        assert client.get("/tokenizer_info").json()["eos_token"] == OTHER_END
+        about = client.get("/tokenizer_info").json()
+        assert (about["eos_token"], about["chat_template"]) == (OTHER_END, TEMPLATE)
         tokens = client.post("/tokenize", json={"prompt": f"a{OTHER_END}"}).json()["tokens"]
         assert tokens == [*encoder.encode("a"), 258]

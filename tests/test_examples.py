@@ -9,6 +9,7 @@ import pytest
 from conftest import TINY, call, call_trainer, hugging_face, random_params, slow
 
 from corpus.chat import (
+    CHAT_TEMPLATE,
     NEXT_TURN,
     check_messages,
     encode_conversation,
@@ -312,7 +313,7 @@ def test_a_conversation_that_is_too_long_forgets_what_a_chat_forgets(rng, tmp_pa
         assert is_learned(example[-n_answer:]).all()
         is_forgotten = len(ids) < n_ids(talk)
         n_forgotten += is_forgotten
-        assert (said == "1 example, 1 without their oldest messages, to fit") == is_forgotten
+        assert (said == "1 example, 1 without the oldest messages, to fit") == is_forgotten
     assert 9 < n_forgotten < 60
 
 
@@ -323,7 +324,7 @@ def test_a_conversation_whose_last_answer_is_too_long_keeps_the_answers_beginnin
     [example], said = load(tmp_path / "a.jsonl", {"messages": talk}, n_most=40)
     start = "System: S\nUser: U\nAssistant:"
     assert show(example, Encoder([])) == f"{start}[ {talk[-1]['content'][: 39 - len(start)]}]"
-    assert said == "1 example, 1 cut at the end to fit, 1 without their oldest messages, to fit"
+    assert said == "1 example, 1 cut at the end to fit, 1 without the oldest messages, to fit"
 
 
 def test_a_last_message_that_is_too_long_loses_its_beginning(tmp_path):
@@ -662,6 +663,21 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(tmp_path):
     write(tmp_path / "sums.jsonl", *2 * [{"prompt": "another", "completion": "example"}])
     code, _, complaint = call_trainer("--resume", out)
     assert code == 2 and "is not the text that" in complaint
+
+
+@pytest.mark.slow
+def test_a_model_that_is_finetuned_on_conversations_gets_their_template(tmp_path):
+    path = sums(tmp_path / "sums.jsonl")
+    talks = write(tmp_path / "talks.jsonl", *9 * [{"messages": TALK[1:3]}])
+    plain, talker = tmp_path / "plain", tmp_path / "talker"
+    code, _, complaint = call_trainer("--data", path, "--out", plain, "--n_steps", 10, *SMALL)
+    assert code == 0 and get_encoder("", plain).chat_template is None, complaint
+    flags = ["--init_from", plain, "--data", talks, "--n_steps", 10, "--batch_size", 4]
+    code, _, complaint = call_trainer(*flags, "--out", talker)
+    assert code == 0, complaint
+    last = talker / "checkpoints" / "00000010"
+    for folder in (talker, last):
+        assert get_encoder("", folder).chat_template == CHAT_TEMPLATE
 
 
 # --- kv_cache.py --chat --------------------------------------------------------------------------

@@ -367,6 +367,14 @@ def test_the_sliders_reshape_as_gpt2_does(opened, written, rng):
         probs = gpt2.probabilities(r["logits"][i], temperature, top_k, top_p)
         np.testing.assert_allclose(theirs["probs"], -np.sort(-probs), atol=1e-9)
         assert theirs["n_kept"] == np.sum(probs > 0)
+    for shares, top_p in (
+        ([0.5, 0.3, 0.2], 0.8),
+        ([0.6, 0.3, 0.1], 0.9),
+        ([0.4, 0.2, 0.2, 0.2], 0.6),
+    ):
+        shown = {"top_logits": np.log(shares).tolist(), "tail_logits": [], "tail_counts": []}
+        n_kept = js(opened, "reweigh(arguments[0], 1, 0, arguments[1])", shown, top_p)["n_kept"]
+        assert n_kept == np.sum(gpt2.probabilities(np.log(shares), 1, top_p=top_p) > 0)
     greedy = js(opened, "reshape(5, 0, 257, 1)")
     assert greedy["probs"][0] == 1 and greedy["n_kept"] == 1
 

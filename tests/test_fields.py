@@ -1,6 +1,5 @@
 """What a request's fields do, beside transformers' logits processors and OpenAI's definitions."""
 
-import contextlib
 import inspect
 import json
 import re
@@ -8,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPO, TINY, exclaiming
+from conftest import REPO, TINY, exclaiming, serving
 
 import gpt2
 import kv_cache
@@ -19,30 +18,12 @@ from starlette.testclient import TestClient  # noqa: E402
 
 import serve  # noqa: E402
 from serving import fields  # noqa: E402
-from serving.choices import Choice  # noqa: E402
+from serving.choices import Choice, choices_of  # noqa: E402
 from serving.protocol import read_completion, server_sent  # noqa: E402
 
 COMMANDS = gpt2.main, kv_cache.main  # which sample
 ENCODER = Encoder([])
 N_HEAD, N_CTX, END = TINY["n_head"], TINY["n_ctx"], 256
-
-
-@contextlib.contextmanager
-def serving(params, **options):
-    app = serve.make_app("tiny", ENCODER, TINY, params, **options)
-    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def params(models):
-    return models[1]
-
-
-@pytest.fixture(scope="module")
-def client(params):
-    with serving(params) as client:
-        yield client
 
 
 def ask(client, prompt, **asked):
@@ -326,11 +307,11 @@ def engine_of(params, **options):
     return serve.Engine(params, N_HEAD, metrics={}, **options)
 
 
-def queue(engine, n):  # a request for n texts
-    asked = read_completion(json.dumps({"prompt": ["a"] * n}).encode(), ["tiny"], ENCODER, N_CTX)
+def queue(engine, n, prompt="a", **asked):  # a request for n texts
+    body = json.dumps({"prompt": [prompt] * n} | asked).encode()
+    asked = read_completion(body, ["tiny"], ENCODER, N_CTX)
     state = SimpleNamespace(encoder=ENCODER, n_ctx=N_CTX, engine=engine)
-    choices = [Choice(asked, index, state, None) for index in range(n)]
-    engine.submit(asked, choices)
+    engine.submit(asked, choices_of(asked, state, None))
     return asked
 
 
@@ -353,3 +334,54 @@ def test_a_large_request_leaves_places_for_others(params):
     queue(engine, 3)
     with pytest.raises(serve.Refusal, match="texts wait already"):
         queue(engine, 1)
+
+
+LONG = {"max_tokens": 40, "temperature": 0, "ignore_eos": True}
+
+
+def running(engine, asked):
+    return [choice for choice in engine.begun.values() if choice.asked is asked]
+
+
+@pytest.mark.parametrize("prompt", ["One", "a common beginning, which is read once"])
+@pytest.mark.parametrize("n_before", [1, 5])
+@pytest.mark.parametrize("n_large", [4, 24])
+def test_a_small_request_begins_within_two_passes(params, prompt, n_large, n_before):
+    """Counted in passes: beside 4 texts, where there is room, and 24, where there is none."""
+    engine = engine_of(params, batch_size=8, max_waiting=256)
+    engine.send = lambda parts: None
+    how = LONG | {"max_tokens": min(40, N_CTX - len(prompt))}
+    large = queue(engine, n_large, prompt, **how)
+    choices = list(engine.waiting[large])
+    for _ in range(n_before):
+        engine.step()
+    for n_small in range(1, 4):
+        small = queue(engine, 2, f"{n_small}", max_tokens=3, ignore_eos=True)
+        engine.step()
+        engine.step()
+        assert any(choice.n_sampled for choice in running(engine, small))
+        assert len(engine.batch.rows) <= 8
+    ids = ENCODER.encode(prompt)
+    wanted = gpt2.generate(ids, params, N_HEAD, how["max_tokens"])
+    while engine.batch.rows or engine.n_waiting():
+        engine.step()
+    assert all(choice.row.ids == wanted for choice in choices)  # also those that were paused
+
+
+def test_requests_with_few_rows_do_not_take_them_from_one_another(params):
+    engine = engine_of(params, batch_size=4, max_waiting=256)
+    engine.send = lambda parts: None
+    asked = [queue(engine, 1, f"{n}", **LONG) for n in range(6)]
+    for _ in range(10):
+        engine.step()
+        assert [len(running(engine, one)) for one in asked] == [1, 1, 1, 1, 0, 0]
+    for n in (5, 6, 7):  # two rows each, and more that wait
+        pair = engine_of(params, batch_size=4, max_waiting=256)
+        pair.send = lambda parts: None
+        rich = [queue(pair, n, "ab", **LONG) for _ in range(2)]
+        pair.step()
+        poor = [queue(pair, 1, "c", **LONG) for _ in range(2)]
+        for _ in range(9):
+            pair.step()
+        counts = [len(running(pair, one)) for one in rich + poor]
+        assert counts == [1, 1, 1, 1], n

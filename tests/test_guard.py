@@ -11,10 +11,9 @@ import sys
 import time
 
 import pytest
-from conftest import REPO, TINY, on_linux
+from conftest import REPO, TINY, on_linux, serving
 
 pytest.importorskip("starlette", reason="starlette is not installed")
-from starlette.testclient import TestClient  # noqa: E402
 
 import serve  # noqa: E402
 from encoder import Encoder  # noqa: E402
@@ -23,18 +22,6 @@ from serving import guard  # noqa: E402
 PAGE = "https://chat.example"
 PREFLIGHT = {"access-control-request-method": "POST"}
 PREFLIGHT |= {"access-control-request-headers": "authorization,content-type"}
-
-
-@pytest.fixture(scope="module")
-def params(models):
-    return models[1]
-
-
-@contextlib.contextmanager
-def serving(params, **options):
-    app = serve.make_app("tiny", Encoder([]), TINY, params, **options)
-    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
-        yield client
 
 
 # --- Pages of other origins -----------------------------------------------------------------------

@@ -185,6 +185,7 @@ def test_every_small_file_that_is_read_is_fetched(server, tiny, rng, tmp_path):
         "generation_config.json": {"eos_token_id": [258, 10]},
     }.items():
         (tmp_path / "m" / name).write_text(json.dumps(content))
+    (tmp_path / "m" / "chat_template.jinja").write_text("{{ messages }}")
     server.repositories["some/added"] = files_of(tmp_path / "m")
     encoders = [
         utils.load_encoder_hparams_and_params(name)[0]
@@ -192,7 +193,7 @@ def test_every_small_file_that_is_read_is_fetched(server, tiny, rng, tmp_path):
     ]
     assert set(fetched(server)) == set(server.repositories["some/added"])
     for encoder in encoders:
-        assert encoder.end_ids == (258, 10)
+        assert encoder.end_ids == (258, 10) and encoder.chat_template == "{{ messages }}"
         assert encoder.encode("a covid<|pad|>", allow_endoftext=True) == [64, 220, 259, 257]
     assert encoders[0].added == encoders[1].added
 

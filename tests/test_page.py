@@ -5,10 +5,10 @@ import time
 
 import numpy as np
 import pytest
-from conftest import TINY, random_params
+from conftest import GPT2_FILES, TINY, on_a_port, random_params
 
 import gpt2
-from encoder import Encoder
+from encoder import Encoder, get_encoder
 from model_files.vocabulary import printable_bytes
 from pages.predictions import bytes_of
 
@@ -17,7 +17,7 @@ pytest.importorskip("selenium", reason="selenium is not installed")
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 from test_explain import HOSTILE, browser, click, emulate, every, js, parts  # noqa: E402, F401
 from test_play import silenced  # noqa: E402
-from test_serve import ENCODER, on_a_port  # noqa: E402
+from test_serve import ENCODER  # noqa: E402
 
 import serve  # noqa: E402
 
@@ -55,6 +55,7 @@ def page(browser, address):  # noqa: F811
     wait(browser, "state.n_ctx > 0")
     js(browser, "sessionStorage.clear()")
     yield browser
+    js(browser, "localStorage.clear()")
     resources = js(browser, "performance.getEntriesByType('resource').map(e => e.name)")
     assert all(name.startswith(address) for name in resources)
     assert browser.get_log("browser") == []
@@ -167,16 +168,31 @@ def test_sliders_act_at_once_as_gpt2_does(page, params, rng):
         for _ in range(4):
             how = {"temperature": float(rng.choice([0.3, 1, 2]))}
             how |= {"top_k": int(rng.choice([1, 7, 100, 0])), "top_p": float(rng.choice([0.5, 1]))}
+            how |= {"min_p": float(rng.choice([0, 0.03, 0.5]))}
+            penalty = float(rng.choice([1, 1.3, 2]))
             for name, value in how.items():
-                slide(page, name, value or 101)
-            probs = gpt2.probabilities(logits, **how)
+                slide(page, name, 101 if name == "top_k" and value == 0 else value)
+            slide(page, "repetition_penalty", penalty)
+            penalized = gpt2.penalize_repetition(logits, ids[:i], penalty)
+            probs = gpt2.probabilities(penalized, **how)
             shown, theirs = alternatives(page)
             np.testing.assert_allclose(theirs, probs[shown], rtol=0.01, atol=1e-9)
-            assert set(np.argsort(-logits)[:12].tolist()) | {ids[i]} == set(shown)
+            assert set(np.argsort(-penalized)[:12].tolist()) | {ids[i]} == set(shown)
             assert f"{np.sum(probs > 0)} of 257 tokens" in every(page, "#kept")[0]
         assert js(page, "performance.getEntriesByType('resource').length") == n_asked
+    slide(page, "repetition_penalty", 1)
     slide(page, "temperature", 0)  # only the likeliest, which the model may also have said
     assert alternatives(page)[1][:2] == [1, 0]
+
+
+def test_what_is_written_follows_every_slider(page, params):
+    ids = ENCODER.encode("One way,")
+    slide(page, "repetition_penalty", 1.5)
+    slide(page, "min_p", 0.2)
+    write(page, "One way,", 30)
+    assert js(page, CHOSEN) == ids + gpt2.generate(ids, params, N_HEAD, 30, repetition_penalty=1.5)
+    assert every(page, "#repetition_penalty + output") == ["1.5"]
+    assert js(page, "[settings().min_p, settings().repetition_penalty]") == [0.2, 1.5]
 
 
 def test_branches_stay_and_can_be_returned_to(page, params):
@@ -230,6 +246,150 @@ def test_stop_and_continue(page, params, app, monkeypatch):
     click(page, "#continue")
     wait_for_end(page)
     assert js(page, CHOSEN) == start + greedy(params, start, n_written - len(start) + 20)
+
+
+def reopen(page):
+    page.refresh()
+    wait(page, "state.n_ctx > 0 && !state.writing")
+
+
+def test_branches_survive_a_reload(page):
+    write(page, "One wäy,", 12)
+    choose(page, 10)
+    click(page, "#next .pick:not(.here)", 3)
+    wait_for_end(page)
+    click(page, "#branches button", 1)
+    before = js(page, CHOSEN), every(page, "#branches button"), every(page, "#tokens .token")
+    shades = parts(page, "shown.map(node => node.button)")
+    reopen(page)
+    wait(page, "shown.length > 0")
+    assert (js(page, CHOSEN), every(page, "#branches button")) == before[:2]
+    assert every(page, "#tokens .token") == before[2]
+    np.testing.assert_allclose(parts(page, "shown.map(node => node.button)"), shades, atol=0.002)
+    click(page, "#branches button", 2)
+    assert js(page, CHOSEN) != before[0]
+    click(page, "#continue")
+    wait_for_end(page)
+    click(page, "#forget")
+    assert js(page, "[root.children.length, $('branches').textContent]") == [0, ""]
+    reopen(page)
+    assert js(page, "root.children.length") == 0 and every(page, "#tokens .token") == []
+
+
+def test_what_is_kept_is_bounded_and_begins_with_the_shown_text(page):
+    write(page, "One", 5)
+    shown = js(page, CHOSEN)
+    grown = """(() => { for (let i = 0; i < 60; i++) { let node = root;
+        for (let j = 0; j < 300; j++) node = grow(node, j ? i : 300 + i, 1); } keepTree();
+        return JSON.parse(localStorage.getItem("tree")).nodes.length; })()"""
+    n_kept = js(page, grown)
+    assert n_kept <= js(page, "MOST_KEPT") < 60 * 300
+    reopen(page)
+    wait(page, "shown.length > 0")
+    assert js(page, CHOSEN) == shown
+    assert js(page, "root.children.at(-1).id") == 359  # the newest
+
+
+RUBBISH = ["", "no JSON", "null", "[]", '{"model": 1}', '{"nodes": {}}',
+           '{"model": MODEL, "leaf": 9, "nodes": [[7, 1, 1, true]], "pieces": {}}',
+           '{"model": MODEL, "leaf": 0, "nodes": [[-1, "<b>", 1, true]], "pieces": {}}',
+           '{"model": MODEL, "leaf": 0, "nodes": [[-1, 1, null, true], [0]], "pieces": {}}',
+           '{"model": MODEL, "leaf": 0, "nodes": [[-1, 1, 1, true]], "pieces": 3, "nodes": 4}',
+           '{"model": "another, 400", "leaf": 0, "nodes": [[-1, 1, 1, true]], "pieces": {}}',
+           ]  # fmt: skip
+
+
+def test_rubbish_in_the_storage_is_ignored(page):
+    for text in RUBBISH:
+        text = text.replace("MODEL", js(page, "JSON.stringify(state.model)"))
+        page.execute_script("localStorage.setItem('tree', arguments[0])", text)
+        reopen(page)
+        assert js(page, "root.children.length") == 0, text
+    write(page, "One", 5)
+    assert len(js(page, CHOSEN)) == 8
+
+
+@pytest.mark.parametrize("how", ["denied", "full"])
+def test_the_page_works_without_a_storage(browser, address, how):  # noqa: F811
+    broken = {
+        "denied": "Object.defineProperty(window, NAME, {get() { throw new DOMException('no'); }});",
+        "full": "Storage.prototype.setItem = () => { throw new DOMException('full'); };",
+    }[how]
+    source = "".join(broken.replace("NAME", f"'{n}Storage'") for n in ("local", "session"))
+    script = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+    try:
+        browser.get(address)
+        wait(browser, "state.n_ctx > 0")
+        browser.get_log("browser")
+        write(browser, "One", 5)
+        assert len(js(browser, CHOSEN)) == 8 and len(every(browser, "#branches button")) == 1
+        assert browser.get_log("browser") == []
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
+def test_lines_end_between_words(page):
+    """On a phone, of tokens that are bytes; a word longer than a line is broken all the same."""
+    emulate(page, 360)
+    words = "But soft, what light through yonder window breaks? It is the east, " * 3
+    long = "a" * 90
+    write(page, words + long, 1)
+    tops = js(page, "shown.map(node => Math.round(node.button.getBoundingClientRect().top))")
+    text = words + long
+    for i in range(1, len(words)):
+        if tops[i] != tops[i - 1]:
+            assert text[i - 1] == " ", text[i - 10 : i + 10]
+    assert len(set(tops[len(words) : len(text)])) > 1
+    assert js(page, "document.documentElement.scrollWidth") <= 360
+    right = js(page, "Math.max(...shown.map(n => n.button.getBoundingClientRect().right))")
+    assert right <= js(page, "$('tokens').getBoundingClientRect().right")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (GPT2_FILES / "encoder.json").is_file(),
+    reason=f"GPT-2's tokenizer files are not in {GPT2_FILES} (set SIXTYGPT_DATA)",
+)
+def test_gpt2s_own_tokens(browser, rng):  # noqa: F811
+    """50257 of them: what is shown, what the sliders do, words, branches, a reload."""
+    encoder = get_encoder(GPT2_FILES.name, GPT2_FILES.parent)
+    hparams = TINY | {"n_vocab": 50257, "n_ctx": 128}
+    params = random_params(rng, hparams)
+    app = serve.make_app("gpt2", encoder, hparams, params)
+    text = "Hello, unbelievably long-winded world! 你好 🙂\n\tdef f(x):"
+    ids = encoder.encode(text)
+    with on_a_port(app) as (host, port):
+        emulate(browser, 360)
+        browser.get(f"http://{host}:{port}/")
+        wait(browser, "state.n_ctx > 0")
+        browser.get_log("browser")
+        write(browser, text, 20)
+        new = gpt2.generate(ids, params, N_HEAD, 20)
+        assert js(browser, CHOSEN) == ids + new
+        shown = js(browser, "shown.map(node => Array.from(bytesOf(node.id)))")
+        assert bytes(sum(shown[: len(ids)], [])).decode() == text
+        i = len(ids) + 3
+        choose(browser, i)
+        logits = gpt2.gpt2((ids + new)[:i], **params, n_head=N_HEAD)[-1]
+        for how in ({"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.5}, {"min_p": 0.2}):
+            how = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0} | how
+            for name, value in how.items():
+                slide(browser, name, value)
+            places, theirs = alternatives(browser)
+            probs = gpt2.probabilities(logits, **how)
+            np.testing.assert_allclose(theirs, probs[places], rtol=0.02, atol=1e-9)
+        assert "of 50257 tokens" in every(browser, "#kept")[0]
+        slide(browser, "min_p", 0)
+        other = next(id for id in places if id != new[3])
+        click(browser, f"#next [data-id='{other}']")
+        wait_for_end(browser)
+        assert js(browser, CHOSEN)[: i + 1] == [*ids, *new[:3], other]
+        chosen, names = js(browser, CHOSEN), every(browser, "#tokens .token")
+        reopen(browser)
+        wait(browser, "shown.length > 0")
+        assert (js(browser, CHOSEN), every(browser, "#tokens .token")) == (chosen, names)
+        assert js(browser, "document.documentElement.scrollWidth") <= 360
+        assert browser.get_log("browser") == []
 
 
 def test_a_full_text_says_so(page):

@@ -6,14 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import TINY, exclaiming, random_params
+from conftest import TINY, exclaiming, random_params, serving
 
 import gpt2
 from encoder import Encoder
 from pages.predictions import predictions
 
 pytest.importorskip("starlette", reason="starlette is not installed")
-from test_serve import serving  # noqa: E402
 
 N_HEAD = TINY["n_head"]
 
@@ -80,12 +79,6 @@ def test_a_large_vocabularys_tail_keeps_its_sum_under_any_temperature(rng):
             hot = {n: found[n] / temperature for n in ("top_logits", "tail_logits")}
             probs = gpt2.probabilities(logits[i], temperature)[found["top_ids"][row]]
             np.testing.assert_allclose(softmax_of(found | hot, row), probs, rtol=0.01)
-
-
-@pytest.fixture(scope="module")
-def client(models):
-    with serving(models[1]) as client:
-        yield client
 
 
 def test_predictions_are_served(client, models):

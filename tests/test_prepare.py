@@ -58,15 +58,16 @@ def make(*args, **kwargs):
 
 
 def split_plainly(data, separator=ENDOFTEXT):
-    """The documents of a text, line by line, without the empty ones."""
+    """The documents of a text, line by line, then at <|endoftext|>; without the empty ones."""
     documents, document = [], b""
     for line in re.findall(rb"[^\n]*\n|[^\n]+", data):
-        if line.removesuffix(b"\n").removesuffix(b"\r") == separator.encode():
+        if line.removesuffix(b"\n").removesuffix(b"\r").decode() in (separator, ENDOFTEXT):
             documents.append(document)
             document = b""
         else:
             document += line
-    return [document for document in [*documents, document] if document]
+    within = [document.split(ENDOFTEXT.encode()) for document in [*documents, document]]
+    return [document for parts in within for document in parts if document]
 
 
 def ids_of(documents, encoder=None):
@@ -141,6 +142,11 @@ lines = st.sampled_from(
         ENDOFTEXT + "\r",
         " " + ENDOFTEXT,
         ENDOFTEXT + " ",
+        f"one{ENDOFTEXT}two",
+        f"one{ENDOFTEXT}",
+        f"{ENDOFTEXT}two{ENDOFTEXT}{ENDOFTEXT}",
+        "word" * 30 + ENDOFTEXT,
+        "<|endoft",
         "",
         "\r",
         "word" * 9,
@@ -289,7 +295,7 @@ def test_one_reader_gives_the_documents_of_any_format(tmp_path_factory, rows, n_
     options = replace(OPTIONS, shard_bytes=n_span)
     for name in ("a.jsonl", "b.JSON.gz", "c.rows"):
         found = documents.read_documents(folder / name, options, json_lines=name == "c.rows")
-        assert list(found) == [row for row in rows if row]
+        assert list(found) == [part for row in rows for part in row.split(ENDOFTEXT) if part]
     found = list(documents.read_documents(folder / "d.md", options))
     assert found == [document.decode() for document in split_plainly(text.encode())]
     assert len(os.listdir(folder)) == 4
@@ -424,7 +430,7 @@ def test_folders_globs_and_their_order(tmp_path):
 
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 1000, 40000])
 def test_one_document_is_cut_at_nine_tenths(tmp_path, n):
-    text = ("é" * n)[: n - n // 3] + f"x{ENDOFTEXT}" * (n // 30)  # no line of its own
+    text = ("é" * n)[: n - n // 3] + "x<|endoftext>" * (n // 30)  # that is no separator
     line = f"\n{ENDOFTEXT}\n".encode()
     for name, packed in (
         ("a.txt", text.encode()),

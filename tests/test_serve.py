@@ -19,7 +19,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPO, TINY, call, exclaiming, hugging_face, on_linux
+from conftest import (
+    REPO,
+    TINY,
+    call,
+    exclaiming,
+    hugging_face,
+    on_a_port,
+    on_linux,
+    random_params,
+    serving,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,11 +43,11 @@ from generation.rows import Row
 from generation.stops import sort_stops, until_stop
 
 pytest.importorskip("starlette", reason="starlette is not installed")
-from starlette.testclient import TestClient  # noqa: E402
 
 import serve  # noqa: E402
 from serving import answers as answers_module  # noqa: E402
 from serving import connections, guard  # noqa: E402
+from serving import weights as server_weights  # noqa: E402
 from serving.choices import Choice, log_probs_of  # noqa: E402
 from serving.metrics import new_metrics  # noqa: E402
 from serving.protocol import read_settings  # noqa: E402
@@ -45,46 +55,6 @@ from serving.protocol import read_settings  # noqa: E402
 N_HEAD, N_CTX, END = TINY["n_head"], TINY["n_ctx"], 256
 ENCODER = Encoder([])  # every byte a token
 LETTERS = {str(id): 100 for id in ENCODER.encode("ABCDEFGHIJKLMNOPQRSTUVWXYZ")}  # a bias to them
-
-
-@contextlib.contextmanager
-def serving(params, hparams=TINY, **options):
-    """A client of the application, in this process."""
-    app = serve.make_app("tiny", ENCODER, hparams, params, **options)
-    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
-        yield client
-    assert not app.state.engine.thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def params(models):
-    return models[1]
-
-
-@pytest.fixture(scope="module")
-def client(params):
-    with serving(params) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def address(params):
-    """The same application behind uvicorn, on a port of its own."""
-    with on_a_port(serve.make_app("tiny", ENCODER, TINY, params)) as address:
-        yield address
-
-
-@contextlib.contextmanager
-def on_a_port(app):
-    with serve.listen("127.0.0.1", 0) as listening:
-        server = serve.server_of(app)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield listening.getsockname()
-        finally:
-            server.should_exit = True
-            thread.join(30)
 
 
 def ask(client, prompt, **fields):
@@ -1361,6 +1331,105 @@ def test_a_port_in_use_is_one_line(models):
     assert (code, out) == (2, "") and "in use" in err and err.count("\n") == 1
     code, out, err = call("serve.py", "--model_size", "tiny", "--batch_size", 0)
     assert (code, out) == (2, "") and err.startswith("error: batch_size")
+
+
+@on_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--noprefix_cache"]], ids=str)
+def test_texts_that_have_ended_hold_no_memory(rng, tmp_path, flags):
+    """Of a request for a thousand long texts, only --batch_size and the kept ones hold caches."""
+    hparams = TINY | {"n_ctx": 256, "n_embd": 64, "n_layer": 4}
+    utils.save_model(tmp_path / "long", ENCODER, hparams, random_params(rng, hparams))
+    flags = ["--model_size", tmp_path / "long", "--batch_size", 4, *flags]
+    prompts = [bytes(row).decode() for row in rng.integers(97, 123, (1024, 255)).tolist()]
+    sizes = []
+    with started(*flags) as (server, address):
+        with contextlib.closing(post(address, {"prompt": prompts[0], "max_tokens": 1})) as first:
+            assert first.makefile("rb").readline().startswith(b"HTTP/1.1 200")
+        before = resident(server)
+        with contextlib.closing(post(address, {"prompt": prompts, "max_tokens": 1})) as whole:
+            reader = ThreadPoolExecutor(1)
+            done = reader.submit(lambda: whole.makefile("rb").readline())
+            while not done.done():
+                sizes.append(resident(server))
+                time.sleep(0.05)
+        assert done.result().startswith(b"HTTP/1.1 200")
+    row_bytes = hparams["n_layer"] * 2 * hparams["n_embd"] * hparams["n_ctx"] * 4
+    n_rows = 4 + prefix_cache.MAX_ROWS * ("--noprefix_cache" not in flags)
+    assert max(sizes) - before < n_rows * row_bytes + 64 * 2**20 < 1024 * row_bytes / 4
+
+
+def test_a_small_model_is_copied(models, tmp_path):
+    """Whatever becomes of its file, for a map of a shortened file kills the process."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(models[0] / "tiny", folder)
+    params = server_weights.copied(utils.load_encoder_hparams_and_params(str(folder))[2])
+    os.truncate(folder / "model.safetensors", 0)
+    assert gpt2.generate([1], params, N_HEAD, 4) == gpt2.generate([1], models[1], N_HEAD, 4)
+
+
+LARGE = """
+import serve
+from plumbing.cli import run_cli
+from serving import weights
+
+weights.MOST_COPIED = 0
+run_cli(serve.main)
+"""
+
+
+@on_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_model_that_is_shortened_under_a_server(models, tmp_path, is_large):
+    """A small one is served all the same; a large one ends the server, which says why."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(models[0] / "tiny", folder)
+    program = ["-c", LARGE] if is_large else [str(REPO / "serve.py")]
+    command = [sys.executable, *program, "--model_size", str(folder), "--port", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    server = subprocess.Popen(command, cwd=REPO, **pipes)
+    try:
+        host, port = server.stdout.readline().decode().split("http://")[1].split(":")
+        assert completes((host, int(port)))
+        os.truncate(folder / "model.safetensors", 100)
+        if is_large:
+            _, err = server.communicate(timeout=20)
+            assert server.returncode == 1
+            assert err.startswith(b"error: ") and b"was changed" in err and err.count(b"\n") == 1
+        else:
+            time.sleep(3)
+            assert completes((host, int(port)))
+    finally:
+        server.kill()
+        server.communicate()
+
+
+@pytest.mark.slow
+def test_the_server_starts_without_a_stdout():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, str(REPO / "serve.py"), "--model_size", "shakespeare"]
+    command += ["--port", str(port)]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    try:
+        until(lambda: is_open(("127.0.0.1", port)))
+        assert completes(("127.0.0.1", port))
+    finally:
+        server.terminate()
+        _, err = server.communicate(timeout=30)
+    assert err == b""
+
+
+def completes(address):
+    with contextlib.closing(post(address, {"prompt": "One", "max_tokens": 3})) as connection:
+        return connection.makefile("rb").readline().startswith(b"HTTP/1.1 200")
+
+
+def is_open(address):
+    with contextlib.suppress(OSError), connect(address):
+        return True
+    return False
 
 
 @on_linux

@@ -5,19 +5,28 @@ import gzip
 import json
 import lzma
 import os
+import re
+import tempfile
+from dataclasses import replace
 
 import conftest
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from corpus import documents, examples, texts
-from corpus.documents import Span
+import encoder as encoder_module
+from corpus import documents, examples, jobs, texts
+from corpus.documents import Options, Span
 from corpus.shards import open_shards
 from encoder import ENDOFTEXT, Encoder
 from evaluate import load_ids
+from model_files.vocabulary import BYTE_OF_CHAR
 from training.text import load_text, load_tokens
 
-SHADOWS = ("threading", "json", "regex", "tempfile", "signal", "numpy")  # what a worker imports
+OPTIONS = Options(val_fraction=0.0, last_fraction=0.0)
+BYTES = Encoder([])
+SMALL = encoder_module.train((conftest.REPO / "gpt2.py").read_text("utf-8"), 400)
 
 
 def test_a_file_that_became_shorter_ends_the_count_of_its_lines(tmp_path):
@@ -40,23 +49,15 @@ def test_zst_with_the_longest_window(tmp_path):
     assert list(documents.read_documents(path)) == ["Once upon a time.\n"]
 
 
-def shadow_modules(folder):
-    """Modules of the standard library's names, each of which says that it was executed."""
-    for name in SHADOWS:
-        (folder / f"{name}.py").write_text(
-            f"import pathlib\npathlib.Path({str(folder / 'executed')!r}).write_text({name!r})\n"
-        )
-
-
-def test_workers_execute_nothing_of_the_current_folder(tmp_path):
-    shadow_modules(tmp_path)
-    (tmp_path / "text.txt").write_text("Once upon a time.\n" * 100)
-    args = ["text.txt", "--out", "s", "--shard_mb", "0.0002", "--workers", 2]
-    before = dict(os.environ)
-    code, _, err = conftest.run("prepare.py", *args, cwd=tmp_path)
-    assert code == 0, err
-    assert not (tmp_path / "executed").exists(), (tmp_path / "executed").read_text()
-    assert dict(os.environ) == before
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_a_file_that_became_shorter_is_an_error_and_not_an_end(tmp_path, ending):
+    path = tmp_path / f"short.{ending}"
+    path.write_text('{"text": "Once upon a time."}\n' * 9)
+    source = documents.describe(str(path))
+    (span,) = documents.cut_source(0, source, documents.Options(), str(tmp_path))
+    os.truncate(path, 60)
+    with pytest.raises(ValueError, match=rf"short\.{ending}: .*the file became shorter"):
+        list(documents.read_span(span, documents.Options()))
 
 
 REFUSED = {
@@ -122,6 +123,82 @@ def test_endoftext_separates_within_a_line_and_one_document_has_none(tmp_path):
     path.write_text("one\ntwo\n")
     arrays, _ = load_tokens(str(path))
     assert [*arrays["train"][0], *arrays["val"][0]] == encode("one\ntwo\n")
+
+
+def prepared(path, options=OPTIONS, encoder=BYTES):  # -> ids, as prepare.py's workers encode them
+    ids = []
+    with tempfile.TemporaryDirectory() as folder:
+        for span in documents.cut_source(0, documents.describe(str(path)), options, folder):
+            for parts in documents.read_span(span, options):
+                mended, _ = documents.mend([part.text for part in parts])
+                ends = [part.ends for part in parts]
+                ids += jobs.encode(mended, ends, encoder, np.dtype("<u2")).tolist()
+    return ids
+
+
+def split_plainly(data):  # -> [documents], line by line, then at <|endoftext|>
+    kept = [
+        b"\0" if line.rstrip(b"\n").removesuffix(b"\r") == END else line
+        for line in re.findall(rb"[^\n]*\n|[^\n]+", data)
+    ]
+    return list(filter(None, b"".join(kept).replace(END, b"\0").split(b"\0")))
+
+
+END = ENDOFTEXT.encode()
+PIECES = [b"Once", b" upon", b" ", b"\n", b"\r\n", b"\r", "é€😀".encode(), b"\xef\xbb\xbf"]
+PIECES += [
+    b"\xff",
+    b"\xe2\x82",
+    b"\x80",
+    END,
+    b"\n" + END + b"\n",
+    b"\r\n" + END + b"\r\n",
+    b"<|endof",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=40), st.booleans(), st.integers(20, 90))
+@settings(max_examples=150, deadline=None, database=None, print_blob=True)
+def test_any_bytes_give_the_same_ids_for_every_command(tmp_path_factory, pieces, packed, n_block):
+    data = b"".join(pieces)
+    wanted = split_plainly(data)
+    assume(wanted)
+    path = tmp_path_factory.getbasetemp() / ("any.txt.gz" if packed else "any.txt")
+    path.write_bytes(gzip.compress(data) if packed else data)
+    ids = []
+    for document in wanted:
+        ids += [*BYTES.encode(document.decode(errors="replace")), 256]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "BLOCK", n_block)
+        patch.setattr(documents, "notice", lambda text: None)
+        assert prepared(path, replace(OPTIONS, shard_bytes=n_block)) == ids
+        arrays, _ = load_tokens(str(path))
+        measured, _, _ = load_ids(str(path), BYTES)
+    if len(wanted) == 1:
+        ids.pop()  # a single text has no <|endoftext|> there
+    assert np.concatenate([*arrays["train"], *arrays["val"]]).tolist() == ids
+    assert measured.tolist() == [256, *ids]
+
+
+@given(
+    st.lists(
+        st.sampled_from(["Once", " upon", " ", "  ", "\n\nAnd", "'s", "é", ENDOFTEXT]), max_size=30
+    )
+)
+@settings(max_examples=150, deadline=None, database=None, print_blob=True)
+def test_endoftext_in_a_line_has_its_id_as_in_tiktoken(tmp_path_factory, pieces):
+    tiktoken = pytest.importorskip("tiktoken")
+    text = "a" + ENDOFTEXT.join(filter(None, "".join(pieces).split(ENDOFTEXT))) + "z" + ENDOFTEXT
+    ranks = dict(SMALL.vocab)
+    del ranks[ENDOFTEXT]
+    ranks = {bytes(map(BYTE_OF_CHAR.get, piece)): id for piece, id in ranks.items()}
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    theirs = tiktoken.Encoding(
+        "small", pat_str=pattern, mergeable_ranks=ranks, special_tokens={ENDOFTEXT: SMALL.endoftext}
+    )
+    path = tmp_path_factory.getbasetemp() / "inline.txt"
+    path.write_text(text, newline="")
+    assert prepared(path, encoder=SMALL) == theirs.encode(text, allowed_special="all")
 
 
 @pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json", "a.jsonl.gz"])

@@ -655,6 +655,7 @@ def test_enormous_sizes_cost_nothing(saved, change):
 
 NAMES_OF_TEXTS = ["config.json", "vocab.json", "merges.txt", "tokenizer.json"]
 NAMES_OF_TEXTS += ["added_tokens.json", "special_tokens_map.json", "generation_config.json"]
+NAMES_OF_TEXTS += ["chat_template.jinja"]
 
 
 @pytest.mark.parametrize("name", [*NAMES_OF_TEXTS, "index"])

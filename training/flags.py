@@ -267,11 +267,11 @@ Options = collections.namedtuple("Options", [flag.name for flag in FLAGS if flag
 
 HELP = """Train a GPT-2 on a text or on token shards, and save it as a model folder.
 
-The last tenth of a text is kept for validation. Losses, in nats per token, are printed as they
-are measured, with a sample. Whenever the validation loss is the best so far, the model is saved
-to `out`, in place of the one before: whatever happens later, the best one is kept. Ctrl-C and
-SIGTERM end a run after the current steps, with a checkpoint. Beside the model are metrics.jsonl
-and loss.png, which show how it went.
+The last tenth of a text is kept for validation; of examples, a tenth that is drawn at random.
+Losses, in nats per token, are printed as they are measured, with a sample. Whenever the validation
+loss is the best so far, the model is saved to `out`, in place of the one before: whatever happens
+later, the best one is kept. Ctrl-C and SIGTERM end a run after the current steps, with a
+checkpoint. Beside the model are metrics.jsonl and loss.png, which show how it went.
 {about}
 A recipe sets each of the flags from n_layer to seed except eval_tasks, and may set data. A flag
 that you type replaces the recipe's value. The recipes are in training/recipes.py.

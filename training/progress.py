@@ -73,15 +73,15 @@ def flops_per_token(hparams, n_ctx, flops_per_param=6):
     return flops_per_param * n_params + 12 * hparams["n_layer"] * hparams["n_embd"] * n_ctx
 
 
-def make_log(out, run, n_done, machine, flops, learning_rate, tensorboard=False, flops_per_param=6):
+def make_log(out, run, n_done, machine, flops, learning_rate, tensorboard=False):
     """-> log(values), which adds a line to out/metrics.jsonl and returns what the bar shows.
 
     run: the run's number; n_done: the steps done; flops: FLOP per token; learning_rate(n_done): the
-    next step's; flops_per_param: as in flops_per_token.
+    next step's.
     """
     print(
         f"{machine.name}, {machine.peak / 1e12:.3g} TFLOP/s ({machine.source}); "
-        f"a token takes {flops / 1e6:.4g} MFLOP ({flops_per_param} N + 12 L E T)"
+        f"{flops / 1e6:.3g} MFLOP per token"
     )
     file, began = open_log(out, run, n_done), time.perf_counter()
     writer = open_tensorboard(os.path.join(out, "tensorboard")) if tensorboard else None

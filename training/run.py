@@ -55,6 +55,7 @@ from training.checkpoints import (
     save_params,
     with_full_paths,
 )
+from training.estimate import check_memory, in_words, least_bytes, released_hparams
 from training.flags import check_saved, choose, extend
 from training.snapshots import delete_snapshots, snapshot_steps, write_snapshot
 from training.text import check_data, describe, open_text
@@ -87,20 +88,18 @@ def run(trainer_class, typed, options):
         flags = with_new_places(flags, typed, options.models_dir)
     else:
         typed = typed | {"out": target_dir(typed["out"], options.models_dir)}
-        is_adapter = "lora_rank" in typed
-        check_out(typed["out"], options.overwrite, is_adapter)
+        check_out(typed["out"], options.overwrite, "lora_rank" in typed)
         if "init_from" in typed:
             check_data(typed.get("data"))  # before a download in vain
-            base_dir = find_model(typed["init_from"], options.models_dir)
-            if is_adapter:
-                check_base(base_dir)
-                typed = typed | {"init_from": base_name(typed["init_from"], options.models_dir)}
 
     with contextlib.ExitStack() as stack:
         # --- The model to start from, which decides flags of a new run, and the trainer ---
         platform = stack.enter_context(trainer_class.running(options))
         model = moments = None
-        if base_dir is not None:
+        if "init_from" in typed and checkpoint is None:
+            base_dir = find_base(typed, platform, options.models_dir)
+            if "lora_rank" in typed:
+                typed = typed | {"init_from": base_name(typed["init_from"], options.models_dir)}
             model = load_encoder_hparams_and_params(base_dir, options.models_dir)
         if checkpoint is None:
             flags = choose(typed, platform, model and model.hparams)
@@ -119,6 +118,8 @@ def run(trainer_class, typed, options):
             encoder = get_encoder("", folder)
         described = checkpoint and checkpoint.metadata["text"]
         text = open_text(flags["data"], encoder, flags["n_ctx"], described)
+        n_vocab = model.hparams["n_vocab"] if model else text.encoder.n_vocab
+        check_memory(flags | {"n_vocab": n_vocab}, flags, platform)
         if model is None:
             model = Model(text.encoder, *trainer.new_model(text.encoder.n_vocab))
         model = model._replace(encoder=text.encoder)
@@ -146,8 +147,10 @@ def run(trainer_class, typed, options):
         # --- The folder that it writes ---
         output = Output(flags, model, text, trainer, checkpoint)
         beside = f" beside {n_frozen} frozen ones" if n_frozen else ""
+        least = least_bytes(model.hparams, flags) / 1e6
         output.show(f"{n_trained} parameters{beside}, {describe(text)}")
-        output.open_log(machine, flops, flops_per_param, trainer, n_done, options.tensorboard)
+        output.show(f"memory: at least {least:.3g} MB, without the activations")
+        output.open_log(machine, flops, trainer, n_done, options.tensorboard)
         if checkpoint and n_done < flags["n_steps"]:
             rate, lowest = trainer.learning_rate(n_done), flags["min_learning_rate"]
             output.show(
@@ -173,6 +176,17 @@ def run(trainer_class, typed, options):
         raise KeyboardInterrupt
     if stopped:
         sys.exit(128 + stopped)
+
+
+def find_base(typed, platform, models_dir):  # -> the folder of the model to start from
+    """A released model that can't be trained here is not even downloaded."""
+    hparams = released_hparams(typed["init_from"])
+    if hparams:
+        check_memory(hparams, choose(typed, platform, hparams), platform)
+    base_dir = find_model(typed["init_from"], models_dir)
+    if "lora_rank" in typed:
+        check_base(base_dir)
+    return base_dir
 
 
 # --- A checkpoint that is resumed ---------------------------------------------------------------
@@ -245,7 +259,7 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
     checkpoint_every = flags["checkpoint_every"]
     tasks_every = flags.get("eval_tasks_every", eval_every)
     tokens_per_step = flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
-    is_compiled = False
+    is_compiled = is_timed = False
     disable = None if trainer.is_main else True
     bar = tqdm(total=n_steps, initial=n_done, unit="step", disable=disable)
     with bar, note_signals() as caught:
@@ -269,6 +283,10 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
             if is_compiled:  # the first call's time is the compiler's
                 seconds = time.perf_counter() - began
                 values["tokens_per_second"] = n * tokens_per_step / seconds
+                if not is_timed:
+                    is_timed = True
+                    left = in_words((n_steps - n_done) * seconds / n)
+                    output.show(f"{n_steps - n_done} steps left, about {left}")
             is_compiled = True
             values_shown = output.log(values)
             with contextlib.suppress(OSError):  # a closed terminal must not end the run
@@ -348,12 +366,12 @@ class Output:
             if checkpoint.metadata["best"] is not None:
                 self.best = checkpoint.metadata["best"]
 
-    def open_log(self, machine, flops, flops_per_param, trainer, n_done, tensorboard):
+    def open_log(self, machine, flops, trainer, n_done, tensorboard):
         """Lock the folder, which no other run may be writing, and open metrics.jsonl."""
         if self.is_main:
             self.log = progress.make_log(
                 self.out, self.number, n_done, machine, flops, trainer.learning_rate,
-                tensorboard, flops_per_param,
+                tensorboard,
             )  # fmt: skip
             delete_half_written(self.out)
             delete_snapshots(self.out, n_done if self.checkpoint else None)
