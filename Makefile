@@ -35,11 +35,12 @@ serve: .venv/serve
 # What needs JAX, and most of what needs PyTorch, runs beside the rest, and is reported last. The
 # rest begins with TensorFlow and a browser, in processes of their own, while the other is small.
 # XLA's optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
-ON_JAX = recording estimate encoder evaluate kv_cache gpt2 progress examples gpu gpu_report \
+ON_JAX = recording estimate curves snapshots encoder evaluate kv_cache gpt2 progress examples gpu gpu_report \
 	stress scoring kv_cache_jax devices docs backprop lora train
-ON_OTHERS = tensorflow page explain serve utils backprop_run
+ON_OTHERS = tensorflow page explain learning serve utils backprop_run
 tests = $(1:%=tests/test_%.py)
-THE_REST = encoder.py evaluate.py model_files \
+THE_REST = encoder.py evaluate.py corpus/examples.py generation model_files serving/guard.py \
+	$(addprefix training/,curves.py estimate.py snapshots.py) \
 	$(filter-out $(call tests,$(ON_JAX) $(ON_OTHERS)),$(wildcard tests/test_*.py))
 QUICK = JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="$$(cat .venv/xla_flags)" \
 	MALLOC_TRIM_THRESHOLD_=131072 .venv/bin/python -m pytest -m "not slow"

@@ -423,6 +423,8 @@ def main(
 ):
     """Continue a prompt with GPT-2, as text on standard output.
 
+    The prompt needs no flag: gpt2.py "Alan Turing theorized" -n 8
+
     Args:
         prompt: the text to continue; empty to start from nothing.
         n_tokens_to_generate: add at most this many tokens.

@@ -164,7 +164,7 @@ class Engine:
                 self.prefixes.touch(row.source)
         heard = [(self.begun[event.row], event.end) for event in events]
         heard = [(choice, end) for choice, end in heard if end or choice.asked.stream]
-        parts = [(choice.deliver, choice.result(end)) for choice, end in heard]
+        parts = [(choice.deliver, choice.take(end)) for choice, end in heard]
         for choice, end in heard:
             if end:
                 self.release(choice.row)
@@ -297,23 +297,21 @@ def deliver(parts):
 # --------------------------------------------------------------------------------------------------
 
 
-async def completions(request):
-    """POST /v1/completions"""
-    # In a thread: a large body takes a while, and the loop could do nothing else meanwhile.
-    return await asyncio.to_thread(complete, await request.body(), request.app.state)
+def answering(read):  # read(body, state), -> an Answer -> a route
+    """In a thread: a large body takes a while, and the loop could do nothing else meanwhile."""
+
+    async def route(request):
+        return await asyncio.to_thread(read, await request.body(), request.app.state)
+
+    return route
 
 
-def complete(body, state):  # bytes -> Answer
+def complete(body, state):  # POST /v1/completions
     asked = read_completion(body, state.names, state.encoder, state.n_ctx)
     return Answer(state, asked, new_answer(state.name))
 
 
-async def chats(request):
-    """POST /v1/chat/completions"""
-    return await asyncio.to_thread(chat, await request.body(), request.app.state)
-
-
-def chat(body, state):  # bytes -> Answer
+def chat(body, state):  # POST /v1/chat/completions
     asked = read_chat(read_object(body), state.names, state.encoder, state.n_ctx)
     if asked.stream:
         fields = new_answer(state.name, "chat.completion.chunk", "chatcmpl")
@@ -323,12 +321,7 @@ def chat(body, state):  # bytes -> Answer
     return Answer(state, asked, fields, message_of)
 
 
-async def responses(request):
-    """POST /v1/responses"""
-    return await asyncio.to_thread(respond, await request.body(), request.app.state)
-
-
-def respond(body, state):  # bytes -> Response
+def respond(body, state):  # POST /v1/responses
     data = read_object(body)
     asked = read_response(data, state.names, state.encoder, state.n_ctx)
     return Response(state, asked, data)
@@ -353,9 +346,9 @@ async def explain_text(request):
 
 
 ROUTES = [
-    Route("/v1/completions", completions, methods=["POST"]),
-    Route("/v1/chat/completions", chats, methods=["POST"]),
-    Route("/v1/responses", responses, methods=["POST"]),
+    Route("/v1/completions", answering(complete), methods=["POST"]),
+    Route("/v1/chat/completions", answering(chat), methods=["POST"]),
+    Route("/v1/responses", answering(respond), methods=["POST"]),
     Route("/explain", explain_text),
     *play.ROUTES,
     *about.ROUTES,

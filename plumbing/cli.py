@@ -236,10 +236,12 @@ def find_flag(typed, parameters):  # "-n", "--top-k" or "--nojsonl" -> (name, Fa
         return name, True
     if name.startswith("no") and name[2:] in names and parameters[name[2:]].annotation is bool:
         return name[2:], False
-    if OTHER_NAMES.get(name) in names:
-        hint = f": did you mean --{OTHER_NAMES[name]}?"
-    else:
-        hint = did_you_mean(name, names, "--")
+    ours = OTHER_NAMES.get(name)
+    hint = did_you_mean(name, names, "--")
+    if ours in names:
+        hint = f": did you mean --{ours}?"
+    elif ours and not hint:
+        hint = f": other commands have --{ours}"
     raise ValueError(f"no flag {typed}{hint} (--help lists them all)")
 
 

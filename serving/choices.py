@@ -81,40 +81,36 @@ class Choice:
             self.entries = self.twin.entries[: len(self.prompt)]
             self.error = self.twin.error
 
-    def read_states(self, x):  # [n, n_embd], of the prompt's next n tokens
-        try:
-            self.score(x)
-        except Exception as error:
-            self.error = error
+    # An error in one of these two ends this text alone: it is kept, and the text is complete.
 
-    def score(self, x):
+    def read_states(self, x):  # [n, n_embd], of the prompt's next n tokens
         """Scores the prompt's tokens after these, a few logits at a time."""
         targets = self.prompt[self.n_scored + 1 : self.n_scored + 1 + len(x)]
         self.n_scored += len(x)
-        for start in range(0, len(targets), SCORED):
-            ids = targets[start : start + SCORED]
-            logits = self.logits_of(x[start : start + len(ids)])
-            for entry in zip(ids, *log_probs_of(logits, ids, self.asked.logprobs), strict=True):
-                self.note(*entry)
+        try:
+            for start in range(0, len(targets), SCORED):
+                ids = targets[start : start + SCORED]
+                logits = self.logits_of(x[start : start + len(ids)])
+                for entry in zip(ids, *log_probs_of(logits, ids, self.asked.logprobs), strict=True):
+                    self.note(*entry)
+        except Exception as error:
+            self.error = error
 
     def sample(self, logits, row):  # [n_vocab] -> one token id
-        """An error ends this text alone: it is kept, and the text is complete."""
+        n_logprobs = self.asked.logprobs
+        sampling = self.asked.sampling._replace(repetition_penalty=1.0)  # adjust has applied it
         try:
-            return self.sample_and_note(logits, row)
+            id = sample(self.adjust(logits, row), self.rng, *sampling)
+            self.n_sampled += 1
+            self.counts[id] = self.counts.get(id, 0) + 1
+            entry = None, None, None
+            if n_logprobs is not None:
+                entry = (array[0] for array in log_probs_of(logits[None], [id], n_logprobs))
+            self.note(id, *entry)
+            return id
         except Exception as error:
             self.error = self.error or error
             return 0
-
-    def sample_and_note(self, logits, row):
-        sampling = self.asked.sampling._replace(repetition_penalty=1.0)  # adjust has applied it
-        id = sample(self.adjust(logits, row), self.rng, *sampling)
-        self.n_sampled += 1
-        self.counts[id] = self.counts.get(id, 0) + 1
-        entry = None, None, None
-        if self.asked.logprobs is not None:
-            entry = (array[0] for array in log_probs_of(logits[None], [id], self.asked.logprobs))
-        self.note(id, *entry)
-        return id
 
     def adjust(self, logits, row):  # [n_vocab] -> [n_vocab], with what the request asks for
         """Adds the bias, then applies the penalties in vLLM's order."""
@@ -159,11 +155,10 @@ class Choice:
         strip = self.asked.strip and not self.text
         self.text += text.lstrip() if strip else text
 
-    def result(self, end):  # -> what is delivered: a Part, or the exception that ended this text
-        return self.take(end) if self.error is None else self.error
-
-    def take(self, end):  # -> Part
+    def take(self, end):  # -> Part, or the exception that ended this text
         """end: why the text ends, or None. At its end, the part also has what was held back."""
+        if self.error is not None:
+            return self.error
         if end and not self.has_stopped:
             self.add(self.held + self.utf8.decode(b"", final=True))
         text = self.text[self.n_text_taken :]

@@ -269,6 +269,14 @@ def test_other_programs_names_suggest_ours(script, typed, ours):
     assert err.startswith(f"error: no flag {typed}: did you mean --{ours}? (--help")
 
 
+def test_a_flag_that_only_other_commands_have_is_named():
+    code, out, err = call("gpt2.py", "a", "--num_samples", "3")
+    wanted = (
+        "error: no flag --num_samples: other commands have --n_samples (--help lists them all)\n"
+    )
+    assert (code, out, err) == (2, "", wanted)
+
+
 def test_every_suggestion_is_some_commands_flag():
     flags = {flag for command in COMMANDS for flag in parameters_of(command)}
     assert set(cli.OTHER_NAMES.values()) <= flags and not flags & set(cli.OTHER_NAMES)

@@ -657,7 +657,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(tmp_path):
     del metadata["text"]["rules"]  # as an earlier run wrote it
     run_json.write_text(json.dumps(metadata))
     code, said, _ = call_trainer("--resume", out)
-    assert code == 0 and " after step 30 of 40: the learning rate is" in said
+    assert code == 0 and ") after step 30 of 40: the learning rate is" in said
     assert [(last / name).read_bytes() for name in names] != wanted  # it learns other examples
     shutil.rmtree(last)
     write(tmp_path / "sums.jsonl", *2 * [{"prompt": "another", "completion": "example"}])

@@ -363,8 +363,9 @@ def test_the_sliders_reshape_as_gpt2_does(opened, written, rng):
         i = int(rng.integers(len(r["logits"])))
         temperature = float(rng.choice([0.05, 0.7, 1, 2]))
         top_k, top_p = int(rng.choice([1, 5, 50, 257])), float(rng.choice([0.01, 0.5, 0.9, 1]))
-        theirs = js(opened, "reshape(...arguments)", i, temperature, top_k, top_p)
-        probs = gpt2.probabilities(r["logits"][i], temperature, top_k, top_p)
+        min_p = float(rng.choice([0, 0.03, 0.5, 1]))
+        theirs = js(opened, "reshape(...arguments)", i, temperature, top_k, top_p, min_p)
+        probs = gpt2.probabilities(r["logits"][i], temperature, top_k, top_p, min_p)
         np.testing.assert_allclose(theirs["probs"], -np.sort(-probs), atol=1e-9)
         assert theirs["n_kept"] == np.sum(probs > 0)
     for shares, top_p in (

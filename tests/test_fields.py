@@ -279,8 +279,8 @@ def test_an_error_in_one_text_ends_that_text_alone(params, monkeypatch):
             raise RuntimeError("no luck")
         return plain(self, logits, row)
 
-    plain = Choice.sample_and_note
-    monkeypatch.setattr(Choice, "sample_and_note", broken)
+    plain = Choice.adjust
+    monkeypatch.setattr(Choice, "adjust", broken)
     with serving(params) as client:
         good = ask(client, "One", max_tokens=9, temperature=0)
         response = client.post("/v1/completions", json={"prompt": "One", "seed": 666})

@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+import tomllib
 
 import pytest
 from conftest import REPO
@@ -123,3 +124,11 @@ def test_the_servers_framework_is_the_servers_alone():
     for name, path in MODULES.items():
         if name != "serve" and wing_of(name) != "serving":
             assert not theirs & {other.split(".")[0] for other in imports(path)}, name
+
+
+def test_every_example_in_a_docstring_is_run():
+    settings = tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))
+    collected = [REPO / path for path in settings["tool"]["pytest"]["ini_options"]["testpaths"]]
+    with_examples = [path for path in MODULES.values() if "    >>> " in path.read_text("utf-8")]
+    for path in with_examples:
+        assert {path, *path.parents} & set(collected), path

@@ -518,7 +518,7 @@ def test_a_run_goes_on_where_its_base_has_moved(run, models, tmp_path, rng):
     assert f"other: is not the model that {place} was trained on" in err
     moved = shutil.copytree(folder / "tiny", tmp_path / "moved")
     code, printed, err = resume("--init_from", moved)
-    assert (code, err) == (0, "") and " after step 8 of " in printed
+    assert (code, err) == (0, "") and ") after step 8 of" in printed
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(moved)
 

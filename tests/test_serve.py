@@ -942,14 +942,14 @@ def test_a_common_beginning_is_read_once(params, monkeypatch, rng):
 def test_equal_prompts_are_scored_once(params, monkeypatch, rng):
     """The answers are those of requests that come alone, also while others are written."""
     n_run, n_scored = [], []
-    run, score = kv_cache.extend_all, Choice.score
+    run, score = kv_cache.extend_all, Choice.read_states
     prompts = [rng.integers(0, 256, n).tolist() for n in (20, 3, 30)]
     asked = [prompts[i] for i in (0, 1, 0, 2, 1, 1, 0)]
     how = {"echo": True, "logprobs": 3, "temperature": 0, "ignore_eos": True, "max_tokens": 4}
     with serving(params, batch_size=4) as client:
         alone = [ask(client, prompt, **how)["choices"][0] for prompt in prompts]
         monkeypatch.setattr(
-            Choice, "score", lambda self, x: n_scored.append(len(x)) or score(self, x)
+            Choice, "read_states", lambda self, x: n_scored.append(len(x)) or score(self, x)
         )
         for choice in ask(client, asked, n=2, **how)["choices"]:
             wanted = alone[prompts.index(asked[choice["index"] // 2])]
@@ -999,10 +999,13 @@ def test_large_answers_are_built_off_the_loop(params, monkeypatch, stream):
 
 
 def test_an_error_of_a_score_reaches_equal_prompts(params, monkeypatch):
-    def broken(self, x):
-        raise RuntimeError("no luck")
+    def broken(self, id, log_prob, *best):
+        if log_prob is not None and self.asked.echo:
+            raise RuntimeError("no luck")
+        return note(self, id, log_prob, *best)
 
-    monkeypatch.setattr(Choice, "score", broken)
+    note = Choice.note
+    monkeypatch.setattr(Choice, "note", broken)
     with serving(params) as client:
         asked = {"prompt": ["One two three"] * 4, "echo": True, "logprobs": 1, "max_tokens": 0}
         response = client.post("/v1/completions", json=asked)

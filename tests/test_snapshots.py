@@ -175,3 +175,10 @@ def test_snapshots_of_adapters_are_refused():
     hparams = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_ctx": 8}
     with pytest.raises(ValueError, match="leave out --snapshots or --lora_rank"):
         flags.choose(typed, "cpu", hparams)
+
+
+def test_the_same_parameters_make_the_same_bytes(rng, tmp_path):
+    params = conftest.random_params(rng, HPARAMS)
+    for n in range(12):
+        write_snapshot(tmp_path / str(n), HPARAMS, params, 5)
+    assert len({path.read_bytes() for path in tmp_path.rglob("*.safetensors")}) == 1

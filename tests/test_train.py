@@ -679,7 +679,7 @@ class StandInOutput:
     """Lists what it is told to save: best has parameters, saved has (state, best)."""
 
     def __init__(self):
-        self.best, self.checkpoint = np.inf, None
+        self.best, self.checkpoint, self.expected = np.inf, None, {}
         self.kept, self.saved, self.n_samples = [], [], 0
 
     def log(self, values):

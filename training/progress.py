@@ -1,6 +1,7 @@
 """What a training run shows: tokens per second, and losses as lines of JSON and as a picture.
 
 models/mine/metrics.jsonl    {"step": 20, "loss": 4.1, ...}, {"step": 200, "validation": ...},
+                             with "expected" beside it where curves.py knows what it should be,
                              with --eval_tasks {"step": 200, "hellaswag_acc": 0.28, ...}
 models/mine/loss.png         the same, drawn; `progress.plot("models/mine")` makes it again
 """
@@ -217,6 +218,7 @@ def points(lines, name):  # -> two lists, the steps and the values of the lines 
 
 def plot_losses(axes, lines):
     for name, label, style in (
+        ("expected", "expected", {"color": "0.7", "linewidth": 3}),
         ("loss", "training", {"linewidth": 0.8, "alpha": 0.7}),
         ("validation", "validation", {"marker": "o", "markersize": 4}),
     ):

@@ -55,6 +55,7 @@ from training.checkpoints import (
     save_params,
     with_full_paths,
 )
+from training.curves import compare, expected_losses
 from training.estimate import check_memory, in_words, least_bytes, released_hparams
 from training.flags import check_saved, choose, extend
 from training.snapshots import delete_snapshots, snapshot_steps, write_snapshot
@@ -318,8 +319,14 @@ def validate(trainer, state, output, words):
     """
     params = trainer.averaged(state)
     loss = trainer.validate(params)
-    output.log({"step": int(state.n_done), "validation": loss})
+    step = int(state.n_done)
+    values = {"step": step, "validation": loss}
+    if step in output.expected:
+        values["expected"] = output.expected[step]
+    output.log(values)
     output.show(f"{words} validation {loss:.4f}")
+    if step in output.expected and step == output.flags["n_steps"]:
+        output.show(compare(loss, output.expected[step]))
     if loss < output.best:
         output.best = loss
         output.save_best(trainer.gather_params(params))
@@ -348,6 +355,7 @@ class Output:
         self.out = flags["out"]
         self.model = model
         self.description = text.description
+        self.expected = expected_losses(flags, text.description["training"])
         self.prompt = text.prompt
         self.versions = trainer.versions
         self.is_main = trainer.is_main

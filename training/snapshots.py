@@ -49,7 +49,7 @@ def write_snapshot(out, hparams, params, n_done):
     halves = {key: np.clip(x, -MOST, MOST).astype(np.float16) for key, x in tensors.items()}
     try:
         os.makedirs(path.parent, exist_ok=True)
-        write_safetensors(path, halves)
+        write_safetensors(path, halves)  # without more metadata, which the library would shuffle
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from None
 
