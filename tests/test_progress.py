@@ -14,7 +14,7 @@ import utils
 from encoder import Encoder
 from plumbing import files
 from training import devices, progress
-from training.run import Output
+from training.output import Output
 from training.text import open_text
 
 

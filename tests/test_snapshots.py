@@ -12,8 +12,7 @@ import backprop
 import utils
 from encoder import Encoder
 from model_files.weights import leaves, read_safetensors
-from training import run as training_run
-from training import snapshots
+from training import output, snapshots
 from training.snapshots import find_snapshots, read_snapshot, snapshot_steps, write_snapshot
 
 TINY_RUN = ["--data", REPO / "gpt2.py", "--n_layer", 1, "--n_embd", 8, "--n_ctx", 16]
@@ -114,7 +113,7 @@ def test_a_full_disk_says_one_line_and_loses_no_checkpoint(trained, tmp_path, mo
         assert n_done < 3
         write_snapshot(out, hparams, params, n_done)
 
-    monkeypatch.setattr(training_run, "write_snapshot", write)
+    monkeypatch.setattr(output, "write_snapshot", write)
     out = tmp_path / "full"
     printed = train(out, *TINY_RUN, "--snapshots", 6)
     line = "cannot write it: No space left on device: the run goes on without more snapshots"

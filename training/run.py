@@ -30,10 +30,7 @@ got it. Of several processes each calls every method. No JAX here.
 
 import contextlib
 import functools
-import json
 import math
-import os
-import secrets
 import signal
 import sys
 import time
@@ -46,30 +43,23 @@ from training import progress
 from training.adapters import adapt, base_fingerprint, base_name, count_params, new_adapters
 from training.checkpoints import (
     check_out,
-    delete_half_written,
     find_checkpoint,
     find_out,
-    load_checkpoint,
     offering_earlier,
-    save_checkpoint,
-    save_params,
-    with_full_paths,
 )
-from training.curves import compare, expected_losses
+from training.curves import compare
 from training.estimate import check_memory, in_words, least_bytes, released_hparams
-from training.flags import check_saved, choose, extend
-from training.snapshots import delete_snapshots, snapshot_steps, write_snapshot
+from training.flags import choose, extend
+from training.output import Output
+from training.resume import check_description, load_all, read_saved, with_new_places
 from training.text import check_data, describe, open_text
 from utils import (
-    MissingBase,
     Model,
     check_base,
     find_model,
     load_encoder_hparams_and_params,
     target_dir,
 )
-
-SAMPLE_TEMPERATURE = 0.8
 
 
 def run(trainer_class, typed, options):
@@ -139,11 +129,8 @@ def run(trainer_class, typed, options):
         # --- The machine, and how many steps make a call ---
         flops_per_param = 4 if "lora_rank" in flags else 6
         flops = progress.flops_per_token(model.hparams, flags["n_ctx"], flops_per_param)
-        tokens_per_step = flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
         machine = trainer.machine()
-        seconds = flops * tokens_per_step / machine.peak  # for a step, at best
-        fitting = (n for n in trainer.steps_per_call if n * seconds < trainer.seconds_per_call)
-        n_per_call = next(fitting, 1)
+        n_per_call = choose_n_per_call(trainer, flops * tokens_per_step(flags) / machine.peak)
 
         # --- The folder that it writes ---
         output = Output(flags, model, text, trainer, checkpoint)
@@ -192,58 +179,14 @@ def find_base(typed, platform, models_dir):  # -> the folder of the model to sta
     return base_dir
 
 
-# --- A checkpoint that is resumed ---------------------------------------------------------------
+def tokens_per_step(flags):
+    return flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
 
 
-def read_saved(checkpoint):  # -> the run's flags
-    return check_saved(checkpoint.metadata, checkpoint.folder)
-
-
-def with_new_places(flags, typed, models_dir):  # -> the run's flags
-    """Replace the text's place and the frozen model's, if they have moved and new ones are typed.
-
-    Raises FileNotFoundError if there is no text.
-    """
-    if "init_from" in typed and "lora_rank" not in flags:
-        raise ValueError("this run's checkpoints are whole models: leave out --init_from")
-    if "init_from" in typed:
-        flags = flags | {"init_from": base_name(typed["init_from"], models_dir)}
-    if "data" in typed:
-        flags = flags | {"data": typed["data"]}
-    try:
-        check_data(flags["data"])
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"no text at {flags['data']}: if it has moved, --data names its new place"
-        ) from None
-    return flags
-
-
-def load_all(flags, moment_shapes, models_dir, base, checkpoint):  # -> Model, {name: array}
-    folder = checkpoint.folder
-    try:
-        model, moments = load_checkpoint(folder, moment_shapes, models_dir, base)
-    except MissingBase as error:
-        raise MissingBase(f"{error}; if it has moved, --init_from names its new place") from None
-    check_sizes(flags, model.hparams, folder)
-    return model, moments
-
-
-def check_sizes(flags, hparams, folder):
-    """Raises ValueError if run.json and the model in a checkpoint do not fit together."""
-    is_same = all(flags[name] == hparams[name] for name in ("n_layer", "n_head", "n_embd"))
-    if not is_same or flags["n_ctx"] > hparams["n_ctx"]:
-        raise ValueError(f"{folder}: run.json has other sizes than the model")
-
-
-def check_description(description, flags, checkpoint):
-    """Raises ValueError if a checkpoint was made with another text or another frozen model."""
-    for key, value in checkpoint.metadata["text"].items():  # older checkpoints say less
-        if key != "examples" and description.get(key) != value:  # a line for people
-            name, noun = ("init_from", "model") if key == "base" else ("data", "text")
-            raise ValueError(
-                f"{flags[name]}: is not the {noun} that {checkpoint.folder} was trained on"
-            )
+def choose_n_per_call(trainer, seconds):  # seconds: of a step, at best
+    """The most steps a call that the trainer offers and that take no longer than it allows."""
+    fitting = (n for n in trainer.steps_per_call if n * seconds < trainer.seconds_per_call)
+    return next(fitting, 1)
 
 
 # --- The steps ----------------------------------------------------------------------------------
@@ -261,7 +204,6 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
     eval_every = flags["eval_every"]
     checkpoint_every = flags["checkpoint_every"]
     tasks_every = flags.get("eval_tasks_every", eval_every)
-    tokens_per_step = flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
     is_compiled = is_timed = False
     disable = None if trainer.is_main else True
     bar = tqdm(total=n_steps, initial=n_done, unit="step", disable=disable)
@@ -288,7 +230,7 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
             values = {"step": n_done} | stats
             if is_compiled:  # the first call's time is the compiler's
                 seconds = time.perf_counter() - began
-                values["tokens_per_second"] = n * tokens_per_step / seconds
+                values["tokens_per_second"] = n * tokens_per_step(flags) / seconds
                 if not is_timed:
                     is_timed = True
                     left = in_words((n_steps - n_done) * seconds / n)
@@ -346,114 +288,3 @@ def measure_tasks(trainer, state, output):
         output.log({"step": step} | shares)
         words = ", ".join(f"{name} {share:.4f}" for name, share in shares.items())
         output.show(f"step {step}: {words}")
-
-
-class Output:
-    """What a run writes: lines for people, a log, the best model and checkpoints.
-
-    Of several processes one writes (is_main); the others call the same methods, which do nothing.
-    """
-
-    def __init__(self, flags, model, text, trainer, checkpoint=None):
-        """model: its tokenizer and sizes are written; checkpoint: what the run goes on from."""
-        self.flags = with_full_paths(flags)
-        self.out = flags["out"]
-        self.model = model
-        self.description = text.description
-        self.expected = expected_losses(flags, text.description["training"])
-        self.prompt = text.prompt
-        self.versions = trainer.versions
-        self.is_main = trainer.is_main
-        self.is_unheard = False  # has printing failed?
-        self.can_draw = True  # is there matplotlib?
-        self.log = lambda values: {}  # what open_log opens
-        self.number = secrets.randbits(48)  # by which the run knows its checkpoints
-        self.checkpoint = None  # the folder of the last one
-        self.best = math.inf  # the lowest validation loss
-        n_snapshots = flags.get("snapshots")
-        self.snapshots = snapshot_steps(flags["n_steps"], n_snapshots) if n_snapshots else []
-        self.has_room = True  # for snapshots
-        if checkpoint:
-            self.number = checkpoint.metadata.get("run")
-            self.checkpoint = checkpoint.folder
-            if checkpoint.metadata["best"] is not None:
-                self.best = checkpoint.metadata["best"]
-
-    def open_log(self, machine, flops, trainer, n_done, tensorboard):
-        """Lock the folder, which no other run may be writing, and open metrics.jsonl."""
-        if self.is_main:
-            self.log = progress.make_log(
-                self.out, self.number, n_done, machine, flops, trainer.learning_rate,
-                tensorboard,
-            )  # fmt: skip
-            delete_half_written(self.out)
-            delete_snapshots(self.out, n_done if self.checkpoint else None)
-
-    def show(self, text):
-        """Print a line for people. If nobody can read it any more, the run goes on without."""
-        if not self.is_main or self.is_unheard:
-            return
-        try:
-            tqdm.write(text)
-        except OSError:  # the reader of a pipe has gone, or the disk of a log is full
-            self.is_unheard = True
-            with contextlib.suppress(OSError, ValueError):  # what is left must not fail at the exit
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-    def show_sample(self, generate, params):
-        """Show what the model writes after the text's prompt: 100 tokens of it at most."""
-        encoder, hparams, _ = self.model
-        n = min(100, hparams["n_ctx"] - len(self.prompt))
-        [ids] = generate(
-            [self.prompt], params, hparams["n_head"], n,
-            endoftext=encoder.end_ids, temperature=SAMPLE_TEMPERATURE, seed=self.flags["seed"],
-        )  # fmt: skip
-        prompt = json.dumps(encoder.decode(self.prompt)[-60:], ensure_ascii=False)
-        self.show(f"  a sample, at temperature {SAMPLE_TEMPERATURE}, after {prompt}:")
-        lines = [line for line in encoder.decode(ids).splitlines() if line.strip()]
-        self.show("\n".join("    " + line for line in lines))
-
-    def save_best(self, params):
-        if self.is_main:
-            best = self.model._replace(params=params)
-            save_params(self.out, best, self.flags, self.flags["saved_dtype"])
-
-    def steps_to_snapshot(self, n_done):  # -> how many more steps to the next one
-        return min((step - n_done for step in self.snapshots if step > n_done), default=math.inf)
-
-    def save_snapshot(self, trainer, state, n_done):
-        """If one is due. A disk that is full costs the snapshots, not the run."""
-        if n_done not in self.snapshots:
-            return
-        params = trainer.gather_params(trainer.averaged(state))
-        if self.is_main and self.has_room:
-            try:
-                write_snapshot(self.out, self.model.hparams, params, n_done)
-            except OSError as error:
-                self.has_room = False
-                self.show(f"{error.strerror}: the run goes on without more snapshots")
-
-    def save_checkpoint(self, state):
-        if not self.is_main:
-            return
-        metadata = {
-            "run": self.number,
-            "flags": self.flags,
-            "text": self.description,
-            "best": self.best if self.best < math.inf else None,
-            "versions": self.versions,
-        }
-        previous = self.checkpoint
-        self.checkpoint = save_checkpoint(self.out, self.model, state, metadata, previous)
-        self.draw()
-
-    def draw(self):
-        """Write loss.png. A run must not fail for a picture; if it needs a package, say so once."""
-        if self.can_draw:
-            try:
-                progress.plot(self.out)
-            except ImportError:
-                self.can_draw = False
-                self.show("no loss.png, which needs matplotlib: pip install matplotlib")
-            except OSError:
-                pass
