@@ -483,17 +483,8 @@ def test_a_large_vocabulary_is_reshaped_nearly_exactly(browser, tmp_path, rng):
 @pytest.mark.slow
 def test_the_pages_photographs_can_be_taken_again(browser, tmp_path):
     pytest.importorskip("starlette", reason="starlette is not installed")
-    run = [
-        "--data",
-        REPO / "gpt2.py",
-        "--n_steps",
-        "9",
-        "--snapshots",
-        "4",
-        "--out",
-        tmp_path / "run",
-    ]
-    conftest.run("backprop.py", *run, cwd=tmp_path)
+    few = ["--data", REPO / "gpt2.py", "--n_steps", "9", "--snapshots", "4"]
+    conftest.run("backprop.py", *few, "--out", tmp_path / "run")
     command = [sys.executable, REPO / "docs" / "screenshot.py", tmp_path, tmp_path / "run"]
     subprocess.run(command, check=True, timeout=120)
     for name in ("explain.png", "learning.png", "serve.png"):
