@@ -280,3 +280,10 @@ def address(params):
 
     with on_a_port(serve.make_app("tiny", Encoder([]), TINY, params)) as address:
         yield address
+
+
+@pytest.fixture(scope="module")
+def openai_client(address):
+    openai = pytest.importorskip("openai", reason="openai is not installed")
+    host, port = address
+    return openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none", max_retries=0)

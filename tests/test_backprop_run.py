@@ -327,7 +327,8 @@ def test_a_loss_that_explodes_ends_the_run_and_names_the_last_checkpoint(tmp_pat
     flags = ["--learning_rate", 1e9, "--n_warmup", 10**9, "--n_steps", 10**6, "--grad_clip", 1e30]
     flags += ["--checkpoint_every", 1, "--eval_every", 10**6]
     code, out, err = run(*TINY_RUN[:8], *flags, "--out", tmp_path / "out")
-    found = re.fullmatch(r"error: the loss is (\S+) at step (\d+): the last .* is (\S+)\n", err)
+    words = r"error: training diverged: the loss is (\S+) at step (\d+); lower --learning_rate "
+    found = re.fullmatch(words + r"\(the last checkpoint is (\S+)\)\n", err)
     assert code == 2 and found, err
     step = int(found[2])
     assert not float(found[1]) < 2 * np.log(257) and step > 1

@@ -11,13 +11,6 @@ TALK = [{"role": "system", "content": "Be"}, {"role": "user", "content": "ab"}]
 HOW = {"max_output_tokens": 9, "temperature": 0, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def openai_client(address):
-    openai = pytest.importorskip("openai", reason="openai is not installed")
-    host, port = address
-    return openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none", max_retries=0)
-
-
 def respond(client, **asked):
     response = client.post("/v1/responses", json=HOW | asked)
     assert response.status_code == 200, response.text

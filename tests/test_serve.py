@@ -1218,13 +1218,6 @@ def test_each_client_gets_its_own_answer(address, params):
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def openai_client(address):
-    openai = pytest.importorskip("openai", reason="openai is not installed")
-    host, port = address
-    return openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none", max_retries=0)
-
-
 def test_openais_package_completes(openai_client, params):
     prompts = ["One", "Two"]
     texts = [ENCODER.decode(drawn(params, ENCODER.encode(prompt), 9)) for prompt in prompts]

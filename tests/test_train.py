@@ -767,7 +767,7 @@ def drive(
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 9.0, 10.0])
 def test_no_number_and_a_number_too_large_stop_the_run(bad):
-    with pytest.raises(ValueError, match=r"at step 30: the last checkpoint is place 20"):
+    with pytest.raises(ValueError, match=r"at step 30; .* \(the last checkpoint is place 20\)"):
         drive(lambda n: bad if n > 20 else 8.9, [1.0] * 9, checkpoint_every=10, eval_every=20)
 
 
@@ -904,7 +904,8 @@ def test_a_finished_run_says_so_and_can_be_extended(never_stopped, tmp_path):
     shutil.copytree(never_stopped, tmp_path / "longer")
     code, out, err = run("--resume", "longer", models_dir=tmp_path)
     assert (code, err) == (0, "") and "step 600:" not in out
-    last = "all 600 steps were done: --n_steps goes on, with a larger number\nthe best model is in "
+    last = "all 600 steps were done already; a larger --n_steps continues the run\n"
+    last += "the best model is in "
     assert out.endswith(f"{last}{tmp_path}/longer\n")
     code, out, err = run("--resume", "longer", "--n_steps", 700, models_dir=tmp_path)
     assert (code, err) == (0, "") and "step 700:" in out
@@ -1202,14 +1203,15 @@ def test_a_loss_that_explodes_ends_the_run_and_names_the_last_checkpoint(tmp_pat
     flags += ["--optimizer", "adamw", "--checkpoint_every", 1, "--eval_every", 10**6]
     run_flags = [*TINY_RUN[:8], *flags, "--out", tmp_path / "out"]
     code, out, err = conftest.call_trainer(*run_flags)
-    found = re.fullmatch(r"error: the loss is (\S+) at step (\d+): the last .* is (\S+)\n", err)
+    words = r"error: training diverged: the loss is (\S+) at step (\d+); lower --learning_rate "
+    found = re.fullmatch(words + r"\(the last checkpoint is (\S+)\)\n", err)
     assert code == 2 and found, err
     step = int(found[2])
     assert not float(found[1]) < 2 * np.log(257) and step > 1
     assert found[3] == str(tmp_path / "out" / "checkpoints" / f"{step - 1:08d}")
     load_encoder_hparams_and_params(found[3], ".")
     code, out, err = conftest.call_trainer("--resume", tmp_path / "out")
-    assert code == 2 and err.endswith(f" at step {step}: the last checkpoint is {found[3]}\n")
+    assert code == 2 and f" at step {step}; " in err and err.endswith(f" is {found[3]})\n")
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ FLAGS = [
     Flag(
         "lora_rank", int, RUN, limits=SIZE, numpy=None,
         help="train only adapters of this rank for that model (LoRA), by default with 3e-4 as the "
-        "highest learning rate; `out` gets just the adapters, in peft's layout, and can be used "
+        "peak learning rate; `out` gets just the adapters, in peft's layout, and can be used "
         "like any model's folder.",
     ),
     Flag(
@@ -117,9 +117,9 @@ FLAGS = [
     ),
     Flag(
         "resume", str, CALL,
-        help="the `out` of an earlier run, which then goes on where it stopped, with its flags. "
-        "Only n_steps may be given again, to go on for longer, with a learning rate that follows "
-        "the cosine of the longer run, and data or (with lora_rank) init_from, if they have moved.",
+        help="continue the run in this folder, the `out` of an earlier run, with its flags. Only "
+        "n_steps may be given again, for a longer run, whose cosine the learning rate follows, and "
+        "data or (with lora_rank) init_from, if they have moved.",
     ),
     Flag(
         "overwrite", bool, CALL, default=False,
@@ -140,7 +140,7 @@ FLAGS = [
     ),
     Flag(
         "n_head", int, RECIPE, limits=COUNT, is_required=True,
-        help="attention heads in each; n_embd must be a multiple of it.",
+        help="attention heads per block; n_embd must be a multiple of it.",
     ),
     Flag(
         "n_embd", int, RECIPE, limits=SIZE, is_required=True,
@@ -148,19 +148,19 @@ FLAGS = [
     ),
     Flag(
         "n_ctx", int, RECIPE, limits=SIZE, is_required=True,
-        help="the longest stretch of text it sees at once.",
+        help="context length: the number of tokens in a training sequence.",
     ),
     Flag(
         "batch_size", int, RECIPE, limits=SIZE, is_required=True,
-        help="stretches at a time, on all devices together.",
+        help="sequences per batch, over all devices.",
     ),
     Flag(
         "n_accumulate", int, RECIPE, limits=SIZE, default=1,
-        help="batches that make one step, their gradients averaged.",
+        help="batches per step, whose gradients are averaged.",
     ),
     Flag(
         "n_steps", int, RECIPE, limits=COUNT, is_required=True,
-        help="steps in all.",
+        help="total number of steps.",
     ),
     Flag(
         "optimizer", str, RECIPE, limits=one_of(OPTIMIZERS), is_required=True, numpy="adamw",
@@ -168,23 +168,23 @@ FLAGS = [
     ),
     Flag(
         "learning_rate", float, RECIPE, limits=POSITIVE, is_required=True,
-        help="the highest, reached after n_warmup steps.",
+        help="peak learning rate, reached after n_warmup steps.",
     ),
     Flag(
         "min_learning_rate", float, RECIPE, limits=NOT_NEGATIVE, is_required=True,
-        help="the last, reached at the end along a cosine.",
+        help="final learning rate, at the end of a cosine decay.",
     ),
     Flag(
         "n_warmup", int, RECIPE, limits=COUNT, is_required=True,
-        help="steps of linear warmup, at most half of all.",
+        help="steps of linear warmup, at most half of n_steps.",
     ),
     Flag(
         "weight_decay", float, RECIPE, limits=NOT_NEGATIVE, is_required=True,
-        help="decay of the matrices (with muon, only of those in the blocks).",
+        help="weight decay of the matrices (with muon, only of those in the blocks).",
     ),
     Flag(
         "grad_clip", float, RECIPE, limits=POSITIVE, is_required=True,
-        help="longest gradient allowed.",
+        help="maximum gradient norm; longer gradients are scaled down to it.",
     ),
     Flag(
         "adam_b2", float, RECIPE, limits=BELOW_1, is_required=True,
@@ -192,29 +192,30 @@ FLAGS = [
     ),
     Flag(
         "dropout", float, RECIPE, limits=DROPOUT, default=0.0, numpy=0.0,
-        help="share of the numbers that are dropped at random in every step, in 256ths: of the "
-        "embeddings' sum, and of what attention and the ffn add to it.",
+        help="dropout rate, rounded to 256ths, of the sum of the embeddings and of what attention "
+        "and the ffn add to it.",
     ),
     Flag(
         "ema", float, RECIPE, limits=EMA, default=0.0,
-        help="keep an exponential moving average of the parameters, of which each step keeps this "
-        "share, such as 0.999; it is what is validated, sampled from and saved. 0 for none.",
+        help="keep an exponential moving average of the parameters with this decay rate, such as "
+        "0.999, and validate, sample from and save that average. 0 for none.",
     ),
     Flag(
         "dtype", str, RECIPE, limits=one_of(DTYPES), is_required=True, numpy="float32",
-        help="float32 (the default on CPUs) or bfloat16, of the products; the rest is float32.",
+        help="precision of matrix products: float32 (the default on CPUs) or bfloat16. All else is "
+        "float32.",
     ),
     Flag(
         "fsdp", bool, RECIPE, default=False, numpy=False,
-        help="also spread parameters and moments over the devices, for models too large for one.",
+        help="also shard parameters and moments over the devices, for models too large for one.",
     ),
     Flag(
         "eval_every", int, RECIPE, limits=COUNT, is_required=True,
-        help="steps between two measurements of the validation loss.",
+        help="measure the validation loss every so many steps.",
     ),
     Flag(
         "checkpoint_every", int, RECIPE, limits=COUNT, is_required=True,
-        help="steps between two checkpoints in out/checkpoints; the last two are kept.",
+        help="save a checkpoint in out/checkpoints every so many steps; the last two are kept.",
     ),
     Flag(
         "eval_tasks", str, RUN, numpy=None,
@@ -224,7 +225,7 @@ FLAGS = [
     ),
     Flag(
         "eval_tasks_every", int, RUN, limits=COUNT, needs="eval_tasks", numpy=None,
-        help="steps between two such measurements, eval_every by default.",
+        help="measure them every so many steps, eval_every by default.",
     ),
     Flag(
         "seed", int, RECIPE, limits=SEED, is_required=True,
@@ -232,13 +233,13 @@ FLAGS = [
     ),
     Flag(
         "saved_dtype", str, RUN, limits=one_of(SAVED_DTYPES), default="float32", is_required=True,
-        help="float32 or float16, of the best model's weights on disk.",
+        help="precision of the best model's weights on disk: float32 or float16.",
     ),
     Flag(
         "snapshots", int, RUN, limits=SNAPSHOTS,
-        help="keep so many copies of the parameters in out/snapshots, in float16, most of them "
-        "from the first steps. `python explain.py TEXT --run OUT` makes a page of them, which "
-        "shows how the model learned.",
+        help="keep this many float16 copies of the parameters in out/snapshots, most of them from "
+        "the first steps. `python explain.py TEXT --run OUT` makes a page of them, which shows how "
+        "the model learned.",
     ),
     Flag(
         "tensorboard", bool, CALL, default=False,
@@ -251,11 +252,11 @@ FLAGS = [
     ),
     Flag(
         "num_processes", int, CALL, numpy=None,
-        help="how many processes there are.",
+        help="the number of processes.",
     ),
     Flag(
         "process_id", int, CALL, numpy=None,
-        help="which one this is, from 0.",
+        help="the number of this process, from 0.",
     ),
 ]  # fmt: skip
 
@@ -281,8 +282,8 @@ Args:
 
 
 JAX_ABOUT = """
-backprop.py computes all of it with NumPy: it takes AdamW and float32 alone, and refuses
-lora_rank, examples, dropout, fsdp, eval_tasks and several processes of one run.
+backprop.py trains with NumPy alone. It supports only AdamW and float32, and doesn't support
+lora_rank, examples, dropout, fsdp, eval_tasks and several processes.
 """
 
 NUMPY_ABOUT = """

@@ -169,7 +169,9 @@ def run(trainer_class, typed, options):
             worst = max(worst, 2 * output.best)
         stopped = take_steps(trainer, state, flags, output, n_per_call, worst)
         if not stopped and n_done == flags["n_steps"]:
-            output.show(f"all {n_done} steps were done: --n_steps goes on, with a larger number")
+            output.show(
+                f"all {n_done} steps were done already; a larger --n_steps continues the run"
+            )
         if not stopped:
             output.show(f"the best model is in {flags['out']}")
 
@@ -276,10 +278,13 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
             stats = {name: float(x) for name, x in stats._asdict().items()}
             loss = stats["loss"]
             if not loss < worst:
-                rescue = "there is no checkpoint"
-                if output.checkpoint:
-                    rescue = f"the last checkpoint is {output.checkpoint}"
-                raise ValueError(f"the loss is {loss:.4g} at step {n_done}: {rescue}")
+                rescue = (
+                    f" (the last checkpoint is {output.checkpoint})" if output.checkpoint else ""
+                )
+                raise ValueError(
+                    f"training diverged: the loss is {loss:.4g} at step {n_done}; "
+                    f"lower --learning_rate{rescue}"
+                )
             values = {"step": n_done} | stats
             if is_compiled:  # the first call's time is the compiler's
                 seconds = time.perf_counter() - began
