@@ -721,7 +721,7 @@ def test_every_name_of_ours_is_in_the_table_and_accepted(rng):
         ("blocks.0.ln_1", "layer_norm", "layer_norm(x, **ln_1)"),
         ("blocks.0.attn.scores", "attention_weights", "@ k.swapaxes(-1, -2)"),
         ("embed", "hidden_state", "x = x + wpe["),
-        ("logits", "gpt2", "@ wte.swapaxes(0, 1)"),
+        ("logits", "gpt2", "@ wte.T"),
     ],
 )
 def test_the_line_that_makes_a_tensor_is_named(name, function, line):
