@@ -32,7 +32,7 @@ class Case(NamedTuple):
     params: dict  # {precision: a tree of arrays}, of float64, of dtype and of dtype shaken
     n_head: int
     tokens: np.ndarray  # [n_batch, n_seq + 1]
-    backprop: ModuleType  # handed in, because it stands above this wing
+    backprop: ModuleType  # handed in, because it stands above this package
     dtype: str
 
     def sizes(self):

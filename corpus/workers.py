@@ -132,6 +132,6 @@ def send_by_value(cloudpickle):
     """Pickle this project's modules with the jobs, so that other machines need not have them."""
     for module in list(sys.modules.values()):
         folder = Path(getattr(module, "__file__", None) or "/").resolve().parent
-        ours = PROJECT in (folder, folder.parent)  # the root, or a wing
+        ours = PROJECT in (folder, folder.parent)  # the root, or a package
         if ours and module.__name__ != "__main__":  # __main__ is sent by value anyway
             cloudpickle.register_pickle_by_value(module)

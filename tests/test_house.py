@@ -7,7 +7,7 @@ import tomllib
 import pytest
 from conftest import REPO
 
-WINGS = (
+PACKAGES = (
     "serving",
     "pages",
     "training",
@@ -19,12 +19,15 @@ WINGS = (
     "engine",
     "plumbing",
 )  # each may import those after it
-FROM_ROOT = {"encoder", "gpt2", "utils"}  # what a wing may import of the root
+FROM_ROOT = {"encoder", "gpt2", "utils"}  # what a package may import of the root
 
 
 def files():
     """The modules that git knows, or all there are where the project is not a checkout."""
-    paths = [*REPO.glob("*.py"), *(path for wing in WINGS for path in REPO.glob(f"{wing}/*.py"))]
+    paths = [
+        *REPO.glob("*.py"),
+        *(path for package in PACKAGES for path in REPO.glob(f"{package}/*.py")),
+    ]
     done = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True)
     known = {REPO / name for name in done.stdout.splitlines()}
     return sorted(path for path in paths if not known or path in known)
@@ -56,20 +59,20 @@ def ours(path, **options):
     return {name for name in imports(path, **options) if name in MODULES}
 
 
-def wing_of(name):
-    return name.split(".")[0] if name.split(".")[0] in WINGS else None
+def package_of(name):
+    return name.split(".")[0] if name.split(".")[0] in PACKAGES else None
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_go_down_only(name):
-    here = wing_of(name)
+    here = package_of(name)
     for other in ours(MODULES[name]):
-        there = wing_of(other)
+        there = package_of(other)
         if here and not there:
             assert other in FROM_ROOT, f"{name} imports {other} of the root"
             assert here != "plumbing", f"{name} is plumbing and imports {other}"
         if here and there:
-            assert WINGS.index(here) <= WINGS.index(there), f"{name} imports {other}"
+            assert PACKAGES.index(here) <= PACKAGES.index(there), f"{name} imports {other}"
 
 
 def test_no_module_imports_itself_by_a_detour():
@@ -90,25 +93,29 @@ def test_gpt2_imports_numpy_and_math_alone():
     assert imports(REPO / "llama_pico.py", top_only=True) == {"numpy"}
 
 
-@pytest.mark.parametrize("wing", WINGS)
-def test_a_wing_says_what_it_is_for_in_one_line(wing):
-    text = (REPO / wing / "__init__.py").read_text("utf-8")
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_says_what_it_is_for_in_one_line(package):
+    text = (REPO / package / "__init__.py").read_text("utf-8")
     assert len(text.splitlines()) == 1 and ast.get_docstring(ast.parse(text))
 
 
 def test_the_root_holds_what_is_read_or_run():
-    """A new file in the root needs a line in the README, and a reason not to stand in a wing."""
+    """A new file in the root needs a line in the README, and a reason not to stand in a package."""
     readme = (REPO / "README.md").read_text("utf-8")
     for name in MODULES:
-        if "." not in name and name not in WINGS:
+        if "." not in name and name not in PACKAGES:
             assert f"[`{name}.py`]({name}.py)" in readme, f"{name}.py is not in README's tables"
-    for wing in WINGS:
-        assert f"[`{wing}/`]({wing})" in readme, f"{wing}/ is not in README's tables"
+    for package in PACKAGES:
+        assert f"[`{package}/`]({package})" in readme, f"{package}/ is not in README's tables"
 
 
 def test_nothing_heavy_is_imported_where_it_is_not_needed():
-    """JAX by the trainer, its wing and --backend jax; TensorFlow only within functions."""
-    may = {"train_jax", "kv_cache_jax", *(name for name in MODULES if wing_of(name) == "training")}
+    """JAX by the trainer, its package and --backend jax; TensorFlow only within functions."""
+    may = {
+        "train_jax",
+        "kv_cache_jax",
+        *(name for name in MODULES if package_of(name) == "training"),
+    }
     need = {name for name in may if {"jax", "optax"} & imports(MODULES[name])}
     for name, path in MODULES.items():
         found = {other.split(".")[0] for other in imports(path)}
@@ -122,7 +129,7 @@ def test_nothing_heavy_is_imported_where_it_is_not_needed():
 def test_the_servers_framework_is_the_servers_alone():
     theirs = {"uvicorn", "starlette", "h11"}
     for name, path in MODULES.items():
-        if name != "serve" and wing_of(name) != "serving":
+        if name != "serve" and package_of(name) != "serving":
             assert not theirs & {other.split(".")[0] for other in imports(path)}, name
 
 
