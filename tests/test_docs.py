@@ -18,7 +18,7 @@ import sys
 
 import pytest
 from conftest import REPO, SHAKESPEARE, slow
-from test_house import WINGS
+from test_house import PACKAGES
 
 from model_files import weights
 
@@ -120,7 +120,7 @@ def project(tmp_path, monkeypatch):
     for path in REPO.glob("*.*"):
         if path.suffix in (".py", ".md", ".txt"):
             shutil.copy(path, folder)
-    for name in ("docs", "benchmarks", "models/shakespeare", *WINGS):
+    for name in ("docs", "benchmarks", "models/shakespeare", *PACKAGES):
         skip = shutil.ignore_patterns("__pycache__", ".*", "checkpoints")
         shutil.copytree(REPO / name, folder / name, ignore=skip)
     if SHAKESPEARE.exists():
