@@ -440,7 +440,7 @@ def main(
         repetition_penalty: above 1, tokens that the text already has become less likely; 1.2 ends
             the loops that greedy texts fall into.
         seed: the same seed draws the same text again.
-        slide: go on beyond the model's n_ctx, forgetting the beginning of the text.
+        slide: continue beyond the model's n_ctx, forgetting the beginning of the text.
         prompt_file: continue this file, as a whole and without its last line's end; - is standard
             input.
     """

@@ -464,7 +464,7 @@ def main(
         repetition_penalty: above 1, tokens that the text already has become less likely; 1.2 ends
             the loops that greedy texts fall into.
         seed: the same seed draws the same texts again.
-        slide: go on beyond the model's n_ctx, forgetting the beginning of a text; whenever n_ctx
+        slide: continue beyond the model's n_ctx, forgetting the beginning of a text; whenever n_ctx
             is full, the last half of it is read again.
         backend: numpy, or jax, which compiles the engine first: for a GPU or a TPU.
     """

@@ -128,7 +128,7 @@ def load_base_and_adapter(model_dir, models_dir="models", base=None):
 def check_base(model_dir):
     """Raises ValueError if an adapter of this model would not do the same here as in peft."""
     if is_adapter(model_dir):
-        raise ValueError(f"{model_dir} is an adapter, too: utils.py merge makes a model")
+        raise ValueError(f"{model_dir} is also an adapter: utils.py merge makes a model")
     if any(scale != 1 for scale in query_scales(model_dir, read_hparams(model_dir))):
         raise ValueError(f"{model_dir} scales its attention in a way that adapters do not know")
 

@@ -6,7 +6,7 @@ numbers takes 3.6 ms that way, and 0.9 ms if its memory was kept.
 
 On Linux a page has 4 KiB, and the processor remembers where some thousands of them are (its TLB).
 NumPy asks for pages of 2 MiB where it makes an array of 4 MiB or more, and what stands there later
-has them, too. So two such arrays are made and dropped here: a training step of backprop.py takes
+also has them. So two such arrays are made and dropped here: a training step of backprop.py takes
 2 % less time.
 """
 

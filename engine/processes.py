@@ -2,7 +2,7 @@
 
 Python runs one thread at a time between NumPy's operations, and threads whose operations are short
 lose a tenth of their time by that. A process that is forked from this one has a Python of its own.
-It sees what happens to arrays made by `shared`, and its results are written to such arrays, too;
+It sees what happens to arrays made by `shared`, and its results are also written to such arrays;
 only some words go through a pipe. Elsewhere than on Linux forking is not safe, and the products of
 large models are so long that nobody waits: threads do the same there, with the same bits.
 """

@@ -116,7 +116,7 @@ def advice(main, error):  # -> words to append to an error's line, or ""
     """For a text that is longer than the model's context: the flag that allows it, if any."""
     is_too_long = str(error).endswith("positions (n_ctx)")
     has_slide = "slide" in inspect.signature(main).parameters
-    return "; --slide goes on beyond them" if is_too_long and has_slide else ""
+    return "; --slide continues beyond them" if is_too_long and has_slide else ""
 
 
 def one_line(error):

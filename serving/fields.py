@@ -21,7 +21,7 @@ DONE = {  # how a field is read, for the guide
     "stop": "a string, or a list of at most 1024, of 10000 characters together",
     "stop_token_ids": "ids that end a text",
     "min_tokens": "before them, no stop and no end",
-    "ignore_eos": "go on after the end token",
+    "ignore_eos": "continue after the end token",
     "logit_bias": "an object, {id: -100 to 100}",
     "logprobs": "0 to 20; in chats a boolean, beside top_logprobs",
     "echo": "completions only",

@@ -234,7 +234,7 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_it(
     DAMAGE[what](last / what.split()[-1])
     code, printed, err = conftest.call("backprop.py", "--resume", out)
     assert (code, printed) == (2, "") and err.count("\n") == 1 and str(last) in err
-    assert err.endswith(f": delete {last}, and --resume goes on from {before}\n")
+    assert err.endswith(f": delete {last}, and --resume continues from {before}\n")
     shutil.rmtree(last)
     code, printed, err = run("--resume", out)
     assert (code, err) == (0, "") and ") after step 250 of" in printed

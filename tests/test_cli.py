@@ -511,7 +511,7 @@ def test_a_text_that_is_too_long_names_the_flag_that_allows_it(models):
     for script, prompt in (("gpt2.py", long), ("kv_cache.py", long), ("gpt2.py", "x" * 9999)):
         code, out, err = call(script, prompt, *words, models_dir=models[0])
         assert (code, out) == (2, "")
-        assert err.endswith("48 positions (n_ctx); --slide goes on beyond them\n")
+        assert err.endswith("48 positions (n_ctx); --slide continues beyond them\n")
     _, _, err = call("gpt2_pico.py", "x" * 9999, *words, models_dir=models[0])  # it cannot slide
     assert "positions (n_ctx)" in err and "--slide" not in err
 

@@ -116,7 +116,7 @@ def test_a_full_disk_says_one_line_and_loses_no_checkpoint(trained, tmp_path, mo
     monkeypatch.setattr(output, "write_snapshot", write)
     out = tmp_path / "full"
     printed = train(out, *TINY_RUN, "--snapshots", 6)
-    line = "cannot write it: No space left on device: the run goes on without more snapshots"
+    line = "cannot write it: No space left on device: the run continues without more snapshots"
     assert printed.count(line) == 1 and printed.count("snapshots") == 1
     for name in ("model.safetensors", "checkpoints/00000004/optimizer.safetensors"):
         assert (out / name).read_bytes() == (trained / name).read_bytes()

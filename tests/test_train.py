@@ -930,7 +930,7 @@ def test_training_replaces_nothing_without_being_told_so(finished, tmp_path):
     code, out, err = conftest.call_trainer(*TINY_RUN, "--n_steps", 20, "--out", finished)
     assert (code, out) == (2, "") and err == (
         f"error: {finished} holds a model, which training would replace: "
-        f"--resume {finished} goes on with its run, "
+        f"--resume {finished} continues its run, "
         "--out names another folder, --overwrite replaces it\n"
     )
     (tmp_path / "foreign" / "checkpoints" / "00000007").mkdir(parents=True)
@@ -1009,7 +1009,7 @@ def test_a_damaged_run_json_is_refused(finished, change):
     place, plan = checkpoints.find_checkpoint(finished)
     assert training.flags.check_saved(plan, place) == plan["flags"]
     change(plan)
-    with pytest.raises(ValueError, match=r"run.json: damaged, or not of this trainer"):
+    with pytest.raises(ValueError, match=r"run.json: damaged, or written by another program"):
         training.flags.check_saved(plan, place)
 
 
@@ -1031,7 +1031,7 @@ def test_a_run_is_resumed_by_a_trainer_that_has_a_newer_flag(finished, monkeypat
     assert training.flags.choose({"data": "x"}, "cpu")["z_loss"] == 0.5
     assert training.flags.choose({"data": "x", "z_loss": 0.25}, "cpu")["z_loss"] == 0.25
     plan["flags"]["z_loss"] = 1
-    with pytest.raises(ValueError, match=r"run.json: damaged, or not of this trainer"):
+    with pytest.raises(ValueError, match=r"run.json: damaged, or written by another program"):
         training.flags.check_saved(plan, place)
 
 

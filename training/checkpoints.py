@@ -1,4 +1,4 @@
-"""A training run's state on the disk: the run can go on from it exactly where it stopped.
+"""A training run's state on the disk: the run can continue from it exactly where it stopped.
 
     models/mine/metrics.jsonl                                   begins with the run's number
     models/mine/checkpoints/00000400/
@@ -156,7 +156,7 @@ def check_out(out, overwrite=False, is_adapter=False):
     there -= {"metrics.jsonl", "snapshots"}
     there = {name for name in there if not HALF_WRITTEN.fullmatch(name)}
     if there and not overwrite:
-        goes_on = f"--resume {out} goes on with its run, " if "checkpoints" in there else ""
+        goes_on = f"--resume {out} continues its run, " if "checkpoints" in there else ""
         kinds = {"model.safetensors": "a model", "adapter_model.safetensors": "an adapter"}
         what = next((kinds[name] for name in kinds if name in there), min(there))
         raise ValueError(
@@ -199,7 +199,7 @@ def find_checkpoint(out, before=math.inf):  # -> Checkpoint
 
 @contextlib.contextmanager
 def offering_earlier(out, folder, read=None):
-    """If reading a checkpoint fails, the error says how to go on from the one before it.
+    """If reading a checkpoint fails, the error says how to continue from the one before it.
 
     read(Checkpoint) is tried on that one first: if it fails as well, there is nothing to offer.
     """
@@ -213,7 +213,7 @@ def offering_earlier(out, folder, read=None):
         except (ValueError, OSError):
             raise error from None
         raise ValueError(
-            f"{one_line(error)}: delete {folder}, and --resume goes on from {earlier.folder}"
+            f"{one_line(error)}: delete {folder}, and --resume continues from {earlier.folder}"
         ) from None
 
 

@@ -365,7 +365,7 @@ def check_resumes(typed, options):
     if extra:
         raise ValueError(f"--resume takes the run's own flags: leave out --{min(extra)}")
     if options.overwrite:
-        raise ValueError("--resume goes on with a run: leave out --overwrite")
+        raise ValueError("--resume continues a run: leave out --overwrite")
 
 
 def numpy_flags(typed, options):  # -> typed, and the values that backprop.py always has
@@ -503,7 +503,7 @@ def check_saved(metadata, folder):  # what a checkpoint's run.json says -> the r
     except (AttributeError, KeyError, TypeError, ValueError):
         is_right = False
     if not is_right:
-        raise ValueError(f"{folder}/run.json: damaged, or not of this trainer")
+        raise ValueError(f"{folder}/run.json: damaged, or written by another program")
     if retired:
         raise ValueError(
             f"{folder}: was trained with --{retired[0]}, which this version doesn't have: "

@@ -64,7 +64,7 @@ class Output:
             delete_snapshots(self.out, n_done if self.checkpoint else None)
 
     def show(self, text):
-        """Print a line for people. If nobody can read it any more, the run goes on without."""
+        """Print a line for people. If nobody can read it any more, the run continues."""
         if not self.is_main or self.is_unheard:
             return
         try:
@@ -105,7 +105,7 @@ class Output:
                 write_snapshot(self.out, self.model.hparams, params, n_done)
             except OSError as error:
                 self.has_room = False
-                self.show(f"{error.strerror}: the run goes on without more snapshots")
+                self.show(f"{error.strerror}: the run continues without more snapshots")
 
     def save_checkpoint(self, state):
         if not self.is_main:
