@@ -150,7 +150,8 @@ def read_special(folder, config):  # -> {"eos_token": "</s>", ...}, {text: setti
     for token in [*by_role.values(), *others]:
         text = token_text(token)
         if text is not None:
-            special.setdefault(text, token if isinstance(token, dict) else {})
+            settings = token if isinstance(token, dict) else {}  # a text has none, and hides none
+            special[text] = special.get(text, {}) | settings
     return roles, special
 
 

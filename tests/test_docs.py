@@ -300,7 +300,7 @@ def test_figures_that_are_quoted_twice_agree():
         r"logitswhole\|(356\d{3})tokens.*\n\|thesame,inparts:astherecipehasit\|(\d+)tokens",
         measured,
     ).groups()
-    quoted = re.search(r"from ([\d ]+) tokens of 124M a second, ([\d ]+) if a batch's", readme)
+    quoted = re.search(r"124M at ([\d ]+) tokens a second, or at ([\d ]+) if a batch's", readme)
     assert [int(n.replace(" ", "")) for n in quoted.groups()] == [
         round(int(n), -3) for n in (parts, whole)
     ]

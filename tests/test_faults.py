@@ -663,7 +663,7 @@ def test_what_a_kill_left_of_a_save_is_cleared_away(tmp_path):
 def test_a_page_that_a_full_disk_refuses_leaves_the_old_one(tmp_path):
     (tmp_path / "explain.html").write_text("an older page")
     model = ["--model_size", "shakespeare", "--models_dir", REPO / "models"]
-    command = [sys.executable, REPO / "explain.py", "ROMEO", *model]
+    command = [sys.executable, REPO / "explain.py", "ROMEO", "--overwrite", *model]
     limited = ["sh", "-c", 'ulimit -f 19; exec "$@"', "-", *map(str, command)]  # 10 or 19 kB
     done = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     problem = f"error: cannot write {tmp_path}/explain.html: File too large\n"

@@ -111,8 +111,10 @@ def test_greedy_text_is_that_of_transformers(rng, tmp_path):
     model = random_llama(rng, num_key_value_heads=3)
     model.save_pretrained(tmp_path)
     prompt = rng.integers(61, size=5).tolist()
+    inputs = torch.tensor([prompt])
+    mask = torch.ones_like(inputs)  # or an id 0 would count as padding
     theirs = model.generate(
-        torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0
+        inputs, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0
     )[0, 5:].tolist()
     words = " ".join(map(str, prompt))
     done = call("llama_pico.py", words, tmp_path, "--n_tokens_to_generate", "12")

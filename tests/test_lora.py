@@ -611,7 +611,7 @@ BAD_FOLDERS = {  # what adapter_config.json says, what becomes of the tensors, w
     "a missing folder": (
         {"base_model_name_or_path": "/gone/x"}, None, "its base is missing: no folder at /gone/x",
     ),
-    "itself": ({"base_model_name_or_path": "FOLDER"}, None, "is an adapter, too"),
+    "itself": ({"base_model_name_or_path": "FOLDER"}, None, "is also an adapter"),
     "rank": ({"r": 0}, None, "r is 0, not a sensible number"),
     "another rank": ({"r": 5}, None, "is (4, 16), but rank and base ask for (5, 16)"),
     "alpha": ({"lora_alpha": "16"}, None, "lora_alpha is '16', not a sensible number"),
@@ -681,7 +681,7 @@ def test_a_base_whose_adapters_would_be_something_else_in_peft_is_refused(
         ),
     ):  # fmt: skip
         assert (code, out) == (2, "") and err.count("\n") == 1 and str(base) in err
-        assert ("is an adapter, too" if what == "an adapter" else "scales its attention") in err
+        assert ("is also an adapter" if what == "an adapter" else "scales its attention") in err
     assert not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,6 @@
 """corpus/shards.py: prepare.py's folders, nanoGPT's, llm.c's; whole or broken; and models."""
 
+import functools
 import json
 import os
 import re
@@ -116,8 +117,8 @@ def test_an_id_beyond_the_vocabulary_is_found_where_it_is(prepared, tmp_path, rn
     problem = rf"train_000001.bin: id 60000 at position {position}, but the tokenizer has only 257"
     with pytest.raises(ValueError, match=problem):
         load_tokens(str(prepared))
-    for script in ("backprop.py", "train_jax.py"):
-        code, out, err = call(script, "--data", prepared, "--out", tmp_path / "m", *TRAIN)
+    for train in (functools.partial(call, "backprop.py"), call_trainer):
+        code, out, err = train("--data", prepared, "--out", tmp_path / "m", *TRAIN)
         assert (code, out) == (2, "") and re.search(problem, err) and err.count("\n") == 1
     assert not (tmp_path / "m").exists()
     load_shards(str(prepared), Encoder([]))  # evaluate.py reads only the other split
