@@ -211,8 +211,7 @@ def read_examples(documents, folder):
     rows = examples.pack(found, 48)
     assert sum(map(len, found)) <= rows.size
     for line in documents.values():
-        messages = json.loads(line).get("messages", ANSWERED)
-        chat.check_messages(messages)
+        messages = chat.check_messages(json.loads(line).get("messages", ANSWERED))
         assert len(chat.encode_conversation(messages, ENCODER, 48)) <= 48
 
 
