@@ -51,6 +51,7 @@ from corpus.documents import (
     find_files,
     is_same,
     notice,
+    notice_null,
     notice_replaced,
     read_span,
 )
@@ -236,7 +237,8 @@ def finish(out, plan, encoder, dtype, notes, sha256):
         "endoftext": encoder.endoftext,
     }
     meta |= {key: total(key) for key in ("n_tokens", "n_documents")}
-    meta |= {key: sum(note[key] for note in notes) for key in ("n_bytes", "n_replaced")}
+    for key in ("n_bytes", "n_replaced", "n_null"):
+        meta[key] = sum(note.get(key, 0) for note in notes)  # an earlier version's lack n_null
     meta |= {"shards": shards, "sha256": dict(sorted(sha256.items())), "plan": plan}
     write_whole(Path(out, "meta.json"), json.dumps(meta, indent=1))
 
@@ -250,6 +252,8 @@ def report(out, meta):
     )
     if meta["n_replaced"]:
         notice_replaced(meta["n_replaced"])
+    if meta["n_null"]:
+        notice_null(meta["n_null"])
     share = n_tokens["val"] / sum(n_tokens.values())
     fractions = [meta["plan"]["val_fraction"], meta["plan"]["last_fraction"]]
     if fractions[0] is None:

@@ -47,6 +47,8 @@ BINARY = {
     "Zstandard, but its name does not end in .zst": b"\x28\xb5\x2f\xfd",
     "Parquet, but its name does not end in .parquet": b"PAR1",
 }
+# Files that describe a data set of Hugging Face's, beside its data.
+ABOUT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 LIST_HINT = ": jq -c '.[]' turns a list into JSON lines"
 END = ENDOFTEXT.encode()  # separates documents in every format
 N_START = 4096  # bytes by which a file is judged
@@ -102,11 +104,16 @@ class Span:
 
 
 class Part(NamedTuple):
-    """A document, or a part of a long one."""
+    """A document, or a part of a long one. A row whose text is null gives one without text or end.
+    """
 
     position: int  # where the whole document begins in its span's file
     text: bytes
     ends: bool  # does the document end with this part?
+
+    @property
+    def is_null(self):
+        return not self.text and not self.ends
 
 
 class Format(NamedTuple):
@@ -146,8 +153,9 @@ def find_files(inputs, leave_out):  # words of the command line -> [paths]
             continue
         if os.path.isdir(name):
             paths = list_folder(name, leave_out)
-            files += filter(format_of, paths)
-            files_left_out += itertools.filterfalse(format_of, paths)
+            texts = without_descriptions(list(filter(format_of, paths)))
+            files += texts
+            files_left_out += sorted(set(paths) - set(texts))
             continue
         paths = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
         files += paths
@@ -159,8 +167,7 @@ def find_files(inputs, leave_out):  # words of the command line -> [paths]
     if n_twice:
         notice(f"{count(n_twice, 'file')} named more than once: read each time")
     if files_left_out:
-        endings = {Path(path).suffix or Path(path).name for path in files_left_out}
-        shown = ", ".join(sorted(endings)[:8])
+        shown = ", ".join(sorted(set(map(kind_of, files_left_out)))[:8])
         n_left_out = count(len(files_left_out), "file")
         notice(f"left out {n_left_out} of other kinds ({shown}): name them to include them")
     if not files:
@@ -170,6 +177,14 @@ def find_files(inputs, leave_out):  # words of the command line -> [paths]
             f"nothing to prepare: name files, or folders that hold {endings} [{packed}]"
         )
     return files
+
+
+def without_descriptions(paths):  # the texts of a folder -> those that are data
+    """Leave out what describes a data set, and its README.md unless the data are Markdown."""
+    paths = [path for path in paths if Path(path.lower()).name not in ABOUT_DATA]
+    if all(path.lower().endswith(".md") for path in paths):
+        return paths
+    return [path for path in paths if Path(path.lower()).name != "readme.md"]
 
 
 def list_folder(folder, leave_out):  # -> the paths of its visible files, sorted
@@ -205,6 +220,11 @@ def format_of(path):  # -> a key of FORMATS by the ending of the file's name, or
         if ending in format.endings:
             return name
     return None
+
+
+def kind_of(path):  # -> its ending, or the whole name if that says more
+    path = Path(path)
+    return path.name if format_of(str(path)) else path.suffix or path.name
 
 
 def describe(path, json_lines=False):  # -> Source
@@ -286,7 +306,7 @@ def cut_source(number, source, options, work_dir):  # yields Spans
 
 
 def read_span(span, options):  # yields lists of Parts, none of them much longer than a block
-    """Read the documents of a span, without empty ones.
+    """Read the documents of a span, without empty ones. Null texts are Parts that say so.
 
     Raises ValueError, which names the source and the line, for what cannot be read.
     """
@@ -324,11 +344,12 @@ def read_documents(path, options=None, json_lines=False):  # yields str
     """
     options = options or Options()
     source = describe(os.fspath(path), json_lines)
-    n_replaced = 0
+    n_replaced = n_null = 0
     with tempfile.TemporaryDirectory() as work_dir:
         for span in cut_source(0, source, options, work_dir):
             document = []
             for part in itertools.chain.from_iterable(read_span(span, options)):
+                n_null += part.is_null
                 document.append(part.text)
                 if part.ends:
                     (text,), n = mend([b"".join(document)])
@@ -338,6 +359,8 @@ def read_documents(path, options=None, json_lines=False):  # yields str
             delete_unpacked([span])
     if n_replaced:
         notice_replaced(n_replaced)
+    if n_null:
+        notice_null(n_null)
 
 
 def read_lines(path):  # yields bytes
@@ -372,6 +395,10 @@ def mend(texts):  # [bytes] -> [UTF-8], how many invalid sequences became U+FFFD
 
 def notice_replaced(n):
     notice(f"{count(n, 'piece')} of invalid UTF-8 replaced by U+FFFD")
+
+
+def notice_null(n):
+    notice(f"left out {count(n, 'row')} whose text is null")
 
 
 # --- Files that are cut at lines: in place or, if they are compressed, while they are unpacked ---
@@ -465,6 +492,9 @@ def cut_stream(blocks, boundary, n_span):  # yields (bytes, whether a span ends 
 
 def cut_row(position, text):  # a row of JSON lines or of Parquet -> yields Parts
     """A row is a document, or several if <|endoftext|> is in it; all have the row's position."""
+    if text is None:
+        yield Part(position, b"", False)
+        return
     for document in text.split(END):
         yield from cut_document(position, document)
 
@@ -600,7 +630,7 @@ def read_json_lines(file, span, options):  # yields lists of Parts
     yield parts
 
 
-def text_of_line(line, field, position):  # bytes -> UTF-8
+def text_of_line(line, field, position):  # bytes -> UTF-8, or None for null
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -610,6 +640,8 @@ def text_of_line(line, field, position):  # bytes -> UTF-8
         hint = LIST_HINT if isinstance(row, list) else ""
         raise BadText(f"no text in the field {field!r} (it is not an object){hint}", position)
     text = row.get(field)
+    if field in row and text is None:
+        return None
     if not isinstance(text, str):
         names = ", ".join(map(repr, list(row)[:8])) or "none"
         raise BadText(f"no text in the field {field!r} (it has {names})", position)
@@ -655,6 +687,9 @@ def read_parquet(file, span, options):  # yields lists of Parts
                 text = value.as_py()
             except UnicodeDecodeError as error:
                 raise BadText(f"row {row}: {error}") from None
+            if text is None:
+                parts += cut_row(row, None)
+                continue
             if not isinstance(text, str):
                 raise BadText(f"row {row} has no text in the column {options.field!r}")
             parts += cut_row(row, text.encode())

@@ -78,6 +78,8 @@ def divide_few(spans, options):  # -> the same spans or, for few documents, part
     size = 0
     for span in spans:
         for part in itertools.chain.from_iterable(read_span(span, options)):
+            if part.is_null:
+                continue
             document = Document(len(spans_ahead), part.position, len(part.text))
             if documents and documents[-1][:2] == document[:2]:  # another part of the same one
                 documents[-1] = document._replace(n_bytes=documents[-1].n_bytes + len(part.text))
@@ -207,7 +209,7 @@ def is_done(note, fingerprint, shards, dtype):
 def write_shards(spans, paths, encoder, options, dtype):  # -> the note
     """Encode the documents of some spans into the files `paths`, one per split, and count them."""
     note = {"n_tokens": dict.fromkeys(SPLITS, 0), "n_documents": dict.fromkeys(SPLITS, 0)}
-    note |= {"n_bytes": 0, "n_replaced": 0}
+    note |= {"n_bytes": 0, "n_replaced": 0, "n_null": 0}
     with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
         files = {"train": train, "val": val}
         for span in spans:
@@ -247,6 +249,7 @@ def add_parts(parts, split, file, span, encoder, dtype, note):
     note["n_documents"][split] += sum(ends)
     note["n_bytes"] += sum(map(len, texts))
     note["n_replaced"] += n_replaced
+    note["n_null"] += sum(part.is_null for part in parts)
 
 
 def draw(positions, source, seed):  # [n] uint64 -> [n] float64 from 0 to 1, one per document

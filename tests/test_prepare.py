@@ -668,7 +668,6 @@ BROKEN = {
         ROW + b'\n{"b": 1}',
         "a.jsonl: line 3: no text in the field 'text' (it has 'b')",
     ),
-    "null.jsonl": (ROW + b'{"text": null}\n', "null.jsonl: line 2: no text in the field 'text'"),
     "list.jsonl": (
         b'["text"]\n',
         "list.jsonl: line 1: no text in the field 'text' (it is not an o",
@@ -786,10 +785,51 @@ def test_parquet_whose_text_is_no_text(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     latin = pyarrow.array([b"a", b"caf\xe9"]).view(pyarrow.string())
-    for texts in (latin, ["a", None], [b"a", b"b"], [["a"]], [{"text": "a"}], [1, 2]):
+    for texts in (latin, [b"a", b"b"], [["a"]], [{"text": "a"}], [1, 2]):
         parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
         with pytest.raises(ValueError, match=r"a.parquet: row [12](: 'utf-8'| has no text in the)"):
             read_here(tmp_path / "a.parquet", tmp_path)
+
+
+def test_rows_whose_text_is_null_are_left_out_and_counted(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [None, "one", None, "two", "", None]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl").write_text(lines)
+    for name in ("a.parquet", "a.jsonl"):
+        out, err = make(name, "--out", tmp_path / "out" / name, cwd=tmp_path)
+        documents_made = [
+            text
+            for split in ("train", "val")
+            for text in documents_of(read(tmp_path / "out" / name, split))
+        ]
+        assert documents_made == ["one", "two"]
+        assert "2 documents" in out and "notice: left out 3 rows whose text is null\n" in err
+        assert list(documents.read_documents(tmp_path / name)) == ["one", "two"]
+    (tmp_path / "nothing.jsonl").write_text('{"text": null}\n')
+    code, out, err = run("nothing.jsonl", "--out", "none", cwd=tmp_path)
+    assert (code, out) == (2, "") and err == "error: there is no text in nothing.jsonl\n"
+
+
+def test_files_about_a_data_set_are_not_its_text(tmp_path):
+    """As the Hub and `datasets` lay them out: a card, and what save_to_disk writes."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "data.jsonl").write_text('{"text": "one"}\n')
+    for name in ("README.md", "dataset_info.json", "state.json"):
+        (folder / name).write_text('{"license": "mit"}')
+    out, err = make("set", "--out", "s", "--val_fraction", "0", cwd=tmp_path)
+    assert documents_of(read(tmp_path / "s", "train")) == ["one"]
+    kinds = "README.md, dataset_info.json, state.json"
+    assert f"left out 3 files of other kinds ({kinds}): name them to include them" in err
+    # A README.md among Markdown is a text like the others, and so is what is named.
+    (folder / "data.jsonl").rename(folder / "data.md")
+    make("set", "--out", "t", "--val_fraction", "0", cwd=tmp_path)
+    assert len(documents_of(read(tmp_path / "t", "train"))) == 2
+    make("set/README.md", "--out", "u", "--val_fraction", "0", cwd=tmp_path)
+    assert documents_of(read(tmp_path / "u", "train")) == ['{"license": "mit"}']
 
 
 @pytest.mark.slow
