@@ -39,7 +39,7 @@ from model_files.convert import (
 )
 from model_files.download import SIZES, download
 from model_files.hub import fetch_released, fetch_repository, is_repository
-from model_files.tokenizer import CHAT_TEMPLATE_FILE
+from model_files.tokenizer import CHAT_TEMPLATE_FILE, read_chat_template
 from model_files.weights import (
     WEIGHTS,
     WEIGHTS_INDEX,
@@ -122,6 +122,9 @@ def load_base_and_adapter(model_dir, models_dir="models", base=None):
     except ValueError as error:
         raise ValueError(f"{path}: its base {error}") from None
     encoder, hparams, params = load_encoder_hparams_and_params(base_dir, models_dir)
+    chat_template = read_chat_template(model_dir, {})
+    if chat_template:  # the adapter has learned conversations
+        encoder = encoder.with_chat_template(chat_template)
     return encoder, hparams, params, read_adapter(model_dir, config, hparams)
 
 
@@ -315,9 +318,9 @@ def target_dir(out, models_dir="models"):  # the --out flag -> the folder to wri
 
 def check_target(model_dir, for_adapter=False):
     """Raises ValueError or OSError if save_model cannot write, or if other files contradict it."""
-    others = "config.json" if for_adapter else CONFIG
+    others = ("config.json",) if for_adapter else (CONFIG, CHAT_TEMPLATE_FILE)
     stale = ("added_tokens.json", "special_tokens_map.json", "generation_config.json")
-    for name in ("hparams.json", "encoder.json", *stale, CHAT_TEMPLATE_FILE, others):
+    for name in ("hparams.json", "encoder.json", *stale, *others):
         if os.path.exists(os.path.join(model_dir, name)):
             raise ValueError(f"{model_dir}: has {name}, of another model; save to another folder")
     paths = (Path(model_dir), *Path(model_dir).absolute().parents)

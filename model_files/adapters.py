@@ -4,6 +4,7 @@
     adapter_model.safetensors   for each adapted matrix [n_in, n_out] its two factors:
         base_model.model.transformer.h.0.attn.c_attn.lora_A.weight    [r, n_in]
         base_model.model.transformer.h.0.attn.c_attn.lora_B.weight    [n_out, r]
+    chat_template.jinja         only if it has learned conversations: how they were written
 
 An adapted matrix is w + scale * (lora_B @ lora_A).T: the update has as many numbers as w, but only
 its two thin factors are learned and stored (Hu et al. 2021, arXiv:2106.09685). Here an adapter is
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import regex
 
+from model_files.tokenizer import CHAT_TEMPLATE_FILE
 from model_files.weights import (
     hugging_face_name,
     leaves,
@@ -186,10 +188,10 @@ def peft_config(base, rank, alpha, targets):
     }
 
 
-def write_adapter(folder, config, adapters, dtype="float32"):
+def write_adapter(folder, config, adapters, dtype="float32", chat_template=None):
     """Write a folder that peft can open as well. Each file is complete; the weights come last.
 
-    dtype: float32 or float16.
+    dtype: float32 or float16. chat_template: that of the conversations it has learned, in Jinja.
     """
     tensors = {}
     for name, (lora_A, lora_B, _) in adapters.items():
@@ -205,6 +207,11 @@ def write_adapter(folder, config, adapters, dtype="float32"):
         if not config_file.is_file() or config_file.read_text("utf-8") != text:
             remove(path)  # old weights belong to another rank or base
         write_whole(config_file, text)
+        template_file = Path(folder, CHAT_TEMPLATE_FILE)
+        if chat_template:
+            write_whole(template_file, chat_template)
+        else:
+            remove(template_file)
         write_safetensors(path, tensors)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {folder}: {error.strerror}") from error

@@ -24,7 +24,7 @@ from encoder import Encoder
 from gpt2 import gpt2
 from model_files import weights
 from model_files.adapters import merge, read_adapter, read_config, write_adapter
-from training import devices
+from training import checkpoints, devices
 from training.adapters import Adapted, adapt, base_name, find_adapters, new_adapters
 from training.batches import read_batches
 from training.state import combine, moment_shapes, partition, start_state
@@ -309,6 +309,22 @@ def test_half_as_wide_on_the_disk(models, tmp_path, rng):
     for name, (A, B, scale) in adapters.items():
         assert np.array_equal(found[name][0], A.astype("f2")) and found[name][2] == scale
         assert np.array_equal(found[name][1], B.astype("f2"))
+
+
+def test_an_adapter_keeps_the_template_of_its_conversations(models, tmp_path, rng):
+    folder, params = models
+    model = utils.load_encoder_hparams_and_params("tiny", folder)
+    flags = FLAGS | {"init_from": "tiny"}
+    adapted = model._replace(params=adapt(params, trained(rng, params)))
+    talking = adapted._replace(encoder=model.encoder.with_chat_template("{{ messages }}"))
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    for saved, template in ((talking, "{{ messages }}"), (adapted, None)):
+        checkpoints.save_params(out, saved, flags)
+        utils.check_target(out, for_adapter=True)
+        read = utils.load_encoder_hparams_and_params(str(out), folder)
+        assert read.encoder.chat_template == template
+        utils.save_model(whole, *read)
+        assert utils.load_encoder_hparams_and_params(str(whole)).encoder.chat_template == template
 
 
 def peft_config(**settings):

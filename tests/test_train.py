@@ -1013,6 +1013,19 @@ def test_a_damaged_run_json_is_refused(finished, change):
         training.flags.check_saved(plan, place)
 
 
+def test_a_run_json_without_the_runs_number_is_damaged_not_an_earlier_runs(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    checkpoint = checkpoints.find_checkpoint(out)
+    earlier = Path(checkpoint.folder).with_name("00000030")
+    shutil.copytree(checkpoint.folder, earlier)
+    del checkpoint.metadata["run"]
+    Path(checkpoint.folder, "run.json").write_text(json.dumps(checkpoint.metadata))
+    problem = rf"run.json: damaged, .*: delete .*60, and --resume continues from {earlier}"
+    with pytest.raises(ValueError, match=problem):
+        checkpoints.find_checkpoint(out)
+
+
 @pytest.mark.parametrize("name", ["dropout", "ema", "fsdp", "n_accumulate"])
 def test_a_run_json_without_a_flag_that_has_a_default_gets_it(finished, name):
     place, plan = checkpoints.find_checkpoint(finished)

@@ -41,7 +41,8 @@ from utils import (
 
 CHECKPOINT = re.compile(r"[0-9]{8,}")  # a checkpoint's name; a folder "2024" is not ours
 HALF_WRITTEN = re.compile(
-    r"\.saving-.*|(metrics\.jsonl|loss\.png|adapter_(config\.json|model\.safetensors))\.\d+\.tmp"
+    r"\.saving-.*|(metrics\.jsonl|loss\.png|chat_template\.jinja"
+    r"|adapter_(config\.json|model\.safetensors))\.\d+\.tmp"
 )
 DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
 
@@ -121,7 +122,8 @@ def save_params(folder, model, flags, dtype="float32"):
         return
     targets = flags["lora_targets"].split(",")
     config = peft_config(flags["init_from"], flags["lora_rank"], flags["lora_alpha"], targets)
-    write_adapter(folder, config, find_adapters(model.params), dtype)
+    template = model.encoder.chat_template
+    write_adapter(folder, config, find_adapters(model.params), dtype, template)
 
 
 def delete_checkpoint(folder):
@@ -188,8 +190,11 @@ def find_checkpoint(out, before=math.inf):  # -> Checkpoint
     for name in complete:
         path = os.path.join(folder, name)
         with offering_earlier(out, path):
-            metadata = read_json(os.path.join(path, "run.json"))
-        if not lines or metadata.get("run") == progress.find_run(lines):
+            run_json = os.path.join(path, "run.json")
+            metadata = read_json(run_json)
+            if "run" not in metadata:
+                raise ValueError(f"{run_json}: damaged, or written by another program")
+        if not lines or metadata["run"] == progress.find_run(lines):
             return Checkpoint(path, metadata)
     raise FileNotFoundError(
         f"{out}: nothing to resume: its run was stopped before its first checkpoint, and those in "
