@@ -34,8 +34,7 @@ def ffn(x, c_fc, c_proj):  # [n_seq, n_embd] -> [n_seq, n_embd]
 def attention(q, k, v):  # three of [n_head, n_seq, d_head] -> [n_head, n_seq, d_head]
     # A query says what its token looks for, a key what a token offers, a value what it hands over.
     # The better a key fits a token's query, the more of that key's value the token receives.
-    scores = q @ k.swapaxes(1, 2)  # [n_head, n_seq, n_seq]: how well each key fits each query
-    scores = scores / q.shape[-1] ** 0.5  # sums of d_head terms: this keeps their variance near 1
+    scores = q @ k.swapaxes(1, 2) / q.shape[-1] ** 0.5  # [n_head, n_seq, n_seq], variance near 1
     seen = np.tri(q.shape[1], dtype=bool)  # [n_seq, n_seq]: each token sees itself and those before
     return softmax(np.where(seen, scores, -np.inf)) @ v
 
@@ -84,6 +83,7 @@ def main(prompt: str, n_tokens_to_generate: int = 40, model_size="124M", models_
 
 
 if __name__ == "__main__":
+    __import__("sys").path.insert(0, __file__.rpartition("/")[0])  # python -P and -I leave it out
     from plumbing.cli import run_cli
 
     run_cli(main)

@@ -35,9 +35,8 @@ def rotate(x, theta):  # [n_head, n_seq, d_head] -> the same; q @ k then depends
 
 
 def attention(q, k, v):  # [n_head, n_seq, d_head], k and v [n_kv_head, ...] -> the shape of q
-    n_shared = len(q) // len(k)  # so many heads share the keys and values of one
-    k = np.repeat(k, n_shared, axis=0)  # [n_head, n_seq, d_head]
-    v = np.repeat(v, n_shared, axis=0)
+    k = np.repeat(k, len(q) // len(k), axis=0)  # [n_head, n_seq, d_head]: heads share keys ...
+    v = np.repeat(v, len(q) // len(v), axis=0)  # ... and values
     scores = q @ k.swapaxes(1, 2) / q.shape[-1] ** 0.5  # [n_head, n_seq, n_seq]
     seen = np.tri(q.shape[1], dtype=bool)
     return softmax(np.where(seen, scores, -np.inf)) @ v
@@ -83,6 +82,7 @@ def main(prompt: str, model_dir: str, n_tokens_to_generate: int = 40):
 
 
 if __name__ == "__main__":
+    __import__("sys").path.insert(0, __file__.rpartition("/")[0])  # python -P and -I leave it out
     from plumbing.cli import run_cli
 
     run_cli(main)

@@ -104,8 +104,7 @@ class Span:
 
 
 class Part(NamedTuple):
-    """A document, or a part of a long one. A row whose text is null gives one without text or end.
-    """
+    """A document, or a part of a long one. A null in place of a text has neither text nor end."""
 
     position: int  # where the whole document begins in its span's file
     text: bytes

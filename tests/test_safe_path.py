@@ -11,6 +11,8 @@ TRAINING = "--data text.txt --out out --n_layer 1 --n_embd 8 --n_ctx 16 --n_step
 SHARDS = "text.txt --out s --shard_mb 0.001 --workers 2"
 COMMANDS = {
     "gpt2": "gpt2.py Once --model_size tiny --n_tokens_to_generate 3",
+    "gpt2_pico": "gpt2_pico.py Once --model_size tiny --n_tokens_to_generate 3",
+    "llama_pico": "llama_pico.py --help",
     "kv_cache": "kv_cache.py Once --model_size tiny --n_tokens_to_generate 3",
     "explain": "explain.py Once --model_size tiny --out page.html",
     "evaluate": "evaluate.py perplexity --model_size tiny --data text.txt",
