@@ -5,15 +5,15 @@
     python parity.py check hf:models/shakespeare          # transformers' model of the folder
     python parity.py check student.py                     # functions of gpt2.py, one by one
 
-`export` writes every intermediate of the forward pass, every gradient, and a step of AdamW.
-`compare` finds the first of somebody's tensors that rounding does not explain, the line of gpt2.py
-that makes it, and which of the usual mistakes gives the same. From Python:
+`export` writes every intermediate result of the forward pass, every gradient, and a step of AdamW.
+`compare` finds the first of somebody's tensors whose difference is more than rounding, the line of
+gpt2.py that computes it, and which common mistake gives the same result. From Python:
 
     arrays = parity.record(model, tokens)                 # a PyTorch model's, by hooks
     verdict = parity.compare(arrays, params, n_head)
     print(parity.describe(verdict))
 
-What carries this is in checking/.
+The code behind this is in checking/.
 """
 
 import json as json_format
@@ -43,16 +43,17 @@ record = pytorch.record
 
 
 def compare(arrays, params, n_head, tokens=None, dtype="float32", source="theirs"):
-    """{name: array} beside gpt2.py's -> a Verdict, for `describe`.
+    """Compares {name: array} with gpt2.py's and returns a Verdict, for `describe`.
 
-    tokens: [n_batch, n_seq + 1] ids; or arrays has them, as `record`'s do. Raises ValueError for
-    unknown names, unknown layouts and NaN.
+    tokens: [n_batch, n_seq + 1] ids, unless arrays has them, as `record`'s arrays do.
+
+    Raises ValueError for unknown names, unknown layouts and NaN.
     """
     arrays = dict(arrays)
     found = arrays.pop("tokens", None)
     tokens = found if found is not None else tokens
     if tokens is None:
-        raise ValueError(f"{source}: no tokens; pass them, or put them under that name")
+        raise ValueError(f"{source}: no tokens; pass them, or add an array named tokens")
     case = make_case(params, n_head, tokens, backprop, dtype)
     arrays = files.check_numbers({name: np.asarray(x) for name, x in arrays.items()}, source)
     return causes.compare(arrays, case, source)
@@ -63,7 +64,7 @@ def describe(verdict, source="theirs"):  # -> lines of text
 
 
 def reference(params, n_head, tokens, parts=tuple(PARTS)):  # -> {name: array}, its case
-    """Every tensor in float32; what is computed also in float64, as float64.NAME."""
+    """Returns every tensor in float32 and, unless it is a parameter, in float64 as float64.NAME."""
     case = make_case(params, n_head, tokens, backprop)
     kinds = [PARTS[part] for part in parts]
     arrays = {"tokens": case.tokens.astype(np.int32)}
@@ -94,29 +95,29 @@ def main(
 ):
     """Compare another GPT-2 with gpt2.py: export, compare or check.
 
-    Exit code 0 where all agrees, 1 where something differs, 2 for bad input.
+    The exit code is 0 if everything agrees, 1 if something differs, and 2 for bad input.
 
     Args:
-        command: export writes our tensors; compare reads theirs; check runs theirs.
-        theirs: for compare an .npz or .safetensors file; for check hf:FOLDER or a Python file.
+        command: export writes our tensors, compare reads theirs, check runs theirs.
+        theirs: for compare, an .npz or .safetensors file; for check, hf:FOLDER or a Python file.
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
-            the Hugging Face Hub.
+            the Hugging Face Hub. A missing model is downloaded once.
         models_dir: the folder that holds the models.
-        text: what the models read. A file that holds tokens needs no text.
-        random: a random model in place of model_size, such as n_layer=2,n_head=3; also n_embd,
-            n_vocab, n_ctx, n_batch, n_seq.
-        seed: of the random model and its tokens.
+        text: the text for the models to read. A file that holds tokens doesn't need it.
+        random: use a random model instead of model_size, such as n_layer=2,n_head=3; n_embd,
+            n_vocab, n_ctx, n_batch and n_seq can also be set.
+        seed: the seed of the random model and its tokens.
         out: the file that export writes, .safetensors or .npz.
-        parts: what export writes, of params,forward,gradients,step.
-        dtype: float32, bfloat16 or float16, in which theirs was computed.
+        parts: the parts that export writes, a list such as params,forward,gradients,step.
+        dtype: the precision in which theirs was computed: float32, bfloat16 or float16.
         json: print one JSON object.
         names: list the names that compare accepts, and stop.
     """
     if command not in COMMANDS:
         hint = did_you_mean(command, COMMANDS)
-        raise ValueError(f"no command {command!r}{hint or ': export, compare or check'}")
+        raise ValueError(f"no command {command!r}{hint or '; use export, compare or check'}")
     if dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+        raise ValueError(f"--dtype {dtype} is unknown; use one of {', '.join(DTYPES)}")
     if names:
         print(known.table())
         return
@@ -125,7 +126,7 @@ def main(
         export(model, out, parts)
         return
     if not theirs:
-        raise ValueError(f"{command}: name a file, as in: python parity.py {command} theirs.npz")
+        raise ValueError(f"{command} needs a file, as in python parity.py {command} theirs.npz")
     if command == "compare":
         agrees = compare_file(theirs, model, dtype, json)
     elif theirs.startswith("hf:"):
@@ -148,7 +149,7 @@ def export(model, out, parts):
     chosen = [part.strip() for part in parts.split(",") if part.strip()]
     for part in chosen:
         if part not in PARTS:
-            raise ValueError(f"--parts {part}: expected some of {','.join(PARTS)}")
+            raise ValueError(f"--parts {part} is unknown; use some of {','.join(PARTS)}")
     files.check_ending(out)
     params, n_head, tokens, about = load_case(*model)
     arrays, case = reference(params, n_head, tokens, chosen)
@@ -167,7 +168,10 @@ def compare_file(path, model, dtype, json):  # -> does all agree?
 def check_hugging_face(folder, models_dir, text, dtype, json):  # -> does all agree?
     model_dir = find_model(folder, models_dir)
     if any(scale != 1 for scale in query_scales(model_dir, read_hparams(model_dir))):
-        raise ValueError(f"{model_dir}: scales its attention as gpt2.py does only when loading it")
+        raise ValueError(
+            f"{model_dir} scales its attention, which gpt2.py folds into the weights when loading; "
+            "their attention can't be compared"
+        )
     params, n_head, tokens, _ = load_case(model_dir, models_dir, text, None, 0)
     model = pytorch.hugging_face(model_dir, dtype)
     arrays = pytorch.record_hugging_face(model, tokens, ADAMW)

@@ -1,8 +1,7 @@
-"""A student's functions, given as a module, beside those of gpt2.py, one by one.
+"""Compares the functions of a student's module with those of gpt2.py, one by one.
 
-A function may have gpt2.py's name and arguments, or the name and arguments of an adapter in
-Stanford's CS336, where there is one that means the same. Where the module uses torch, it is given
-tensors, otherwise NumPy's arrays.
+A function has either gpt2.py's name and arguments, or those of an equivalent adapter in Stanford's
+CS336. If the module uses torch, its functions get tensors, otherwise NumPy arrays.
 """
 
 import importlib.util
@@ -23,7 +22,7 @@ FUNCTIONS = ("gelu", "softmax", "layer_norm", "linear", "ffn", "attention_weight
 
 
 class Adapter(NamedTuple):
-    """A function of theirs that means one of ours: theirs(**arguments(our arguments))."""
+    """A function of theirs that is equivalent to ours. Call it with arguments(**ours)."""
 
     name: str
     ours: str
@@ -52,11 +51,11 @@ WITHOUT_BIAS = ("run_linear", "run_multihead_self_attention")
 
 
 class Result(NamedTuple):
-    """One function of theirs beside ours."""
+    """The result of comparing one function of theirs with ours."""
 
     name: str
     agrees: bool
-    problem: str  # in words, where it does not
+    problem: str  # in words, if it does not agree
     cause: str | None
     source: names.Source
 
@@ -64,10 +63,10 @@ class Result(NamedTuple):
 def load_module(path):
     """Raises ValueError for a file that is missing or cannot be imported."""
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file: expected a Python file with your functions")
+        raise ValueError(f"{path}: no such file; name a Python file with your functions")
     spec = importlib.util.spec_from_file_location("student", path)
     if spec is None:
-        raise ValueError(f"{path}: expected a Python file, name.py")
+        raise ValueError(f"{path} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     try:
@@ -79,8 +78,8 @@ def load_module(path):
     return module
 
 
-def check_module(module, case):  # -> [Result], for the functions that it has
-    """Raises ValueError if it has none of them."""
+def check_module(module, case):  # -> [Result], for each of the functions that the module has
+    """Raises ValueError if the module has none of the functions."""
     results = []
     for name in FUNCTIONS:
         theirs = getattr(module, name, None)
@@ -92,12 +91,12 @@ def check_module(module, case):  # -> [Result], for the functions that it has
             results.append(check(adapter.name, adapter.ours, theirs, adapter.arguments, case))
     if not results:
         wanted = ", ".join([*FUNCTIONS, *(adapter.name for adapter in ADAPTERS)])
-        raise ValueError(f"{module.__file__}: none of these functions: {wanted}")
+        raise ValueError(f"{module.__file__} has none of these functions: {wanted}")
     return results
 
 
 def check(name, ours, theirs, adapt, case):  # -> Result
-    """Calls both with the same arguments, for a batch, or for one sequence if that fails."""
+    """Calls both functions with the same batch or, if that fails, with a single sequence."""
     problem = None
     line = source_of(ours)
     for is_batch in (True, False):
@@ -135,7 +134,7 @@ def judge(name, ours, x, twin, args, case, line):
     problem = (
         f"has {n_nan} numbers that are NaN or infinite"
         if n_nan
-        else f"is {theirs.rms:.1e} from the float64 twin; rounding explains {limit.rms:.1e}"
+        else f"is {theirs.rms:.1e} from the float64 twin, but rounding explains {limit.rms:.1e}"
     )
     return Result(name, False, problem, min(found)[1] if found else None, line)
 
@@ -145,8 +144,10 @@ def source_of(name):
 
 
 def twin_of(mistake, ours, args, case):
-    """What our function makes of {precision: its arguments}. One function's errors hardly grow, so
-    that there is no need to shake it."""
+    """Returns the Twin of our function's results for {precision: its arguments}.
+
+    The errors of a single function hardly grow, so the shaken result isn't needed.
+    """
     exact, rounded = (call(mistake, ours, a, case.params[p]) for p, a in args.items())
     return Twin(exact, rounded, rounded)
 
@@ -174,7 +175,7 @@ def call_theirs(function, args):
     return np.asarray(x)
 
 
-def tree_map(f, node):  # of copies: their functions may change what they are given
+def tree_map(f, node):  # f gets copies, because their functions may change their arguments
     if isinstance(node, dict):
         return {key: tree_map(f, child) for key, child in node.items()}
     if isinstance(node, list):
@@ -191,7 +192,7 @@ def without_bias(args):
 
 
 def arguments(name, case, precision, is_batch):  # -> {argument: array} for a function of gpt2.py
-    """Random numbers, the same in both precisions; a block's parameters are the case's."""
+    """Returns random inputs, the same in both precisions, and the parameters of the case."""
     params = case.params[precision]
     block = {key: x for key, x in params["blocks"][0].items() if key != "attend"}
     sizes = case.sizes()
@@ -230,7 +231,7 @@ def describe(results, path):  # -> lines for people
             continue
         lines.append(f"{r.name}: {r.problem}")
         lines.append(f"  made by  {r.source.function}, {r.source.file}:{r.source.line}")
-        lines.append(f"  cause    {r.cause or 'none of the usual mistakes gives this'}")
+        lines.append(f"  cause    {r.cause or 'not found; none of the common mistakes gives this'}")
     n = sum(r.agrees for r in results)
     return "\n".join([*lines, f"{path}: {n} of {len(results)} functions agree with gpt2.py"])
 

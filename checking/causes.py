@@ -1,7 +1,7 @@
-"""Compares somebody's tensors with ours, and finds out why the first one that differs does.
+"""Compares somebody's tensors with ours, and finds the cause of the first difference.
 
-No cause is guessed. The tensor is computed again with each of the usual mistakes, in float64 and in
-the precision that is compared. A mistake is the cause if what it gives is theirs, up to rounding.
+No cause is guessed. The tensor is computed again with each common mistake, in float64 and in the
+precision of the comparison. A mistake is the cause if it gives their tensor, up to rounding.
 """
 
 import itertools
@@ -16,17 +16,17 @@ from checking.recording import ADAMW, backward, casts, forward, n_terms, step
 from model_files.weights import leaves, nest
 from plumbing.cli import notice
 
-CERTAIN = 1e-3  # no other mistake need be tried if this share of the difference is left
+CERTAIN = 1e-3  # if less of the difference is left, no other mistake needs to be tried
 DROP_RATES = (0.1, 0.2, 0.5, 0.05)
 
 
 class Difference(NamedTuple):
-    """One tensor beside its twin."""
+    """One of their tensors, compared with its float64 twin."""
 
     entry: layouts.Entry
-    theirs: Distance  # from float64
-    ours: Distance  # of gpt2.py in the same precision
-    limit: Distance  # what rounding explains
+    theirs: Distance  # of their tensor
+    ours: Distance  # of gpt2.py's, in the same precision
+    limit: Distance  # the most that rounding explains
 
     @property
     def agrees(self):
@@ -37,17 +37,17 @@ class Cause(NamedTuple):
     """A mistake that gives their tensor."""
 
     text: str
-    n_same: int  # how many of their tensors, from the first that differs, it gives
-    n_after: int  # of so many
-    is_close: bool = False  # not up to rounding, but nearer than anything else
+    n_same: int  # how many of their tensors it gives, from the first that differs
+    n_after: int  # the number of tensors from there on
+    is_close: bool = False  # the closest mistake, but not equal up to rounding
     share: float = 0.0  # how much of the difference is left
-    evidence: str = "Recomputed so, it agrees"
+    evidence: str = "Recomputed with this mistake, it agrees"
 
 
 class Verdict(NamedTuple):
-    """What a comparison found."""
+    """The result of a comparison."""
 
-    differences: list  # a Difference for every tensor, in the order of our names
+    differences: list  # one Difference per tensor, in the order of our names
     cause: Cause | None
     case: object
 
@@ -57,7 +57,7 @@ class Verdict(NamedTuple):
 
 
 def compute(case, precision, kinds):
-    """All tensors of these kinds ("params.", "", "grad.", "step."), {name: array}."""
+    """Returns all tensors of these kinds ("params.", "", "grad.", "step.") as {name: array}."""
     arrays = {f"params.{name}": x for name, x in leaves(case.params[precision]).items()}
     if "" in kinds:
         arrays |= forward(case, precision)
@@ -79,10 +79,10 @@ def pair(case, run):  # run(precision) -> {name: array};  -> {name: Twin}
 
 
 def compare(arrays, case, source="theirs"):  # {their name: array} -> Verdict
-    """Raises ValueError for unknown names, shapes in no layout, and numbers that are NaN."""
+    """Raises ValueError for unknown names, for shapes of no known layout, and for NaN."""
     entries = layouts.read_entries(arrays, case, source)
     if not entries:
-        raise ValueError(f"{source}: no tensor to compare (--names lists the names)")
+        raise ValueError(f"{source}: no tensor to compare; --names lists the accepted names")
     kinds = {names.split_kind(entry.name)[0] for entry in entries}
     ours = twins(case, kinds)
     found = [measure(entry, ours, case) for entry in entries]
@@ -109,15 +109,15 @@ def comparable(entry, x):
     return layouts.comparable(entry.name, entry.select(x))
 
 
-def tolerance(name, twin, ours, case):  # -> what every number may be off, and all of them
+def tolerance(name, twin, ours, case):  # -> the slack of each number, the limit for the tensor
     limit = allowed(twin, case.dtype, n_terms(case))
-    if name == "loss":  # ours can be right by chance; but no mean is off by more than the losses
+    if name == "loss":  # ours can be exact by chance, but a mean is no worse than its losses
         rms = allowed(ours["losses"], case.dtype, n_terms(case)).rms
         return 0, Distance(rms, rms, ())
     if not name.startswith("step."):
         return 0, limit
-    # Adam divides a gradient by its size. Where it is as small as its own rounding, no digit of
-    # the step is certain, not even the sign.
+    # Adam divides a gradient by its size. If the gradient is as small as its own rounding, no digit
+    # of the step is certain, not even the sign.
     gradient = ours[name.replace("step.", "grad.", 1)]
     wrong = allowed(gradient, case.dtype, n_terms(case)).largest
     unsure = np.minimum(2, 2 * wrong / (np.abs(gradient.exact) + ADAMW["adam_eps"]))
@@ -132,11 +132,11 @@ def tolerance(name, twin, ours, case):  # -> what every number may be off, and a
 
 
 def check_finite(found, ours, case, source):
-    """Raises ValueError where theirs has a NaN and ours has none, with the cause if it is known."""
+    """Raises ValueError, with the cause if it is found, if theirs has a NaN and ours has none."""
     for i, d in enumerate(found):
         exact = comparable(d.entry, ours[d.entry.name].exact)
         arrays = d.entry.arrays
-        if d.entry.name.endswith("attn.masked"):  # there -inf is a mask
+        if d.entry.name.endswith("attn.masked"):  # here -inf is the mask
             arrays = [np.where(np.isneginf(x), 0, x) for x in arrays]
         wrong = [~np.isfinite(x) & np.isfinite(exact) for x in arrays]
         where = min(wrong, key=np.count_nonzero)
@@ -147,7 +147,7 @@ def check_finite(found, ours, case, source):
         if earlier:
             before = f"{earlier.entry.theirs}, before it, already differs"
         cause = find_cause(found[i:], ours, case)
-        same = f"; the same with this mistake: {cause.text}" if cause else ""
+        same = f"; this mistake gives the same: {cause.text}" if cause else ""
         raise ValueError(
             f"{source}: {d.entry.theirs} is the first tensor with NaN or infinity: "
             f"{np.count_nonzero(where)} of {where.size} numbers, the first at "
@@ -162,7 +162,7 @@ class Candidate(NamedTuple):
     """A mistake, and how to compute tensors with it."""
 
     text: str
-    compute: object  # (precision, the last name that is wanted, or None) -> {name: array}
+    compute: object  # (precision, the last name that is needed, or None) -> {name: array}
 
 
 def find_cause(after, ours, case):  # the first that differs and all after it -> Cause or None
@@ -174,7 +174,7 @@ def find_cause(after, ours, case):  # the first that differs and all after it ->
     if kind in candidates:
         causes = try_all(candidates[kind](case, ours, name), after, ours, case)
     if kind == "" and not any(c.n_same == c.n_after and not c.is_close for c in causes):
-        notice("no mistake made in every block gives all of it: each block is tried alone")
+        notice("no mistake in every block gives all tensors; trying each block by itself")
         causes += try_all(block_candidates(case, name), after, ours, case)
     if kind == "grad." and all(cause.is_close for cause in causes):
         causes += by_slopes(first, ours, case)
@@ -227,7 +227,7 @@ def forward_candidates(case, ours, name):
 
 
 def block_candidates(case, name):
-    """The same in a single block: the one whose tensor differs, or (after the last) any."""
+    """Yields the same mistakes in one block: that of the tensor or, after the last block, any."""
     parts = name.split(".")
     blocks = [int(parts[1])] if parts[0] == "blocks" else range(case.sizes()["n_layer"])
     local = ("gelu", "softmax", "layer_norm", "linear", "mha", "attention_weights",
@@ -243,7 +243,7 @@ def forward_candidate(case, mistake, block=None):
     def compute(precision, until):
         return forward(case, precision, mistake, block, until)
 
-    where = "" if block is None else f" (in block {block} alone)"
+    where = "" if block is None else f" (only in block {block})"
     return Candidate(mistake.cause + where, compute)
 
 
@@ -260,19 +260,19 @@ def gradient_candidates(case, ours, name):
         return compute
 
     scales = {
-        f"the gradients are not averaged: they are a sum over all {n_batch * n_seq} tokens":
+        f"the gradients are not averaged; they are a sum over all {n_batch * n_seq} tokens":
             n_batch * n_seq,
-        "the gradients are not averaged over the sequences: a sum over n_batch": n_batch,
-        "the gradients are the mean over the wrong axis: a sum over positions": n_seq,
+        "the gradients are not averaged over the sequences; they are a sum over n_batch": n_batch,
+        "the gradients are the mean over the wrong axis; they are a sum over positions": n_seq,
         "the gradients are divided by n_batch twice": 1 / n_batch,
-        "the gradients are twice as large: were they added to those of another pass?": 2,
+        "the gradients are twice as large; perhaps those of another pass were not cleared": 2,
     }  # fmt: skip
     for text, scale in scales.items():
         if scale != 1:
             yield Candidate(text, changed(lambda name, x, part, scale=scale: scale * x))
     for text, is_head in (
-        ("wte's gradient lacks the embedding's share, which comes back to the inputs' rows", True),
-        ("wte's gradient lacks the head's share: the two are not tied", False),
+        ("wte's gradient lacks the embedding's share, which belongs to the inputs' rows", True),
+        ("wte's gradient lacks the head's share; tie the head to wte", False),
     ):
         yield Candidate(text, changed(tied_share(case, ours, is_head)))
     root = math.sqrt(sizes["d_head"])
@@ -281,8 +281,8 @@ def gradient_candidates(case, ours, name):
         return x / root if name.endswith("attn.scores") else x
 
     yield Candidate(
-        "the gradient of the scores is that of query times key before they are divided by the root "
-        "of d_head: here scores are what the softmax is given",
+        "the gradient of the scores is taken before they are divided by the square root of d_head; "
+        "here the scores are the input of softmax",
         changed(before_scaling),
     )
     for mistake in mistakes.BACKWARD:
@@ -291,12 +291,12 @@ def gradient_candidates(case, ours, name):
         )
 
 
-def part_of(precision):  # -> the place in a Twin
+def part_of(precision):  # -> the index in a Twin
     return 0 if precision == "float64" else 2 if precision.startswith(SHAKEN) else 1
 
 
 def tied_share(case, ours, is_head):
-    """wte's gradient in two parts: d_logits^T x of the head, and the rest of the embedding."""
+    """Splits wte's gradient: d_logits^T x comes from the head, the rest from the embedding."""
     d_logits = ours["grad.logits"]
     streams = pair(case, lambda precision: forward(case, precision, until="ln_f"))
 
@@ -321,10 +321,11 @@ def step_candidates(case, ours, name):
 
 
 def by_slopes(first, ours, case):
-    """Mistakes of the forward pass that would give their gradient, found without one of ours.
+    """Finds a mistake of the forward pass that explains their gradient, without computing one.
 
-    A gradient says how steep the loss is in every direction. Where theirs differs from ours, the
-    loss with the right mistake must be as steep as theirs says, and that can be measured.
+    A gradient says how steep the loss is in every direction. If their gradient comes from a
+    mistake, the loss with that mistake must be as steep as their gradient says, which can be
+    measured.
     """
     name = first.entry.name.removeprefix("grad.")
     arrays = leaves(case.params["float64"])
@@ -343,7 +344,7 @@ def by_slopes(first, ours, case):
 
 
 def fits(case, mistake, name, theirs, gap, direction):
-    """Does the loss rise along the direction as theirs says, to a fiftieth of the gap?"""
+    """Returns whether the loss rises along the direction as theirs says, within 2% of the gap."""
     length = np.linalg.norm(direction)
     direction = direction / length
     slope = measured_slope(case, mistake, name, direction)
@@ -362,11 +363,11 @@ def measured_slope(case, mistake, name, direction):
     return (losses[0] - losses[1]) / (2 * size)
 
 
-# --- Causes that are not one function's -----------------------------------------------------------
+# --- Causes that no single function explains ------------------------------------------------------
 
 
 def find_dropout(first, after, ours, case):
-    """Dropout sets numbers to zero at random, and makes the others larger to match."""
+    """Dropout sets random numbers to zero, and makes the others larger to compensate."""
     exact = first.entry.select(ours[first.entry.name].exact)
     for x in first.entry.arrays:
         dropped = (x == 0) & (exact != 0)
@@ -377,7 +378,7 @@ def find_dropout(first, after, ours, case):
             scaled = np.where(dropped, 0, exact / (1 - rate))
             if distance(x, scaled).rms < 0.02 * first.theirs.rms:
                 evidence = (
-                    f"{share:.0%} of the numbers are 0, the others {1 / (1 - rate):.2f} x ours"
+                    f"{share:.0%} of the numbers are 0, the others are {1 / (1 - rate):.2f} x ours"
                 )
                 text = f"dropout is on, at a rate of {rate}; compare in evaluation mode"
                 return Cause(text, 1, 1, evidence=evidence)
@@ -385,9 +386,9 @@ def find_dropout(first, after, ours, case):
 
 
 def find_other_head(first, after, ours, case):
-    """Logits may be a product of the right stream with another matrix than wte.
+    """Finds out whether the logits are the right stream times a matrix other than wte.
 
-    With more tokens than n_embd, that can be seen: no matrix at all would give arbitrary logits.
+    This takes more tokens than n_embd, because no matrix would then give arbitrary logits.
     """
     if first.entry.name != "logits" or first.entry.rows != slice(None):
         return None
@@ -398,14 +399,14 @@ def find_other_head(first, after, ours, case):
         flat = logits.reshape(len(x), -1)
         head, *_ = np.linalg.lstsq(x, flat, rcond=None)
         if distance(x @ head, flat).rms < 0.01 * first.theirs.rms:
-            text = "the head is another matrix than wte: GPT-2 ties the two"
-            evidence = "These logits are a product of the right stream with some matrix"
+            text = "the head is a matrix other than wte, but GPT-2 ties the two"
+            evidence = "These logits are the right stream times some matrix"
             return Cause(text, 1, 1, evidence=evidence)
     return None
 
 
 def find_precision(first, after, ours, case):
-    """Is all that differs as near as a shorter type would bring it?"""
+    """Finds out whether a shorter dtype explains the differences."""
     for dtype in ("float16", "bfloat16"):
         if UNITS[dtype] <= UNITS[case.dtype]:
             continue

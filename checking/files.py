@@ -1,4 +1,4 @@
-"""Tensors in files that C, Rust and Python read: safetensors, or NumPy's .npz."""
+"""Reads and writes tensors in files that C, Rust and Python can read: safetensors and .npz."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def check_ending(path):
 
 
 def read_arrays(path):  # -> {name: array}
-    """Raises ValueError for a file that is neither, or is damaged."""
+    """Raises ValueError for a file that is neither .npz nor safetensors, or is damaged."""
     check_ending(path)
     if str(path).endswith(".npz"):
         check_file(path, math.inf)
@@ -44,7 +44,7 @@ def read_arrays(path):  # -> {name: array}
 
 
 def check_numbers(arrays, source):
-    """Drops our own metadata. Raises ValueError for what is not made of numbers."""
+    """Leaves out our own metadata. Raises ValueError for arrays of anything but numbers."""
     arrays = {name: x for name, x in arrays.items() if name != "metadata"}
     arrays = {name: x for name, x in arrays.items() if not name.startswith("float64.")}
     for name, x in arrays.items():
@@ -54,7 +54,7 @@ def check_numbers(arrays, source):
 
 
 def metadata(case, about):
-    """{what: text}: the model, the optimizer, and every tensor's axes and meaning."""
+    """Returns {subject: text} on the model, the optimizer, and each tensor's axes and meaning."""
     sizes = {"B": "n_batch", "T": "n_seq", "E": "n_embd", "H": "n_head", "D": "d_head"}
     sizes |= {"V": "n_vocab", "I": "4 * n_embd", "3E": "3 * n_embd", "HD": "n_embd"}
     found = {
@@ -63,10 +63,10 @@ def metadata(case, about):
         "sizes": json.dumps(case.sizes()),
         "adamw": json.dumps(ADAMW),
         "float64.NAME": "the same tensor as NAME, computed in float64",
-        "tokens": "[n_batch, n_seq + 1] ids: all but the last are read, all but the first foretold",
+        "tokens": "[n_batch, n_seq + 1] ids. The last is not an input, the first not a target",
         "params.NAME": "a parameter. Matrices are [n_in, n_out]",
         "grad.NAME": "the gradient of the mean loss, with the axes of NAME",
-        "step.NAME": "a parameter after one step of AdamW from moments of zero; matrices decay",
+        "step.NAME": "a parameter after one step of AdamW from zero moments; only matrices decay",
     }  # fmt: skip
     for made in [*names.EMBEDDINGS, *names.BLOCK, *names.HEAD]:
         name = f"blocks.N.{made.name}" if made in names.BLOCK else made.name
@@ -75,8 +75,8 @@ def metadata(case, about):
     return found
 
 
-def write_arrays(path, arrays, about):  # {name: array}, {what: text}
-    """Writes a complete file or none, in the format that its name ends in."""
+def write_arrays(path, arrays, about):  # {name: array}, {subject: text}
+    """Writes a complete file or none, in the format that its name's ending says."""
     check_ending(path)
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):

@@ -1,4 +1,4 @@
-"""Others' layouts: which axes an array may have, and how to turn it into ours."""
+"""The layouts of other implementations: which axes an array may have, and how to get ours."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from model_files.weights import leaves
 
 AXES = {"B": "n_batch", "T": "n_seq", "E": "n_embd", "H": "n_head", "D": "d_head", "V": "n_vocab",
         "I": "n_inner"}  # fmt: skip
-# Ours first; what stands together is one axis.
+# Our layout comes first. Letters without a space between them are one axis.
 LAYOUTS = {
     "B T E": ["B T E", "T B E", "BT E"],
     "B T 3E": ["B T 3E", "T B 3E", "BT 3E"],
@@ -22,25 +22,25 @@ LAYOUTS = {
     "B T": ["B T", "T B", "BT"],
     "": [""],
 }
-MOST_PADDING = 1024  # rows or columns of a vocabulary beyond n_vocab
+MOST_PADDING = 1024  # the most rows or columns of a vocabulary beyond n_vocab
 
 
 class Entry(NamedTuple):
-    """A tensor of theirs: its name and ours, and its numbers in every layout they may be in."""
+    """One of their tensors, with its name and ours. Its layout may be ambiguous."""
 
     theirs: str
     name: str
-    arrays: list  # float64, in our layout
-    rows: slice  # of the positions in ours that they are compared with
+    arrays: list  # float64, brought into our layout, for every layout that theirs may be
+    rows: slice  # the positions of ours that they are compared with
 
     def select(self, exact):
         return exact[:, self.rows] if self.rows != slice(None) else exact
 
 
 def read_entries(arrays, case, source):
-    """{their name: array} -> [Entry], in the order of our names.
+    """Turns {their name: array} into a list of Entry, in the order of our names.
 
-    Raises ValueError for unknown names and for shapes that are in no known layout.
+    Raises ValueError for unknown names, and for shapes of no known layout.
     """
     params = tuple(shapes_of(case))
     n_layer = case.sizes()["n_layer"]
@@ -57,12 +57,14 @@ def read_entries(arrays, case, source):
                 if x.ndim < 2 or len(x) != n_layer:
                     raise ValueError(
                         f"{source}: {theirs} is {shown(x.shape)}, "
-                        f"expected [{n_layer}, ...], one for each block"
+                        f"expected [{n_layer}, ...], one row for each block"
                     )
                 part = x[i]
             entries.append(arrange(theirs, name, part, case, source))
     if unknown:
-        raise ValueError(f"{source}: unknown names (--names lists all): {'; '.join(unknown)}")
+        raise ValueError(
+            f"{source}: unknown names (--names lists the accepted ones): {'; '.join(unknown)}"
+        )
     order = {name: i for i, name in enumerate(names.all_names(case))}
     return sorted(entries, key=lambda entry: order[entry.name])
 
@@ -86,7 +88,7 @@ def arrange(theirs, name, x, case, source):  # -> Entry
         if base.endswith("attn.scores") and not kind and is_masked(x):
             name = name.replace("attn.scores", "attn.masked")
         sizes = case.sizes()
-        if base == "wpe":  # the same for every sequence, so that one may stand for all
+        if base == "wpe":  # the same for every sequence, so one may stand for all
             is_one = x.ndim == 3 and len(x) == 1
             if is_one or x.ndim == 2 and len(x) <= sizes["n_seq"] + 1:
                 sizes["n_batch"] = 1
@@ -101,7 +103,7 @@ def arrange(theirs, name, x, case, source):  # -> Entry
     return Entry(theirs, name, found, rows)
 
 
-def is_masked(x):  # [..., T, T] -> does it hide what comes later?
+def is_masked(x):  # [..., T, T] -> whether it hides later positions
     if x.ndim < 2:
         return False
     later = np.triu(np.ones(x.shape[-2:], bool), 1)
@@ -109,7 +111,7 @@ def is_masked(x):  # [..., T, T] -> does it hide what comes later?
 
 
 def arrange_parameter(x, name, shape):
-    """As it is, [n_out, n_in], with axes of 1 before it, or with rows of padding."""
+    """Accepts our shape, its transpose, leading axes of size 1, and rows of padding."""
     while x.ndim > len(shape) and x.shape[0] == 1:
         x = x[0]
     n_rows = shape[0]
@@ -151,7 +153,7 @@ def axis_size(axis, sizes):  # "BT" -> n_batch * n_seq
 
 
 def fit(x, axes, sizes):
-    """x if it has these axes, without a last position or columns too many, or None."""
+    """Returns x, without an extra position or columns of padding, or None if the axes don't fit."""
     while x.ndim > len(axes) and x.shape[0] == 1:
         x = x[0]
     if x.ndim == 1 and len(axes) == 0 and x.size == 1:
@@ -170,7 +172,7 @@ def fit(x, axes, sizes):
 
 
 def reorder(x, theirs, ours, sizes):
-    """From one layout to another: split into single axes, bring them in order, join them."""
+    """Turns one layout into another: splits it into single axes, reorders and joins them."""
     letters = [letter for axis in theirs.split() for letter in split_axis(axis)]
     target = [letter for axis in ours.split() for letter in split_axis(axis)]
     x = x.reshape([axis_size(letter, sizes) for letter in letters])
@@ -193,7 +195,7 @@ def split_axis(axis):  # "BT" -> ["B", "T"], "3E" -> ["3E"]
 
 
 def fill_hidden(entry, exact):
-    """Scores that were never computed for later positions, and are 0 there, are taken as ours."""
+    """Takes our scores for later positions if theirs are 0, which means they weren't computed."""
     arrays = []
     for x in entry.arrays:
         later = np.triu(np.ones(x.shape[-2:], bool), 1)
@@ -202,8 +204,8 @@ def fill_hidden(entry, exact):
     return entry._replace(arrays=arrays)
 
 
-def comparable(name, x):  # a tensor in our layout -> without what may differ
-    """The gradient of a hidden weight goes nowhere, so that some do not compute it."""
+def comparable(name, x):  # a tensor in our layout -> the same, without numbers that may differ
+    """The gradient of a hidden weight is not used, so some implementations don't compute it."""
     if name.endswith("attn.masked"):
         return hide(x)
     is_gradient = name.startswith("grad.") and name.endswith("attn.weights")
@@ -211,9 +213,9 @@ def comparable(name, x):  # a tensor in our layout -> without what may differ
 
 
 def hide(scores):
-    """Any number far below every score hides a position as well as -inf does."""
+    """Any number far below every score hides a position just as -inf does."""
     return np.where(scores < -3e4, -np.inf, scores)
 
 
-def closest(entry, measure):  # -> the least distance of all layouts
+def closest(entry, measure):  # -> the smallest distance over all layouts
     return min(map(measure, entry.arrays), key=lambda found: (found.rms, found.largest))

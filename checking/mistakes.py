@@ -1,8 +1,8 @@
-"""The usual mistakes, each a small change of one function of gpt2.py, backprop.py or recording.py.
+"""Common mistakes, each a small change of one function of gpt2.py, backprop.py or recording.py.
 
-A change is called with the function as it should be and the names of its module, and returns what
-the mistake makes of it. So the arithmetic stays where it is, and a tensor can be recomputed with
-the mistake to see whether that gives what somebody else got.
+A change is called with the correct function and the names of its module, and returns the function
+with the mistake. So the arithmetic stays where it is, and a tensor can be recomputed with the
+mistake, to see whether the result is what somebody else got.
 """
 
 import math
@@ -16,16 +16,16 @@ from checking.recording import raw_scores
 
 
 class Mistake(NamedTuple):
-    """What somebody did instead, and how to do the same."""
+    """A mistake in words, and how to make it."""
 
     cause: str
-    function: str  # the one that it changes
+    function: str  # the function that it changes
     change: Callable  # (function, names) -> function
-    layer: str = ""  # only where the parameters' name ends so
+    layer: str = ""  # the mistake is made only in layers whose names end with this
 
 
 def same(function):
-    """For a change that needs no other names: function -> function."""
+    """Makes a change from a function -> function that doesn't need the other names."""
     return lambda f, names: function(f)
 
 
@@ -47,10 +47,10 @@ GELU = [
             same(lambda f: exact_gelu)),
     Mistake("the GELU of a logistic function, x * sigmoid(1.702 x), where GPT-2 has the tanh form",
             "gelu", same(lambda f: lambda x: x * logistic(1.702 * x))),
-    Mistake("ReLU in place of GELU", "gelu", same(lambda f: lambda x: np.maximum(x, 0))),
-    Mistake("SiLU in place of GELU", "gelu", same(lambda f: lambda x: x * logistic(x))),
+    Mistake("ReLU instead of GELU", "gelu", same(lambda f: lambda x: np.maximum(x, 0))),
+    Mistake("SiLU instead of GELU", "gelu", same(lambda f: lambda x: x * logistic(x))),
     Mistake("no activation between the ffn's two matrices", "gelu", same(lambda f: lambda x: x)),
-    Mistake("GELU's factor 0.044715 left out", "gelu",
+    Mistake("GELU without its term 0.044715 x^3", "gelu",
             same(lambda f: lambda x: x * (0.5 + 0.5 * np.tanh(math.sqrt(2 / math.pi) * x)))),
 ]  # fmt: skip
 
@@ -62,7 +62,7 @@ def with_eps(eps):
 
 
 def unbiased(f):
-    """The variance with n - 1 in place of n is the same norm with smaller gain and eps."""
+    """A variance with n - 1 instead of n gives the same norm with a smaller gain and eps."""
 
     def norm(x, g, b, eps=1e-5):
         share = 1 - 1 / x.shape[-1]
@@ -80,7 +80,7 @@ def eps_outside(f):
 
 
 def root_mean_square(f):
-    """x and -x side by side have the mean 0, so that only their squares count."""
+    """x and -x side by side have the mean 0, so only their squares count."""
 
     def norm(x, g, b, eps=1e-5):
         both = np.concatenate([x, -x], -1)
@@ -111,7 +111,7 @@ LAYER_NORM = [
       for eps in (1e-6, 1e-3, 1e-4)),
     Mistake("layer_norm has no eps, or one as small as 1e-12, where GPT-2 has 1e-5", "layer_norm",
             with_eps(1e-12)),
-    Mistake("layer_norm's eps is added to the deviation: it belongs to the variance",
+    Mistake("layer_norm's eps is added to the deviation; add it to the variance",
             "layer_norm", same(eps_outside)),
     Mistake("layer_norm's variance is divided by n - 1, where GPT-2 divides by n", "layer_norm",
             same(unbiased)),
@@ -119,7 +119,7 @@ LAYER_NORM = [
             "layer_norm", same(over_positions)),
     Mistake("layer_norm's mean is over positions and n_embd together, not over n_embd alone",
             "layer_norm", same(over_the_whole_sequence)),
-    Mistake("RMSNorm in place of layer_norm: the mean is not subtracted", "layer_norm",
+    Mistake("RMSNorm instead of layer_norm; subtract the mean", "layer_norm",
             same(root_mean_square)),
     *(Mistake(f"the gain of {name} is missing", "layer_norm",
               same(lambda f: lambda x, g, b: f(x, 1, b)), layer)
@@ -142,7 +142,7 @@ LAYERS = {
 }
 
 
-def reread(w):  # [n_in, n_out] -> its numbers, read as if they were stored [n_out, n_in]
+def reread(w):  # [n_in, n_out] -> the same numbers, read as if they were stored as [n_out, n_in]
     return w.reshape(w.shape[::-1]).T
 
 
@@ -162,7 +162,7 @@ LINEAR = [
 
 
 def scaled(factor):  # of (n_embd, d_head)
-    """The queries multiplied by a factor, and with them the scores."""
+    """Multiplies the queries, and so the scores, by a factor."""
 
     def change(f, names):
         def weights(q, k):
@@ -175,7 +175,7 @@ def scaled(factor):  # of (n_embd, d_head)
 
 
 def masked(hides, hidden=-math.inf):
-    """hides(query's position, key's position) -> which scores become `hidden`."""
+    """Sets scores to `hidden` wherever hides(query's position, key's position) is true."""
 
     def change(f, names):
         def weights(q, k):
@@ -198,7 +198,7 @@ def mask_after_softmax(f, names):
 
 
 def mask_by_product(f, names):
-    """Scores times 0 are 0, not -inf: what comes later still counts."""
+    """Scores times 0 are 0, not -inf, so later positions still count."""
 
     def weights(q, k):
         return names["softmax"](np.tril(names["raw_scores"](q, k)))
@@ -233,29 +233,29 @@ def later(query, key):
 
 
 ATTENTION = [
-    Mistake("the scores are not scaled: divide them by the root of d_head", "attention_weights",
-            scaled(lambda n_embd, d_head: math.sqrt(d_head))),
-    Mistake("the scores are scaled twice, divided by d_head: divide once by its root",
+    Mistake("the scores are not scaled; divide them by the square root of d_head",
+            "attention_weights", scaled(lambda n_embd, d_head: math.sqrt(d_head))),
+    Mistake("the scores are scaled twice, by d_head; divide them once by its square root",
             "attention_weights", scaled(lambda n_embd, d_head: 1 / math.sqrt(d_head))),
-    Mistake("the scores are divided by the root of n_embd, where GPT-2 takes d_head",
+    Mistake("the scores are divided by the square root of n_embd, where GPT-2 uses d_head",
             "attention_weights", scaled(lambda n_embd, d_head: math.sqrt(d_head / n_embd))),
-    Mistake("the scores are multiplied by the root of d_head: divide them by it",
+    Mistake("the scores are multiplied by the square root of d_head; divide them by it",
             "attention_weights", scaled(lambda n_embd, d_head: d_head)),
-    Mistake("there is no mask: queries see what comes later", "attention_weights",
+    Mistake("there is no mask, so queries see later tokens", "attention_weights",
             masked(lambda query, key: key < -1)),
     Mistake("the mask is off by one: a query also sees the next token", "attention_weights",
             masked(lambda query, key: key > query + 1)),
     *(Mistake("the mask is off by one: a query does not see its own token", "attention_weights",
               masked(lambda query, key: key >= query, hidden)) for hidden in (-math.inf, -1e9)),
-    Mistake("the mask is the wrong way round: queries see only what comes later",
+    Mistake("the mask is the wrong way round: queries see only themselves and later tokens",
             "attention_weights", masked(lambda query, key: key < query)),
-    Mistake("the mask is -1e4, which hides nothing from scores as low as that; take -inf",
+    Mistake("the mask is -1e4, which hides nothing when scores are as low as that; use -inf",
             "attention_weights", masked(later, -1e4)),
-    Mistake("the mask of -1e4 is added to the scores, which are too large for that; take -inf",
+    Mistake("the mask of -1e4 is added to the scores, which are too large for that; use -inf",
             "attention_weights", mask_by_sum(-1e4)),
-    Mistake("the mask comes after the softmax, so that the weights do not add up to 1",
+    Mistake("the mask comes after the softmax, so the weights don't add up to 1",
             "attention_weights", mask_after_softmax),
-    Mistake("the mask multiplies the scores by 0, which hides nothing: set them to -inf",
+    Mistake("the mask multiplies the scores by 0, which hides nothing; set them to -inf",
             "attention_weights", mask_by_product),
     *(Mistake("the softmax is over the wrong axis: over queries, not over keys", "softmax",
               softmax_over(-2, finite)) for finite in (False, True)),
@@ -267,7 +267,7 @@ ATTENTION = [
 
 
 def attending(change):
-    """change(attend) -> what attends in its place."""
+    """Replaces mha's `attend` by change(attend)."""
 
     def changed(f, names):
         def mha(x, c_attn, c_proj, n_head, attend):
@@ -293,7 +293,7 @@ def split(x, n_head):  # and back
 
 
 def interleave(x):
-    """Numbers of a head n_head apart, as if c_attn's were [d_head, n_head]."""
+    """Takes the numbers of a head n_head apart, as if c_attn's result were [d_head, n_head]."""
     n_head = x.shape[-3]
     y = merge(x)
     y = y.reshape(*y.shape[:-1], -1, n_head).swapaxes(-1, -2)  # [..., n_seq, n_head, d_head]
@@ -301,18 +301,18 @@ def interleave(x):
 
 
 def without_transpose(x):
-    """Reshaped to heads without moving the axis: each "head" is some neighbouring positions."""
+    """Reshapes to heads without swapping axes, so each "head" is a few neighbouring positions."""
     return merge(x).reshape(x.shape)
 
 
 def merge_without_transpose(x):
-    """[n_head, n_seq, d_head] read as [n_seq, n_embd]: the heads are mixed with the positions."""
+    """Reads [n_head, n_seq, d_head] as [n_seq, n_embd], which mixes heads and positions."""
     n_head, n_seq, d_head = x.shape[-3:]
     return split(x.reshape(*x.shape[:-3], n_seq, n_head * d_head), n_head)
 
 
 def q_k_v_within_heads(attend):
-    """c_attn's numbers taken as [n_head, 3, d_head], where GPT-2 has [3, n_head, d_head]."""
+    """Reads c_attn's result as [n_head, 3, d_head], where GPT-2 has [3, n_head, d_head]."""
 
     def attend_to(q, k, v):
         n_head, d_head = q.shape[-3], q.shape[-1]
@@ -339,8 +339,8 @@ MHA = [
     Mistake("queries and keys are swapped", "mha", in_order(1, 0, 2)),
     Mistake("keys and values are swapped", "mha", in_order(0, 2, 1)),
     Mistake("queries and values are swapped", "mha", in_order(2, 1, 0)),
-    Mistake("c_attn is split as k, v, q: GPT-2 has q, k, v", "mha", in_order(2, 0, 1)),
-    Mistake("c_attn is split as v, q, k: GPT-2 has q, k, v", "mha", in_order(1, 2, 0)),
+    Mistake("c_attn is split as k, v, q, where GPT-2 has q, k, v", "mha", in_order(2, 0, 1)),
+    Mistake("c_attn is split as v, q, k, where GPT-2 has q, k, v", "mha", in_order(1, 2, 0)),
     Mistake("the heads are split in the wrong order, as [d_head, n_head], "
             "where GPT-2 has [n_head, d_head]", "mha", of_all(interleave)),
     Mistake("the heads are split in the wrong order: [n_seq, n_embd] is reshaped to "
@@ -349,19 +349,19 @@ MHA = [
             "[n_head, n_seq, d_head] and back without swapping axes", "mha", attending(
                 lambda attend: lambda *qkv: merge_without_transpose(
                     attend(*map(without_transpose, qkv))))),
-    Mistake("the heads are split in the wrong order: c_attn is taken as [n_head, 3, d_head], "
+    Mistake("the heads are split in the wrong order: c_attn is read as [n_head, 3, d_head], "
             "where GPT-2 has [3, n_head, d_head]", "mha", attending(q_k_v_within_heads)),
     Mistake("the heads are joined in the wrong order: [n_head, n_seq, d_head] is reshaped to "
             "[n_seq, n_embd] without swapping axes", "mha",
             attending(lambda attend: lambda *qkv: merge_without_transpose(attend(*qkv)))),
-    Mistake("there is one head: n_head is not used", "mha", attending(as_one_head)),
+    Mistake("there is only one head; use n_head", "mha", attending(as_one_head)),
 ]  # fmt: skip
 
 # --- transformer_block ----------------------------------------------------------------------------
 
 
 def block_of(parts):
-    """parts(x, mha, ffn, norm_1, norm_2) -> what a block makes of x."""
+    """Replaces a block by parts(x, mha, ffn, norm_1, norm_2)."""
 
     def change(f, names):
         def block(x, mlp, attn, ln_1, ln_2, n_head, attend):
@@ -420,17 +420,17 @@ def norms_swapped(x, mha, ffn, norm_1, norm_2):
 BLOCK = [
     Mistake("post-norm: the norms come after the sums, where GPT-2 has them before each half",
             "transformer_block", block_of(post_norm)),
-    Mistake("the stream itself is normalised: norm a copy, and add to the stream as it was",
+    Mistake("the stream itself is normalised; normalise a copy, and add to the original stream",
             "transformer_block", block_of(norm_in_the_stream)),
     Mistake("the norms come after attention and the ffn, where GPT-2 has them before",
             "transformer_block", block_of(norm_after)),
-    Mistake("attention's result replaces the stream: add it (a residual is missing)",
+    Mistake("attention's result replaces the stream; add it (a residual is missing)",
             "transformer_block", block_of(no_first_residual)),
-    Mistake("the ffn's result replaces the stream: add it (a residual is missing)",
+    Mistake("the ffn's result replaces the stream; add it (a residual is missing)",
             "transformer_block", block_of(no_second_residual)),
-    Mistake("both results replace the stream: add them (the residuals are missing)",
+    Mistake("both results replace the stream; add them (the residuals are missing)",
             "transformer_block", block_of(no_residuals)),
-    Mistake("attention and the ffn read the same stream; the ffn's includes attention's result",
+    Mistake("attention and the ffn read the same stream; let the ffn also read attention's result",
             "transformer_block", block_of(side_by_side)),
     Mistake("ln_1 and ln_2 are swapped", "transformer_block", block_of(norms_swapped)),
 ]  # fmt: skip
@@ -439,7 +439,7 @@ BLOCK = [
 
 
 def embedding(change):
-    """change(inputs, wte, wpe) -> the three that are used."""
+    """Replaces inputs, wte and wpe by change(inputs, wte, wpe)."""
 
     def changed(f, names):
         def hidden_state(inputs, wte, wpe, blocks, ln_f, n_head):
@@ -451,7 +451,7 @@ def embedding(change):
 
 
 def head(matrix):
-    """matrix(wte) -> what the stream's end is multiplied by, [n_embd, n_vocab]."""
+    """Multiplies the last stream by matrix(wte), [n_embd, n_vocab]."""
 
     def change(f, names):
         def logits(inputs, wte, wpe, blocks, ln_f, n_head):
@@ -464,15 +464,15 @@ def head(matrix):
 
 
 EMBEDDING = [
-    Mistake("positions are counted from 1: token i takes row i of wpe, counted from 0",
+    Mistake("positions are counted from 1; count them from 0, so that token i gets row i of wpe",
             "hidden_state", embedding(lambda x, wte, wpe: (x, wte, np.roll(wpe, -1, 0)))),
-    Mistake("positions are missing: add wpe's rows", "hidden_state",
+    Mistake("positions are missing; add wpe's rows", "hidden_state",
             embedding(lambda x, wte, wpe: (x, wte, 0 * wpe))),
     Mistake("every token has position 0", "hidden_state",
             embedding(lambda x, wte, wpe: (x, wte, 0 * wpe + wpe[0]))),
     Mistake("positions go backwards", "hidden_state",
             embedding(lambda x, wte, wpe: (x, wte, wpe[: x.shape[-1]][::-1]))),
-    Mistake("the embeddings are multiplied by the root of n_embd, as in the first transformer",
+    Mistake("the embeddings are multiplied by the square root of n_embd, as in Vaswani et al. 2017",
             "hidden_state",
             embedding(lambda x, wte, wpe: (x, math.sqrt(wte.shape[-1]) * wte, wpe))),
     Mistake("the sequence is shifted by one token", "hidden_state",
@@ -483,7 +483,7 @@ EMBEDDING = [
 HEAD = [
     Mistake("the head is transposed: wte's numbers are read as [n_embd, n_vocab]", "gpt2",
             head(lambda wte: wte.reshape(wte.shape[::-1]))),
-    Mistake("the logits are divided by the root of n_embd", "gpt2",
+    Mistake("the logits are divided by the square root of n_embd", "gpt2",
             head(lambda wte: wte.T / math.sqrt(wte.shape[-1]))),
 ]  # fmt: skip
 
@@ -502,27 +502,27 @@ def padded(multiple):
 
 
 def own_tokens(f):
-    """Every position is asked for the token that it was given."""
+    """Asks every position for its own token."""
     return lambda logits, tokens: f(logits, np.concatenate([tokens[:, :1], tokens[:, :-1]], 1))
 
 
 LOSS = [
-    *(Mistake(f"a padded vocabulary is counted in the loss: {multiple} divides its size, and the "
-              "logits of no token are 0", "losses", padded(multiple))
+    *(Mistake(f"the loss counts a padded vocabulary, whose size is a multiple of {multiple} and "
+              "whose extra logits are 0", "losses", padded(multiple))
       for multiple in (128, 64, 8, 16, 32, 256)),
-    Mistake("the targets are not shifted: the next token is the target, not the same",
+    Mistake("the targets are not shifted; the target is the next token, not the same one",
             "losses", same(own_tokens)),
-    Mistake("the loss is in bits, log2: GPT-2's is in nats", "losses",
+    Mistake("the loss is in bits (log2), where GPT-2's is in nats", "losses",
             same(lambda f: lambda logits, tokens: f(logits, tokens) / math.log(2))),
-    Mistake("the loss has a second softmax: cross entropy takes logits, not probabilities",
+    Mistake("the loss has a second softmax; give cross entropy logits, not probabilities",
             "losses", lambda f, names: lambda logits, tokens: f(gpt2.softmax(logits), tokens)),
-    Mistake("the loss is a sum: divide it by the number of tokens", "loss",
+    Mistake("the loss is a sum; divide it by the number of tokens", "loss",
             same(lambda f: lambda nats: nats.sum())),
     Mistake("the loss is the mean over the wrong axis: over sequences, not over positions",
             "loss", same(lambda f: lambda nats: nats.mean(0).sum())),
     Mistake("the loss is the mean over the wrong axis: over positions, not over sequences",
             "loss", same(lambda f: lambda nats: nats.mean(-1).sum())),
-    Mistake("the loss is a perplexity: its logarithm is the loss", "loss",
+    Mistake("the loss is a perplexity; take its logarithm", "loss",
             same(lambda f: lambda nats: np.exp(nats.mean()))),
     Mistake("the loss leaves out the last position", "loss",
             same(lambda f: lambda nats: nats[:, :-1].mean() if nats.shape[1] > 1 else nats.mean())),
@@ -537,7 +537,7 @@ FORWARD = [*GELU, *LAYER_NORM, *LINEAR, *ATTENTION, *MHA, *BLOCK, *EMBEDDING, *H
 
 
 def norm_with_constants(f):
-    """dx without the two terms that come from the mean and from the variance."""
+    """Computes dx without the two terms that come from the mean and the variance."""
 
     def norm(dy, x, g, b, eps=1e-5):
         _, gradients = f(dy, x, g, b)
@@ -555,7 +555,7 @@ def bias_averaged(f):
 
 
 def with_gradients(change):
-    """change(q, dq, dk, dv) -> the three that attention's backward returns."""
+    """Replaces dq, dk and dv by change(q, dq, dk, dv)."""
 
     def changed(f):
         def attention(q, k, v):
@@ -600,7 +600,7 @@ def values_without_transpose(f, names):
 
 
 def backward_with(weights):
-    """weights(scores without mask, the right weights) -> those of the backward pass."""
+    """Gives the backward pass the weights weights(scores without mask, the right weights)."""
 
     def change(f, names):
         def attention(q, k, v):
@@ -617,28 +617,30 @@ def backward_with(weights):
 
 
 BACKWARD = [
-    Mistake("the gradient of softmax lacks the term that its sum of 1 makes", "softmax_backward",
+    Mistake("the gradient of softmax lacks the term that its sum of 1 requires", "softmax_backward",
             same(lambda f: lambda dy, y: y * dy)),
-    Mistake("the gradient of layer_norm takes mean and variance for constants",
+    Mistake("the gradient of layer_norm treats the mean and the variance as constants",
             "layer_norm_backward", same(norm_with_constants)),
-    Mistake("the gradient of a linear layer's bias is a mean over tokens: add them up",
+    Mistake("the gradient of a linear layer's bias is a mean over tokens; take their sum",
             "linear_backward", same(bias_averaged)),
     Mistake("the gradient of GELU is that of ReLU", "gelu_backward",
             same(lambda f: lambda dy, x, y: dy * (x > 0))),
-    Mistake("the gradients of queries and keys are not scaled: divide by the root of d_head, as "
-            "the scores are", "attention_forward", with_gradients(queries_and_keys_scaled(0.5))),
-    Mistake("the gradients of queries and keys are scaled twice: divide once by the root of d_head",
-            "attention_forward", with_gradients(queries_and_keys_scaled(-0.5))),
+    Mistake("the gradients of queries and keys are not scaled; divide them by the square root of "
+            "d_head, like the scores", "attention_forward",
+            with_gradients(queries_and_keys_scaled(0.5))),
+    Mistake("the gradients of queries and keys are scaled twice; divide them only once by the "
+            "square root of d_head", "attention_forward",
+            with_gradients(queries_and_keys_scaled(-0.5))),
     Mistake("the gradients of queries and keys are swapped", "attention_forward",
             with_gradients(lambda q, dq, dk, dv: (dk, dq, dv))),
-    Mistake("the gradient of the keys lacks a transposition: it is scores^T times queries",
+    Mistake("the gradient of the keys lacks a transposition; it should be scores^T @ queries",
             "attention_forward", keys_without_transpose),
-    Mistake("the gradient of the values lacks a transposition: it is weights^T times the gradient",
+    Mistake("the gradient of the values lacks a transposition; it should be weights^T @ gradient",
             "attention_forward", values_without_transpose),
-    Mistake("the mask is forgotten in the backward pass, where the weights are computed again",
+    Mistake("the mask is forgotten in the backward pass, which computes the weights again",
             "attention_forward", backward_with(lambda raw, weights: gpt2.softmax(raw))),
-    Mistake("the mask is forgotten in the backward pass, where the weights are computed again from "
-            "the sums of the forward pass", "attention_forward",
+    Mistake("the mask is forgotten in the backward pass, which computes the weights again from the "
+            "sums of the forward pass", "attention_forward",
             backward_with(lambda raw, weights: np.exp(raw - raw[..., :1]) * weights[..., :1])),
 ]  # fmt: skip
 
@@ -650,7 +652,7 @@ def adam_with(**values):
 
 
 def decay_of(chosen):
-    """chosen(p, name) -> does this parameter decay?"""
+    """Applies weight decay only to the parameters for which chosen(p, name) is true."""
 
     def change(f):
         def step(p, g, name, adam):
@@ -663,7 +665,7 @@ def decay_of(chosen):
 
 
 def uncorrected(b2):
-    """Without the correction, the first moments are (1 - b1) g and (1 - b2) g^2."""
+    """Without bias correction, the moments after one step are (1 - b1) g and (1 - b2) g^2."""
 
     def change(f):
         def step(p, g, name, adam):
@@ -694,7 +696,7 @@ def decay_in_the_gradient(f):
 
 
 STEP = [
-    Mistake("weight decay is applied to biases and gains: only matrices decay", "first_step",
+    Mistake("weight decay is applied to biases and gains; apply it only to matrices", "first_step",
             decay_of(lambda p, name: True)),
     *(Mistake(f"Adam lacks the bias correction of its moments (b2 = {b2})", "first_step",
               uncorrected(b2)) for b2 in (0.95, 0.999)),
@@ -703,17 +705,17 @@ STEP = [
             decay_of(lambda p, name: p.ndim == 2 and name not in ("wte", "wpe"))),
     Mistake("weight decay is not multiplied by the learning rate", "first_step",
             same(decay_without_rate)),
-    Mistake("weight decay is added to the gradient, as in Adam with L2: AdamW decays the parameter",
+    Mistake("weight decay is added to the gradient, as in Adam with L2; shrink the parameter",
             "first_step", same(decay_in_the_gradient)),
-    Mistake("weight decay is 0.01, where it should be 0.1", "first_step",
+    Mistake("weight decay is 0.01, but should be 0.1", "first_step",
             adam_with(weight_decay=0.01)),
-    Mistake("weight decay is 0.01, of every parameter: it should be 0.1, of the matrices",
+    Mistake("weight decay is 0.01 for every parameter, but should be 0.1 for matrices only",
             "first_step", same(lambda f: lambda p, g, name, adam: decay_of(lambda p, name: True)(
                 f, {})(p, g, name, adam | {"weight_decay": 0.01}))),
-    Mistake("the gradient is added: subtract it", "first_step",
+    Mistake("the gradient is added; subtract it", "first_step",
             same(lambda f: lambda p, g, name, adam: f(p, -g, name, adam))),
-    Mistake("a plain step down the gradient, without Adam's division", "first_step",
+    Mistake("a plain gradient step, without Adam's division", "first_step",
             same(lambda f: lambda p, g, name, adam: f(p, 0 * g, name, adam)
                  - adam["learning_rate"] * g)),
-    Mistake("Adam's eps is 1e-6, where it should be 1e-8", "first_step", adam_with(adam_eps=1e-6)),
+    Mistake("Adam's eps is 1e-6, but should be 1e-8", "first_step", adam_with(adam_eps=1e-6)),
 ]  # fmt: skip

@@ -1,10 +1,10 @@
-"""What every tensor is called here and elsewhere, what it means, and which line makes it.
+"""Knows every tensor's names here and elsewhere, its meaning, and the line that computes it.
 
-A tensor of ours has one of these names, with a block's number for {i}:
+Our tensors have these names, for example in block 0:
 
-    params.NAME   a parameter, with the checkpoint's name: params.blocks.0.attn.c_attn.w
-    NAME          an intermediate of the forward pass, of the table below: blocks.0.attn.q
-    grad.NAME     the gradient of the mean loss, by a parameter or by an intermediate
+    params.NAME   a parameter, by its name in the checkpoint: params.blocks.0.attn.c_attn.w
+    NAME          an intermediate of the forward pass, listed below: blocks.0.attn.q
+    grad.NAME     the gradient of the mean loss with respect to a parameter or an intermediate
     step.NAME     a parameter after one step of AdamW
 """
 
@@ -19,15 +19,15 @@ from plumbing.cli import did_you_mean
 
 
 class Made(NamedTuple):
-    """An intermediate: its axes, its meaning, and where it is made."""
+    """An intermediate of the forward pass: its axes, its meaning, and where it is computed."""
 
     name: str
-    axes: str  # B n_batch, T n_seq, E n_embd, H n_head, D d_head, V n_vocab, and 3E, I n_inner
+    axes: str  # B n_batch, T n_seq, E n_embd, H n_head, D d_head, V n_vocab, I n_inner; 3E is 3 * E
     meaning: str
     maker: str  # the function of gpt2.py that computes it
-    caller: str  # the function with the line that makes it ...
-    line: str  # ... which contains this
-    others: tuple = ()  # the names that others give it
+    caller: str  # the function that calls the maker ...
+    line: str  # ... in a line that contains this text
+    others: tuple = ()  # its names in other implementations
 
 
 EMBEDDINGS = [
@@ -35,7 +35,7 @@ EMBEDDINGS = [
          "wte[inputs]", ("hook_embed",)),
     Made("wpe", "B T E", "rows of wpe: where each token stands", "hidden_state", "hidden_state",
          "wpe[", ("hook_pos_embed",)),
-    Made("embed", "B T E", "the stream that the first block is given", "hidden_state",
+    Made("embed", "B T E", "the input of the first block", "hidden_state",
          "hidden_state", "wpe[", ("drop", "encoded", "embd", "blocks.0.hook_resid_pre")),
 ]  # fmt: skip
 BLOCK = [
@@ -46,9 +46,9 @@ BLOCK = [
     Made("attn.q", "B H T D", "the heads' queries", "mha", "mha", "split(", ("attn.hook_q", "q")),
     Made("attn.k", "B H T D", "the heads' keys", "mha", "mha", "split(", ("attn.hook_k", "k")),
     Made("attn.v", "B H T D", "the heads' values", "mha", "mha", "split(", ("attn.hook_v", "v")),
-    Made("attn.scores", "B H T T", "query times key over the root of d_head, before the mask",
+    Made("attn.scores", "B H T T", "query times key / sqrt(d_head), before the mask",
          "attention_weights", "attention_weights", "scores =", ("preatt",)),
-    Made("attn.masked", "B H T T", "the scores with -inf for what comes later",
+    Made("attn.masked", "B H T T", "the scores, with -inf for later positions",
          "attention_weights", "attention_weights", "scores +=", ("attn.hook_attn_scores",)),
     Made("attn.weights", "B H T T", "softmax of the scores", "softmax", "attention_weights",
          "softmax(", ("attn.hook_pattern", "att", "attn.probs", "attn.attn_dropout")),
@@ -60,9 +60,9 @@ BLOCK = [
          "transformer_block", "mha(", ("hook_resid_mid", "residual2")),
     Made("ln_2", "B T E", "the stream, normalised for the ffn", "layer_norm", "transformer_block",
          "**ln_2", ("ln2", "norm_2", "norm2")),
-    Made("mlp.c_fc", "B T I", "the ffn, widened", "linear", "ffn", "**c_fc",
+    Made("mlp.c_fc", "B T I", "the ffn's hidden layer, before gelu", "linear", "ffn", "**c_fc",
          ("mlp.hook_pre", "fch")),
-    Made("mlp.gelu", "B T I", "the same, bent by gelu", "gelu", "ffn", "gelu(",
+    Made("mlp.gelu", "B T I", "the ffn's hidden layer, after gelu", "gelu", "ffn", "gelu(",
          ("mlp.act", "mlp.hook_post", "fch_gelu")),
     Made("mlp.c_proj", "B T E", "what the ffn adds to the stream", "linear", "ffn", "**c_proj",
          ("mlp", "mlp.dropout", "hook_mlp_out", "fcproj")),
@@ -70,9 +70,9 @@ BLOCK = [
          "transformer_block", "ffn(", ("", "hook_resid_post", "residual3")),
 ]  # fmt: skip
 HEAD = [
-    Made("ln_f", "B T E", "the stream's end, normalised", "layer_norm", "hidden_state", "**ln_f",
+    Made("ln_f", "B T E", "the last stream, normalised", "layer_norm", "hidden_state", "**ln_f",
          ("lnf", "norm_f")),
-    Made("logits", "B T V", "a score for every token that may come next", "gpt2", "gpt2", "@ wte",
+    Made("logits", "B T V", "a score for every possible next token", "gpt2", "gpt2", "@ wte",
          ("lm_head",)),
     Made("losses", "B T", "-ln of the next token's probability, in nats", "cross_entropy", "", ""),
     Made("loss", "", "the mean of losses", "cross_entropy", "", "", ("mean_loss",)),
@@ -88,7 +88,7 @@ LLM_C_STACKED = {
     "fch": "mlp.c_fc", "fch_gelu": "mlp.gelu", "fcproj": "mlp.c_proj", "residual3": "resid_post",
     **LLM_C_WEIGHTS,
 }  # fmt: skip
-# What is only added to something has the sum's gradient. The mask adds to the scores.
+# A term of a sum has the same gradient as the sum. (The mask is added to the scores.)
 SAME_GRADIENT = {
     "wte": "embed",
     "wpe": "embed",
@@ -97,12 +97,12 @@ SAME_GRADIENT = {
     "mlp.c_proj": "resid_post",
 }
 NOT_COMPARED = ("ln1_mean", "ln1_rstd", "ln2_mean", "ln2_rstd", "lnf_mean", "lnf_rstd", "probs")
-GRADIENTS = ("grad.", "grads.", "gradients.", "d_")  # what marks a gradient; or .grad at the end
+GRADIENTS = ("grad.", "grads.", "gradients.", "d_")  # gradients begin so, or end with .grad
 STEPS = ("step.", "after.", "updated.")
 
 
 def all_names(case):
-    """Our names, in the order in which they are computed."""
+    """Returns our names, in the order in which the tensors are computed."""
     n_layer = case.sizes()["n_layer"]
     blocks = [f"blocks.{i}.{made.name}" for i in range(n_layer) for made in BLOCK]
     params = list(leaves(case.params["float64"]))
@@ -116,7 +116,7 @@ def all_names(case):
 
 
 def gradient_order(params, n_layer):
-    """Parameters and intermediates from the loss back to the embeddings."""
+    """Returns parameters and intermediates, from the loss back to the embeddings."""
     order = ["logits", "ln_f", "ln_f.g", "ln_f.b"]
     within = [
         "resid_post", "mlp.c_proj.", "mlp.gelu", "mlp.c_fc", "mlp.c_fc.", "ln_2", "ln_2.",
@@ -139,8 +139,8 @@ def about(name):  # an intermediate's name, with a block's number or without -> 
 
 
 @functools.cache
-def known_names(n_layer, params):  # -> {what others may call it: ours}
-    """params: a tuple of the parameters' names, as `leaves` gives them."""
+def known_names(n_layer, params):  # -> {another implementation's name: ours}
+    """params: a tuple of the parameters' names, as `leaves` returns them."""
     known = {}
     for made in [*EMBEDDINGS, *HEAD]:
         known |= dict.fromkeys((made.name, *made.others), made.name)
@@ -154,7 +154,7 @@ def known_names(n_layer, params):  # -> {what others may call it: ours}
     return known | weight_names(params)
 
 
-def weight_names(params):  # -> {what others may call a parameter: "params.NAME"}
+def weight_names(params):  # -> {another implementation's name of a parameter: "params.NAME"}
     known = {}
     for name in params:
         theirs = hugging_face_name(name)
@@ -170,9 +170,10 @@ def weight_names(params):  # -> {what others may call a parameter: "params.NAME"
 
 
 def find_name(name, n_layer, params):
-    """Somebody's name -> [(our name, the row of their array that it is, or None for all of it)].
+    """Returns a list of (our name, the row of their array that it stands for, or None for all).
 
-    Empty for what is known but not compared. Raises KeyError for a name that is not known.
+    The list is empty for tensors that are known but not compared. Raises KeyError for an unknown
+    name.
     """
     kind, base = split_kind(name)
     base = re.sub(r"^(_orig_mod\.|module\.|model\.|transformer\.)+", "", base)
@@ -185,7 +186,7 @@ def find_name(name, n_layer, params):
         part = SAME_GRADIENT.get(part, part) if kind == "grad." else part
         return [(f"{kind}blocks.{i}.{part}", i) for i in range(n_layer)]
     if kind in ("grad.", "step.") and base in ("wte", "wpe"):
-        return [(kind + base, None)]  # not the rows that a text takes, the parameter
+        return [(kind + base, None)]  # the parameter, not the rows that a text uses
     ours = known_names(n_layer, params)[base]
     if kind == "grad.":
         ours = gradient_name(ours)
@@ -227,7 +228,7 @@ def suggest(name, n_layer, params):  # -> "blocks.0.ln1x: did you mean blocks.0.
 
 
 def table():  # -> lines for people
-    """Every accepted name: ours, the axes, and what others call it."""
+    """Lists every accepted name: ours, the axes, and the names in other implementations."""
     lines = ["name                     axes         also accepted as"]
     for made in [*EMBEDDINGS, *BLOCK, *HEAD]:
         name, others = made.name, list(made.others)
@@ -241,18 +242,20 @@ def table():  # -> lines for people
     lines += [
         "",
         "B n_batch, T n_seq, E n_embd, H n_head, D d_head = E / H, I n_inner = 4 E, V n_vocab.",
-        "A batch of one needs no B. B and T may be swapped, or one axis; so may H and T, H and D.",
-        "One T more is cut off, and columns of V beyond n_vocab. Logits may be the last T's.",
+        "A batch of one may omit B. B and T may be swapped or merged, and so may H and T, H and D.",
+        "An extra position in T and columns of V beyond n_vocab are ignored. Logits may be only",
+        "those of the last position.",
         "",
         "params.NAME   a parameter: wte, wpe, blocks.{i}.attn.c_attn.w, .b, blocks.{i}.ln_1.g ...",
         "              also h.{i}.attn.c_attn.weight, lm_head.weight, and llm.c's qkvw, ln1b ...",
-        "grad.NAME     the gradient of the mean loss by a parameter or an intermediate;",
-        "              also NAME.grad, grads.NAME, llm.c's dqkvw, datt ... attn.masked has that of",
-        "              attn.scores, attn.c_proj that of resid_mid, mlp.c_proj that of resid_post.",
+        "grad.NAME     the gradient of the mean loss in a parameter or an intermediate;",
+        "              also NAME.grad, grads.NAME, llm.c's dqkvw, datt ... Some are the same:",
+        "              attn.masked and attn.scores, attn.c_proj and resid_mid, mlp.c_proj and",
+        "              resid_post.",
         "step.NAME     a parameter after one step of AdamW. Matrices may be [n_in, n_out] or",
         "              [n_out, n_in]. llm.c's names stand for the arrays of all blocks, stacked.",
-        "tokens        the ids, [n_batch, n_seq + 1]: if they are there, they are the text.",
-        "transformer., model., module. and _orig_mod. before a name do not matter.",
+        "tokens        the ids, [n_batch, n_seq + 1]. If a file has them, --text is ignored.",
+        "The prefixes transformer., model., module. and _orig_mod. are ignored.",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -261,7 +264,7 @@ def table():  # -> lines for people
 
 
 class Source(NamedTuple):
-    """The line of a file that makes a tensor, and the function that it calls for it."""
+    """The line of a file that computes a tensor, and the function that it calls to do so."""
 
     function: str
     file: str
@@ -270,7 +273,7 @@ class Source(NamedTuple):
 
 
 def source(name, backprop):
-    """Where gpt2.py (or backprop.py) makes the tensor of this name."""
+    """Returns the line of gpt2.py (or backprop.py) that computes the tensor of this name."""
     kind, base = split_kind(name)
     if kind == "grad.":
         return find_line(backprop, *gradient_line(base))
@@ -284,7 +287,8 @@ def source(name, backprop):
     return find_line(gpt2, made.maker, made.caller, made.line)
 
 
-# The end of a name: the function of backprop.py that makes its gradient, and the line where.
+# {the end of a name: (the function of backprop.py that computes its gradient, the caller of that
+# function, a part of the caller's line)}
 GRADIENT_LINES = {
     "logits": ("cross_entropy", "cross_entropy", "targets] -= 1"),
     "wte": ("gpt2_forward", "gpt2_forward", "d_wte[ids] +="),
@@ -306,7 +310,7 @@ GRADIENT_LINES = {
 }
 
 
-def gradient_line(name):  # -> the maker of this gradient, its caller, what the caller's line has
+def gradient_line(name):  # -> the maker of this gradient, its caller, a part of the caller's line
     for part, line in GRADIENT_LINES.items():
         if name.endswith(part) or part.endswith(".") and part in name:
             return line
@@ -314,7 +318,10 @@ def gradient_line(name):  # -> the maker of this gradient, its caller, what the 
 
 
 def find_line(module, maker, caller, text):
-    """The last line of `caller` that contains `text`: not its docstring's. Otherwise its first."""
+    """Returns the last line of `caller` that contains `text`, or the first line if none does.
+
+    The last, because a docstring may also contain the text.
+    """
     function = inspect.unwrap(getattr(module, caller))
     lines, first = inspect.getsourcelines(function)
     place = max((i for i, line in enumerate(lines) if text in line), default=0)

@@ -1,4 +1,4 @@
-"""How far rounding may carry a result away, and whether a tensor is farther away than that."""
+"""Estimates how large rounding errors can be, and whether a tensor differs by more."""
 
 import math
 from typing import NamedTuple
@@ -24,11 +24,11 @@ def round_float16(x):
         return np.asarray(x, np.float32).astype(np.float16).astype(np.float32)
 
 
-SHAKEN = "shaken "  # before a dtype: every result is also moved at random, by as much as rounding
+SHAKEN = "shaken "  # a prefix of a dtype: results also change at random, by as much as rounding
 
 
 def rounding(precision):
-    """A function that rounds an array to a precision. Results stay in a type that NumPy has."""
+    """Returns a function that rounds an array to a precision. The result has a type of NumPy's."""
     dtype = precision.removeprefix(SHAKEN)
     rounded = {"bfloat16": round_bfloat16, "float16": round_float16}.get(dtype, lambda x: x)
     if dtype == precision:
@@ -50,19 +50,19 @@ def cast(params, precision):  # a tree of arrays -> the same, in another precisi
 
 
 class Twin(NamedTuple):
-    """A tensor in float64, and as rounding to the compared precision makes it, twice."""
+    """A tensor in float64, and computed twice with rounding to the compared precision."""
 
     exact: np.ndarray
     rounded: np.ndarray  # as gpt2.py computes it
-    shaken: np.ndarray  # as another implementation might: see SHAKEN
+    shaken: np.ndarray  # as another implementation might compute it (see SHAKEN)
 
 
 class Distance(NamedTuple):
     """How far a tensor is from the exact one."""
 
-    rms: float  # the root of the mean of the squares
+    rms: float  # the root mean square of the differences
     largest: float
-    place: tuple  # the index of the largest
+    place: tuple  # the index of the largest difference
 
     def within(self, allowed):
         return bool(self.rms <= allowed.rms and self.largest <= allowed.largest)
@@ -77,7 +77,7 @@ def differences(x, exact, slack=0):  # -> |x - exact|, 0 where both are NaN or t
 
 
 def distance(x, exact, slack=0):
-    """slack: what every number may be off, an array or 0."""
+    """slack: an error of each number that is not counted, an array or 0."""
     if np.shape(x) != np.shape(exact):
         return Distance(math.inf, math.inf, ())
     d = differences(x, exact, slack)
@@ -89,11 +89,11 @@ def distance(x, exact, slack=0):
 
 
 def allowed(twin, dtype, n_terms):
-    """The distance that rounding explains, for any order of the sums.
+    """Returns the distance that rounding explains, for any order of the sums.
 
-    Our own rounded results show how errors grow on the way to this tensor; those of another
-    implementation are of the same size, not the same. To that comes what one sum of n_terms numbers
-    may cost that is done one by one, in float32 (16-bit types are added up in float32).
+    Our own rounded results show how errors grow on the way to this tensor. Another implementation's
+    errors differ, but have the same size. On top of that comes the error of a sum of n_terms
+    numbers, added one by one in float32 (which is also where 16-bit numbers are added up).
     """
     finite = np.isfinite(twin.exact)
     exact = np.abs(twin.exact[finite])

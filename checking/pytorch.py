@@ -1,10 +1,10 @@
-"""Collects a PyTorch model's tensors by hooks. torch is imported only when it is needed."""
+"""Collects a PyTorch model's tensors with hooks. torch is imported only when it is needed."""
 
 import numpy as np
 
 from checking import names
 
-N_LAYERS = 1000  # names are known for so many blocks
+N_LAYERS = 1000  # modules of blocks beyond this many are not recorded
 INPUTS = {"ln_2": "resid_mid", "attn.c_proj": "attn.out", "mlp.c_proj": "mlp.gelu"}
 
 
@@ -17,14 +17,15 @@ def to_numpy(x):  # a tensor, an array, a number -> a new array
 
 
 def record(model, tokens, loss=None, optimizer=None, names_of_theirs=None):
-    """Runs a model once -> {name: array}, for `compare`.
+    """Runs a model once and returns {name: array}, for `compare`.
 
-    model: a torch.nn.Module, or any function of the inputs. Its result is the logits, or has them
-        as `.logits`, or is a dict of tensors by name (then that is what is recorded).
-    tokens: [n_batch, n_seq + 1] ids. The model is given all but the last.
-    loss: loss(the model's result, targets), to record the gradients too.
-    optimizer: a torch.optim optimizer, to take one step with; needs loss.
-    names_of_theirs: {the name of a module: ours}, where it has another; {i} is a block's number.
+    model: a torch.nn.Module, or any function of the inputs. It returns the logits, an object with
+        `.logits`, or a dict of tensors by name, which are then recorded.
+    tokens: [n_batch, n_seq + 1] ids. The model gets all but the last.
+    loss: loss(the model's result, targets), to record the gradients as well.
+    optimizer: a torch.optim optimizer, to take one step; needs loss.
+    names_of_theirs: {their name of a module: our name}, where the two differ. {i} is the number of
+        a block.
     """
     import torch
 
@@ -82,7 +83,7 @@ def known_modules(model, theirs):  # -> {module: our name}
 
 
 def our_name(name, theirs):
-    """The name of ours that a module's stands for, or None."""
+    """Returns our name for a module, or None."""
     if name == "":
         return None
     parts = [str(part) for part in name.split(".")]
@@ -103,7 +104,7 @@ def our_name(name, theirs):
 def noting(note, name):
     def hook(module, args, result):
         short = name.split(".", 2)[-1]
-        if short in INPUTS and hasattr(module, "weight"):  # not what only contains c_proj
+        if short in INPUTS and hasattr(module, "weight"):  # not a module that contains c_proj
             note(name.removesuffix(short) + INPUTS[short], args[0])
         if name == "logits":
             return
@@ -128,7 +129,7 @@ def gradients_and_step(model, loss, optimizer, theirs):
 
 
 def gradients_of(tensors):  # {name: a tensor whose gradient was kept} -> {"grad.NAME": array}
-    """Without those of the embeddings' rows: grad.wte and grad.wpe are the parameters'."""
+    """Leaves out the embeddings' rows, because grad.wte and grad.wpe belong to the parameters."""
     return {
         f"grad.{name}": to_numpy(x.grad)
         for name, x in tensors.items()
@@ -147,12 +148,12 @@ def parameter_name(name, theirs):  # "layers.0.norm.weight" -> "blocks.0.ln_1.we
 
 
 def hugging_face(model_dir, dtype):  # -> transformers' model of a folder, in evaluation mode
-    """Raises ImportError where transformers or torch is not installed."""
+    """Raises ImportError if transformers or torch is not installed."""
     try:
         import torch
         import transformers
     except ImportError:
-        raise ImportError("check hf: needs torch and transformers (pip install them)") from None
+        raise ImportError("check hf: needs pip install torch transformers") from None
     transformers.utils.logging.disable_progress_bar()
     load = transformers.GPT2LMHeadModel.from_pretrained
     model = load(model_dir, attn_implementation="eager", dtype=getattr(torch, dtype))
@@ -161,7 +162,7 @@ def hugging_face(model_dir, dtype):  # -> transformers' model of a folder, in ev
 
 
 def record_hugging_face(model, tokens, adam):
-    """All that compare knows: intermediates, gradients, and a step of torch.optim.AdamW."""
+    """Records intermediates, gradients, and a step of torch.optim.AdamW."""
     import torch
 
     def loss(result, targets):
@@ -180,6 +181,6 @@ def record_hugging_face(model, tokens, adam):
         betas=(adam["adam_b1"], adam["adam_b2"]),
         eps=adam["adam_eps"],
     )
-    if model.dtype == torch.float16:  # Adam's eps is 0 in it: such models train in float32
+    if model.dtype == torch.float16:  # Adam's eps would be 0; such models train in float32
         optimizer = None
     return record(model, tokens, loss, optimizer)

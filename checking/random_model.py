@@ -1,4 +1,4 @@
-"""Small random models of any shape, whose every parameter matters to the result."""
+"""Small random models of any shape, in which every parameter affects the result."""
 
 import numpy as np
 
@@ -9,12 +9,14 @@ SIZES = {"n_layer": 2, "n_head": 3, "n_embd": 24, "n_vocab": 50, "n_ctx": 16, "n
 
 
 def read_sizes(spec):  # "n_layer=2,n_head=3" -> {"n_layer": 2, "n_head": 3, ...}
-    """Raises ValueError for names and sizes that make no model."""
+    """Raises ValueError for unknown names, and for sizes that make no model."""
     sizes, given = dict(SIZES), {}
     for part in filter(None, (part.strip() for part in spec.split(","))):
         name, _, value = part.partition("=")
         if name not in SIZES or not value.isdecimal() or not 0 < int(value) <= 2**20:
-            raise ValueError(f"--random {part}: expected NAME=NUMBER, NAME of {', '.join(SIZES)}")
+            raise ValueError(
+                f"--random {part}: expected NAME=NUMBER, where NAME is one of {', '.join(SIZES)}"
+            )
         given[name] = int(value)
     sizes |= given
     if "n_embd" not in given:
@@ -29,7 +31,7 @@ def read_sizes(spec):  # "n_layer=2,n_head=3" -> {"n_layer": 2, "n_head": 3, ...
 
 
 def random_params(rng, hparams):
-    """Float32. Biases and gains are far from 0 and 1, so that a missing one is seen."""
+    """Returns float32 parameters. No bias is near 0 and no gain near 1, so a missing one shows."""
     arrays = {}
     for name, shape in tensor_shapes(hparams):
         ending = name.rpartition(".")[2]

@@ -1,8 +1,7 @@
-"""Runs gpt2.py and backprop.py as they are, and notes every intermediate under its name.
+"""Runs gpt2.py and backprop.py unchanged, and records every intermediate result under its name.
 
-The arithmetic is theirs. `altered` copies a module's functions so that they call each other through
-a dict of names; there each can be wrapped, to note what it returns, or changed, to see what a
-mistake would do.
+`altered` copies a module's functions so that they call each other through a dict of names. There
+each of them can be wrapped, to record what it returns, or replaced, to see the effect of a mistake.
 """
 
 import functools
@@ -17,7 +16,7 @@ from checking.precision import SHAKEN, cast, rounding
 from model_files.weights import leaves
 
 WATCHED = ("gelu", "softmax", "layer_norm", "linear", "mha", "ffn", "attention_weights")
-# linear_backward is given the gradient of the first, and makes that of the second.
+# linear_backward gets the gradient of the first tensor, and returns the gradient of the second.
 GIVEN_AND_MADE = {
     "attn.c_attn": ("attn.c_attn", "ln_1"),
     "attn.c_proj": ("resid_mid", "attn.out"),
@@ -29,10 +28,10 @@ GIVEN_AND_MADE = {
 class Case(NamedTuple):
     """A model, a text, and the precision of the implementation that is compared with ours."""
 
-    params: dict  # {precision: a tree of arrays}, of float64, of dtype and of dtype shaken
+    params: dict  # {precision: a tree of arrays}, for float64, dtype, and dtype shaken
     n_head: int
     tokens: np.ndarray  # [n_batch, n_seq + 1]
-    backprop: ModuleType  # handed in, because it stands above this package
+    backprop: ModuleType  # passed in, because packages may not import it
     dtype: str
 
     def sizes(self):
@@ -53,7 +52,7 @@ class Case(NamedTuple):
 
 
 def make_case(params, n_head, tokens, backprop, dtype="float32"):
-    """Raises ValueError for tokens that the model cannot read: too many, too few, no such ids."""
+    """Raises ValueError if there are too many or too few tokens, or if an id does not exist."""
     tokens = np.atleast_2d(np.asarray(tokens))
     n_vocab, n_ctx = len(params["wte"]), len(params["wpe"])
     n_seq = tokens.shape[-1] - 1
@@ -69,7 +68,7 @@ def make_case(params, n_head, tokens, backprop, dtype="float32"):
     return Case(casts(params, dtype), n_head, tokens.astype(np.int64), backprop, dtype)
 
 
-def casts(params, dtype):  # -> {precision: tree}, for all that Case's functions take
+def casts(params, dtype):  # -> {precision: tree}, Case's params
     rounded = cast(params, dtype)
     return {"float64": cast(params, "float64"), dtype: rounded, SHAKEN + dtype: rounded}
 
@@ -78,10 +77,10 @@ def casts(params, dtype):  # -> {precision: tree}, for all that Case's functions
 
 
 def altered(module, changes):  # -> {name: what the module has under it}
-    """Copies of a module's functions that call each other, some of them changed.
+    """Copies a module's functions, so that the copies call each other, and changes some of them.
 
-    changes: {name: change}; change(function, names) returns what takes the function's place. It may
-    call `function`, the copy, and the others through `names`.
+    changes: {name: change}. change(function, names) returns the function's replacement, which may
+        call `function`, the copy, and the other functions through `names`.
     """
     names = dict(vars(module))
     for name, f in vars(module).items():
@@ -95,9 +94,9 @@ def altered(module, changes):  # -> {name: what the module has under it}
 
 
 def raw_scores(q, k):  # [..., n_q, d_head], [..., n_seq, d_head] -> [..., n_q, n_seq]
-    """The scores of gpt2.attention_weights before the mask hides any.
+    """Returns the scores of gpt2.attention_weights before the mask.
 
-    A single query counts as the last one, from which nothing is hidden. So each query is given as
+    A single query counts as the last one, from which nothing is hidden. So each query is passed as
     the only one, and softmax, which comes after the mask, is left out.
     """
     names = altered(gpt2, {"softmax": lambda f, names: lambda x: x})
@@ -108,12 +107,12 @@ def names_of_layers(params):  # -> {id of a parameter: the layer it belongs to, 
     return {id(x): name.rpartition(".")[0] or name for name, x in leaves(params).items()}
 
 
-def layer_of(layers, args):  # of a function that is given its parameters
+def layer_of(layers, args):  # the layer whose parameters are among a function's arguments, or ""
     return next((layers[id(x)] for x in args if id(x) in layers), "")
 
 
 def limited(mistake, layers, is_here=lambda: True):
-    """A mistake's change, made only for the layers that it names, and only where is_here()."""
+    """Limits a mistake's change to the layers that it names, and to calls for which is_here()."""
 
     def change(function, names):
         changed = mistake.change(function, names)
@@ -128,8 +127,8 @@ def limited(mistake, layers, is_here=lambda: True):
     return change
 
 
-def with_mistake(mistake, params):  # -> names of gpt2.py, to call
-    """gpt2.py's functions where one has a mistake, or (None) none. Attention is in one piece."""
+def with_mistake(mistake, params):  # -> {name: function}
+    """Returns gpt2.py's functions with a mistake, or none (None), and attention in one piece."""
     layers = names_of_layers(params)
     changes = {mistake.function: limited(mistake, layers)} if mistake else {}
     names = altered(gpt2, changes)
@@ -143,15 +142,15 @@ def with_mistake(mistake, params):  # -> names of gpt2.py, to call
 
 
 class Enough(Exception):
-    """What was asked for has been computed."""
+    """Raised once the tensor that was asked for has been computed."""
 
 
 def forward(case, precision, mistake=None, block=None, until=None, params=None):
-    """One forward pass -> {name: array}, in the order in which they are made.
+    """Runs one forward pass and returns {name: array}, in the order of computation.
 
-    precision: float64, or case.dtype, in which every function's result is rounded.
+    precision: float64, or case.dtype, to which every function's result is rounded.
     mistake, block: a mistake to make, in one block or (None) everywhere.
-    until: the name of the last tensor that is wanted.
+    until: the name of the last tensor that is needed.
     """
     params = case.params[precision] if params is None else params
     arrays = {}
@@ -313,11 +312,11 @@ def note_losses(case, logits, mistake, rounded, note):
 
 
 def backward(case, precision, mistake=None):
-    """backprop.py's gradient of the mean loss -> {"grad.NAME": array}.
+    """Returns backprop.py's gradient of the mean loss as {"grad.NAME": array}.
 
-    NAME is a parameter or, where a function of backprop.py is given its gradient, an intermediate.
-    The sequences go through it one by one, so that all arrays noted are of one sequence. Attention
-    is in one piece.
+    NAME is a parameter, or an intermediate whose gradient is an argument of one of backprop.py's
+    functions. The sequences are run one by one, so each recorded array belongs to one sequence.
+    Attention is in one piece.
     """
     params = case.params[precision]
     parts = [backward_of_one(case, row[None], params, precision, mistake) for row in case.tokens]
@@ -344,7 +343,7 @@ def backward_of_one(case, tokens, params, precision, mistake):
     at = {}
 
     def note(name, x):
-        arrays[f"grad.{name}"] = np.array(x)  # a copy: what is noted may be changed in place
+        arrays[f"grad.{name}"] = np.array(x)  # a copy, since x may later be changed in place
 
     def note_in_attention(name, x):  # [n_head, 1, ...]: one sequence
         note(f"blocks.{at['block']}.attn.{name}", x[:, 0])
@@ -362,8 +361,10 @@ def backward_of_one(case, tokens, params, precision, mistake):
         return noted
 
     def softmax(function, names):
-        """backprop.py divides by the root before it comes here, gpt2.py's scores have it already:
-        what is given is the gradient of the weights, what is made that of the scores, over it."""
+        """backprop.py divides dy by the square root of d_head before softmax_backward.
+
+        gpt2.py's scores already include that division, so both gradients are multiplied back here.
+        """
 
         def noted(dy, y):
             dy = rounded(dy)
@@ -454,10 +455,10 @@ ADAMW = {
 }
 
 
-def first_step(p, g, name, adam):  # a parameter, its gradient -> what it is after the step
+def first_step(p, g, name, adam):  # a parameter, its gradient -> the parameter after the step
     """AdamW's first step, which has a closed form.
 
-    Both moments begin at zero. After one step, corrected for that, the first is the gradient and
+    Both moments start at zero. After one step and bias correction, the first is the gradient and
     the second is its square. Only matrices decay.
     """
     rate = adam["learning_rate"]
@@ -476,6 +477,6 @@ def step(case, precision, gradients, mistake=None):
 
 
 def n_terms(case):
-    """About as many numbers as the longest sums of a pass have: they bound what rounding does."""
+    """Returns roughly how many numbers the longest sums of a pass add. Rounding depends on it."""
     sizes = case.sizes()
     return sizes["n_inner"] + sizes["n_batch"] * sizes["n_seq"]

@@ -1,4 +1,4 @@
-"""What a comparison found, for people and for programs."""
+"""Reports the result of a comparison, to people as text and to programs as JSON."""
 
 import math
 
@@ -35,7 +35,7 @@ def text(verdict, source):  # -> a few lines
 
 def error(d):
     if not math.isfinite(d.theirs.rms):
-        return f"one of the two is infinite at {list(d.theirs.place)}, the other is not"
+        return f"one of the two is infinite at {list(d.theirs.place)}, but not the other"
     times = d.theirs.rms / d.ours.rms if d.ours.rms else math.inf
     farther = f", {times:.0f} times as far as gpt2.py" if 1 < times < math.inf else ""
     return (
@@ -47,17 +47,17 @@ def error(d):
 
 def cause(found):
     if found is None:
-        return "none of the usual mistakes gives this tensor"
+        return "not found; none of the common mistakes gives this tensor"
     if found.is_close:
         return (
-            f"not found; nearest: {found.text}. Recomputed so, {found.share:.0%} of the error "
-            "is left, so there may be a second mistake"
+            f"not found; the closest is: {found.text}. Recomputed with this mistake, "
+            f"{found.share:.0%} of the error is left, so there may be a second mistake"
         )
     after = found.n_after - 1
     if after == 0:
         return f"{found.text}. {found.evidence}"
     rest = "all" if found.n_same == found.n_after else f"{found.n_same - 1} of"
-    return f"{found.text}. {found.evidence}, and {rest} the {after} after it"
+    return f"{found.text}. {found.evidence}, and so do {rest} the {after} after it"
 
 
 def data(verdict):  # -> a dict for JSON
