@@ -1,26 +1,27 @@
-"""Text to token shards, which train_jax.py reads. Files can have any size; memory stays small.
+"""Turns text into token shards for train_jax.py. Files can have any size, and memory stays small.
 
     python prepare.py stories/*.txt --out shards/stories                    # byte-level
     python prepare.py corpus.jsonl.gz --tokenizer 124M --out shards/corpus  # GPT-2's tokens
     python prepare.py corpus/ --train_tokenizer 8192 --out shards/learned   # tokens of its own
 
 The parent process cuts the files into spans of about 32 MB that end where a document ends, and
-reads little of them. Spans make jobs. A worker seeks to the start of a span, then reads, encodes
-and writes a megabyte at a time, so that its memory does not grow with the span or the document
-(only a line of JSON, or 64 rows of Parquet, are in memory as a whole). It writes the job's shards
-under other names, renames them when they are complete, and last writes a note of what is in them. A
-job that has a note is not done again: a killed run continues where it stopped. Cuts, order and
-random numbers follow from the files alone, so one worker and a cluster write the same bytes.
-Compressed files and standard input cannot be cut in place: the parent unpacks them, a span at a
-time, into files for the workers.
+reads only a little of each. A job is one or more spans. A worker seeks to the start of a span, then
+reads, encodes and writes a megabyte at a time. So its memory doesn't grow with the span or the
+document (only a line of JSON, or 64 rows of Parquet, are in memory as a whole). It writes the job's
+shards under other names, renames them when they are complete, and finally writes a note of their
+contents. A job with a note is not done again, so a killed run continues where it stopped. Cuts,
+order and random numbers depend only on the files, so one worker and a cluster write the same bytes.
+Compressed files and standard input cannot be cut in place, so the parent unpacks them, one span at
+a time, into files for the workers.
 
-A document ends at <|endoftext|> (which goes with its line's end, if the line holds nothing else),
-at a line that holds only --separator, and at the end of a file; in JSON lines and Parquet, also at
-the end of each row. Each is followed by the id of <|endoftext|>, and nothing else changes.
-corpus/documents.py reads the files; corpus/jobs.py writes the shards. A folder of shards holds:
+A document ends at <|endoftext|>, at a line that holds only --separator, and at the end of a file.
+In JSON lines and Parquet it also ends at the end of each row. (If <|endoftext|> is alone in its
+line, the line's end is dropped with it.) The id of <|endoftext|> is written after each document,
+and nothing else changes. corpus/documents.py reads the files, and corpus/jobs.py writes the shards.
+A folder of shards holds:
 
     train_000000.bin ..., val_000000.bin ...   ids, little-endian uint16 (uint32 above 65535 ids)
-    meta.json                                  what is in them, and from where; written last of all
+    meta.json                                  the contents and sources, written last of all
     vocab.json, merges.txt, tokenizer.json ... the tokenizer
 """
 
@@ -62,9 +63,9 @@ from encoder import ENDOFTEXT, Encoder, get_encoder
 from plumbing.cli import count
 from plumbing.files import open_locked, write_whole
 
-TRAINING_BYTES = 10**8  # of text that a tokenizer learns from, give or take a document
+TRAINING_BYTES = 10**8  # the most text that a tokenizer learns from, give or take a document
 TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"]
-DELETABLE = re.compile(  # the files in the shards' folder that this program has written
+DELETABLE = re.compile(  # the files that this program writes in the shards' folder
     rf"{SHARD.pattern}|({'|'.join(map(re.escape, TOKENIZER))})(\.\d+\.tmp)?|meta\.json\.\d+\.tmp"
 )
 
@@ -73,7 +74,7 @@ DELETABLE = re.compile(  # the files in the shards' folder that this program has
 
 
 def begin(out, plan):  # -> whether there is anything to do
-    """Compare the plan with what is in `out`, and delete what an earlier run left half-done there.
+    """Compares the plan with the contents of `out`, and deletes unfinished work of earlier runs.
 
     The work of a run with the same plan is kept, unless it read standard input. Raises ValueError
     if the folder holds the shards of another run, or other files.
@@ -81,7 +82,7 @@ def begin(out, plan):  # -> whether there is anything to do
     work_dir = os.path.join(out, WORK)
     complete = read_or_empty(os.path.join(out, "meta.json")).get("plan")
     begun = read_or_empty(os.path.join(work_dir, "plan.json"))
-    repeatable = plan["sources"][0]["name"] != "-"  # standard input can be a different text now
+    repeatable = plan["sources"][0]["name"] != "-"  # standard input may be a different text now
     if complete == plan and repeatable:
         open_prepared(Path(out))  # raises ValueError or OSError for a missing or damaged shard
         return False
@@ -94,7 +95,7 @@ def begin(out, plan):  # -> whether there is anything to do
         problem = "is not empty"
         if differences:
             problem = f"holds the shards of another run (other {differences})"
-        raise ValueError(f"{out} {problem}: remove it, or name another folder with --out")
+        raise ValueError(f"{out} {problem}; remove it, or name another folder with --out")
     if begun != plan or not repeatable:
         for name in set(os.listdir(work_dir)) - {"lock"}:
             os.unlink(os.path.join(work_dir, name))
@@ -105,9 +106,9 @@ def begin(out, plan):  # -> whether there is anything to do
 
 
 def clean(out):
-    """Delete half-written files and, if there is nothing to continue from, the work folder.
+    """Deletes half-written files and, if there is nothing to continue, the work folder.
 
-    Errors here are ignored: a run should end with the error of its work, not of its clean-up.
+    Errors are ignored, because a run should end with the error of its work, not of its clean-up.
     """
     work_dir = os.path.join(out, WORK)
     for folder in (out, work_dir):
@@ -123,7 +124,7 @@ def clean(out):
 
 
 def get_tokenizer(name, models_dir):  # -> Encoder
-    """Return the byte model if name is None; otherwise a released GPT-2's, or a folder's."""
+    """Returns the byte model if name is None, otherwise the tokenizer of that model."""
     from utils import find_model
 
     if name is None:
@@ -131,15 +132,17 @@ def get_tokenizer(name, models_dir):  # -> Encoder
     folder = find_model(name, models_dir, only_tokenizer=True)
     encoder = get_encoder("", folder)
     if encoder.endoftext is None:
-        raise ValueError(f"{folder}: its tokenizer has no end token, which separates documents")
+        raise ValueError(
+            f"{folder}: the tokenizer has no end token to separate documents; use another"
+        )
     return encoder
 
 
 def learn_tokenizer(n_vocab, sources, options, work_dir):  # -> Encoder
-    """Learn from all of the text or, if it is over 100 MB, from 100 MB spread evenly over it."""
+    """Learns from all of the text or, if it is over 100 MB, from 100 MB spread evenly over it."""
     if sources[0].name == "-":
         raise ValueError(
-            "--train_tokenizer reads the text twice, which standard input does not allow"
+            "--train_tokenizer reads the text twice, so it cannot be used with standard input"
         )
     share = min(1.0, TRAINING_BYTES / max(1, sum(source.n_bytes for source in sources)))
 
@@ -159,7 +162,7 @@ def learn_tokenizer(n_vocab, sources, options, work_dir):  # -> Encoder
 
 
 def prepare(out, plan, sources, encoder, options, n_workers, ray):
-    """Do what is left to do in a folder: the tokenizer, the shards, meta.json."""
+    """Does the remaining work in a folder: the tokenizer, the shards, meta.json."""
     if all(os.path.exists(os.path.join(out, name)) for name in TOKENIZER):
         encoder = get_encoder("", out)  # left by an earlier run
     elif plan["train_tokenizer"]:
@@ -167,7 +170,8 @@ def prepare(out, plan, sources, encoder, options, n_workers, ray):
         encoder = learn_tokenizer(plan["train_tokenizer"], sources, options, work_dir)
         if encoder.n_vocab < plan["train_tokenizer"]:
             notice(
-                f"the text gave a tokenizer of {encoder.n_vocab} entries: no pair is left to merge"
+                f"the tokenizer has only {encoder.n_vocab} entries, because the text has no more "
+                "pairs to merge"
             )
     encoder.save(out)
     dtype = np.dtype("<u2" if encoder.n_vocab <= 2**16 else "<u4")
@@ -175,17 +179,17 @@ def prepare(out, plan, sources, encoder, options, n_workers, ray):
     notes, sha256 = do_jobs(sources, out, options, dtype, n_workers, ray)
     for source in sources:
         if source.name != "-" and not is_same(source):
-            raise ValueError(f"{source.name} changed while it was read: remove {out} and try again")
+            raise ValueError(f"{source.name} changed while it was read; remove {out} and try again")
     if not any(sum(note["n_tokens"].values()) for note in notes):
         raise ValueError("there is no text in " + " ".join(source.name for source in sources[:9]))
     finish(out, plan, encoder, dtype, notes, sha256)
 
 
 def do_jobs(sources, out, options, dtype, n_workers, ray):  # -> notes in order, {path: SHA-256}
-    """Do all jobs, with a bar that counts the bytes of the sources."""
+    """Does all jobs, with a progress bar that counts the bytes of the sources."""
     from tqdm import tqdm
 
-    work_dir = os.path.join(os.path.abspath(out), WORK)  # a full path, for the other machines
+    work_dir = os.path.join(os.path.abspath(out), WORK)  # a full path, for other machines
     work = partial(do_job, out=os.path.abspath(out), options=options, dtype=dtype)
     files = [source.name for source in sources if source.name != "-"]
     groups = (files[i : i + 64] for i in range(0, len(files), 64))
@@ -220,7 +224,7 @@ def do_jobs(sources, out, options, dtype, n_workers, ray):  # -> notes in order,
 
 
 def finish(out, plan, encoder, dtype, notes, sha256):
-    """Write meta.json, which makes the folder complete."""
+    """Writes meta.json, which makes the folder complete."""
 
     def total(key):
         return {split: sum(note[key][split] for note in notes) for split in SPLITS}
@@ -238,7 +242,7 @@ def finish(out, plan, encoder, dtype, notes, sha256):
     }
     meta |= {key: total(key) for key in ("n_tokens", "n_documents")}
     for key in ("n_bytes", "n_replaced", "n_null"):
-        meta[key] = sum(note.get(key, 0) for note in notes)  # an earlier version's lack n_null
+        meta[key] = sum(note.get(key, 0) for note in notes)  # older notes lack n_null
     meta |= {"shards": shards, "sha256": dict(sorted(sha256.items())), "plan": plan}
     write_whole(Path(out, "meta.json"), json.dumps(meta, indent=1))
 
@@ -259,18 +263,18 @@ def report(out, meta):
     if fractions[0] is None:
         fractions[0] = Options.val_fraction
     if not n_tokens["val"] and min(fractions) > 0:
-        notice("no document is for validation: raise --val_fraction, or draw with another --seed")
+        notice("no document is for validation; raise --val_fraction, or try another --seed")
     elif not min(fractions) / 3 <= share <= max(fractions) * 3:
         notice(
-            f"validation has {share:.1%} of the tokens, since single documents are large: "
-            "raise --val_fraction, or draw with another --seed"
+            f"validation has {share:.1%} of the tokens, because single documents are large; "
+            "change --val_fraction, or try another --seed"
         )
 
 
 def check_flags(inputs, out, separator, val_fraction, seed, shard_mb, workers, tokenizers):
-    """Raises ValueError for flags that are wrong, whatever the files are."""
+    """Raises ValueError for flags that are wrong for any files."""
     if not inputs:
-        raise ValueError("nothing to prepare: name files, folders, - or shakespeare")
+        raise ValueError("nothing to prepare; name files, folders, - or shakespeare")
     if "-" in inputs and len(inputs) > 1:
         raise ValueError("- (standard input) cannot be combined with other inputs")
     if out is None and (len(inputs) > 1 or inputs[0] == "-" or set("*?[") & set(inputs[0])):
@@ -280,7 +284,7 @@ def check_flags(inputs, out, separator, val_fraction, seed, shard_mb, workers, t
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be at least 0 and below 1, not {val_fraction}")
     if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be 0 or more, and below 2**64, not {seed}")
+        raise ValueError(f"seed must be 0 or more and below 2**64, not {seed}")
     if not 1e-6 <= shard_mb <= 1e6:
         raise ValueError(f"shard_mb must be from 0.000001 to 1000000, not {shard_mb}")
     if workers is not None and workers < 1:
@@ -307,23 +311,23 @@ def main(
 ):
     """Turn text into token shards for train_jax.py.
 
-    After an interruption, run the same command again: it continues where it stopped.
+    After an interruption, run the same command again. It continues where it stopped.
 
     Args:
         inputs: files, folders, patterns, - for standard input, or shakespeare (downloaded once).
         out: the folder for the shards; shards/NAME by default.
         tokenizer: 124M (GPT-2's), a folder in models_dir, or a path; bytes by default.
         train_tokenizer: learn a tokenizer of this many entries from the text itself.
-        separator: a line that separates the documents of a text as well as <|endoftext|> does;
-            empty for blank lines.
-        field: the field or column with the text, in JSON lines and Parquet; "text" by default. If
-            it is given, standard input and files of unknown kinds are read as JSON lines.
-        val_fraction: share of the documents for validation, 0.01 by default; if that would be fewer
-            than ten documents, the last part of the text instead, a tenth of it by default.
+        separator: a line that separates documents, in addition to <|endoftext|>; empty for blank
+            lines.
+        field: the field or column with the text in JSON lines and Parquet; "text" by default. If it
+            is given, standard input and files of unknown kinds are read as JSON lines.
+        val_fraction: the share of the documents for validation, 0.01 by default. If that is fewer
+            than ten documents, the last part of the text is used instead, a tenth of it by default.
         seed: the same seed draws the same documents for validation.
-        shard_mb: megabytes of text in a shard.
-        workers: processes; by default, one per processor.
-        ray: local, auto or an address; use a Ray cluster, whose machines must all see the files.
+        shard_mb: megabytes of text per shard.
+        workers: the number of processes; by default, one per processor.
+        ray: local, auto or an address, to use a Ray cluster, whose machines must all see the files.
         models_dir: the folder that holds the models.
     """
     from model_files.download import download_shakespeare
@@ -354,7 +358,9 @@ def main(
             finally:
                 clean(out)
     except BlockingIOError:
-        raise ValueError(f"{out}: another prepare.py is at work there") from None
+        raise ValueError(
+            f"{out}: another prepare.py is working there; wait for it, or name another --out"
+        ) from None
     report(out, read_or_empty(os.path.join(out, "meta.json")))
 
 

@@ -1,13 +1,13 @@
-"""Model folders: find, download, load and save them.
+"""Finds, downloads, loads and saves model folders.
 
     encoder, hparams, params = load_encoder_hparams_and_params("shakespeare")
     save_model("models/copy", encoder, hparams, params)
-    python utils.py merge models/adapter models/whole     # a LoRA adapter and its base: one model
+    python utils.py merge models/adapter models/whole     # merges a LoRA adapter and its base
 
-Two layouts load: OpenAI's (hparams.json and a TensorFlow checkpoint, which is converted once) and
-Hugging Face's (config.json and model.safetensors). Only the second is written. A LoRA adapter in
-peft's layout is merged into the model that it names. Pickles are never read: they can run programs.
-The code that reads and writes the files themselves is in model_files/.
+Two layouts can be loaded: OpenAI's (hparams.json and a TensorFlow checkpoint, which is converted
+once) and Hugging Face's (config.json and model.safetensors). Only the second is written. A LoRA
+adapter in peft's layout is merged into the model that it names. Pickles are never read, because
+they can run programs. The code that reads and writes the files themselves is in model_files/.
 """
 
 import contextlib
@@ -58,15 +58,15 @@ from plumbing.files import remove, write_whole
 
 # GPT2LMHeadModel's prefix, and those of torch.compile and DistributedDataParallel before it.
 WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)*(transformer\.)?")
-OPENAI = "openai:"  # before a released size: its TensorFlow checkpoint
-OTHER_NAMES = {  # of the released sizes
+OPENAI = "openai:"  # a prefix of a released size, which asks for the TensorFlow checkpoint
+OTHER_NAMES = {  # Hugging Face's names of the released sizes
     "gpt2": "124M",
     "gpt2-small": "124M",
     "gpt2-medium": "355M",
     "gpt2-large": "774M",
     "gpt2-xl": "1558M",
 }
-HUB_NAMES = ["distilbert/distilgpt2"]  # suggested where a part of it is asked for
+HUB_NAMES = ["distilbert/distilgpt2"]  # suggested for a name that is a part of it
 
 # --- Finding and loading a model ----------------------------------------------------------------
 
@@ -82,9 +82,10 @@ class Model(typing.NamedTuple):
 def load_encoder_hparams_and_params(model_size, models_dir="models"):
     """Returns a Model: the tokenizer, the sizes and the weights (read-only float32 arrays).
 
-    `model_size` is a released size (downloaded when missing), a folder under `models_dir`, a path,
-    or owner/name[@revision] of the Hugging Face Hub. An adapter is merged into the model that it
-    names. ValueError, OSError or ImportError say in one line what is wrong with it and where.
+    `model_size` is a released size (downloaded if it is missing), a folder under `models_dir`, a
+    path, or owner/name[@revision] of the Hugging Face Hub. An adapter is merged into the model that
+    it names. Raises ValueError, OSError or ImportError, which say in one line what is wrong and
+    where.
     """
     model_dir = find_model(model_size, models_dir)
     if is_adapter(model_dir):
@@ -92,20 +93,20 @@ def load_encoder_hparams_and_params(model_size, models_dir="models"):
         return Model(encoder, hparams, merge(params, adapters))
     hparams = read_hparams(model_dir)
     encoder = get_encoder("", model_dir)
-    if encoder.n_vocab > hparams["n_vocab"]:  # for example, of a padding token without a row
+    if encoder.n_vocab > hparams["n_vocab"]:  # such as a padding token without a row
         encoder.limit_ids(hparams["n_vocab"])
     params = load_params(model_dir, hparams)
-    # Rows beyond the tokenizer's ids only pad the matrix to a rounder size. No text may draw them.
+    # Rows beyond the tokenizer's ids only pad the matrix to a rounder size, and must not be drawn.
     params["wte"] = params["wte"][: encoder.n_vocab]
     return Model(encoder, hparams | {"n_vocab": encoder.n_vocab}, params)
 
 
 class MissingBase(ValueError):
-    """An adapter's base is not where the adapter says."""
+    """Raised if an adapter's base is not where the adapter says."""
 
 
 def load_base_and_adapter(model_dir, models_dir="models", base=None):
-    """Load an adapter's base, and the adapter: encoder, hparams, params, read_adapter's dict.
+    """Loads an adapter and its base. Returns encoder, hparams, params and read_adapter's dict.
 
     base: the base's name or folder, if it is not the one that the adapter names.
     """
@@ -129,21 +130,23 @@ def load_base_and_adapter(model_dir, models_dir="models", base=None):
 
 
 def check_base(model_dir):
-    """Raises ValueError if an adapter of this model would not do the same here as in peft."""
+    """Raises ValueError if an adapter of this model would have another effect here than in peft."""
     if is_adapter(model_dir):
-        raise ValueError(f"{model_dir} is also an adapter: utils.py merge makes a model")
+        raise ValueError(f"{model_dir} is also an adapter; make it a model with utils.py merge")
     if any(scale != 1 for scale in query_scales(model_dir, read_hparams(model_dir))):
-        raise ValueError(f"{model_dir} scales its attention in a way that adapters do not know")
+        raise ValueError(
+            f"{model_dir} scales its attention differently, which adapters do not support"
+        )
 
 
 def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an absolute path
-    """Return the folder that `model_size` means; download a released size if a file is missing.
+    """Returns the folder of `model_size`. Downloads a released size if a file is missing.
 
-    A released size is OpenAI's checkpoint where TensorFlow can read it, otherwise the same weights
-    from the Hub; openai:124M is always the checkpoint. Hugging Face's names of the released sizes
-    are understood, unless a folder has such a name. owner/name is fetched from the Hub, unless a
-    folder has that path. If the current directory has no `models`, the default, then the project's
-    own is used.
+    A released size is OpenAI's checkpoint if TensorFlow is installed, otherwise the same weights
+    from the Hub. openai:124M is always the checkpoint. Hugging Face's names of the released sizes
+    also work, unless a folder has such a name. owner/name is downloaded from the Hub, unless a
+    folder has that path. If the current directory has no folder `models`, the default, the
+    project's own is used.
     """
     if models_dir == "models" and not os.path.isdir(models_dir):
         models_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
@@ -158,7 +161,7 @@ def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an 
     if is_repository(model_size):
         return fetch_repository(model_size, only_tokenizer)
     if os.path.basename(model_size) != model_size:
-        raise ValueError(f"no folder at {model_size}: expected a model's folder, or its name")
+        raise ValueError(f"no folder at {model_size}; give a model's folder, or its name")
     names = os.listdir(models_dir) if os.path.isdir(models_dir) else []
     paths = {name: os.path.join(models_dir, name) for name in names if name not in SIZES}
     local = sorted(name for name, path in paths.items() if sizes_file(path) or is_adapter(path))
@@ -169,7 +172,7 @@ def find_model(model_size, models_dir="models", only_tokenizer=False):  # -> an 
 
 
 def find_released(model_size, models_dir, only_tokenizer):  # -> an absolute path
-    """Return the folder of a released size, such as 124M, or of OpenAI's checkpoint, openai:124M.
+    """Returns the folder of a released size, such as 124M, or OpenAI's checkpoint, openai:124M.
 
     A tokenizer and converted weights are read without TensorFlow.
     """
@@ -180,38 +183,36 @@ def find_released(model_size, models_dir, only_tokenizer):  # -> an absolute pat
         return os.path.abspath(folder)
     if size != model_size:
         raise ImportError(
-            f"{needs_tensorflow(model_size)}; {size} has the same weights, from the Hub"
+            f"{needs_tensorflow(model_size)}; or use {size}, the same weights from the Hub"
         )
     return fetch_released(size)
 
 
 def has_safetensors(folder):
-    """Does a model's folder have weights that can be read without TensorFlow?"""
+    """Returns whether a model's folder has weights that can be read without TensorFlow."""
     names = "config.json", WEIGHTS, WEIGHTS_INDEX
     return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
 def check_vocabulary(encoder, hparams, model_dir):
-    """Raises ValueError if the tokenizer makes ids that the weights have no row for."""
+    """Raises ValueError if the tokenizer has ids for which the weights have no rows."""
     if encoder.n_vocab > hparams["n_vocab"]:
         raise ValueError(
-            f"{model_dir}: the tokenizer has {encoder.n_vocab} ids, the model {hparams['n_vocab']}"
+            f"{model_dir}: the tokenizer has {encoder.n_vocab} ids, but the model has only "
+            f"{hparams['n_vocab']}"
         )
 
 
 def load_params(model_dir, hparams):
-    """Load the parameters of a folder as a tree, params["blocks"][0]["attn"]["c_attn"]["w"] ...
+    """Loads the parameters of a folder as a tree, params["blocks"][0]["attn"]["c_attn"]["w"] ...
 
-    Every array is float32, C-contiguous and read-only. Raises ValueError if one is missing or does
+    Every array is float32, C-contiguous and read-only. Raises ValueError if one is missing, or does
     not have the shape that `hparams` ask for.
     """
     tensors, source = read_weights(model_dir)
-    if (
-        "wte.weight" not in tensors and "lm_head.weight" in tensors
-    ):  # as safetensors' save_model does
-        tensors["wte.weight"] = tensors.pop(
-            "lm_head.weight"
-        )  # with tied weights: only one is stored
+    # safetensors' save_model stores only one of two tied weights.
+    if "wte.weight" not in tensors and "lm_head.weight" in tensors:
+        tensors["wte.weight"] = tensors.pop("lm_head.weight")
     arrays = {}
     for name, shape in tensor_shapes(hparams):
         key = hugging_face_name(name)
@@ -221,7 +222,7 @@ def load_params(model_dir, hparams):
         if found != shape:
             raise ValueError(f"{source}: {key} is {found}, but its sizes ask for {shape}")
         arrays[name] = to_float32(dtype, data, f"{source}: {key}").reshape(shape)
-    # Of the tensors that are left, a mask or a copy of wte is harmless, a thirteenth layer is not.
+    # Of the remaining tensors, a mask or a copy of wte is harmless, but a thirteenth layer is not.
     for key, (dtype, shape, data) in tensors.items():
         if key == "lm_head.weight" and shape == arrays["wte"].shape:
             check_head(to_float32(dtype, data, f"{source}: {key}"), arrays["wte"], source)
@@ -240,12 +241,12 @@ def check_head(head, wte, source):  # [n_vocab * n_embd], [n_vocab, n_embd]
     """Raises ValueError if the head's values differ from wte's, which gpt2.py would use instead."""
     if not np.array_equal(head, wte.ravel(), equal_nan=True):
         raise ValueError(
-            f"{source}: lm_head.weight differs from wte.weight: a head of its own is not supported"
+            f"{source}: lm_head.weight differs from wte.weight, but an untied head is not supported"
         )
 
 
 def read_weights(model_dir):
-    """Return {Hugging Face's key: (dtype, shape, bytes)}, and the path for error messages."""
+    """Returns {Hugging Face's key: (dtype, shape, bytes)}, and the path for error messages."""
     path = os.path.join(model_dir, WEIGHTS)
     index = os.path.join(model_dir, WEIGHTS_INDEX)
     checkpoint = find_checkpoint(model_dir)
@@ -268,7 +269,7 @@ def read_weights(model_dir):
     for key, entry in tensors.items():
         name = WRAPPERS.sub("", key)
         if name in plain:
-            raise ValueError(f"{path}: {name} is in it twice, the second time as {key}")
+            raise ValueError(f"{path} contains {name} twice, the second time as {key}")
         plain[name] = entry
     return plain, path
 
@@ -277,10 +278,11 @@ def read_weights(model_dir):
 
 
 def save_model(model_dir, encoder, hparams, params, dtype="float32"):
-    """Write a folder that GPT2LMHeadModel.from_pretrained and GPT2TokenizerFast open as well.
+    """Writes a folder that GPT2LMHeadModel.from_pretrained and GPT2TokenizerFast can also open.
 
-    `params` can be JAX arrays; `dtype` is float32 or float16. Every file is written under another
-    name, then renamed, the weights last: so each is complete even after a full disk or Ctrl-C.
+    `params` can be JAX arrays, and `dtype` is float32 or float16. Every file is written under
+    another name and then renamed, the weights last. So each file is complete even if the disk is
+    full, or after Ctrl-C.
     """
     check_vocabulary(encoder, hparams, model_dir)
     tensors = named_tensors(params, hparams, dtype)
@@ -307,27 +309,29 @@ def save_model(model_dir, encoder, hparams, params, dtype="float32"):
             shutil.rmtree(stage, ignore_errors=True)
         if not was_there:
             with contextlib.suppress(OSError):
-                os.rmdir(model_dir)  # works only if it is empty, so after a failure
+                os.rmdir(model_dir)  # works only if it is empty, which means after a failure
 
 
 def target_dir(out, models_dir="models"):  # the --out flag -> the folder to write
-    """A name alone is a folder in models_dir, as in --model_size; with a slash it is a path."""
+    """A plain name is a folder in models_dir, as in --model_size. With a slash it is a path."""
     is_name = os.path.basename(out) == out and out not in ("", ".", "..")
     return os.path.join(models_dir, out) if is_name else out
 
 
 def check_target(model_dir, for_adapter=False):
-    """Raises ValueError or OSError if save_model cannot write, or if other files contradict it."""
+    """Raises ValueError or OSError if save_model cannot write, or other files contradict it."""
     others = ("config.json",) if for_adapter else (CONFIG, CHAT_TEMPLATE_FILE)
     stale = ("added_tokens.json", "special_tokens_map.json", "generation_config.json")
     for name in ("hparams.json", "encoder.json", *stale, *others):
         if os.path.exists(os.path.join(model_dir, name)):
-            raise ValueError(f"{model_dir}: has {name}, of another model; save to another folder")
+            raise ValueError(
+                f"{model_dir} has {name}, which belongs to another model; save to another folder"
+            )
     paths = (Path(model_dir), *Path(model_dir).absolute().parents)
     existing = next(path for path in paths if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise PermissionError(
-            errno.EACCES, f"cannot write {model_dir}: {existing} is not a folder we may write to"
+            errno.EACCES, f"cannot write {model_dir}: {existing} is not a writable folder"
         )
 
 
@@ -346,19 +350,19 @@ def main(
     Args:
         command: merge.
         adapter: a folder in models_dir, or a path, with a LoRA adapter in peft's layout.
-        out: the new folder to write, a name in models_dir or a path: a model like any other, which
-            needs no base.
+        out: the new folder, a name in models_dir or a path. It will be a model like any other,
+            which needs no base.
         models_dir: the folder that holds the models.
-        saved_dtype: float32 or float16, of the weights on disk.
+        saved_dtype: the precision of the weights on disk, float32 or float16.
     """
     if command != "merge":
-        raise ValueError(f"no command {command!r}: merge is the only one")
+        raise ValueError(f"no command {command!r}; the only one is merge")
     out = target_dir(out, models_dir)
     if os.path.isdir(out) and os.listdir(out):
-        raise ValueError(f"{out} is not empty: name a new folder")
+        raise ValueError(f"{out} is not empty; name a new folder")
     model_dir = find_model(adapter, models_dir)
     if not is_adapter(model_dir):
-        raise ValueError(f"{model_dir}: no {CONFIG}, so there is nothing to merge")
+        raise ValueError(f"{model_dir} has no {CONFIG}, so there is nothing to merge")
     encoder, hparams, params = load_encoder_hparams_and_params(model_dir, models_dir)
     save_model(out, encoder, hparams, params, saved_dtype)
     print(f"the merged model is in {out}")

@@ -1,12 +1,12 @@
-"""LoRA adapters on the disk, in peft's layout: a small update of some of a model's matrices.
+"""Reads and writes LoRA adapters in peft's layout: small updates of some of a model's matrices.
 
-    adapter_config.json         the model that it belongs to, and how its factors are scaled
-    adapter_model.safetensors   for each adapted matrix [n_in, n_out] its two factors:
+    adapter_config.json         the base model's name, and the scale of the factors
+    adapter_model.safetensors   two factors for each adapted matrix [n_in, n_out]:
         base_model.model.transformer.h.0.attn.c_attn.lora_A.weight    [r, n_in]
         base_model.model.transformer.h.0.attn.c_attn.lora_B.weight    [n_out, r]
-    chat_template.jinja         only if it has learned conversations: how they were written
+    chat_template.jinja         the format of the conversations it has learned, if any
 
-An adapted matrix is w + scale * (lora_B @ lora_A).T: the update has as many numbers as w, but only
+An adapted matrix is w + scale * (lora_B @ lora_A).T. The update has as many numbers as w, but only
 its two thin factors are learned and stored (Hu et al. 2021, arXiv:2106.09685). Here an adapter is
 a dict of factors, {"blocks.0.attn.c_attn.w": (lora_A, lora_B, scale), ...}.
 """
@@ -35,12 +35,12 @@ from plumbing.files import read_json, remove, write_whole
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # these can have adapters
-SUPPORTED = {  # the values of peft's settings with which `merge` computes what peft computes
+SUPPORTED = {  # the values of peft's settings for which `merge` gives peft's result
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base
 }
-# These settings are read below, or make no difference after training. If any other is set
+# These settings are read below, or make no difference after training. If any other setting is on
 # (use_dora, modules_to_save, lora_bias, ...), our result would be wrong.
 ALLOWED = {
     "alpha_pattern",
@@ -59,7 +59,7 @@ ALLOWED |= {
     "peft_version",
 }
 ALLOWED |= {"qalora_group_size", "target_modules", "task_type", "use_rslora"}
-MAX_PATTERNS = 1000  # and as many characters in each
+MAX_PATTERNS = 1000  # the most patterns, and the most characters in each
 KEY = re.compile(
     r"base_model\.model\.((?:transformer\.)?h\.([0-9]{1,9})\.([a-z]+\.c_[a-z]+))\.lora_[AB]\.weight"
 )
@@ -73,7 +73,7 @@ def is_adapter(folder):
 
 
 def read_config(folder):  # -> the settings in adapter_config.json
-    """Raises ValueError, which names the setting, if peft would not compute what we compute."""
+    """Raises ValueError, which names the setting, if peft's result would differ from ours."""
     path = os.path.join(folder, CONFIG)
     config = {"rank_pattern": {}, "alpha_pattern": {}} | read_json(path)
     for key, values in SUPPORTED.items():
@@ -85,13 +85,13 @@ def read_config(folder):  # -> the settings in adapter_config.json
             raise ValueError(f"{path}: {key} {config[key]!r} is not supported")
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ValueError(f"{path}: base_model_name_or_path is {base!r}: whose adapter is it?")
+        raise ValueError(f"{path}: base_model_name_or_path is {base!r}; name the base model there")
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         config[pattern] = config[pattern] or {}
         if not isinstance(config[pattern], dict):
             raise ValueError(f"{path}: {pattern} is not an object")
         if max([len(config[pattern]), *map(len, config[pattern])]) > MAX_PATTERNS:
-            raise ValueError(f"{path}: {pattern} is longer than any model needs")
+            raise ValueError(f"{path}: {pattern} is too long, more than {MAX_PATTERNS}")
         types = (int,) if key == "r" else (int, float)
         for number in (config.get(key), *config[pattern].values()):
             if type(number) not in types or not 0 < number < 2**24:
@@ -100,16 +100,16 @@ def read_config(folder):  # -> the settings in adapter_config.json
 
 
 def read_adapter(folder, config, hparams):  # -> {"blocks.0.attn.c_attn.w": (A, B, scale), ...}
-    """Read the adapters of a model of these sizes, read-only float32. config: read_config's.
+    """Reads the adapters of a model of these sizes, as read-only float32. config: read_config's.
 
-    Only matrices with factors in the file are adapted: in peft as well, a name in target_modules
-    without factors has no effect. Raises ValueError if the adapter is incomplete, or belongs to
-    another model.
+    Only matrices with factors in the file are adapted. A name in target_modules without factors has
+    no effect, as in peft. Raises ValueError if the adapter is incomplete, or belongs to another
+    model.
     """
     path = os.path.join(folder, WEIGHTS)
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f"{folder}: no {WEIGHTS} (a pickle, adapter_model.bin, is not read)"
+            f"{folder}: {WEIGHTS} is missing (adapter_model.bin, a pickle, is never read)"
         )
     tensors, adapters = read_safetensors(path), {}
     shapes = dict(tensor_shapes(hparams))
@@ -119,15 +119,15 @@ def read_adapter(folder, config, hparams):  # -> {"blocks.0.attn.c_attn.w": (A, 
             raise ValueError(f"{path}: {key} is not a part of {', '.join(LAYERS)}")
         name = f"blocks.{int(found[2])}.{found[3]}.w"
         if name not in shapes:
-            raise ValueError(f"{path}: {key}: its base has only {hparams['n_layer']} blocks")
+            raise ValueError(f"{path}: {key}: the base has only {hparams['n_layer']} blocks")
         adapters[name] = read_factors(tensors, found[1], shapes[name], config, path)
     if not adapters:
-        raise ValueError(f"{path}: no adapters in it")
+        raise ValueError(f"{path} contains no adapters")
     return adapters
 
 
 def read_factors(tensors, module, shape, config, path):  # -> lora_A, lora_B, scale
-    """The factors of one matrix of that shape; module: peft's name for its layer."""
+    """Reads the factors of one matrix of that shape. module: peft's name for its layer."""
     rank = int(find_pattern(config["rank_pattern"], module, config["r"], path))
     alpha = find_pattern(config["alpha_pattern"], module, config["lora_alpha"], path)
     n_in, n_out = shape
@@ -146,19 +146,19 @@ def read_factors(tensors, module, shape, config, path):  # -> lora_A, lora_B, sc
 
 
 def find_pattern(patterns, module, default, path):
-    """As in peft, return the value whose key, a regular expression, matches the end of the name.
+    """Returns the value whose key, a regular expression, matches the end of the name, as in peft.
 
-    A stranger's expression can take practically for ever: (.|.)*! on a name of 30 letters.
+    A stranger's expression can run practically forever, such as (.|.)*! on a name of 30 letters.
     """
     try:
         matching = (p for p in patterns if regex.match(rf"(.*\.)?({p})$", module, timeout=0.1))
         return patterns.get(next(matching, None), default)
     except (regex.error, RecursionError, TimeoutError) as error:
-        raise ValueError(f"{path}: a pattern in {CONFIG}: {error}") from None
+        raise ValueError(f"{path}: {CONFIG} has an invalid pattern: {error}") from None
 
 
 def merge(params, adapters):  # -> a tree, which shares the arrays that are not adapted
-    """Return the parameters with w + scale * (lora_B @ lora_A).T for every adapted matrix."""
+    """Returns the parameters with w + scale * (lora_B @ lora_A).T for every adapted matrix."""
     arrays = leaves(params)
     for name, (lora_A, lora_B, scale) in adapters.items():
         update = (np.float32(scale) * lora_A.T) @ lora_B.T
@@ -171,7 +171,7 @@ def merge(params, adapters):  # -> a tree, which shares the arrays that are not 
 
 
 def peft_config(base, rank, alpha, targets):
-    """Return the settings with which peft computes what we compute, for an adapter of ours."""
+    """Returns the settings of one of our adapters, with which peft gives the same result."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -189,9 +189,10 @@ def peft_config(base, rank, alpha, targets):
 
 
 def write_adapter(folder, config, adapters, dtype="float32", chat_template=None):
-    """Write a folder that peft can open as well. Each file is complete; the weights come last.
+    """Writes a folder that peft can also open. Each file is complete, and the weights come last.
 
-    dtype: float32 or float16. chat_template: that of the conversations it has learned, in Jinja.
+    dtype: float32 or float16.
+    chat_template: the Jinja template of the conversations it has learned.
     """
     tensors = {}
     for name, (lora_A, lora_B, _) in adapters.items():

@@ -1,4 +1,4 @@
-"""A model's sizes on the disk: Hugging Face's config.json, or OpenAI's hparams.json."""
+"""Reads and writes a model's sizes: Hugging Face's config.json, or OpenAI's hparams.json."""
 
 import math
 import os
@@ -19,7 +19,7 @@ OTHER_NAMES = {  # transformers reads a size under either name; the one here com
     "n_layer": "num_hidden_layers",
 }
 DEFAULTS = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
-SUPPORTED = {  # the values of Hugging Face's settings with which gpt2.py's arithmetic is right
+SUPPORTED = {  # the values of Hugging Face's settings for which gpt2.py is right
     "model_type": ("gpt2",),
     "activation_function": (  # names of the tanh form
         "gelu_new",
@@ -38,16 +38,16 @@ SUPPORTED = {  # the values of Hugging Face's settings with which gpt2.py's arit
 
 
 def sizes_file(model_dir):
-    """Return the path of a folder's config.json or hparams.json (OpenAI's), None without either."""
+    """Returns the path of a folder's config.json or hparams.json (OpenAI's), or None."""
     paths = [os.path.join(model_dir, name) for name in ("config.json", "hparams.json")]
     return next(filter(os.path.isfile, paths), None)
 
 
 def read_hparams(model_dir):
-    """Read the sizes {n_vocab, n_ctx, n_embd, n_head, n_layer} of a model in either layout.
+    """Reads the sizes {n_vocab, n_ctx, n_embd, n_head, n_layer} of a model in either layout.
 
-    n_inner, the width inside the ffn, is added only if it is not 4 * n_embd. Raises ValueError for
-    impossible sizes, and for variants of GPT-2 that are not supported.
+    n_inner, the width of the ffn's hidden layer, is included only if it is not 4 * n_embd. Raises
+    ValueError for impossible sizes, and for variants of GPT-2 that are not supported.
     """
     path = sizes_file(model_dir)
     if path is None:
@@ -80,11 +80,11 @@ def read_hparams(model_dir):
 
 
 def query_scales(model_dir, hparams):  # -> [n_layer], a factor for each block's queries
-    """Return factors with which gpt2.py computes two variants of GPT-2; all 1 for GPT-2 itself.
+    """Returns factors that make gpt2.py compute two variants of GPT-2, all 1 for GPT-2 itself.
 
-    The variants scale the scores of attention differently: by 1 instead of 1 / sqrt(d_head) if
-    scale_attn_weights is false, and in block i also by 1 / (i + 1) if
-    scale_attn_by_inverse_layer_idx is true. gpt2.py always divides by sqrt(d_head), so the factors
+    The variants scale the scores of attention differently. If scale_attn_weights is false, the
+    factor is 1 instead of 1 / sqrt(d_head). If scale_attn_by_inverse_layer_idx is true, block i has
+    an additional factor 1 / (i + 1). gpt2.py always divides by sqrt(d_head), and the factors
     compensate for that. (reorder_and_upcast_attn, a third variant, changes nothing in float32.)
     """
     path = sizes_file(model_dir)
@@ -97,7 +97,7 @@ def query_scales(model_dir, hparams):  # -> [n_layer], a factor for each block's
 
 
 def hugging_face_config(encoder, hparams, dtype):
-    """Return the config.json with which transformers computes what gpt2.py computes."""
+    """Returns the config.json with which transformers gives the same result as gpt2.py."""
     end_ids = list(encoder.end_ids)
     return {
         "architectures": ["GPT2LMHeadModel"],

@@ -1,4 +1,4 @@
-"""Converts an OpenAI checkpoint of TensorFlow to model.safetensors, once, in a separate process.
+"""Converts OpenAI's TensorFlow checkpoint to model.safetensors, once, in a separate process.
 
     python -m model_files.convert models/124M/model.ckpt models/124M/model.safetensors
 
@@ -35,21 +35,22 @@ OPENAI_CHECKPOINT = "model.ckpt"
 
 
 def has_tensorflow():
-    """Is TensorFlow installed? This does not import it."""
+    """Returns whether TensorFlow is installed, without importing it."""
     return importlib.util.find_spec("tensorflow") is not None
 
 
 def needs_tensorflow(checkpoint):  # -> the error's text
     advice = "pip install -r requirements.txt, with Python 3.13 or older"
-    return f"{checkpoint}: reading it, once, needs tensorflow: {advice}"
+    return f"{checkpoint}: reading it for the first time needs tensorflow: {advice}"
 
 
 def find_checkpoint(model_dir):
-    """Return the path that a folder's `checkpoint` file names, without its endings.
+    """Returns the path that a folder's `checkpoint` file names, without its endings.
 
-    gpt-2-simple writes model-1000.index, model-1000.meta and so on, and keeps several of them;
-    `checkpoint` names the latest, as for tf.train.latest_checkpoint. A path in it, perhaps another
-    machine's, counts by its last part. Without a `checkpoint`, it is OpenAI's model.ckpt.
+    gpt-2-simple writes model-1000.index, model-1000.meta and so on, and keeps several of them.
+    `checkpoint` names the latest, for tf.train.latest_checkpoint. Only the last part of its path
+    counts, since the path may be another machine's. Without a `checkpoint` file, the name is
+    OpenAI's model.ckpt.
     """
     path = os.path.join(model_dir, "checkpoint")
     if os.path.isfile(path):
@@ -65,31 +66,31 @@ def find_checkpoint(model_dir):
 
 
 def converted_path(checkpoint):
-    """Return where a checkpoint's tensors are kept as safetensors. Each of several has its own."""
+    """Returns the path of a checkpoint's tensors as safetensors. Each checkpoint has its own."""
     folder, name = os.path.split(checkpoint)
     return os.path.join(folder, WEIGHTS if name == OPENAI_CHECKPOINT else f"{name}.safetensors")
 
 
 def convert_checkpoint(checkpoint, path):
-    """Write the tensors of a TensorFlow checkpoint to `path`; return them as read_safetensors does.
+    """Writes the tensors of a TensorFlow checkpoint to `path`, and returns them.
 
-    Another process does the work, because TensorFlow's reader aborts on some damaged files. If
-    `path` cannot be written, the model still loads, with a notice that TensorFlow will be needed
-    again. Raises ValueError if the checkpoint cannot be read.
+    They are returned in read_safetensors' form. Another process does the work, because TensorFlow's
+    reader aborts on some damaged files. If `path` cannot be written, the model still loads, with a
+    notice. Raises ValueError if the checkpoint cannot be read.
     """
     model_dir, name = os.path.split(checkpoint)
     if not has_tensorflow():
         raise ImportError(needs_tensorflow(checkpoint))
     if sys.stderr.isatty():
-        print(f"notice: converting {checkpoint}, which is needed once ...", file=sys.stderr)
+        print(f"notice: converting {checkpoint}, which happens only once ...", file=sys.stderr)
     project = str(Path(__file__).resolve().parent.parent)
     python_path = os.pathsep.join([project, *filter(None, [os.environ.get("PYTHONPATH")])])
-    with contextlib.suppress(OSError):  # of a folder that we may only read
+    with contextlib.suppress(OSError):  # the folder may be read-only
         remove_left_over(path)
     with tempfile.TemporaryDirectory() as folder:
         spare = os.path.join(folder, WEIGHTS)
         readable_dir = model_dir
-        if not is_utf8(model_dir):  # TensorFlow opens no such path, but follows a link to it
+        if not is_utf8(model_dir):  # TensorFlow can't open such a path, but can follow a link to it
             readable_dir = os.path.join(folder, "model")
             os.symlink(os.path.abspath(model_dir), readable_dir)
         target = os.path.join(readable_dir, os.path.basename(path))
@@ -103,7 +104,7 @@ def convert_checkpoint(checkpoint, path):
         message = message.replace(readable_dir, model_dir)
         end = how_it_died(done.returncode)
         if end:
-            message = f"{checkpoint}: damaged, or too large: TensorFlow's reader died of {end}"
+            message = f"{checkpoint} is damaged or too large: TensorFlow's reader died of {end}"
         if done.returncode != 0:
             raise ValueError(message.removeprefix("error: "))
         if message.startswith("notice: ") and sys.stderr.isatty():
@@ -112,7 +113,7 @@ def convert_checkpoint(checkpoint, path):
 
 
 def how_it_died(code):  # a process's exit code -> "SIGABRT", "exit code 3", or "" if it ended
-    """Python itself ends with 0, 1 or 2. Windows, which has no signals, gives larger numbers."""
+    """Python itself exits with 0, 1 or 2. Windows, which has no signals, gives larger numbers."""
     if code < 0:
         return signal.Signals(-code).name
     return f"exit code {code}" if code > 2 else ""
@@ -129,9 +130,9 @@ def main(checkpoint: str, path: str, spare: str | None = None):
     """Convert a TensorFlow checkpoint.
 
     Args:
-        checkpoint: its path without endings; hparams.json is in the same folder.
+        checkpoint: its path without endings. hparams.json must be in the same folder.
         path: the file to write.
-        spare: the file to write where that is not possible.
+        spare: the file to write if path cannot be written.
     """
     tensors = read_checkpoint(checkpoint, read_hparams(os.path.dirname(checkpoint)))
     try:
@@ -140,22 +141,22 @@ def main(checkpoint: str, path: str, spare: str | None = None):
         if spare is None:
             raise
         write_safetensors(spare, tensors)
-        print(f"notice: {path} not written: {error.strerror}", file=sys.stderr)
+        print(f"notice: cannot write {path}: {error.strerror}", file=sys.stderr)
 
 
 def read_checkpoint(checkpoint, hparams):  # -> {Hugging Face's key: float32 array}
-    """Read a checkpoint. Raises ValueError if it is unreadable, or not of the sizes in hparams."""
+    """Reads a checkpoint. Raises ValueError if it is unreadable, or its sizes are not hparams'."""
     quiet_tensorflow()
     import tensorflow as tf
 
     try:
         return read_variables(tf.train.load_checkpoint(checkpoint), hparams, checkpoint)
     except (tf.errors.OpError, RuntimeError, IndexError) as error:
-        raise ValueError(f"{checkpoint}: unreadable: {one_line(error)}") from None
+        raise ValueError(f"{checkpoint} is unreadable: {one_line(error)}") from None
 
 
 def read_variables(reader, hparams, checkpoint):  # -> {Hugging Face's key: float32 array}
-    """Read exactly the variables of a model of these sizes. Its weights are [1, n_in, n_out]."""
+    """Reads exactly the variables of a model of these sizes. Its weights are [1, n_in, n_out]."""
     shapes = reader.get_variable_to_shape_map()
     tensors = {}
     for name, shape in tensor_shapes(hparams):
@@ -163,14 +164,16 @@ def read_variables(reader, hparams, checkpoint):  # -> {Hugging Face's key: floa
         stored = (1, *shape) if name.endswith(".w") else shape
         if tuple(shapes.get(variable, ())) != stored:
             found = shapes.get(variable, "missing")
-            raise ValueError(f"{checkpoint}: {variable} is {found}, hparams.json asks for {stored}")
+            raise ValueError(
+                f"{checkpoint}: {variable} is {found}, but hparams.json asks for {stored}"
+            )
         tensor = reader.get_tensor(variable)
         if tensor.dtype != np.float32:
             raise ValueError(f"{checkpoint}: {variable} is {tensor.dtype}, not float32")
-        tensors[hugging_face_name(name)] = tensor.reshape(shape)  # the same, up to that leading 1
+        tensors[hugging_face_name(name)] = tensor.reshape(shape)  # without that leading 1
     extra = f"model/h{hparams['n_layer']}/ln_1/g"
     if extra in shapes:
-        raise ValueError(f"{checkpoint}: {extra} is one layer more than hparams.json has")
+        raise ValueError(f"{checkpoint}: {extra} is one layer more than hparams.json says")
     return tensors
 
 

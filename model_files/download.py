@@ -1,6 +1,6 @@
-"""Downloads that survive anything: resumed after a kill, checked, and complete or absent.
+"""Downloads files. They resume after a kill, are checked, and are either complete or absent.
 
-download("124M")                       # the files of a released model that its folder lacks
+download("124M")                       # the missing files of a released model
 download_file(url, path, sha256=None)  # any file
 """
 
@@ -26,21 +26,21 @@ SHAKESPEARE_URL = (
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 NO_NETWORK = "--model_size shakespeare needs no network"
-ATTEMPTS = 5  # in a row, without a new byte
-PATIENCE = 30  # seconds a server may stay silent
-BACKOFF = 0.25  # seconds before the first retry; doubled for every further one
+ATTEMPTS = 5  # the most attempts in a row without a new byte
+PATIENCE = 30  # seconds that a server may stay silent
+BACKOFF = 0.25  # seconds before the first retry, doubled for every further one
 
 
 def download(model_size, models_dir="models", only_tokenizer=False):
-    """Fetch the files of a released model that are missing (124M: 0.5 GB, tokenizer 1.5 MB).
+    """Downloads the missing files of a released model (0.5 GB for 124M, 1.5 MB for a tokenizer).
 
     SIXTYGPT_DOWNLOAD_URL may name another server that holds {model_size}/{file}.
     """
     if model_size not in SIZES:
-        raise ValueError(f"no released model {model_size!r}: choose one of {', '.join(SIZES)}")
+        raise ValueError(f"no released model {model_size!r}; choose one of {', '.join(SIZES)}")
     folder = os.path.join(models_dir, model_size)
     have = os.listdir(folder) if os.path.isdir(folder) else []
-    if "config.json" in have:  # the user has put Hugging Face's files there
+    if "config.json" in have:  # the folder holds Hugging Face's files
         return
     names = [*TEXT_FILES, "checkpoint", *CKPT_FILES]
     if only_tokenizer or "model.safetensors" in have:
@@ -58,9 +58,9 @@ def download(model_size, models_dir="models", only_tokenizer=False):
 
 
 def download_shakespeare():  # -> its path
-    """Fetch tiny Shakespeare (1.1 MB) to data/shakespeare.txt, unless the file exists.
+    """Downloads tiny Shakespeare (1.1 MB) to data/shakespeare.txt, unless the file exists.
 
-    Raises ConnectionError, which says where to put a copy of it.
+    If that fails, raises ConnectionError, which says where to put a copy.
     """
     path = os.path.join("data", "shakespeare.txt")
     try:
@@ -72,10 +72,11 @@ def download_shakespeare():  # -> its path
 
 
 def download_file(url, path, sha256=None):
-    """Fetch `url` to `path`, unless the file exists. Raises ConnectionError if that fails.
+    """Downloads `url` to `path`, unless the file exists. Raises ConnectionError if that fails.
 
-    The bytes are collected in `path.part`, which survives a kill; the next call resumes it. It is
-    locked: of two processes, one fetches and the other waits. `path` is complete or absent.
+    The bytes are collected in `path.part`, which survives a kill, and the next call resumes it. The
+    file is locked, so only one of several processes downloads and the others wait. `path` is either
+    complete or absent.
     """
     if os.path.exists(path):
         return
@@ -90,7 +91,7 @@ def download_file(url, path, sha256=None):
 
 
 def gather(url, f, path, sha256):
-    """Fetch until `f`, which is `path.part`, is complete and correct, then rename it to `path`."""
+    """Downloads until `f`, which is `path.part`, is complete and correct. Renames it to `path`."""
     from requests import RequestException
 
     part, note = path + ".part", path + ".part.json"
@@ -100,10 +101,10 @@ def gather(url, f, path, sha256):
             verify(f, fetch(url, f, note), sha256)
             os.fsync(f.fileno())
             close_before_renaming(f)
-            os.replace(part, path)  # before the note goes: without it the part would be useless
+            os.replace(part, path)  # before the note is removed, without which the part is useless
             remove(note)
             return
-        except (RequestException, ConnectionError, ValueError) as error:  # ValueError: of redirects
+        except (RequestException, ConnectionError, ValueError) as error:  # redirects: ValueError
             size = f.seek(0, os.SEEK_END)
             failures = 1 if size > most else failures + 1
             most = max(most, size)
@@ -119,23 +120,23 @@ def gather(url, f, path, sha256):
 
 
 def fetch(url, f, note):
-    """Append the rest of `url` to `f`, by one request; return the file's Content-MD5 or None.
+    """Appends the rest of `url` to `f`, with one request. Returns the file's Content-MD5, or None.
 
-    The file `note` says which version of the remote file the bytes in `f` belong to. If that has
-    changed since, or the server cannot resume, `f` starts over.
+    The file `note` says which version of the remote file the bytes in `f` belong to. If that
+    version has changed, or the server cannot resume, the download starts over.
     """
     import requests
 
     known, n_have = read_note(note), f.seek(0, os.SEEK_END)
     if n_have and n_have == known["length"]:
-        return known["md5"]  # we were killed after the last byte, before the renaming
-    headers = {"Accept-Encoding": "identity"}  # Content-Length is to count the file's own bytes
+        return known["md5"]  # we were killed after the last byte, before renaming the file
+    headers = {"Accept-Encoding": "identity"}  # so that Content-Length counts the file's bytes
     if known["version"] and 0 < n_have < (known["length"] or 0):
         headers |= {"Range": f"bytes={n_have}-", "If-Range": known["version"]}
     with requests.get(url, headers=headers, stream=True, timeout=(10, PATIENCE)) as response:
         sent = response.headers
         version = sent.get("ETag") or sent.get("Last-Modified") or ""
-        packed = sent.get("Content-Encoding", "identity") != "identity"  # against our request
+        packed = sent.get("Content-Encoding", "identity") != "identity"  # in spite of our request
         if response.status_code == 200:
             f.truncate(0)
             n_have, length = 0, "" if packed else sent.get("Content-Length", "")
@@ -147,8 +148,8 @@ def fetch(url, f, note):
             with open(note, "w", encoding="utf-8", opener=open_no_link) as g:
                 json.dump(known, g)
             ends = "Content-Length" in sent or "Transfer-Encoding" in sent
-            if not (ends or known["md5"]):  # a part could not be told from the whole
-                raise ConnectionError("the server does not say how much there is")
+            if not (ends or known["md5"]):  # a part would look like the whole
+                raise ConnectionError("the server does not say how long the file is")
         elif response.status_code in (206, 416):
             rest = f"bytes {n_have}-{(known['length'] or 0) - 1}/{known['length']}"
             same = sent.get("Content-Range") == rest and version in ("", known["version"])
@@ -163,13 +164,13 @@ def fetch(url, f, note):
 
 
 def copy_body(response, f, name, n_have, length):
-    """Append a response's body to `f`. Raises ConnectionError if it is not `length` bytes."""
+    """Appends a response's body to `f`. Raises ConnectionError if that is not `length` bytes."""
     from tqdm import tqdm
 
     with tqdm(
         desc=name, total=length, initial=n_have, unit="B", unit_scale=True, disable=None
-    ) as bar:  # disable=None: no bar where stderr is not a terminal
-        for chunk in response.iter_content(2**14):  # a broken line costs at most one chunk
+    ) as bar:  # disable=None: no bar if stderr is not a terminal
+        for chunk in response.iter_content(2**14):  # a broken connection loses at most one chunk
             f.write(chunk)
             bar.update(len(chunk))
     size = f.seek(0, os.SEEK_END)
@@ -180,7 +181,7 @@ def copy_body(response, f, name, n_have, length):
 
 
 def read_note(note):  # -> {"version": str, "length": int or None, "md5": str or None}
-    """Read what is known of a `.part`. Empty values if its note is missing or broken."""
+    """Reads the note about a `.part` file. The values are empty if it is missing or damaged."""
     types = {"version": str, "length": int | None, "md5": str | None}
     with contextlib.suppress(OSError, ValueError):
         found = read_json(note)
@@ -190,17 +191,17 @@ def read_note(note):  # -> {"version": str, "length": int or None, "md5": str or
 
 
 def verify(f, md5, sha256):  # md5: base64, as in a Content-MD5 header; sha256: hexadecimal
-    """Empty `f` and raise ConnectionError if its bytes do not have these checksums."""
+    """Empties `f` and raises ConnectionError if its bytes do not have these checksums."""
     f.seek(0)
     wrong = md5 and base64.b64encode(hashlib.file_digest(f, "md5").digest()).decode() != md5
     f.seek(0)
     if wrong or (sha256 and hashlib.file_digest(f, "sha256").hexdigest() != sha256):
         f.truncate(0)
-        raise ConnectionError("what arrived does not match its checksum")
+        raise ConnectionError("the downloaded file does not match its checksum")
 
 
 def reason(error):
-    """Return a few words instead of urllib3's several lines, and whether another try can help."""
+    """Returns a few words instead of urllib3's many, and whether another attempt can help."""
     from requests import Timeout
 
     response = getattr(error, "response", None)
@@ -211,6 +212,6 @@ def reason(error):
         return str(error), False
     if isinstance(error, Timeout):
         return "the server did not answer in time", True
-    if isinstance(error, ConnectionError):  # Python's own, which only this file raises here
+    if isinstance(error, ConnectionError):  # Python's own, raised by this file
         return str(error), True
-    return f"no connection, or one that broke off ({type(error).__name__})", True
+    return f"the connection failed or broke off ({type(error).__name__})", True

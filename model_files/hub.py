@@ -1,10 +1,10 @@
-"""Models of the Hugging Face Hub, by their name: owner/name, or owner/name@revision.
+"""Downloads models of the Hugging Face Hub by name: owner/name, or owner/name@revision.
 
     fetch_repository("openai-community/gpt2")  # -> a folder in the Hub's own cache
 
-huggingface_hub does the work: the cache (HF_HOME), resuming, tokens (HF_TOKEN), HF_ENDPOINT and
-HF_HUB_OFFLINE are its own. A model in the cache is used as it is, without asking the Hub. Otherwise
-only the files of a model that we can open are fetched: never a pickle, which can run programs.
+huggingface_hub does the work. The cache (HF_HOME), resuming, tokens (HF_TOKEN), HF_ENDPOINT and
+HF_HUB_OFFLINE are its own. A cached model is used without asking the Hub. Otherwise only the files
+that we can open are downloaded, and never a pickle, which can run programs.
 """
 
 import functools
@@ -18,7 +18,7 @@ from model_files.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_FILES
 from model_files.weights import WEIGHTS, WEIGHTS_INDEX, read_index
 from plumbing.cli import notice
 
-RELEASED = {  # GPT-2's sizes: the same weights as in OpenAI's checkpoints, as safetensors
+RELEASED = {  # the weights of OpenAI's checkpoints, as safetensors
     "124M": "openai-community/gpt2",
     "355M": "openai-community/gpt2-medium",
     "774M": "openai-community/gpt2-large",
@@ -28,19 +28,20 @@ REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@.+)?")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TEXTS = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 TEXTS += ("special_tokens_map.json", "generation_config.json", CHAT_TEMPLATE_FILE, WEIGHTS_INDEX)
-LOG_IN = "HF_TOKEN, or `hf auth login`, says who you are"
+LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN"
 
 
 def is_repository(name):
-    """Can this be a repository's name? If its first part is a local folder, it is a path."""
+    """Returns whether this can be a repository's name, and not a path into a local folder."""
     return bool(REPOSITORY.fullmatch(name)) and not os.path.isdir(name.split("/")[0])
 
 
 def fetch_released(size):  # -> a folder
-    """Fetch a released GPT-2 as safetensors. Raises what fetch_repository raises."""
+    """Downloads a released GPT-2 as safetensors. Raises the same errors as fetch_repository."""
     name = RELEASED[size]
     words = (
-        f"without TensorFlow, {size} is read from the Hugging Face Hub, {name}: the same weights"
+        f"TensorFlow is not installed, so {size} is downloaded from the Hugging Face Hub, {name}, "
+        "which has the same weights"
     )
     try:
         return fetch_repository(name, words=words)
@@ -49,11 +50,11 @@ def fetch_released(size):  # -> a folder
 
 
 def fetch_repository(name, only_tokenizer=False, words=None):  # -> a folder
-    """Fetch a model's files, unless all of them are in the cache.
+    """Downloads a model's files, unless all of them are in the cache.
 
-    words: a notice, printed before anything is fetched. Raises ValueError, before anything large is
-    fetched, if we cannot open the model, and ConnectionError if a file cannot be fetched. Both are
-    one line.
+    words: a notice, printed before anything is downloaded. Raises ValueError if we cannot open the
+    model, before anything large is downloaded, and ConnectionError if a download fails. Both
+    messages are one line.
     """
     try:
         from huggingface_hub import constants, errors
@@ -70,13 +71,13 @@ def fetch_repository(name, only_tokenizer=False, words=None):  # -> a folder
             notice(words)
         return folder or fetch(repo, revision, only_tokenizer)
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # an error of our own disk, which can be full
+        if getattr(error, "errno", None) is not None:  # our own disk may be full
             raise
         raise ConnectionError(reason(error, name)) from None
 
 
 def ask(function, *args, **kwargs):
-    """Call the library. It does not check the Hub's answers, so any exception can come of them."""
+    """Calls the library. It does not check the Hub's answers, which can cause any exception."""
     from huggingface_hub import errors
 
     guard_names()
@@ -85,12 +86,12 @@ def ask(function, *args, **kwargs):
     except (errors.HTTPError, errors.HFValidationError, OSError, ImportError, MemoryError):
         raise
     except Exception as error:
-        raise ConnectionError(f"its answer is not the Hub's ({type(error).__name__})") from None
+        raise ConnectionError(f"its answer is malformed ({type(error).__name__})") from None
 
 
 @functools.cache
 def guard_names():
-    """Make every client that the library creates from now on check its answers by check_names."""
+    """Makes every client that the library creates from now on check its answers by check_names."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import get_session
 
@@ -101,10 +102,10 @@ def guard_names():
 
 
 def check_names(answer):
-    """The library names files in its cache after these headers, which could be ../../.bashrc"""
+    """The library names files in its cache after these headers, which could be ../../.bashrc."""
     for header in ("ETag", "X-Linked-ETag", "X-Repo-Commit"):
         if re.search(r"[/\\]", answer.headers.get(header, "").removeprefix("W/")):
-            raise ConnectionError(f"its {header} would be a path")
+            raise ConnectionError(f"its {header} header is a path")
 
 
 def find_cached(repo, revision, only_tokenizer):  # -> a folder, or None if anything is missing
@@ -132,9 +133,9 @@ def is_complete(folder, config, only_tokenizer):
 
 
 def fetch(repo, revision, only_tokenizer):  # -> a folder
-    """Fetch the small files, then, if they say that we can open the model, the large ones.
+    """Downloads the small files first and, if we can open such a model, the large ones.
 
-    All files are of one commit. The library records last which commit the revision means, so an
+    All files belong to one commit. The library records the revision's commit last, so an
     interrupted download is not mistaken for a complete one.
     """
     from huggingface_hub import HfApi, hf_hub_download
@@ -145,7 +146,7 @@ def fetch(repo, revision, only_tokenizer):  # -> a folder
     names = {str(file.rfilename) for file in found.siblings or ()}
     config = next((name for name in ("config.json", ADAPTER[0]) if name in names), None)
     if config is None:
-        raise ValueError(f"{repo}: not a model that transformers could open: it has no config.json")
+        raise ValueError(f"{repo} is not a model for transformers, because it has no config.json")
     for name in (*sorted(names.intersection(TEXTS)), config):
         path = ask(hf_hub_download, repo, name, revision=found.sha)
     folder = os.path.dirname(path)
@@ -160,7 +161,7 @@ def fetch(repo, revision, only_tokenizer):  # -> a folder
             ask(hf_hub_download, repo, name, revision=found.sha)
     ask(hf_hub_download, repo, config, revision=revision)
     if find_cached(repo, revision, only_tokenizer) != folder:
-        raise ConnectionError("it changed in the meantime: try again")
+        raise ConnectionError("it changed during the download; try again")
     return folder
 
 
@@ -174,12 +175,12 @@ def list_weights(repo, names, config, folder):  # -> the files that hold the ten
     missing = [name for name in files if name not in names]
     if missing:
         pickles = any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names)
-        hint = ", and its pickles are not opened: they could run any program" if pickles else ""
-        raise ValueError(f"{repo}: no {missing[0]} there{hint}")
+        hint = ", and its pickles are not opened because they could run programs" if pickles else ""
+        raise ValueError(f"{repo} has no {missing[0]}{hint}")
     return files
 
 
-def reason(error, name):  # -> one line, where the library writes a paragraph
+def reason(error, name):  # -> one line instead of the library's paragraph
     from huggingface_hub import constants, errors
 
     repo, _, revision = name.partition("@")
@@ -187,14 +188,14 @@ def reason(error, name):  # -> one line, where the library writes a paragraph
     while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"no folder at {name}, and it is not in the Hub's cache: HF_HUB_OFFLINE is set"
+        return f"no folder at {name}, nor in the Hub's cache; unset HF_HUB_OFFLINE to download it"
     if isinstance(error, errors.GatedRepoError):
-        return f"{repo} is gated: ask for access at {hub}/{repo}. {LOG_IN}"
+        return f"{repo} is gated; ask for access at {hub}/{repo}. {LOG_IN}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo} has no revision {revision or constants.DEFAULT_REVISION!r}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"no folder at {name}, and no such model at {hub}, or it is private. {LOG_IN}"
+        return f"no folder at {name}, and no public model at {hub}. If it is private: {LOG_IN}"
     if isinstance(error, errors.HfHubHTTPError):
         error = f"it answered {error.response.status_code}"
     message = str(error).strip().partition("\n")[0] or type(error).__name__
-    return f"no folder at {name}, and fetching it from {hub} failed: {message}"
+    return f"no folder at {name}, and downloading it from {hub} failed: {message}"

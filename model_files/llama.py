@@ -1,6 +1,6 @@
-"""Llama folders in Hugging Face's layout, for llama_pico.py: sizes, tensors, and text.
+"""Reads Llama folders in Hugging Face's layout for llama_pico.py: sizes, tensors, and tokenizer.
 
-Only what llama_pico.py computes is accepted. Anything else is a ValueError.
+Models that llama_pico.py does not support raise ValueError.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from model_files.weights import (
 )
 from plumbing.files import read_json
 
-SUPPORTED = {  # config.json's settings that change the arithmetic, and the values we compute
+SUPPORTED = {  # config.json's settings that change the arithmetic, and the supported values
     "model_type": ("llama",),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -25,9 +25,9 @@ SUPPORTED = {  # config.json's settings that change the arithmetic, and the valu
 
 
 def read_llama(folder):
-    """Return (params, hparams), the arguments of llama_pico.llama, read-only and in float32.
+    """Returns (params, hparams), the arguments of llama_pico.llama, in read-only float32.
 
-    Raises ValueError for a model that is not a plain Llama, or a damaged one.
+    Raises ValueError for a model that is damaged, or not a plain Llama.
     """
     path = os.path.join(folder, "config.json")
     config = read_json(path)
@@ -74,8 +74,8 @@ def read_positive(config, key, path, default):
 
 
 def read_theta(config, path):
-    """The base of the rotary frequencies. Raises ValueError if they are scaled for longer texts."""
-    for key in ("rope_parameters", "rope_scaling"):  # the second is transformers' name before 5
+    """Returns the base of the rotary frequencies. Raises ValueError if these are scaled."""
+    for key in ("rope_parameters", "rope_scaling"):  # the second is the name before transformers 5
         settings = config.get(key)
         if settings is None:
             continue
@@ -91,7 +91,7 @@ def read_theta(config, path):
 
 
 def tensor_shapes(sizes):
-    """Every parameter's (key in the checkpoint, shape), without lm_head."""
+    """Yields every parameter's (key in the checkpoint, shape), except lm_head's."""
     n_embd, n_inner = sizes["n_embd"], sizes["n_inner"]
     n_q = sizes["n_head"] * sizes["d_head"]
     n_kv = sizes["n_kv_head"] * sizes["d_head"]
@@ -111,7 +111,7 @@ def tensor_shapes(sizes):
 
 
 def read_params(folder, sizes, tied):
-    """{"embed_tokens", "blocks": [{"self_attn": {"q_proj": array, ...}, ...}], "norm", ...}"""
+    """Returns {"embed_tokens", "blocks": [{"self_attn": {"q_proj": array}, ...}], "norm", ...}."""
     path = os.path.join(folder, WEIGHTS)
     if os.path.exists(path):
         tensors = read_safetensors(path)
@@ -126,14 +126,14 @@ def read_params(folder, sizes, tied):
     arrays = {}
     for key, shape in shapes.items():
         if key not in tensors:
-            raise ValueError(f"{path}: no tensor {key}")
+            raise ValueError(f"{path}: {key} is missing")
         dtype, stored_shape, data = tensors[key]
         if stored_shape != shape:
             raise ValueError(f"{path}: {key} is {stored_shape}, but config.json asks for {shape}")
         name = key.removeprefix("model.").removesuffix(".weight").replace("layers.", "blocks.", 1)
         arrays[name] = to_float32(dtype, data, f"{path}: {key}").reshape(shape)
     for key in tensors.keys() - shapes.keys():
-        # Old files hold the rotary frequencies, and some a copy of a tied head.
+        # Old files hold the rotary frequencies, and some hold a copy of a tied head.
         if not key.endswith("rotary_emb.inv_freq") and not (tied and key == "lm_head.weight"):
             raise ValueError(f"{path}: {key} is not a tensor of a plain Llama")
     if tied:
@@ -142,10 +142,10 @@ def read_params(folder, sizes, tied):
 
 
 def text_or_ids(folder):
-    """Return (encode, decode): text to ids, and ids up to an end of text to text.
+    """Returns (encode, decode). decode stops at the end of the text.
 
-    The `tokenizers` package does both. Without it, or without a tokenizer.json, ids stand for the
-    text, with spaces in between.
+    The `tokenizers` package does both. Without it, or without a tokenizer.json, the text is a list
+    of ids, separated by spaces.
     """
     ends = read_json(os.path.join(folder, "config.json")).get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]  # a number, a list of them, or null
@@ -160,7 +160,7 @@ def text_or_ids(folder):
         Tokenizer = None
     if Tokenizer is None or not os.path.exists(path):
         return read_ids, lambda ids: " ".join(map(str, until_end(ids)))
-    read_json(path)  # a damaged file ends in a ValueError
+    read_json(path)  # raises ValueError for a damaged file
     tokenizer = Tokenizer.from_file(path)
     return lambda text: tokenizer.encode(text).ids, lambda ids: tokenizer.decode(until_end(ids))
 
@@ -171,14 +171,14 @@ def read_ids(text):  # "5 12 7" -> [5, 12, 7]
     except ValueError:
         raise ValueError(
             "text needs the model's tokenizer.json and `pip install tokenizers`; "
-            "without them, write token ids: 5 12 7"
+            "without them, type token ids, such as 5 12 7"
         ) from None
 
 
 def check_ids(ids, n_vocab, n_tokens_to_generate):  # -> ids
-    """Raises ValueError for an empty prompt, an id that is no token, or a negative number."""
+    """Raises ValueError for an empty prompt, an id that is not a token, or a negative number."""
     if not ids:
-        raise ValueError("the prompt has no tokens: the model needs at least one to start from")
+        raise ValueError("the prompt has no tokens, but the model needs at least one to start from")
     if min(ids) < 0 or max(ids) >= n_vocab:
         raise ValueError(f"token ids must be from 0 to {n_vocab - 1}")
     if n_tokens_to_generate < 0:

@@ -1,14 +1,14 @@
-"""A tokenizer's files, in OpenAI's layout and in Hugging Face's: read, checked and written.
+"""Reads, checks and writes a tokenizer's files, in OpenAI's layout and in Hugging Face's.
 
-    encoder.json + vocab.bpe     OpenAI's: {piece: id}, and a merge a line
-    tokenizer.json               Hugging Face's newer format: all of it in one file
+    encoder.json + vocab.bpe     OpenAI's files: {piece: id}, and one merge per line
+    tokenizer.json               Hugging Face's newer format: everything in one file
     vocab.json + merges.txt      Hugging Face's names for OpenAI's two files
 
 Added tokens are also in tokenizer_config.json or, in older folders, in added_tokens.json.
-special_tokens_map.json, also an older file, says which of them are special. A chat template is in
+special_tokens_map.json, another older file, says which of them are special. A chat template is in
 chat_template.jinja or, in older folders, in tokenizer_config.json.
 
-encoder.py makes an Encoder of what is read. Both of Hugging Face's layouts are written. After
+encoder.py turns a Tokenizer into an Encoder. Both of Hugging Face's layouts are written. Sources:
 https://github.com/openai/gpt-2/blob/master/src/encoder.py and https://huggingface.co/docs/tokenizers.
 """
 
@@ -26,7 +26,7 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 VERSION = "#version: 0.2"  # the first line of a merges.txt
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
-# The settings of a tokenizer.json, and the values with which its ids are encoder.py's.
+# The settings of a tokenizer.json, and the values for which encoder.py gives the same ids.
 SUPPORTED = {
     "type": ("BPE",),
     "dropout": (None, 0.0),
@@ -41,20 +41,20 @@ PRE_TOKENIZER = {"type": "ByteLevel", "use_regex": True}
 class Tokenizer(NamedTuple):
     """A tokenizer as its files describe it."""
 
-    merges: list  # of (left piece, right piece), the first to be merged first
+    merges: list  # of (left piece, right piece), in the order of merging
     vocab: dict  # {piece: id}
     added: dict  # {text: AddedToken} of the texts that are or can become a single id
-    end_ids: tuple  # the ids that end a text, () if none do; the first stands between documents
-    add_prefix_space: bool  # does a text that begins without a space get one?
+    end_ids: tuple  # the ids that end a text, if any; the first one separates documents
+    add_prefix_space: bool  # whether a text that begins without a space gets one
     chat_template: str | None  # Jinja, for transformers; only copied when the model is saved
-    merges_file: Path  # the file that the merges are in, for error messages
+    merges_file: Path  # the file with the merges, for error messages
 
 
 # --- Reading ------------------------------------------------------------------------------------
 
 
 def find_tokenizer(folder):
-    """Return the paths of a folder's vocabulary and merges, or of the one file that has both.
+    """Returns the paths of a folder's vocabulary and merges, or of the one file that has both.
 
     Raises FileNotFoundError if the folder has neither.
     """
@@ -67,10 +67,10 @@ def find_tokenizer(folder):
 
 
 def read_tokenizer(folder):  # -> Tokenizer
-    """Read the tokenizer of a folder, in the first of the three layouts that it has.
+    """Reads the tokenizer of a folder, in the first of the three layouts that it has.
 
-    Raises FileNotFoundError if the folder has none of them. Raises ValueError, which names the
-    file, if one is malformed or not supported.
+    Raises FileNotFoundError if the folder has none of them, and ValueError, which names the file,
+    if one is malformed or not supported.
     """
     paths = find_tokenizer(folder)
     merges_file = paths[-1]
@@ -78,7 +78,7 @@ def read_tokenizer(folder):  # -> Tokenizer
     with naming(Path(folder, TOKENIZER_CONFIG)):
         for key in ("add_bos_token", "add_eos_token"):
             if config.get(key):
-                raise ValueError(f"{key} is not supported: no token is added to a text")
+                raise ValueError(f"{key} is not supported; set it to false")
         add_prefix_space = read_flag(config, "add_prefix_space")
     if len(paths) == 1:
         with naming(merges_file):
@@ -126,11 +126,12 @@ def read_optional(folder, name):  # -> the JSON object in a file, {} if there is
 
 
 def read_special(folder, config):  # -> {"eos_token": "</s>", ...}, {text: settings}
-    """Return the tokens with a role, and all special texts, in the order of transformers.
+    """Returns the tokens with a role, and all special texts, in the order of transformers.
 
-    config: the content of tokenizer_config.json. Older folders name them in
-    special_tokens_map.json, which as in transformers is read if tokenizer_config.json has no
-    added_tokens_decoder, and then comes first. settings: as in an added_tokens_decoder.
+    config: the content of tokenizer_config.json. Older folders name the tokens in
+    special_tokens_map.json. As in transformers, that file is read only if tokenizer_config.json has
+    no added_tokens_decoder, and then takes precedence. The settings are those of an
+    added_tokens_decoder.
     """
     sources = [config]
     if "added_tokens_decoder" not in config:
@@ -150,15 +151,15 @@ def read_special(folder, config):  # -> {"eos_token": "</s>", ...}, {text: setti
     for token in [*by_role.values(), *others]:
         text = token_text(token)
         if text is not None:
-            settings = token if isinstance(token, dict) else {}  # a text has none, and hides none
+            settings = token if isinstance(token, dict) else {}  # a text alone has no settings
             special[text] = special.get(text, {}) | settings
     return roles, special
 
 
 def number_special(special, added, vocab):  # -> {text: AddedToken}, added with all of special
-    """Number the special tokens that no file gives an id, after all others, as transformers does.
+    """Numbers the special tokens without an id in any file, after all others, like transformers.
 
-    special: {text: settings}. <|endoftext|> is special even where no file says so.
+    special: {text: settings}. <|endoftext|> is special even if no file says so.
     """
     added = dict(added)
     if ENDOFTEXT in added or ENDOFTEXT in vocab:
@@ -176,9 +177,9 @@ def number_special(special, added, vocab):  # -> {text: AddedToken}, added with 
 
 
 def read_chat_template(folder, config):  # -> Jinja, or None
-    """Read the chat template; of several with names, the one that is named default.
+    """Reads the chat template. If there are several, it is the one named default.
 
-    Raises ValueError, which names the file, if none is, or if a template is not text.
+    Raises ValueError, which names the file, if none has that name, or if a template is not text.
     """
     path = Path(folder, CHAT_TEMPLATE_FILE)
     if path.is_file():
@@ -197,8 +198,8 @@ def read_chat_template(folder, config):  # -> Jinja, or None
     return template or None
 
 
-def read_added(folder, config, special):  # -> the file that they are in, {text: AddedToken}
-    """Read the added tokens beside a vocabulary. config, special: as in read_special.
+def read_added(folder, config, special):  # -> the path of their file, {text: AddedToken}
+    """Reads the added tokens that are not in the vocabulary. config, special: see read_special.
 
     Older folders have added_tokens.json, {text: id}, instead of an added_tokens_decoder.
     """
@@ -221,12 +222,12 @@ def token_text(token):  # "</s>", or {"content": "</s>", ...} -> "</s>"; None if
 
 
 def read_end_ids(folder, roles, added, known):  # -> a tuple of ids, without duplicates
-    """Return the ids that end a text: the model's if it names any, otherwise the tokenizer's.
+    """Returns the ids that end a text: the model's if it names any, otherwise the tokenizer's.
 
-    A model names them as eos_token_id, a number or a list. generation_config.json comes first, as
-    in transformers. Ids that the tokenizer does not have are left out, because configurations of
-    small models often keep GPT-2's 50256. Raises ValueError, which names the file, if eos_token_id
-    is neither a number nor a list of numbers.
+    A model names them as eos_token_id, a number or a list. generation_config.json takes precedence,
+    as in transformers. Ids that the tokenizer does not have are left out, because the
+    configurations of small models often keep GPT-2's 50256. Raises ValueError, which names the
+    file, if eos_token_id is neither a number nor a list of numbers.
     """
     for name in ("generation_config.json", "config.json"):
         ids = read_optional(folder, name).get("eos_token_id")
@@ -243,9 +244,10 @@ def read_end_ids(folder, roles, added, known):  # -> a tuple of ids, without dup
 
 
 def parse_merges(text):
-    """Return the merges of a merges.txt or vocab.bpe: a pair of pieces a line, in rank order.
+    """Returns the merges of a merges.txt or vocab.bpe, which has one pair of pieces per line.
 
-    Only a first line can be a header; any other line that begins with "#" merges number signs.
+    The merges are in rank order. Only the first line can be a header. Any other line that begins
+    with "#" merges number signs.
 
     >>> parse_merges("#version: 0.2\\nĠ t\\n# #\\n")
     [('Ġ', 't'), ('#', '#')]
@@ -260,10 +262,10 @@ def parse_merges(text):
 
 
 def parse_tokenizer(content):  # -> merges, vocab, {text: AddedToken}
-    """Read the content of a tokenizer.json.
+    """Reads the content of a tokenizer.json.
 
-    Current versions of transformers save this file alone. It can describe many kinds of tokenizers;
-    those for which our ids would be wrong raise ValueError.
+    Current versions of transformers save only this file. It can describe many kinds of tokenizers.
+    Those for which our ids would be wrong raise ValueError.
     """
     model = content.get("model") if isinstance(content.get("model"), dict) else {}
     for key, values in SUPPORTED.items():
@@ -274,7 +276,7 @@ def parse_tokenizer(content):  # -> merges, vocab, {text: AddedToken}
     pre_tokenizer = content.get("pre_tokenizer")
     if not isinstance(pre_tokenizer, dict):
         pre_tokenizer = {}
-    pre_tokenizer = {"use_regex": True} | pre_tokenizer  # older files do not have it
+    pre_tokenizer = {"use_regex": True} | pre_tokenizer  # older files don't have this setting
     if any(pre_tokenizer.get(key) != value for key, value in PRE_TOKENIZER.items()):
         raise ValueError("only GPT-2's pre_tokenizer is supported: ByteLevel, with its pattern")
     post_processor = content.get("post_processor")
@@ -299,9 +301,9 @@ def is_text(value):
 
 
 def parse_added(tokens):  # {id as text: {"content": text, ...}} -> {text: AddedToken}
-    """Read Hugging Face's added tokens. A token is not special unless it says so.
+    """Reads Hugging Face's added tokens. A token is special only if it says so.
 
-    Raises ValueError for a token that takes spaces or words beside it into account.
+    Raises ValueError for a token with lstrip, rstrip or single_word.
     """
     if not isinstance(tokens, dict):
         raise ValueError("added_tokens_decoder is not an object")
@@ -311,7 +313,10 @@ def parse_added(tokens):  # {id as text: {"content": text, ...}} -> {text: Added
         if not id.isdecimal() or len(id) > 9 or not is_text(content):
             raise ValueError(f"the added token {id!r} has no id or no text")
         if any(token.get(key) for key in ("lstrip", "rstrip", "single_word")):
-            raise ValueError(f"the added token {content!r} takes its surroundings into account")
+            raise ValueError(
+                f"the added token {content!r} has lstrip, rstrip or single_word, "
+                "which are not supported"
+            )
         is_special = bool(token.get("special", False))
         normalized = bool(token.get("normalized", not is_special))
         added[content] = AddedToken(int(id), is_special, normalized)
@@ -322,9 +327,9 @@ def parse_added(tokens):  # {id as text: {"content": text, ...}} -> {text: Added
 
 
 def write_tokenizer(folder, encoder, end_token):
-    """Write Hugging Face's vocab.json, merges.txt, tokenizer_config.json and tokenizer.json.
+    """Writes Hugging Face's vocab.json, merges.txt, tokenizer_config.json and tokenizer.json.
 
-    end_token: the text that ends a document, None if the vocabulary has none. Each file appears
+    end_token: the text that ends a document, or None if the vocabulary has none. Each file appears
     under its name only when it is complete.
     """
     folder = Path(folder)
@@ -354,10 +359,11 @@ def added_settings(text, token):
 
 
 def vocab_to_write(encoder):  # -> {piece: id}
-    """Return the vocabulary without those added tokens that `tokenizers` would not find in it.
+    """Returns the vocabulary without the added tokens that `tokenizers` would not find in it.
 
-    It looks for an added token as it is, in a vocabulary that has "ĠĠ" for two spaces. Then it
-    numbers those that it has not found, in order, from the end of the vocabulary.
+    It searches for the text of an added token, such as two spaces, although the vocabulary spells
+    it "ĠĠ". The tokens that it has not found are then numbered, in order, from the end of the
+    vocabulary.
     """
     respelled = [token.id for text, token in encoder.added.items() if printable(text) != text]
     if not respelled:
@@ -373,7 +379,7 @@ def vocab_to_write(encoder):  # -> {piece: id}
 
 
 def tokenizer_json(encoder, vocab, merges):  # merges: ["Ġ t", ...]
-    """Return the content of a tokenizer.json: all that `tokenizers` needs, in one file."""
+    """Returns the content of a tokenizer.json, which has everything that `tokenizers` needs."""
     byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
     added = sorted(encoder.added.items(), key=lambda item: item[1].id)
     return {

@@ -1,20 +1,20 @@
-"""What a vocabulary is: pieces of text, spelled in printable characters, each with an id."""
+"""A vocabulary: pieces of text, spelled in printable characters, each with an id."""
 
 import re
 from typing import NamedTuple
 
-ENDOFTEXT = "<|endoftext|>"  # stands between the documents that GPT-2 was trained on
-MOST_IDS = 2**24  # each id is a row of the model's embedding: no tokenizer has nearly as many
+ENDOFTEXT = "<|endoftext|>"  # separates the documents that GPT-2 was trained on
+MOST_IDS = 2**24  # each id is a row of the model's embedding, so no tokenizer has nearly as many
 
 
 def printable_bytes():
-    """Return {byte: the printable character that stands for it}, in the order of GPT-2's ids.
+    """Returns {byte: the printable character that stands for it}, in the order of GPT-2's ids.
 
-    GPT-2's files are text: a merge is a line, its two halves separated by a space. Raw bytes would
-    break that, because some are newlines or spaces and many are not valid UTF-8, so each is written
-    as a visible character. The bytes that Latin-1 shows stand for themselves. The other 68
-    (controls, blanks and the soft hyphen) take the code points from 256 on: the space, byte 32, is
-    the famous "Ġ".
+    GPT-2's files are text. Each merge is a line, with a space between its two halves. Raw bytes
+    would break that, because some are newlines or spaces and many are not valid UTF-8. So each byte
+    is written as a visible character. The bytes that Latin-1 shows stand for themselves. The other
+    68 (controls, blanks and the soft hyphen) get the code points from 256 on. The space, byte 32,
+    becomes the famous "Ġ".
 
     >>> printable_bytes()[ord("A")], printable_bytes()[ord(" ")], printable_bytes()[0]
     ('A', 'Ġ', 'Ā')
@@ -32,7 +32,7 @@ BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
 
 
 def printable(text):
-    """Return a text as a vocabulary spells it, a character for each of its UTF-8 bytes.
+    """Returns a text as a vocabulary spells it, one character for each of its UTF-8 bytes.
 
     >>> printable(" a 我")
     'ĠaĠæĪĳ'
@@ -41,9 +41,9 @@ def printable(text):
 
 
 def check_vocab(vocab):
-    """Return vocab, {piece: id}. Raises ValueError, which says why, if it cannot be one."""
+    """Returns vocab, {piece: id}. Raises ValueError, which says why, if it is not a vocabulary."""
     if not isinstance(vocab, dict):
-        raise ValueError("a vocabulary is one JSON object, from pieces to ids")
+        raise ValueError("the vocabulary must be a JSON object, from pieces to ids")
     piece_of_id = {}
     for piece, id in vocab.items():
         if type(id) is not int or not 0 <= id < MOST_IDS:
@@ -53,27 +53,27 @@ def check_vocab(vocab):
             raise ValueError(f"{piece_of_id[id]!r} and {piece!r} have the same id, {id}")
         piece_of_id[id] = piece
     if BYTE_OF_CHAR.keys().isdisjoint(vocab):
-        raise ValueError(f"256 of the 256 bytes have no id, the first is {[*BYTE_OF_CHAR][0]!r}")
+        raise ValueError("none of the 256 bytes has an id, so this is not a byte-level vocabulary")
     unknown = set("".join(vocab)) - BYTE_OF_CHAR.keys()
     if unknown:
-        raise ValueError(f"{min(unknown)!r} is in a piece, but stands for no byte")
+        raise ValueError(f"a piece contains {min(unknown)!r}, which does not stand for a byte")
     return vocab
 
 
 class AddedToken(NamedTuple):
-    """A text that is one id wherever it occurs, apart from the merges."""
+    """A text that becomes one id wherever it occurs, independent of the merges."""
 
     id: int
-    is_special: bool = True  # it waits until encode() is asked for special tokens
-    normalized: bool = False  # it is looked for after those that are not, as by `tokenizers`
+    is_special: bool = True  # it becomes an id only if encode() is asked for special tokens
+    normalized: bool = False  # it is found after those that are not normalized, as in `tokenizers`
 
 
 def add_tokens(vocab, added):  # {piece: id}, {text: AddedToken} -> vocab, piece_of_id
-    """Return the vocabulary with the added tokens, and its inverse, which has all of them.
+    """Returns the vocabulary with the added tokens, and its inverse, which has all of them.
 
-    A text that is spelled otherwise in the vocabulary, such as two spaces, may have an id of its
-    own although a merge makes the same piece: then only the inverse has it. Raises ValueError if
-    another text has two ids, or if two texts have the same id.
+    A text that the vocabulary spells differently, such as two spaces, may have an id of its own
+    although a merge makes the same piece. Then only the inverse has it. Raises ValueError if any
+    other text has two ids, or if two texts have the same id.
     """
     own_ids = {}
     spelled = {}
@@ -99,9 +99,9 @@ def added_pattern(added):  # {text: AddedToken} -> a compiled pattern of all tex
 
 
 def split_added(text, added, pattern, allow_special):  # yields texts, and ids of added tokens
-    """Cut a text at its added tokens. Special ones stay text unless allow_special is true.
+    """Cuts a text at its added tokens. Special ones stay text unless allow_special is true.
 
-    They are found nevertheless, and no other token is looked for inside, as in `tokenizers`.
+    Even then no other token is looked for inside them, as in `tokenizers`.
     """
     start = 0
     for match in pattern.finditer(text):

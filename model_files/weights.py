@@ -1,6 +1,6 @@
 """A model's tensors: their names and shapes, their tree, and their safetensors files.
 
-Weights are memory maps wherever a file holds float32, so that loading costs no time and no second
+If a file holds float32, the weights are memory maps, so loading takes no time and makes no second
 copy. Every length, shape and name in a file is checked before it is used.
 """
 
@@ -17,13 +17,13 @@ import numpy as np
 from plumbing.files import MOST_BYTES, check_file, read_json, replacing
 
 WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"  # if there are several files, the shards
+WEIGHTS_INDEX = "model.safetensors.index.json"  # if there are several files, called shards
 
 # --- Names and shapes ---------------------------------------------------------------------------
 
 
 def tensor_shapes(hparams):
-    """Every parameter's (name, shape). A name is the path in the tree: blocks.0.ln_1.g."""
+    """Yields every parameter's (name, shape). A name is the path in the tree: blocks.0.ln_1.g."""
     n_embd = hparams["n_embd"]
     n_inner = hparams.get("n_inner", 4 * n_embd)
     yield "wte", (hparams["n_vocab"], n_embd)
@@ -55,7 +55,7 @@ def tensorflow_name(name):  # "blocks.0.ln_1.g" -> "model/h0/ln_1/g", "wte" -> "
 
 
 def nest(arrays):
-    """{"blocks.0.ln_1.g": array, ...} -> {"blocks": [{"ln_1": {"g": array}}], ...}"""
+    """Turns {"blocks.0.ln_1.g": array, ...} into {"blocks": [{"ln_1": {"g": array}}], ...}."""
     params = {}
     for name, array in arrays.items():
         *way, last = name.split(".")
@@ -68,7 +68,7 @@ def nest(arrays):
 
 
 def leaves(node, way=""):  # the reverse of nest
-    """{"blocks": [{"ln_1": {"g": array}}], ...} -> {"blocks.0.ln_1.g": array, ...}"""
+    """Turns {"blocks": [{"ln_1": {"g": array}}], ...} into {"blocks.0.ln_1.g": array, ...}."""
     if not isinstance(node, (dict, list)):
         return {way: node}
     steps = node.items() if isinstance(node, dict) else enumerate(node)
@@ -84,13 +84,16 @@ def leaf(params, name):  # (params, "blocks.0.ln_1.g") -> params["blocks"][0]["l
             params = params[int(step) if isinstance(params, (list, tuple)) else step]
         return params
     except (KeyError, IndexError, TypeError):
-        raise ValueError(f"params: no {name}") from None
+        raise ValueError(f"params: {name} is missing") from None
 
 
 def named_tensors(params, hparams, dtype):
-    """{Hugging Face's key: array of `dtype`}. Raises ValueError if hparams ask for other params."""
+    """Returns {Hugging Face's key: array of `dtype`}.
+
+    Raises ValueError if params do not have the shapes that hparams ask for.
+    """
     if dtype not in ("float32", "float16"):
-        raise ValueError(f"dtype: expected float32 or float16, got {dtype!r}")
+        raise ValueError(f"dtype must be float32 or float16, not {dtype!r}")
     n_blocks = len(leaf(params, "blocks"))
     if n_blocks != hparams["n_layer"]:
         raise ValueError(f"params: {n_blocks} blocks, but n_layer is {hparams['n_layer']}")
@@ -102,18 +105,19 @@ def named_tensors(params, hparams, dtype):
         with np.errstate(over="ignore"):
             stored = array.astype(dtype, order="C", copy=False)
         if dtype == "float16" and np.isinf(stored).any():
-            raise ValueError(f"{name} holds numbers too large for float16; save as float32")
+            raise ValueError(f"{name} has numbers that are too large for float16; save as float32")
         tensors["transformer." + hugging_face_name(name)] = stored
     return tensors
 
 
 # --- safetensors --------------------------------------------------------------------------------
-# 8 bytes n, n bytes of JSON {key: {dtype, shape, data_offsets}}, then the numbers; see
-# https://github.com/huggingface/safetensors. Its NumPy reader copies the numbers, ours maps them.
+# A file holds a length n in 8 bytes, n bytes of JSON {key: {dtype, shape, data_offsets}}, and the
+# numbers. See https://github.com/huggingface/safetensors. Its NumPy reader copies the numbers; ours
+# maps them.
 
 
 def read_safetensors(path):
-    """{key: (dtype, shape, read-only uint8 view of the mapped file)}.
+    """Returns {key: (dtype, shape, read-only uint8 view of the mapped file)}.
 
     Raises ValueError if the file is damaged.
     """
@@ -124,17 +128,17 @@ def read_safetensors(path):
         with open(path, "rb") as f:
             n_header = int.from_bytes(f.read(8), "little")
             if n_header > MOST_BYTES:
-                raise ValueError(f"{path}: a header of {n_header} bytes, more than any model needs")
+                raise ValueError(f"{path}: the header claims {n_header} bytes, so it is damaged")
             with safe_open(path, "np"):  # opening the file checks it
                 pass
             header = json.loads(f.read(n_header))
             data = map_or_read(f)
     except SafetensorError as error:
-        raise ValueError(f"{path}: cut short or corrupt ({error})") from None
+        raise ValueError(f"{path} is incomplete or damaged ({error})") from None
     header.pop("__metadata__", None)
     tensors = {}
     for key, entry in header.items():
-        if not isinstance(entry, dict):  # the library also takes a list of the same values
+        if not isinstance(entry, dict):  # the library also accepts a list of the same values
             raise ValueError(f"{path}: {key} is not a JSON object")
         start, stop = (8 + n_header + offset for offset in entry["data_offsets"])
         tensors[key] = entry["dtype"], tuple(entry["shape"]), data[start:stop]
@@ -142,7 +146,7 @@ def read_safetensors(path):
 
 
 def map_or_read(file):  # -> its bytes, read-only uint8
-    """Map an open file or, on Windows, read it: a mapped file could not be replaced there."""
+    """Maps an open file or, on Windows, reads it, because a mapped file can't be replaced there."""
     if sys.platform == "win32":
         file.seek(0)
         return np.frombuffer(file.read(), np.uint8)
@@ -150,16 +154,16 @@ def map_or_read(file):  # -> its bytes, read-only uint8
 
 
 def read_index(path):  # -> the names of the shards, each once
-    """Raises ValueError for a name that is not a file's in the same folder as the index."""
+    """Raises ValueError for a name that is not that of a file in the index's folder."""
     weight_map = read_json(path).get("weight_map")
     shards = [*weight_map.values()] if isinstance(weight_map, dict) else [""]
     if any(not isinstance(s, str) or s != os.path.basename(s) or not s for s in shards):
-        raise ValueError(f"{path}: weight_map should name files of this folder")
+        raise ValueError(f"{path}: weight_map must name files in this folder")
     return sorted(set(shards))
 
 
 def to_float32(dtype, data, source):
-    """Return bytes as a flat, read-only float32 array: a view, or a copy of 16-bit formats."""
+    """Returns bytes as a flat, read-only float32 array: a view, or a copy of 16-bit formats."""
     if dtype == "F32":
         array = np.require(data.view("<f4"), requirements="A")  # a copy only if badly aligned
     elif dtype == "F16":
@@ -167,13 +171,13 @@ def to_float32(dtype, data, source):
     elif dtype == "BF16":  # the upper half of a float32
         array = (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
     else:
-        raise ValueError(f"{source} is {dtype}, not F32, F16 or BF16")
+        raise ValueError(f"{source} is {dtype}; only F32, F16 and BF16 are supported")
     array.flags.writeable = False
     return array
 
 
 def scale_queries(c_attn, scale):  # [..., 3 * n_embd] -> the same, read-only
-    """Return a copy of c_attn's weight or bias whose first third, the queries', is multiplied."""
+    """Returns a copy of c_attn's weight or bias, with its first third, the queries', multiplied."""
     scaled = c_attn.copy()
     scaled[..., : scaled.shape[-1] // 3] *= scale
     scaled.flags.writeable = False
@@ -181,14 +185,14 @@ def scale_queries(c_attn, scale):  # [..., 3 * n_embd] -> the same, read-only
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Write {key: C-contiguous array}: a complete file, or none. metadata: {key: text}."""
+    """Writes {key: C-contiguous array}, as a complete file or none. metadata: {key: text}."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata or {"format": "pt"})
-            os.chmod(temporary, 0o644)  # the library lets nobody else read it
+            os.chmod(temporary, 0o644)  # the library lets only the owner read it
     except SafetensorError as error:  # only its text says that the disk is full
         found = re.search(r"os error (\d+)", str(error))
         code = int(found[1]) if found else errno.EIO

@@ -1,1 +1,1 @@
-"""What any program needs, with or without a model: command lines, and safe files."""
+"""Helpers for any program, with or without a model: command lines, and safe files."""

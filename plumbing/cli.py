@@ -1,4 +1,4 @@
-"""Command lines: a function's parameters are its flags, and a mistake ends in one line.
+"""Runs a function as a command line. Its parameters are the flags, and mistakes end in one line.
 
     run_cli(main)
 
@@ -22,7 +22,7 @@ from collections import deque
 from pathlib import Path
 
 VERSION = "1.0"  # of all of sixtyGPT, for --version
-# The only flags of one letter. A letter means the same in every command that has the flag.
+# The only one-letter flags. A letter means the same in every command that has the flag.
 SHORT = {
     "m": "model_size",
     "n": "n_tokens_to_generate",
@@ -30,7 +30,7 @@ SHORT = {
     "s": "seed",
     "t": "temperature",
 }
-OTHER_NAMES = {  # a name that other programs give a flag -> ours, to suggest
+OTHER_NAMES = {  # {a flag's name in other programs: ours}, for suggestions
     "block_size": "n_ctx",
     "eval_interval": "eval_every",
     "gradient_accumulation_steps": "n_accumulate",
@@ -51,24 +51,24 @@ OTHER_NAMES = {  # a name that other programs give a flag -> ours, to suggest
 }
 USERS_MISTAKES = (ValueError, OSError, ImportError, AssertionError, OverflowError, MemoryError)
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
-# Every other value that is empty comes from a variable that was not set: `--api_key "$UNSET"`.
+# Any other empty value comes from a variable that was not set: `--api_key "$UNSET"`.
 MAY_BE_EMPTY = {"prompt", "prompts", "text", "separator"}
-TYPED = "\0"  # marks what a person typed: argv cannot contain it, so nothing else looks like it
+TYPED = "\0"  # marks words that a person typed; argv cannot contain it, so it is unambiguous
 
 
 def run_cli(main):
-    """Run `main` as a command line whose flags are its parameters, read by their annotations.
+    """Runs `main` as a command line whose flags are its parameters, read by their annotations.
 
-    `main` starts only once the whole line is understood. main.unlisted: the parameters that the
-    help leaves out. USERS_MISTAKES end in one line on stderr
-    and exit code 2, Ctrl-C in 130, a closed pipe in 141.
+    `main` starts only after the whole line has been understood. The help leaves out the parameters
+    in main.unlisted. USERS_MISTAKES end in one line on stderr and exit code 2, Ctrl-C in 130, and a
+    closed pipe in 141.
     """
-    if sys.stderr is None:  # it was closed: progress bars would fail to write there
+    if sys.stderr is None:  # it was closed, so progress bars would fail
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
-    # NumPy warns of weights that are too large. We check results where it matters, so be quiet.
+    # NumPy warns if weights are too large. We check the results that matter, so silence it.
     warnings.filterwarnings(
         "ignore", "(overflow|invalid value|divide by zero) encountered", RuntimeWarning
     )
@@ -77,7 +77,7 @@ def run_cli(main):
         check_not_empty(inspect.signature(main).bind(*args, **kwargs).arguments)
         main(*args, **kwargs)
         if sys.stdout is not None:
-            sys.stdout.flush()  # flush here, where a failure can still be reported
+            sys.stdout.flush()  # here, where a failure can still be reported
         return
     except KeyboardInterrupt:
         code = 130
@@ -89,13 +89,13 @@ def run_cli(main):
     with contextlib.suppress(AttributeError):  # there may be no stdout
         try:
             sys.stdout.flush()
-        except OSError:  # else Python would try, and complain, once more at exit
+        except OSError:  # otherwise Python would try again at exit, and complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
 def end_without_packages(missing, requirements, main):
-    """End a script whose packages are missing: with its help, if asked for, otherwise one line."""
+    """Ends a script whose packages are missing, with its help if asked for, otherwise one line."""
     if {"-h", "--help", "--version"} & set(sys.argv[1:]):
         run_cli(main)
     print(f"error: {missing}: pip install -r {requirements}", file=sys.stderr)
@@ -103,7 +103,7 @@ def end_without_packages(missing, requirements, main):
 
 
 def main_of(path):  # -> a function that does nothing, with the signature and the docstring
-    """A script's `main`, for its help. What the script imports need not be installed."""
+    """Returns a script's `main`, for its help. The script's imports need not be installed."""
     tree = ast.parse(Path(path).read_text("utf-8"))
     [main] = [node for node in tree.body if getattr(node, "name", "") == "main"]
     main.body = main.body[:1]  # the docstring
@@ -113,16 +113,16 @@ def main_of(path):  # -> a function that does nothing, with the signature and th
 
 
 def advice(main, error):  # -> words to append to an error's line, or ""
-    """For a text that is longer than the model's context: the flag that allows it, if any."""
+    """If a text is longer than the model's context, names the flag that allows it, if any."""
     is_too_long = str(error).endswith("positions (n_ctx)")
     has_slide = "slide" in inspect.signature(main).parameters
     return "; --slide continues beyond them" if is_too_long and has_slide else ""
 
 
 def one_line(error):
-    """What went wrong, without `[Errno 30]`: "/x/y: Read-only file system".
+    """Returns an error's message without `[Errno 30]`, as in "/x/y: Read-only file system".
 
-    A message may quote a file: long text is cut, and codes that control a terminal are not shown.
+    A message may quote a file, so long text is cut and control codes for terminals are escaped.
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -141,11 +141,12 @@ def notice(text):
 
 
 def read_arguments(main, argv):
-    """`main`'s (args, kwargs) from `argv`, or SystemExit(0) after printing the help or the version.
+    """Returns `main`'s (args, kwargs) from `argv`.
 
-    Fire binds them, with two of its habits tamed: it calls a function before it has looked at all
-    flags (here it calls a recorder), and it guesses types (`1984` would be an int), which marking
-    every typed word prevents. Which flag a word means is decided here, by spell_out.
+    Raises SystemExit(0) after printing the help or the version. Fire binds the arguments, with two
+    of its habits tamed. It calls a function before it has looked at all flags, so here it calls a
+    recorder. And it guesses types (`1984` would be an int), so every typed word is marked. Which
+    flag a word means is decided by spell_out.
     """
     try:
         import fire
@@ -164,7 +165,7 @@ def read_arguments(main, argv):
     if not help_wanted and "--version" in argv:
         print(f"sixtyGPT {VERSION}")
         sys.exit(0)
-    for p in () if help_wanted else parameters.values():  # the help would list these parsers
+    for p in () if help_wanted else parameters.values():  # otherwise the help would list parsers
         names = () if p.kind is p.VAR_POSITIONAL else (p.name,)  # (): fire's default parser
         SetParseFn(functools.partial(parse, p.name, p.annotation), *names)(record)
     # "int | None" reads better in the help as fire's own "Optional[int]".
@@ -182,25 +183,25 @@ def read_arguments(main, argv):
         if not help_wanted:
             reason = stop.trace.elements[-1].ErrorAsStr().replace(TYPED, "")
             reason = reason.replace("Could not consume arg:", "one word too many:")
-            raise ValueError(f"{reason} (--help lists what there is)") from None
+            raise ValueError(f"{reason} (--help lists the flags)") from None
         print(name_short_flags(printed.getvalue().strip()))
         raise
     return calls[0]
 
 
-def check_not_empty(given):  # {parameter: what was typed for it}
-    """Raises ValueError for an empty text where one stands for nothing that anybody could want."""
+def check_not_empty(given):  # {parameter: its typed value}
+    """Raises ValueError for an empty value of a parameter for which it makes no sense."""
     for name, value in given.items():
         values = value if isinstance(value, tuple) else (value,)
         if "" in values and name not in MAY_BE_EMPTY:
-            raise ValueError(f"--{name} is empty: give it a value, or leave it out")
+            raise ValueError(f"--{name} is empty; give it a value, or leave it out")
 
 
-def spell_out(argv, parameters):  # -> the words that fire gets
-    """`argv` as UTF-8. Each flag gets its full name and its value, and typed words are marked.
+def spell_out(argv, parameters):  # -> the words for fire
+    """Returns `argv` as UTF-8, with each flag's full name and value, and with typed words marked.
 
     A flag for True or False takes the next word only if it is one of the two. A flag that takes
-    several values may be repeated. Of any other flag the last one counts.
+    several values may be repeated. If any other flag is repeated, the last one counts.
     """
     words = deque(os.fsencode(word).decode("utf-8", "replace") for word in argv)
     texts, flags = [], {}
@@ -218,7 +219,7 @@ def spell_out(argv, parameters):  # -> the words that fire gets
         elif not equals:
             if not words or FLAG.fullmatch(words[0]):
                 raise ValueError(
-                    f"{typed}: expected a value (if it starts with a dash: {typed}=-x)"
+                    f"{typed} needs a value (if it starts with a dash, write {typed}=-x)"
                 )
             value = words.popleft()
         before = flags.get(name, "") if typing.get_origin(kind) is tuple else ""
@@ -227,7 +228,7 @@ def spell_out(argv, parameters):  # -> the words that fire gets
 
 
 def find_flag(typed, parameters):  # "-n", "--top-k" or "--nojsonl" -> (name, False after a "no")
-    """The parameter that a flag names. ValueError, with the nearest names, if there is none."""
+    """Returns the parameter that a flag names. Raises ValueError, with similar names, for none."""
     names = [p.name for p in parameters.values() if p.kind is not p.VAR_POSITIONAL]
     name = typed.lstrip("-").replace("-", "_")
     if SHORT.get(name) in names:
@@ -241,14 +242,14 @@ def find_flag(typed, parameters):  # "-n", "--top-k" or "--nojsonl" -> (name, Fa
     if ours in names:
         hint = f": did you mean --{ours}?"
     elif ours and not hint:
-        hint = f": other commands have --{ours}"
+        hint = f": only other commands have --{ours}"
     raise ValueError(f"no flag {typed}{hint} (--help lists them all)")
 
 
 def did_you_mean(word, names, prefix=""):  # -> ": did you mean this or that?", or ""
-    """The names that contain the word or, if none does, names that look like it; two at most.
+    """Suggests at most two names that contain the word or, if none does, are similar to it.
 
-    For a single letter, the names that begin with it.
+    If the word is a single letter, suggests names that begin with it.
     """
     import difflib
 
@@ -269,7 +270,7 @@ def either(names, prefix=""):  # ["a", "b"] -> "a or b"
 
 
 def name_short_flags(text):  # fire's help -> the help
-    """Shows the letters of SHORT. Fire shows a letter wherever just one flag begins with it."""
+    """Shows the letters of SHORT. Fire shows a letter whenever only one flag begins with it."""
     text = re.sub(r"^( +)-\w, --", r"\1--", text, flags=re.MULTILINE)
     for letter, name in SHORT.items():
         text = re.sub(rf"^( +)--{name}=", rf"\1-{letter}, --{name}=", text, flags=re.MULTILINE)
@@ -277,13 +278,13 @@ def name_short_flags(text):  # fire's help -> the help
 
 
 def kinds(annotation):
-    """`int | None` -> [int, None's type]; `int` -> [int]."""
+    """Turns `int | None` into [int, None's type], and `int` into [int]."""
     some = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else [annotation]
     return sorted(some, key=lambda a: a is type(None))
 
 
 def parse(name, annotation, word):
-    """One argument as its annotation says; ValueError names the flag."""
+    """Converts one argument to the type of its annotation. A ValueError names the flag."""
     kind = kinds(annotation)[0]
     text = word.removeprefix(TYPED)
     if typing.get_origin(kind) is tuple:
@@ -301,9 +302,9 @@ def parse(name, annotation, word):
 
 @contextlib.contextmanager
 def note_signals():
-    """Inside, the first signal that asks to end only adds its number to the list; a second acts.
+    """Inside, the first signal to end only adds its number to the list. A second one acts.
 
-    These are Ctrl-C, SIGTERM and, unless nohup ignores it, a closed terminal's SIGHUP.
+    The signals are Ctrl-C, SIGTERM and, unless nohup ignores it, a closed terminal's SIGHUP.
     """
     caught = []
 

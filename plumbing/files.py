@@ -1,7 +1,7 @@
-"""Files that cannot be trusted, and files that must not be left half-written.
+"""Reads files that cannot be trusted, and writes files that must not be left half-written.
 
-A file may come from a stranger: we open only ordinary files, and read none that is larger than it
-should be. What we write is complete or absent, whenever we are killed.
+A file may come from a stranger, so we open only ordinary files, and none that is larger than it
+should be. A file that we write is either complete or absent, even if we are killed.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: there we cannot lock a file against another process
+except ImportError:  # Windows, where we cannot lock a file against another process
     fcntl = None
 
-MOST_BYTES = 2**24  # of a JSON or tokenizer file: GPT-2's have 1 MB. Parsed JSON takes 25 x that
+MOST_BYTES = 2**24  # of a JSON or tokenizer file. GPT-2's have 1 MB, parsed JSON takes 25 x that
 
 
 def check_file(path, n_most=MOST_BYTES):
-    """ValueError if path is not an ordinary file, or has more than n_most bytes.
+    """Raises ValueError if path is not an ordinary file, or has more than n_most bytes.
 
     A pipe could make us wait forever, and a link may lead to a device that never ends.
     """
@@ -35,13 +35,13 @@ def check_file(path, n_most=MOST_BYTES):
 
 
 def read_json(path, n_most=MOST_BYTES):  # -> dict
-    """Return the JSON object in a file of at most n_most bytes; ValueError for anything else."""
+    """Returns the JSON object in a file of at most n_most bytes. Anything else is a ValueError."""
     check_file(path, n_most)
     return parse_json(Path(path).read_bytes(), path)
 
 
 def parse_json(data, path):  # bytes -> dict
-    """Return the JSON object in data; ValueError, which names the path, for anything else."""
+    """Returns the JSON object in data. Anything else is a ValueError, which names the path."""
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -53,10 +53,10 @@ def parse_json(data, path):  # bytes -> dict
 
 @contextlib.contextmanager
 def naming(path):
-    """Put the path before the message of a ValueError that is raised inside, unless it is there."""
+    """Puts the path before the message of a ValueError raised inside, if it isn't there yet."""
     try:
         yield
-    except ValueError as error:  # text that is not UTF-8 is one as well
+    except ValueError as error:  # also for text that is not UTF-8
         message = str(error)
         if not message.startswith(str(path)):
             message = f"{path}: {message}"
@@ -64,22 +64,22 @@ def naming(path):
 
 
 def write_whole(path, text):
-    """Write a text file that is seen either complete or not at all."""
+    """Writes a text file, which appears either complete or not at all."""
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields another name to write to. At the end that file replaces `path`, in one step.
+    """Yields another name to write to. In the end that file replaces `path`, in one step.
 
-    By then it is on the disk. After an error, `path` is as it was and the other file is deleted.
+    By then it is on the disk. After an error, `path` is unchanged and the other file is deleted.
     """
     temporary = f"{path}.{os.getpid()}.tmp"
-    remove(temporary)  # through a link of that name we would write elsewhere
+    remove(temporary)  # it could be a link, through which we would write elsewhere
     try:
         yield temporary
-        with open(temporary, "rb+") as file:  # Windows flushes only a file that it may write
+        with open(temporary, "rb+") as file:  # Windows flushes only files open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -87,21 +87,22 @@ def replacing(path):
 
 
 def remove_left_over(path):
-    """Deletes what `replacing` left half-written where it was killed: the files of dead processes.
+    """Deletes half-written files of `replacing`, left by processes that were killed.
 
-    If another machine is still writing one, its os.replace fails: an error, but no broken file.
+    If another machine is still writing such a file, its os.replace fails. That is an error, but
+    leaves no damaged file.
     """
-    if sys.platform == "win32":  # there os.kill would end the process
+    if sys.platform == "win32":  # where os.kill would end the process
         return
     name = re.compile(re.escape(os.path.basename(path)) + r"\.([0-9]{1,9})\.tmp")
     folder = os.path.dirname(path) or "."
     for other, found in ((n, name.fullmatch(n)) for n in os.listdir(folder)):
         try:
             if found:
-                os.kill(int(found[1]), 0)  # only asks whether there is such a process
+                os.kill(int(found[1]), 0)  # only asks whether the process exists
         except ProcessLookupError:
             remove(os.path.join(folder, other))
-        except PermissionError:  # there is, and it is somebody else's
+        except PermissionError:  # it exists, and belongs to somebody else
             pass
 
 
@@ -113,10 +114,10 @@ def remove(*paths):
 
 
 def open_locked(part, wait=True):
-    """`part`, opened to append, and ours alone until it is closed or we are killed.
+    """Opens `part` to append, and locks it until it is closed or we are killed.
 
-    BlockingIOError if another process has it and wait is false. Some clusters' file systems have
-    no locks: there, two processes can have the file at once.
+    Raises BlockingIOError if another process has locked it and wait is false. Some clusters' file
+    systems have no locks, so two processes can open the file at once there.
     """
     while True:
         with contextlib.suppress(FileNotFoundError):
@@ -128,21 +129,21 @@ def open_locked(part, wait=True):
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise
-        with contextlib.suppress(FileNotFoundError):  # renamed by its owner while we waited
+        with contextlib.suppress(FileNotFoundError):  # its owner renamed it while we waited
             if os.path.samestat(os.fstat(f.fileno()), os.stat(part)):
                 return f
         f.close()
 
 
 def close_before_renaming(file):
-    """Close it on Windows, where an open file can be neither renamed nor deleted.
+    """Closes a file on Windows, where an open file can be neither renamed nor deleted.
 
-    Elsewhere it stays open, because closing it would give up the lock of open_locked.
+    Elsewhere the file stays open, because closing it would release the lock of open_locked.
     """
     if sys.platform == "win32":
         file.close()
 
 
 def open_no_link(path, flags):
-    """For open(): refuses a link, which in a stranger's folder could make us write elsewhere."""
+    """An opener for open() that rejects links, which could make us write somewhere else."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)

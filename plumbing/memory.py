@@ -1,4 +1,4 @@
-"""How much memory is free, so that a default need not be larger than the machine."""
+"""Finds out how much memory is free, so that defaults fit the machine."""
 
 from pathlib import Path
 
@@ -6,18 +6,18 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def n_that_fit(n, n_bytes, free=None):
-    """How many of n things, of n_bytes each, fit into half of the free memory. At least one.
+    """Returns how many of n things, of n_bytes each, fit into half of the free memory, at least 1.
 
-    free: bytes, of a device's own memory. By default those of this machine.
+    free: the free bytes of a device's memory, by default this machine's.
     """
     free = free_bytes() if free is None else free
     return n if free is None else max(1, min(n, int(free / 2 / n_bytes)))
 
 
 def free_bytes():
-    """The bytes that this process can still use without swapping, or None if nobody says.
+    """Returns the bytes that this process can still use without swapping, or None if unknown.
 
-    Only Linux says. A container's limit counts, where cgroups of version 2 set it.
+    They are known only on Linux. A container's limit counts if it is set by cgroups of version 2.
     """
     try:
         lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
@@ -28,7 +28,7 @@ def free_bytes():
 
 
 def control_groups():
-    """The folders of this process's control group and of those around it."""
+    """Returns the folders of this process's control group and of its parents."""
     try:
         lines = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
     except OSError:
@@ -37,13 +37,13 @@ def control_groups():
     return [GROUPS / parent for path in paths for parent in (Path(path), *Path(path).parents)]
 
 
-def group_bytes(folder):  # -> what is free in a control group; infinite without a limit
+def group_bytes(folder):  # -> the free bytes of a control group, infinite without a limit
     try:
         limit = int((folder / "memory.max").read_text("utf-8"))
         used = int((folder / "memory.current").read_text("utf-8"))
         stat = dict(
             line.split() for line in (folder / "memory.stat").read_text("utf-8").splitlines()
         )
-    except (OSError, ValueError):  # no such file, or "max", which is no limit
+    except (OSError, ValueError):  # no such file, or "max", which means no limit
         return float("inf")
-    return max(0, limit - used + int(stat.get("inactive_file", 0)))  # file pages can be dropped
+    return max(0, limit - used + int(stat.get("inactive_file", 0)))  # cached files can be dropped

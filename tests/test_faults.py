@@ -234,7 +234,7 @@ def work():
         convert.main(folder + "/model.ckpt", converted, spare)
     if not os.path.exists(converted):
         assert weights.read_safetensors(spare)
-        assert said.getvalue() == f"notice: {converted} not written: Read-only file system\\n"
+        assert said.getvalue() == f"notice: cannot write {converted}: Read-only file system\\n"
 for n in faults.at_every_change(folder, fault, work, before):
     assert not os.path.exists(converted) or weights.read_safetensors(converted)
     assert which(folder) == 1 and os.path.exists(converted)

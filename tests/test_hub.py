@@ -208,9 +208,7 @@ def test_a_folder_wins(server, tiny, tmp_path):
         shutil.rmtree(tmp_path / "models", ignore_errors=True)
     (tmp_path / "models").mkdir()
     code, _, complaint = gpt2("models/tinny")
-    assert code == 2 and complaint.startswith(
-        "error: no folder at models/tinny: expected a model's"
-    )
+    assert code == 2 and complaint.startswith("error: no folder at models/tinny; give a model's")
     assert not server.seen
 
 
@@ -258,7 +256,8 @@ def test_what_is_read_instead_of_the_checkpoint_is_said_once(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     utils.find_model("gpt2-small")
     assert capsys.readouterr().err.startswith(
-        "notice: without TensorFlow, 124M is read from the Hugging Face Hub, openai-community/gpt2"
+        "notice: TensorFlow is not installed, so 124M is downloaded from the Hugging Face Hub, "
+        "openai-community/gpt2"
     )
     utils.find_model("gpt2-small")
     assert capsys.readouterr().err == ""
@@ -290,8 +289,9 @@ def test_openais_own_checkpoint_can_be_asked_for(server, tiny, monkeypatch, tmp_
     server.repositories["openai-community/gpt2"] = tiny[0]
     code, out, complaint = gpt2("openai:124M")
     assert (code, out, complaint.count("\n")) == (2, "", 1)
-    assert complaint.startswith("error: openai:124M: reading it, once, needs tensorflow: pip inst")
-    assert complaint.endswith("; 124M has the same weights, from the Hub\n")
+    words = "error: openai:124M: reading it for the first time needs tensorflow: pip inst"
+    assert complaint.startswith(words)
+    assert complaint.endswith("; or use 124M, the same weights from the Hub\n")
     assert sizes == [] and server.seen == []
     monkeypatch.setattr(utils, "has_tensorflow", lambda: True)
     for name in ("openai:124M", "124M", "gpt2-small"):
@@ -327,7 +327,7 @@ def test_a_tokenizer_alone(server, tiny):
 
 def test_an_adapter_is_fetched_without_a_model(server):
     server.repositories["some/lora"] = {"adapter_config.json": b"{}", "README.md": b""}
-    with pytest.raises(ValueError, match="some/lora: no adapter_model.safetensors there"):
+    with pytest.raises(ValueError, match="some/lora has no adapter_model.safetensors"):
         utils.find_model("some/lora")
     server.repositories["some/lora"]["adapter_model.safetensors"] = b"x"
     folder = utils.find_model("some/lora")
@@ -358,21 +358,21 @@ REFUSED = {  # files -> files, and what is said of them
     ),
     "pickles": (
         lambda f: without(f, "model.safetensors") | {"pytorch_model.bin": b"x"},
-        "some/one: no model.safetensors there, and its pickles are not opened",
+        "some/one has no model.safetensors, and its pickles are not opened",
     ),
     "no weights": (
         lambda f: without(f, "model.safetensors"),
-        "some/one: no model.safetensors there",
+        "some/one has no model.safetensors\n",
     ),
     "a shard is missing": (
         lambda f: without(shard(f), "model-00002-of-00002.safetensors"),
-        "some/one: no model-00002-of-00002.safetensors there",
+        "some/one has no model-00002-of-00002.safetensors",
     ),
     "an index that leads away": (
         lambda f: shard(f) | {"model.safetensors.index.json": b'{"weight_map": {"a": "../x"}}'},
-        "model.safetensors.index.json: weight_map should name files of this folder",
+        "model.safetensors.index.json: weight_map must name files in this folder",
     ),
-    "no config": (lambda f: without(f, "config.json"), "some/one: not a model that transformers"),
+    "no config": (lambda f: without(f, "config.json"), "some/one is not a model for transformers"),
     "no tokenizer": (
         lambda f: without(without(f, "vocab.json"), "tokenizer.json"),
         "no tokenizer in some/one: expected",
@@ -396,7 +396,7 @@ def test_what_cannot_be_opened_is_refused_before_anything_large_is_fetched(serve
 def test_an_unknown_name_and_an_unknown_revision(server, tiny):
     server.repositories["some/tiny"] = tiny[0]
     for name, words in {
-        "some/tinny": f"no folder at some/tinny, and no such model at {server.url}, or it is priv",
+        "some/tinny": f"no folder at some/tinny, and no public model at {server.url}. If it is",
         "some/tiny@v3": "some/tiny has no revision 'v3'",
     }.items():
         code, out, complaint = gpt2(name)
@@ -409,7 +409,7 @@ def test_a_gated_model_says_where_to_ask(server, tiny, monkeypatch):
     server.faults["config.json"] = "gated"
     code, _, complaint = gpt2("some/gated")
     assert code == 2 and complaint.count("\n") == 1
-    assert f"some/gated is gated: ask for access at {server.url}/some/gated" in complaint
+    assert f"some/gated is gated; ask for access at {server.url}/some/gated" in complaint
     server.faults.clear()
     monkeypatch.setenv("HF_TOKEN", "hf_mine")
     assert gpt2("some/gated") == (0, tiny[1], "")
@@ -424,10 +424,10 @@ def test_no_network_and_a_server_in_trouble(server, monkeypatch):
     server.server_close()
     code, _, complaint = gpt2("some/tiny")
     assert code == 2 and complaint.count("\n") == 1
-    assert complaint.startswith("error: no folder at some/tiny, and fetching it from http")
+    assert complaint.startswith("error: no folder at some/tiny, and downloading it from http")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     code, _, complaint = gpt2("some/tiny")
-    assert code == 2 and complaint.count("\n") == 1 and "HF_HUB_OFFLINE is set" in complaint
+    assert code == 2 and complaint.count("\n") == 1 and "unset HF_HUB_OFFLINE" in complaint
 
 
 NONSENSE = {  # what the Hub says of a repository, where it lists its files
@@ -472,7 +472,7 @@ def test_no_file_is_named_after_what_the_hub_says(server, tiny, tmp_path, header
         server.names = {header: away}
         code, out, complaint = gpt2("some/tiny")
         assert (code, out, complaint.count("\n")) == (2, "", 1), complaint
-        assert complaint.startswith("error: no folder at some/tiny, and fetching it from ")
+        assert complaint.startswith("error: no folder at some/tiny, and downloading it from ")
         made = set(tmp_path.rglob("*")) - before
         assert all(path.is_relative_to(tmp_path / "cache") for path in made)
         assert not any(path.name.startswith("x") for path in made)
@@ -488,7 +488,7 @@ def test_a_redirection_to_elsewhere(server, tiny, place):
     server.elsewhere = place
     code, out, complaint = gpt2("some/tiny")
     assert (code, out, complaint.count("\n")) == (2, "", 1), complaint
-    assert complaint.startswith("error: no folder at some/tiny, and fetching it from ")
+    assert complaint.startswith("error: no folder at some/tiny, and downloading it from ")
 
 
 def test_a_line_that_breaks_off_is_taken_up_again(server, tiny, monkeypatch):
@@ -506,7 +506,7 @@ def test_a_line_that_always_breaks_off(server, tiny, monkeypatch):
     server.faults["model.safetensors"], server.n_breaks = "breaks off", 1000
     code, out, complaint = gpt2("some/tiny")
     assert (code, out, complaint.count("\n")) == (2, "", 1)
-    assert complaint.startswith("error: no folder at some/tiny, and fetching it from ")
+    assert complaint.startswith("error: no folder at some/tiny, and downloading it from ")
     server.faults.clear()
     assert gpt2("some/tiny") == (0, tiny[1], "")
 

@@ -177,7 +177,7 @@ def test_a_mistake_is_one_line(run_folder, tmp_path):
     write_snapshot(tmp_path / "run", HPARAMS, params_at(run_folder, 0), 0)
     path = tmp_path / "run" / "snapshots" / "00000000.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    assert f"{path}: cut short or corrupt" in refused("a text", "--run", tmp_path / "run")
+    assert f"{path} is incomplete or damaged" in refused("a text", "--run", tmp_path / "run")
     other = HPARAMS | {"n_embd": 8}
     write_snapshot(tmp_path / "run", other, random_params(np.random.default_rng(0), other), 0)
     assert "wte is (257, 8), but the run's model has (257, 16)" in refused(

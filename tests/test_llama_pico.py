@@ -168,7 +168,10 @@ REFUSED = {
     "no layers": ({"num_hidden_layers": None}, "num_hidden_layers is None"),
     "theta": ({"rope_parameters": {"rope_theta": -1}}, "rope_theta is -1"),
     "other sizes": ({"intermediate_size": 36}, "config.json asks for (36, 24)"),
-    "more layers": ({"num_hidden_layers": 13}, "no tensor model.layers.12.input_layernorm.weight"),
+    "more layers": (
+        {"num_hidden_layers": 13},
+        "model.layers.12.input_layernorm.weight is missing",
+    ),  # fmt: skip
     "fewer layers": ({"num_hidden_layers": 11}, "is not a tensor of a plain Llama"),
 }
 

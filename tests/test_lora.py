@@ -363,7 +363,7 @@ def test_numbers_and_patterns_have_limits(tmp_path):
         ({"r": 2**24}, "r is 16777216, not a sensible number"),
         ({"lora_alpha": 2.0**24}, "lora_alpha is 16777216.0, not a sensible number"),
         ({"lora_alpha": True}, "lora_alpha is True, not a sensible number"),
-        ({"rank_pattern": patterns | {"h": 1}}, "rank_pattern is longer than any model needs"),
+        ({"rank_pattern": patterns | {"h": 1}}, "rank_pattern is too long, more than 1000"),
     ]:
         with pytest.raises(ValueError, match=words):
             read(**wrong)
@@ -419,7 +419,7 @@ def test_an_adapters_folder_is_a_model_for_every_script(models, run, tmp_path, s
         printed = conftest.call(script, "merge", out, f"whole_{tmp_path.name}", **where)[1]
         assert printed == f"the merged model is in {folder}/whole_{tmp_path.name}\n"
         code, _, err = conftest.call(script, "merge", out, whole, **where)
-        assert code == 2 and err == f"error: {whole} is not empty: name a new folder\n"
+        assert code == 2 and err == f"error: {whole} is not empty; name a new folder\n"
         return
     assert conftest.call("utils.py", "merge", out, whole, **where)[0] == 0
     (tmp_path / "text").write_text("some words to be measured " * 9)
@@ -633,17 +633,21 @@ BAD_FOLDERS = {  # what adapter_config.json says, what becomes of the tensors, w
     "alpha": ({"lora_alpha": "16"}, None, "lora_alpha is '16', not a sensible number"),
     "alphas": ({"alpha_pattern": {"c_attn": None}}, None, "lora_alpha is None"),
     "a list": ({"rank_pattern": [1]}, None, "rank_pattern is not an object"),
-    "no pattern": ({"alpha_pattern": {"(": 3}}, None, "a pattern in adapter_config.json: "),
+    "no pattern": (
+        {"alpha_pattern": {"(": 3}}, None, "adapter_config.json has an invalid pattern: ",
+    ),  # fmt: skip
     "a pattern that never ends": (
-        {"rank_pattern": {"(?R)": 3}}, None, "a pattern in adapter_config.json: regex timed out",
+        {"rank_pattern": {"(?R)": 3}},
+        None,
+        "adapter_config.json has an invalid pattern: regex timed out",
     ),
     "a long pattern": (
-        {"alpha_pattern": {"a" * 1001: 3}}, None, "alpha_pattern is longer than any model needs",
+        {"alpha_pattern": {"a" * 1001: 3}}, None, "alpha_pattern is too long, more than 1000",
     ),
     "half a rank": ({"r": 0.5}, None, "r is 0.5, not a sensible number"),
     "half": ({}, without(B), f"{B} is missing"),
-    "none": ({}, lambda tensors: {}, "no adapters in it"),
-    "a thirteenth block": ({}, renamed(".h.1.", ".h.12."), "its base has only 2 blocks"),
+    "none": ({}, lambda tensors: {}, "contains no adapters"),
+    "a thirteenth block": ({}, renamed(".h.1.", ".h.12."), "the base has only 2 blocks"),
     "the embedding": ({}, renamed("h.0.attn.c_attn", "wte"), "is not a part of attn.c_attn, "),
     "another layer": ({}, renamed("c_attn", "c_extra"), "is not a part of attn.c_attn, "),
     "another base": (
@@ -651,7 +655,7 @@ BAD_FOLDERS = {  # what adapter_config.json says, what becomes of the tensors, w
         "is (4, 15), but rank and base ask for (4, 16)",
     ),
     "integers": (
-        {}, lambda tensors: {n: x.astype(np.int32) for n, x in tensors.items()}, "is I32, not F32",
+        {}, lambda tensors: {n: x.astype(np.int32) for n, x in tensors.items()}, "is I32; only F32",
     ),
 }  # fmt: skip
 
@@ -717,7 +721,7 @@ def test_only_adapters_are_merged(models, tmp_path):
         "no adapter_config.json, so there is nothing to merge\n"
     )
     code, out, err = call("split", "tiny", tmp_path / "out")
-    assert (code, out) == (2, "") and err == "error: no command 'split': merge is the only one\n"
+    assert (code, out) == (2, "") and err == "error: no command 'split'; the only one is merge\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -240,7 +240,7 @@ def test_drive_letters_and_backslashes_are_paths(monkeypatch, name):
     monkeypatch.setattr(utils, "os", WindowsPaths())
     monkeypatch.setattr(hub, "os", WindowsPaths())
     assert not hub.is_repository(name)
-    with pytest.raises(ValueError, match="no folder at .*: expected a model's folder, or its name"):
+    with pytest.raises(ValueError, match="no folder at .*; give a model's folder, or its name"):
         utils.find_model(name)
     assert utils.target_dir(name) == name and utils.target_dir("mine") == r"models\mine"
     assert read_tasks(f"hellaswag={name}.jsonl,lambada") == {

@@ -601,7 +601,8 @@ def test_two_runs_into_one_folder(corpus, tmp_path):
     first.send_signal(signal.SIGSTOP)  # it cannot end before the other has begun
     code, printed, err = run(*flags, "--out", out)
     first.send_signal(signal.SIGCONT)
-    assert (code, printed, err) == (2, "", f"error: {out}: another prepare.py is at work there\n")
+    words = "another prepare.py is working there; wait for it, or name another --out"
+    assert (code, printed, err) == (2, "", f"error: {out}: {words}\n")
     assert first.wait(60) == 0
     assert tree(out) == whole
     printed, err = make(*flags, "--out", out)  # all is done already
@@ -633,13 +634,13 @@ def test_another_plan_is_refused(tmp_path):
     before = tree(tmp_path / "s")
     for flags, other in ((["b.txt"], "sources"), (["a.txt", "--seed", "7"], "seed")):
         code, out, err = run(*flags, "--out", "s", cwd=tmp_path)
-        problem = f"s holds the shards of another run (other {other}): remove it, or name another"
+        problem = f"s holds the shards of another run (other {other}); remove it, or name another"
         assert (code, out, err) == (2, "", f"error: {problem} folder with --out\n")
     assert run("-", "--out", "s", cwd=tmp_path, input=b"some text")[0] == 2
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
     code, out, err = run("a.txt", "--out", "full", cwd=tmp_path)
-    assert err == "error: full is not empty: remove it, or name another folder with --out\n"
+    assert err == "error: full is not empty; remove it, or name another folder with --out\n"
     assert tree(tmp_path / "s") == before
     assert [p.name for p in (tmp_path / "full").iterdir() if p.is_file()] == ["thesis.tex"]
     (tmp_path / "a.txt").write_text("some more text")  # the same name, another text
@@ -857,16 +858,16 @@ def test_parquet_without_the_column(tmp_path):
 
 
 FLAGS = [
-    ("", "nothing to prepare: name files, folders, - or shakespeare"),
+    ("", "nothing to prepare; name files, folders, - or shakespeare"),
     ("gone.txt", "gone.txt: no such file, folder or pattern"),
     ("- a.txt", "- (standard input) cannot be combined with other inputs"),
     ("-", "name the folder for the shards with --out"),
     ("a.txt a.txt", "name the folder for the shards with --out"),
     ("a.txt --val_fraction 1", "val_fraction must be at least 0 and below 1, not 1.0"),
     ("a.txt --val_fraction nan", "val_fraction must be at least 0 and below 1, not nan"),
-    ("a.txt --seed -1", "seed must be 0 or more, and below 2**64, not -1"),
+    ("a.txt --seed -1", "seed must be 0 or more and below 2**64, not -1"),
     ("a.txt --shard_mb 0", "shard_mb must be from 0.000001 to 1000000, not 0.0"),
-    ("a.txt --seed 18446744073709551616", "seed must be 0 or more, and below 2**64, not"),
+    ("a.txt --seed 18446744073709551616", "seed must be 0 or more and below 2**64, not"),
     ("*.txt", "name the folder for the shards with --out"),
     ("pipe", "pipe: not a regular file; - reads standard input"),
     ("a.txt --workers 0", "workers must be 1 or more, not 0"),
@@ -879,7 +880,7 @@ FLAGS = [
         "a.txt --train_tokenizer 256",
         "train_tokenizer must be 257 (bytes and <|endoftext|>) or more",
     ),
-    ("- --out s --train_tokenizer 300", "--train_tokenizer reads the text twice, which standard"),
+    ("- --out s --train_tokenizer 300", "--train_tokenizer reads the text twice, so it cannot"),
     ("folder", "nothing to prepare: name files, or folders that hold .txt"),
 ]
 
@@ -1093,7 +1094,8 @@ def test_a_tokenizer_that_settles_for_fewer_ids_says_so(tmp_path):
     """And it learns from all of the text, whichever part is for validation."""
     (tmp_path / "a.txt").write_text("ab\n" * 90 + "cd\n" * 5)
     out, err = make("a.txt", "--train_tokenizer", "300", cwd=tmp_path)
-    assert err == "notice: the text gave a tokenizer of 259 entries: no pair is left to merge\n"
+    words = "the tokenizer has only 259 entries, because the text has no more pairs to merge"
+    assert err == f"notice: {words}\n"
     assert "259 ids" in out
 
 
@@ -1135,7 +1137,7 @@ def test_a_share_far_from_the_one_asked_for_is_said(tmp_path):
     )
     (tmp_path / "a.txt").write_text(data)
     _, err = make("a.txt", "--seed", seed, cwd=tmp_path)
-    assert re.match(r"notice: validation has 8\d\.\d% of the tokens, since single documents", err)
+    assert re.match(r"notice: validation has 8\d\.\d% of the tokens, because single documents", err)
 
 
 def test_a_hundredth_is_for_validation(tmp_path):
@@ -1234,7 +1236,7 @@ def test_a_tokenizers_folder_is_not_taken(tmp_path):
     before = tree(tmp_path / "tokenizer")
     (tmp_path / "a.txt").write_text("text")
     code, out, err = run("a.txt", "--out", "tokenizer", cwd=tmp_path)
-    assert (code, out) == (2, "") and "tokenizer is not empty: remove it" in err
+    assert (code, out) == (2, "") and "tokenizer is not empty; remove it" in err
     assert tree(tmp_path / "tokenizer") == before and not (tmp_path / "tokenizer/.work").exists()
 
 
