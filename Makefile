@@ -1,17 +1,19 @@
-# make demo     sets up .venv with what generating needs, then writes with the shipped model
-# make explain  makes a page that shows what the shipped model does with a text
-# make serve    starts a server of the shipped model, http://127.0.0.1:8000
-# make test     sets up the rest, then runs every kind of test, in minutes
-# make test-all runs the slow ones, too: repetitions, long runs, clusters (alone: make test-slow)
-# make lint     checks the style
+# make demo      installs what generating needs in .venv, then generates with the shipped model
+# make explain   writes a page that shows what the shipped model does with a text
+# make serve     serves the shipped model at http://127.0.0.1:8000
+# make test      installs the rest, then runs the quick tests, which takes minutes
+# make test-slow runs the slow tests: repetitions, long runs, clusters
+# make test-all  runs the quick tests and the slow ones
+# make lint      checks the style
+# make clean     deletes .venv
 #
-# Both set-ups are quick the second time, and done again when a requirements file changes. What pip
-# says is in .venv/pip.log, and its end is shown where it fails.
+# Packages are installed once, and again when a requirements file changes. pip's output goes to
+# .venv/pip.log. If pip fails, the end of the log is shown.
 
 PYTHON ?= python3
 TORCH_CPU = https://download.pytorch.org/whl/cpu
 
-# An environment that uv has made has no pip.
+# Environments made by uv have no pip.
 define pip
 { .venv/bin/python -m pip --version || .venv/bin/python -m ensurepip; } >/dev/null 2>&1; \
 .venv/bin/python -m pip install --disable-pip-version-check $(1) >.venv/pip.log 2>&1 || \
@@ -32,9 +34,10 @@ explain: .venv/generate
 serve: .venv/serve
 	@.venv/bin/python serve.py --model_size shakespeare
 
-# What needs JAX, and most of what needs PyTorch, runs beside the rest, and is reported last. The
-# rest begins with TensorFlow and a browser, in processes of their own, while the other is small.
-# XLA's optimizations would take half of these minutes; the slow tests, and pytest alone, have them.
+# Two groups of tests run at the same time. The first needs JAX, or most of PyTorch, and is reported
+# last. The second starts with the tests that need TensorFlow and a browser, in processes of their
+# own, while the first still uses little memory. XLA's optimizations would take half of the time, so
+# they are switched off here. The slow tests, and pytest called by itself, have them.
 ON_JAX = recording estimate curves snapshots encoder evaluate kv_cache gpt2 progress examples gpu gpu_report \
 	stress scoring kv_cache_jax devices docs backprop lora train
 ON_OTHERS = tensorflow page explain learning serve utils backprop_run
@@ -70,25 +73,26 @@ clean:
 	@$(PYTHON) -m venv .venv >&2 || { rm -rf .venv; exit 1; }
 
 .venv/generate: requirements/generate.txt | .venv/bin/python
-	@echo "installing what generating needs: seconds, the first time ..." >&2
+	@echo "installing the packages for generating (once, takes seconds) ..." >&2
 	@$(call pip,-r requirements/generate.txt)
 	@touch $@
 
 .venv/serve: requirements/serve.txt | .venv/generate
-	@echo "installing what serving needs: seconds, the first time ..." >&2
+	@echo "installing the packages for serving (once, takes seconds) ..." >&2
 	@$(call pip,-r requirements/serve.txt)
 	@touch $@
 
-# PyTorch without CUDA's gigabytes, where its own index can be reached; else whatever pip finds.
+# PyTorch without CUDA's gigabytes if its own index can be reached, otherwise whatever pip finds.
 .venv/test: requirements.txt $(wildcard requirements/*.txt) | .venv/bin/python
-	@echo "installing what the tests need: minutes, the first time ..." >&2
+	@echo "installing the packages for the tests (once, takes minutes) ..." >&2
 	@($(call pip,--no-deps --retries 0 --index-url $(TORCH_CPU) "$$(grep ^torch requirements/test.txt)")) \
 		2>/dev/null || true
 	@$(call pip,-r requirements/test.txt)
 	@touch $@ .venv/generate .venv/serve
 
-# XLA's older emitters compile in half the time, and are not there for ever: it ends at an unknown
-# flag. Their loops differ in the last bits from what stands outside of one.
+# XLA's older emitters compile in half the time. A later XLA may drop them, and XLA stops at an
+# unknown flag, so the flag is tried first. With these emitters, code inside a loop can differ in the
+# last bits from the same code outside it.
 .venv/xla_flags: .venv/test
 	@echo --xla_cpu_use_fusion_emitters=false >$@
 	@XLA_FLAGS="$$(cat $@)" .venv/bin/python -c "import jax; jax.devices()" 2>/dev/null || : >$@

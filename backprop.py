@@ -3,9 +3,9 @@
     python backprop.py --data shakespeare                # from text to a model, and no framework
     python gpt2.py "It was" --model_size mine            # then write with it
 
-It needs only the packages of `make demo` (requirements/generate.txt).
+It needs only the packages that `make demo` installs (requirements/generate.txt).
 
-gpt2.py computes the logits; this file computes how the loss changes with every number on the way.
+gpt2.py computes the logits. This file computes how the loss changes with every number on the way.
 If dy is the gradient with respect to a function's result y (how the loss changes with y), the chain
 rule gives dx, the gradient with respect to its input x. So every function of gpt2.py has a
 counterpart here, in the same order:
@@ -16,12 +16,16 @@ counterpart here, in the same order:
    It returns y and a function `backward`, which remembers the intermediate results that it needs,
    takes dy, and returns dx and the gradients of the parameters.
 
-A batch's tokens stand one after the other, [n_tokens, n_embd], because a few large products are
-faster than many small ones; only attention sees the sequences. Memory: 4 bytes for each parameter,
-twice that for Adam, once more for each thread's gradient; and for each token of the batch
-4 * (n_layer * (16 * n_embd + n_head * n_seq) + 3 * n_vocab). Small models have processes instead.
+All tokens of a batch stand one after the other, [n_tokens, n_embd], because a few large products
+are faster than many small ones. Only attention needs to know where each sequence begins.
 
-Training is a loop over two functions, for parameters and batches of ids of your own:
+Memory: the parameters take 4 bytes each. Adam takes twice as much as the parameters, and the
+gradient of each thread as much again. Each token of the batch takes
+4 * (n_layer * (16 * n_embd + n_head * n_seq) + 3 * n_vocab) bytes. Small models are trained by
+several processes instead of threads.
+
+You can train with your own parameters and batches of ids. All it takes is a loop over two
+functions:
 
     for n_done, tokens in enumerate(batches):
         loss, gradients = loss_and_gradients(params, tokens, n_head)
@@ -56,21 +60,23 @@ from training.text import draw_stretches
 
 
 def gelu_backward(dy, x, y):  # [...] each, y = gelu(x) -> dx
-    """gelu(x) = x s, where s = (1 + tanh u) / 2 and u = sqrt(2 / pi) (x + 0.044715 x^3).
+    """The derivative of gelu, times dy.
 
-        slope = s + x s'                  by the product rule
+        y     = x s                       where s = (1 + tanh u) / 2
+                                          and u = sqrt(2 / pi) (x + 0.044715 x^3)
+        y'    = s + x s'                  by the product rule
         s'    = s (1 - s) 2u'             because tanh' = 1 - tanh^2
-        slope = s (1 + (x - x s) 2u')     s' substituted, s factored out
+        y'    = s (1 + (x - x s) 2u')     with s' substituted and s factored out
               = s (1 + (x - y) 2u')       because x s is y
         2u'   = 2 sqrt(2 / pi) (1 + 3 * 0.044715 x^2)
 
-    s is y / x, so tanh need not be computed again; only at x = 0 is that 0 / 0, and there s is 1/2.
+    s is y / x, so tanh need not be computed again. At x = 0 that would be 0 / 0, and s is 1/2.
     """
     with np.errstate(invalid="ignore"):
         s = y / x
     s[x == 0] = 0.5
     c = 2 * math.sqrt(2 / math.pi)
-    dx = x * x * (3 * 0.044715 * c) + c  # 2u'; from here in place, which saves a tenth
+    dx = x * x * (3 * 0.044715 * c) + c  # 2u'; from here on in place, which saves a tenth
     dx *= x - y
     dx += 1
     dx *= s
@@ -79,16 +85,19 @@ def gelu_backward(dy, x, y):  # [...] each, y = gelu(x) -> dx
 
 
 def softmax_backward(dy, y):  # [..., n] each, y = softmax(x) -> dx
-    """A rising x_j lifts y_j by y_j and, as all share a sum of 1, lowers every y_i by y_i y_j.
-    So dx_j = y_j (dy_j - sum of all dy_i y_i): what j is worth above the average."""
+    """When x_j rises, y_j rises by y_j and, because the y add up to 1, every y_i falls by y_i y_j.
+
+    So dx_j = y_j (dy_j - sum of all dy_i y_i): how much more y_j is worth than the average.
+    """
     return y * (dy - np.vecdot(dy, y)[..., None])
 
 
 def layer_norm_backward(dy, x, g, b, eps=1e-5):  # [n_tokens, n_embd] twice -> dx, {"g", "b"}
-    """y = n g + b, n is x with mean 0 and variance 1. g and b serve all tokens: dg, db are sums.
+    """y = n g + b, where n is x with mean 0 and variance 1.
 
-    dx has three terms: dn = dy g, scaled as x was; less its mean, because adding a number to all x
-    changes no n; less its part along n, because stretching x changes no n either.
+    All tokens share g and b, so dg and db are sums over the tokens. dx is dn = dy g, scaled as x
+    was, with two parts taken away: its mean, because adding a number to all of x doesn't change n,
+    and its part along n, because stretching x doesn't change n either.
     """
     n_embd = x.shape[-1]
     n = x - x.mean(-1, keepdims=True)  # not yet scaled
@@ -104,8 +113,8 @@ def layer_norm_backward(dy, x, g, b, eps=1e-5):  # [n_tokens, n_embd] twice -> d
 def linear_backward(dy, x, w, b):  # [n_tokens, n_out], [n_tokens, n_in] -> dx, {"w", "b"}
     """y_j is the sum over i of x_i w_ij, plus b_j.
 
-    x_i acts on every y_j, with the slope w_ij, so dx = dy w^T. w_ij acts in every token, with the
-    slope x_i: dw_ij is the sum over the tokens of x_i dy_j, so dw = x^T dy.
+    x_i acts on every y_j, with the slope w_ij, so dx = dy w^T. w_ij acts on every token, with the
+    slope x_i. So dw_ij is the sum over the tokens of x_i dy_j, which makes dw = x^T dy.
     """
     return dy @ w.T, {"w": x.T @ dy, "b": np.ones_like(dy[:, 0]) @ dy}  # faster than dy.sum(0)
 
@@ -123,10 +132,10 @@ def ffn_forward(x, c_fc, c_proj):  # [n_tokens, n_embd] -> y, backward
 
 
 def attention_forward(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_head] -> y, backward
-    """y = p v is a matrix product, as in linear: dp = dy v^T and dv = p^T dy. So is q k^T, the
-    scores.
+    """y = p v is a matrix product, as in linear, so dp = dy v^T and dv = p^T dy.
 
-    The mask needs no code: the positions that it hides have p = 0, so softmax_backward gives 0.
+    The scores, q k^T, are another. The mask needs no code: the positions that it hides have p = 0,
+    where softmax_backward gives 0.
     """
     p = attention_weights(q, k)
 
@@ -138,7 +147,7 @@ def attention_forward(q, k, v):  # [..., n_q, d_head], two of [..., n_seq, d_hea
 
 
 def attention_in_blocks_forward(q, k, v):  # the shapes of attention_forward
-    """Many blocks of queries use the same keys and values, whose gradients are sums over blocks."""
+    """Several blocks of queries use the same keys and values, so dk and dv are sums over blocks."""
     n_q = q.shape[-2]
     n_seq = k.shape[-2]
     if n_q <= 64:
@@ -204,9 +213,11 @@ def transformer_block_forward(x, mlp, attn, ln_1, ln_2, n_head, n_seq):  # -> y,
 
 
 def gpt2_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_batch, n_seq] -> logits, backward
-    """wte is used twice, so its gradient is the sum of two: one as the matrix that makes the
-    logits, w^T of a linear, and one as the rows that the inputs look up. There a row gets the sum
-    over all positions that have its id."""
+    """wte is used twice, so its gradient is the sum of two gradients.
+
+    The first is that of the matrix that makes the logits, w^T of a linear. The second is that of
+    the rows that the inputs look up: each row gets the sum over all positions that have its id.
+    """
     n_batch, n_seq = inputs.shape
     inputs = inputs.ravel()
     backwards = []
@@ -232,11 +243,11 @@ def gpt2_forward(inputs, wte, wpe, blocks, ln_f, n_head):  # [n_batch, n_seq] ->
     return y @ wte.T, backward
 
 
-def sum_by_id(ids, rows):  # [n], [n, n_embd] -> the different ids, the sum of each one's rows
-    """Add up the rows of each id.
+def sum_by_id(ids, rows):  # [n], [n, n_embd] -> the different ids, the sum of the rows of each
+    """Adds up the rows of each id.
 
-    `d_wte[ids] += rows` would use only one row of an id that occurs twice, and np.add.at is slow.
-    Once the rows are sorted by id, those of an id are neighbours, and reduceat adds them up.
+    If an id occurs twice, `d_wte[ids] += rows` adds only one of its rows, and np.add.at is slow. So
+    the rows are sorted by id. Then the rows of an id are neighbours, and reduceat adds them up.
     """
     order = np.argsort(ids, kind="stable")
     ids = ids[order]
@@ -245,10 +256,12 @@ def sum_by_id(ids, rows):  # [n], [n, n_embd] -> the different ids, the sum of e
 
 
 def cross_entropy(logits, targets):  # [n, n_vocab], [n] -> nats [n], the gradient of their sum
-    """-ln p[target], p = softmax(logits), is ln(sum of exp(logits)) less the target's logit.
+    """With p = softmax(logits), -ln p[target] is ln(sum of exp(logits)) minus the target's logit.
 
-    The first has the slope p, the second 1 at the target and 0 elsewhere; the gradient is their
-    difference. The ln of the sum comes from the likeliest token, whose p is never 0."""
+    The first term has the slope p. The second has the slope 1 at the target and 0 elsewhere. The
+    gradient is their difference. The ln of the sum is computed from the likeliest token, whose p is
+    never 0.
+    """
     p = softmax(logits)
     rows = np.arange(len(logits))
     best = logits.argmax(-1)
@@ -258,11 +271,13 @@ def cross_entropy(logits, targets):  # [n, n_vocab], [n] -> nats [n], the gradie
 
 
 def loss_and_gradients(params, tokens, n_head, n_tokens=None):  # [n_batch, n_seq + 1] ids
-    """The mean of -ln p[next token], in nats, as a float; and its gradient, a tree like params.
+    """Returns the mean of -ln p[next token], in nats, as a float, and its gradient, like params.
 
-    n_tokens: divide the sums by this number, if the batch is a part of a larger one; by default by
-    the number of tokens that the batch predicts. Threads share the sequences; their sums are added
-    in the order of the batch, so one machine computes the same bits each time.
+    n_tokens: divide the sums by this number, if the batch is part of a larger one. By default it is
+    the number of tokens that the batch predicts.
+
+    Threads share the sequences. Their sums are added in the order of the batch, so the same machine
+    always computes the same bits.
     """
     if n_tokens is None:
         n_tokens = tokens[:, 1:].size
@@ -297,12 +312,12 @@ def scheduled_rate(n_done, flags):  # the learning rate of a run with these flag
 
 
 def adamw(p, gradient, m, v, n_done, rate, weight_decay=0.0, b2=0.99, scale=1.0, b1=0.9):
-    """The update of one array p, in place; m and v are zeros like p before the first step.
+    """Updates one array p in place. Before the first step, m and v are zeros of p's shape.
 
     Adam (Kingma & Ba 2015, arXiv:1412.6980) divides m, a moving average of the gradients, by the
-    root of v, one of their squares. Both begin at 0, so at first they are too small, by the factors
-    c1 and c2. Weight decay shrinks p apart from that (Loshchilov & Hutter 2019, arXiv:1711.05101).
-    scale: the gradient is multiplied by it; it is below 1 where the gradient is clipped.
+    square root of v, a moving average of their squares. Both start at 0, so at first they are too
+    small, by the factors c1 and c2. Weight decay shrinks p separately (Loshchilov & Hutter 2019,
+    arXiv:1711.05101). The gradient is multiplied by scale, which is below 1 when it is clipped.
     """
     c1 = 1 - b1 ** (n_done + 1)
     c2 = 1 - b2 ** (n_done + 1)
@@ -315,21 +330,23 @@ def adamw(p, gradient, m, v, n_done, rate, weight_decay=0.0, b2=0.99, scale=1.0,
 
 
 def is_matrix(name):  # "blocks.0.attn.c_attn.w" -> True, "blocks.0.ln_1.g" -> False
-    """Weight decay is for matrices, not for biases and gains; "vectors" are these, joined."""
+    """Weight decay is for matrices only, not for biases and gains ("vectors" joins these)."""
     return not name.endswith((".b", ".g", "vectors"))
 
 
 def moment_kinds(flags):
-    """The letters that the moments' names begin with: means, mean squares, perhaps averages."""
+    """The first letters of the moments' names: means, mean squares and, with --ema, averages."""
     return "mva" if flags["ema"] else "mv"
 
 
 def train_step(params, moments, n_done, batches, flags, evaluate):
-    """Take one step, in place; return its Stats. batches: [n_accumulate, batch_size, n_ctx + 1].
+    """Takes one step in place and returns its Stats.
 
-    params: {name: array}; moments: {"m.wte": array, "v.wte": array, ...}, with --ema also the
-    averages of params, {"a.wte": array, ...}. evaluate(tokens, n_tokens=n) is loss_and_gradients,
-    whose gradients have the names of params.
+    batches: [n_accumulate, batch_size, n_ctx + 1].
+    params: {name: array}.
+    moments: {"m.wte": array, "v.wte": array, ...} and, with --ema, the averages of the parameters,
+        {"a.wte": array, ...}.
+    evaluate: evaluate(tokens, n_tokens=n) is loss_and_gradients, with gradients named like params.
     """
     n_tokens = batches[..., 1:].size
     loss, gradients = sharing.add_up(evaluate(tokens, n_tokens=n_tokens) for tokens in batches)
@@ -343,7 +360,7 @@ def train_step(params, moments, n_done, batches, flags, evaluate):
         before = p.copy()
         weight_decay = flags["weight_decay"] if is_matrix(name) else 0.0
         adamw(p, gradient, m, v, n_done, rate, weight_decay, flags["adam_b2"], scale)
-        if average is not None:  # what it keeps is smaller at first, so that it forgets the start
+        if average is not None:  # it keeps less at first, and so soon forgets the initial values
             average += (1 - min(flags["ema"], (2 + n_done) / (11 + n_done))) * (p - average)
         squares.append((np.square(before).sum(), np.square(p - before).sum()))
 
@@ -357,7 +374,7 @@ def train_step(params, moments, n_done, batches, flags, evaluate):
 
 
 class NumpyTrainer:
-    """The trainer of backprop.py for the loop in training/run.py, which explains the methods."""
+    """What the loop in training/run.py needs from NumPy. Each method is explained there."""
 
     is_main = True
     versions = {"numpy": np.__version__}
@@ -370,7 +387,7 @@ class NumpyTrainer:
         return contextlib.nullcontext("cpu")
 
     def __init__(self, flags):
-        check_numpy(flags)  # a run that is resumed may be the other trainer's
+        check_numpy(flags)  # a resumed run may have been started by train_jax.py
         self.flags = flags
         self.stack = contextlib.ExitStack()
 
@@ -391,7 +408,7 @@ class NumpyTrainer:
         if moments is None:
             shapes = self.moment_shapes(model.params)
             moments = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
-            if self.flags["ema"]:  # the average begins as the parameters
+            if self.flags["ema"]:  # the average starts as a copy of the parameters
                 moments |= {f"a.{name}": np.array(x) for name, x in leaves(model.params).items()}
         n_head, batch_size = self.flags["n_head"], self.flags["batch_size"]
         context = start_sharing(model.params, moments, n_head, batch_size)
@@ -457,10 +474,12 @@ class NumpyTrainer:
 
 
 def start_sharing(params, moments, n_head, batch_size):  # a context, which gives a sharing.Shared
-    """sharing.share for loss_and_gradients, with copies of a model's parameters and moments.
+    """Runs sharing.share for loss_and_gradients, with copies of the parameters and moments.
 
-    moments: {"m.wte": zeros, "v.wte": zeros, ...}. This is the fastest loop for a small model:
-    processes share each batch, and an update changes only two arrays.
+    moments: {"m.wte": zeros, "v.wte": zeros, ...}.
+
+    This is the fastest loop for a small model, because processes share each batch and an update
+    changes only two arrays.
 
         with start_sharing(params, moments, n_head, batch_size) as shared:
             moments = shared.moments

@@ -1,27 +1,30 @@
-"""Byte-level byte-pair encoding: text to GPT-2's token ids, and back.
+"""Byte-level byte-pair encoding turns text into GPT-2's token ids, and ids into text.
 
-A model reads numbers, so text is first cut into tokens, each with an id. Three steps do it:
+A model reads numbers, so text is first cut into tokens, each with an id. This takes three steps:
 
-1. a pattern cuts the text into pieces: words, numbers, runs of punctuation, runs of spaces;
-2. each piece becomes its UTF-8 bytes, so that any text at all needs only 256 symbols;
-3. in each piece, the pair of neighbours that stands first in a list of merges is joined into
-   one longer symbol, then the next such pair, until no two neighbours are in the list.
+1. A pattern cuts the text into pieces: words, numbers, runs of punctuation, runs of spaces.
+2. Each piece becomes its UTF-8 bytes, so any text at all needs only 256 symbols.
+3. In each piece, the pair of neighbours that comes first in a list of merges is joined into one
+   longer symbol. This is repeated until no two neighbours are in the list.
 
 With GPT-2's list of 50000 merges:
 
     "Hello world"  ->  "Hello", " world"  ->  15496, 995
 
-The list is learned from text (`train`) by joining, again and again, the pair that is most frequent.
-With an empty list every byte stays a token of its own: the byte model.
+`train` learns the list from a text: it joins the most frequent pair, again and again. With an empty
+list, every byte is a token of its own. That is the byte model.
 
-A vocabulary spells every byte as a visible character: the space is "Ġ", so " world" is "Ġworld".
-model_files/vocabulary.py has the table, and says why; model_files/tokenizer.py reads and writes a
-tokenizer's files.
+A vocabulary spells every byte as a visible character. The space is "Ġ", so " world" is "Ġworld".
+model_files/vocabulary.py has the table, and says why it is needed. model_files/tokenizer.py reads
+and writes a tokenizer's files.
 
-After Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909), for the merges; Radford et al. 2019
-and https://github.com/openai/gpt-2/blob/master/src/encoder.py, for the bytes and the pattern;
-https://github.com/karpathy/minbpe, for how to teach it; and https://github.com/openai/tiktoken, for
-the treatment of broken Unicode.
+Sources:
+
+    the merges            Sennrich et al. 2016, https://arxiv.org/abs/1508.07909
+    bytes and pattern     Radford et al. 2019, and
+                          https://github.com/openai/gpt-2/blob/master/src/encoder.py
+    how to teach it       https://github.com/karpathy/minbpe
+    broken Unicode        https://github.com/openai/tiktoken
 """
 
 import codecs
@@ -49,40 +52,42 @@ from model_files.vocabulary import (
 )
 from plumbing.files import naming
 
-# GPT-2's pattern, letter for letter, because another one would give other ids. It lists what a
-# piece can be, and the first alternative that matches is taken: the ending of an English
-# contraction; letters; digits; other signs; white space. The last space before a word belongs to
-# the word, which is why most tokens begin with one. That is the purpose of \s+(?!\S): it takes a
-# run of white space, but not its last character if something follows. Two oddities must stay: only
-# lower-case endings count ("DON'T" is cut into "DON", "'", "T"), and they count even where no word
-# comes before them ("'tis" at the start of a line is cut into "'t", "is"). \p{L} is a letter of any
-# script and \p{N} any digit; Python's own `re` has neither. `re` also counts \x1c to \x1f as white
-# space, but `regex`, which OpenAI's encoder uses, does not, and neither does tiktoken.
+# This is GPT-2's pattern, letter for letter, because any other would give different ids. It lists
+# what a piece can be: the ending of an English contraction, letters, digits, other signs, or white
+# space. The first alternative that matches is taken. The last space before a word belongs to the
+# word, which is why most tokens begin with a space. That is the purpose of \s+(?!\S), which takes a
+# run of white space, but leaves its last character if something follows. Two oddities must stay.
+# Only lower-case endings count ("DON'T" is cut into "DON", "'", "T"), and they count even if no
+# word comes before them ("'tis" at the start of a line is cut into "'t", "is"). \p{L} is a letter
+# of any script and \p{N} any digit; Python's own `re` has neither. `re` also counts \x1c to \x1f as
+# white space. `regex`, which OpenAI's encoder uses, doesn't, and neither does tiktoken.
 PIECE = regex.compile(
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 )
 
-# Most words of a text have occurred before, so the ids of whole words are cached (Encoder.encode),
-# and most of a text never meets PIECE. A word here is a run of characters that are not white space,
-# with the one white-space character before it; the rest of the white space makes words of its own.
-# PIECE cuts wherever WORD cuts, so encoding the words one by one gives the same ids. `re` also runs
-# this simpler pattern three times as fast as `regex` runs PIECE.
+# Most words of a text have occurred before, so the ids of whole words are cached, and most of a
+# text never needs PIECE. WORD is the coarser pattern that finds these words. A word is a run of
+# characters that are not white space, together with the one white-space character before it. Any
+# other white space forms words of its own. PIECE cuts wherever WORD cuts, so encoding the words one
+# by one gives the same ids. `re` runs this simpler pattern three times as fast as `regex` runs
+# PIECE.
 SPACE = r"[^\S\x1c-\x1f]"  # what `regex` calls \s
 SOLID = r"[\S\x1c-\x1f]"  # what `regex` calls \S
 WORD = re.compile(rf"{SPACE}?{SOLID}+|{SPACE}+(?!{SOLID})")
 
-LONG_PIECE = 50  # bytes from which merge_long is faster than merge_short
-CACHE_ENTRIES = 2**17  # texts that a Cache holds before it is emptied: English, about 25 MB
-CACHE_BYTES = 2**26  # and the bytes that they and their ids take at most
-ID_BYTES = 28  # of an int
+LONG_PIECE = 50  # from this many bytes on, merge_long is faster than merge_short
+CACHE_ENTRIES = 2**17  # a Cache is emptied when it holds this many texts: about 25 MB of English
+CACHE_BYTES = 2**26  # or when the texts and their ids take this many bytes
+ID_BYTES = 28  # the size of an int
 CACHE_CHARS = 64  # longer texts are unlikely to occur again
 
 
 def merge_short(ids, ranks, merged):
-    """Return the ids that are left when no two neighbours are a pair of `ranks`.
+    """Merges pairs of ids until no two neighbours are a pair of `ranks`, and returns what is left.
 
-    ids: one per byte of a piece. ranks: {(id, id): rank}; the pair with the lowest rank is merged
-    first, the leftmost among equals. merged: the id that the merge of each rank makes.
+    ids: one per byte of a piece.
+    ranks: {(id, id): rank}. The pair with the lowest rank is merged first, the leftmost if tied.
+    merged: the id that the merge of each rank makes.
 
     >>> merge_short([7, 8, 9, 7, 8], {(8, 9): 0, (7, 8): 1}, [89, 78])
     [7, 89, 78]
@@ -105,14 +110,14 @@ def merge_short(ids, ranks, merged):
 
 
 def merge_long(ids, ranks, merged):
-    """Return what merge_short returns, in n log n steps instead of n * n: a word may be a megabyte.
+    """Does the same as merge_short, in n log n steps instead of n * n, since words can be huge.
 
-    A heap hands out the pairs, lowest rank first. A merged id replaces the left one of its pair and
-    the right one becomes None; `before` and `after` lead from each id to its neighbours across
+    A heap hands out the pairs, lowest rank first. A merged id replaces the left id of its pair, and
+    the right one becomes None. `before` and `after` lead from each id to its neighbours across
     these gaps.
     """
     n = len(ids)
-    ids = [*ids, None]  # a None past the end; before[0], which is -1, leads to it as well
+    ids = [*ids, None]  # a None past the end; before[0], which is -1, also leads to it
     before = list(range(-1, n))
     after = list(range(1, n + 1))
     pairs = enumerate(pairwise(ids))
@@ -155,20 +160,24 @@ class Cache(dict):
 
 
 class Encoder:
-    """A byte-level BPE vocabulary: encodes text to ids, and decodes ids to text.
+    """A byte-level BPE vocabulary, which encodes text to ids and decodes ids to text.
 
-    merges: pairs of pieces in printable form, the first to be merged first. vocab: {piece: id}, by
-    default numbered as GPT-2's is: the 256 bytes, what each merge makes, then <|endoftext|>.
-    special: {text: id} of texts that encode() turns into a single id when asked to; by default
-    <|endoftext|>, if the vocabulary has it. added: {text: AddedToken} of further such texts; those
-    that are not special always become a single id. end_ids: the ids that end a text, by default
-    that of <|endoftext|>; a model can have others. add_prefix_space: encode a text, and the text
-    after an added token, as if it began with a space. chat_template: Jinja, for transformers, see
-    corpus/chat.py. Raises ValueError for a merge of pieces that are not in the vocabulary, and for
-    a vocabulary that check_vocab refuses.
+    merges: pairs of pieces in printable form, in the order in which they are merged.
+    vocab: {piece: id}. By default it is numbered like GPT-2's: the 256 bytes, what each merge
+        makes, then <|endoftext|>.
+    special: {text: id} of the texts that encode() turns into a single id when asked to. By default
+        that is <|endoftext|>, if the vocabulary has it.
+    added: {text: AddedToken} of more such texts. Those that are not special always become one id.
+    end_ids: the ids that end a text, by default that of <|endoftext|>. A model can have others.
+    add_prefix_space: encode a text, and the text after an added token, as if it began with a space.
+    chat_template: a Jinja template for transformers; see corpus/chat.py.
 
-    n_vocab: one more than the largest id. endoftext: the first of end_ids, which is written after
-    a document; None if there are none. piece_of_id: the inverse of vocab, with all added tokens.
+    Raises ValueError for a merge of pieces that are not in the vocabulary, and for a vocabulary
+    that check_vocab rejects.
+
+    Its attributes include n_vocab, the largest id plus one; endoftext, the first of end_ids, which
+    is written after a document, or None if there are none; and piece_of_id, the inverse of vocab,
+    which includes all added tokens.
 
     >>> encoder = Encoder([("Ġ", "a"), ("b", "c")])
     >>> encoder.encode(" abc"), encoder.decode([256, 257]), encoder.endoftext, encoder.n_vocab
@@ -203,7 +212,7 @@ class Encoder:
             if tokens:
                 self._passes.append((tokens, added_pattern(tokens)))
         self._has_plain_added = len(self.special) < len(self.added)
-        self.is_byte_model = (  # does encode() only look up each byte?
+        self.is_byte_model = (  # encode() only looks up each byte
             not self.merges
             and not self._has_plain_added
             and not add_prefix_space
@@ -213,12 +222,12 @@ class Encoder:
         self._ids_of_word = Cache(self._encode_word)
 
     def encode(self, text, allow_endoftext=False):
-        """Return the token ids of a string: list[int].
+        """Returns the token ids of a string: list[int].
 
-        "<|endoftext|>" is encoded as ordinary text unless allow_endoftext is true: then it becomes
-        one id, as do the other texts of `special`; where two match, the longer one. Added tokens
-        that are not special always become one id. Lone surrogates, which UTF-8 cannot encode,
-        become U+FFFD.
+        If allow_endoftext is true, "<|endoftext|>" and the other texts of `special` become one id
+        each. If two of them match, the longer one is taken. Otherwise they are encoded as ordinary
+        text. Added tokens that are not special always become one id. Lone surrogates, which UTF-8
+        cannot encode, become U+FFFD.
         """
         text = mend_surrogates(text)
         if not allow_endoftext and not self._has_plain_added:
@@ -238,7 +247,7 @@ class Encoder:
         return self._checked(ids)
 
     def _checked(self, ids):
-        """Return ids. Raises ValueError if limit_ids has taken one of them away."""
+        """Returns ids. Raises ValueError if limit_ids has removed one of them."""
         if self._is_limited and ids and max(ids) >= self.n_vocab:
             raise ValueError(
                 f"the text has the id {max(ids)}, but the model has only {self.n_vocab} rows"
@@ -246,10 +255,11 @@ class Encoder:
         return ids
 
     def encode_prompt(self, text, n_ctx=None):
-        """Return encode(text), or for an empty text the end token alone, if there is one.
+        """Returns encode(text) or, for an empty text, only the end token, if there is one.
 
         Raises ValueError for a text that would be too long even if each of n_ctx tokens were the
-        longest in the vocabulary. This check costs nothing; encoding a huge file would fill memory.
+        longest in the vocabulary. This check costs nothing, while encoding a huge file would fill
+        the memory.
         """
         if n_ctx is not None and len(text) > n_ctx * self._n_longest:
             raise ValueError(
@@ -262,7 +272,10 @@ class Encoder:
         return ids
 
     def limit_ids(self, n_vocab):
-        """Keep the ids below n_vocab: the model has no rows for others, and encoding one raises."""
+        """Keeps only the ids below n_vocab, for which the model has rows.
+
+        From then on, encode raises ValueError for a text with any other id.
+        """
         self.n_vocab = n_vocab
         self.end_ids = tuple(id for id in self.end_ids if id < n_vocab)
         self.endoftext = self.end_ids[0] if self.end_ids else None
@@ -271,24 +284,24 @@ class Encoder:
         self.is_byte_model = False
 
     def with_chat_template(self, chat_template):  # -> Encoder
-        """Return a copy that saves another chat template."""
+        """Returns a copy that saves another chat template."""
         encoder = copy.copy(self)
         encoder.chat_template = chat_template
         return encoder
 
     def decode(self, ids):
-        """Return the text of an iterable of ids; bytes that are not UTF-8 become U+FFFD.
+        """Returns the text of an iterable of ids. Bytes that are not UTF-8 become U+FFFD.
 
         Raises ValueError for an id that is not in the vocabulary.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def before_end(self, ids):
-        """Yield the ids before the first that ends a text."""
+        """Yields the ids before the first one that ends a text."""
         return takewhile(lambda id: id not in self.end_ids, ids)
 
     def decode_bytes(self, ids):  # -> bytes
-        """Return the bytes of ids, which may begin or end inside a character.
+        """Returns the bytes of ids, which may begin or end inside a character.
 
         Raises ValueError for an id that is not in the vocabulary.
         """
@@ -300,7 +313,7 @@ class Encoder:
         return bytes([BYTE_OF_CHAR[char] for char in chars])
 
     def decode_stream(self, ids):
-        """Yield the text of ids as they arrive; together the parts are decode(ids).
+        """Yields the text of ids as they arrive. Joined, the parts are decode(ids).
 
         A character whose bytes are spread over several tokens is yielded with the last of them.
         """
@@ -314,7 +327,7 @@ class Encoder:
             yield text
 
     def save(self, model_dir):
-        """Write the vocabulary to a folder, for get_encoder and Hugging Face's transformers."""
+        """Writes a folder that get_encoder and Hugging Face's transformers can read."""
         ends = [text for text, id in self.special.items() if id == self.endoftext]
         end_token = ends[0] if ends else None
         write_tokenizer(model_dir, self, end_token)
@@ -346,18 +359,20 @@ class Encoder:
 
 
 def train(texts, n_vocab):
-    """Learn an Encoder of n_vocab entries from a string, or from an iterable of strings.
+    """Learns an Encoder of n_vocab entries from a string, or from an iterable of strings.
 
-    The entries are the 256 bytes, <|endoftext|>, and what the merges make: fewer than n_vocab if
-    the text runs out of pairs. Each merge joins the pair of neighbours that is most frequent at
-    that point; of equally frequent pairs, the one with the greater bytes. Nothing is merged across
-    the pieces that encode() cuts, across texts, or with <|endoftext|>, which separates documents.
-    Memory grows with the number of different pieces, not with the text. Time grows with their
-    length, so a text without white space or signs is slow. Raises ValueError if n_vocab is below
-    257. Sennrich et al. 2016, algorithm 1.
+    The entries are the 256 bytes, <|endoftext|>, and what the merges make. There are fewer than
+    n_vocab if the text runs out of pairs. Each merge joins the pair of neighbours that is most
+    frequent at that point. If several pairs are equally frequent, the one with the greater bytes is
+    joined. Nothing is merged across the pieces that encode() cuts, across texts, or with
+    <|endoftext|>, which separates documents.
 
-    In "low lower lowest", (l, o) and (o, w) occur three times each, and o is the greater byte: "ow"
-    is the first merge, "low" the second. Then (" ", low) and (low, e) occur twice each.
+    Memory grows with the number of different pieces, not with the text. Time grows with the length
+    of the pieces, so a text without white space or punctuation is slow. Raises ValueError if
+    n_vocab is below 257. Sennrich et al. 2016, algorithm 1.
+
+    In "low lower lowest", (l, o) and (o, w) occur three times each. o is the greater byte, so "ow"
+    is the first merge. "low" is the second. Then (" ", low) and (low, e) occur twice each.
 
     >>> train("low lower lowest", 260).merges
     [('o', 'w'), ('l', 'ow'), ('low', 'e')]
@@ -369,7 +384,7 @@ def train(texts, n_vocab):
 
 
 def count_pieces(texts):  # -> {piece: how often it occurs}
-    """Count the words, then cut each different word into its pieces once."""
+    """Counts the words first, and cuts each different word into pieces only once."""
     words = Counter()
     pieces = Counter()
     for text in texts:
@@ -382,11 +397,11 @@ def count_pieces(texts):  # -> {piece: how often it occurs}
 
 
 def learn_merges(pieces, n_merges):  # {piece: count} -> [(left, right), ...], printable
-    """Learn n_merges merges, or as many as it takes to make every piece a single symbol.
+    """Learns n_merges merges, or as many as it takes to make every piece a single symbol.
 
-    A merge changes only the pieces that contain its pair. `pieces_with` finds them, so that nothing
-    else is counted again, and a heap finds the most frequent pair. The heap's entries go out of
-    date as counts fall: each is checked when it is popped, and pushed back with the right count.
+    A merge changes only the pieces that contain its pair. `pieces_with` finds them, so nothing else
+    is counted again. A heap finds the most frequent pair. Its entries go out of date as counts
+    fall, so each entry is checked when it is popped, and pushed back with the right count.
     """
     splits = [[bytes([byte]) for byte in piece.encode()] for piece in pieces]
     piece_counts = list(pieces.values())
@@ -427,7 +442,7 @@ def spell(symbol):  # bytes -> printable characters
 
 
 def merge_pair(symbols, pair, symbol):
-    """Replace every occurrence of a pair, from the left, by one symbol.
+    """Replaces every occurrence of a pair by one symbol, from left to right.
 
     >>> merge_pair([b"a", b"a", b"a", b"b"], (b"a", b"a"), b"aa")
     [b'aa', b'a', b'b']
@@ -445,10 +460,10 @@ MIRROR = bytes(range(255, -1, -1))  # translates byte b to 255 - b
 
 
 def heap_entry(pair, count):
-    """Return a tuple that sorts first for the most frequent pair; among equals, the greatest bytes.
+    """Returns a tuple that sorts by falling count and, if those are equal, by falling bytes.
 
-    A heap pops its smallest entry, so everything is negated: -count, and 255 - byte. The longer of
-    b"a" and b"ab" is the greater and must come first, so each key ends with a character that is
+    A heap pops its smallest entry, so everything is negated: -count, and 255 - byte. Of b"a" and
+    b"ab", the longer is the greater and must come first, so each key ends with a character that is
     larger than any byte.
     """
     left, right = [half.translate(MIRROR).decode("latin-1") + "\u0100" for half in pair]
@@ -456,7 +471,7 @@ def heap_entry(pair, count):
 
 
 def number_pieces(merges):
-    """Return {piece: id} in GPT-2's order: the bytes, what each merge makes, <|endoftext|>.
+    """Returns {piece: id} in GPT-2's order: the bytes, what each merge makes, <|endoftext|>.
 
     >>> list(number_pieces([("l", "o"), ("lo", "w")]).items())[-3:]
     [('lo', 256), ('low', 257), ('<|endoftext|>', 258)]
@@ -467,7 +482,7 @@ def number_pieces(merges):
 
 
 def rank_merges(merges, vocab):
-    """Return the merges as ids: {(left id, right id): rank}, and the id that each rank makes.
+    """Returns the merges as ids, {(left id, right id): rank}, and the id that each rank makes.
 
     Raises ValueError for a merge of pieces that are not in the vocabulary.
     """
@@ -484,9 +499,10 @@ def rank_merges(merges, vocab):
 
 
 def mend_surrogates(text):
-    """Join surrogates that form a pair; replace lone ones with U+FFFD, as tiktoken does.
+    """Joins surrogates that form a pair, and replaces lone ones with U+FFFD, like tiktoken.
 
-    Such halves of characters come from UTF-16 and from file names that are not UTF-8.
+    Surrogates are halves of characters. They come from UTF-16, and from file names that are not
+    UTF-8.
 
     >>> mend_surrogates("\\ud83d\\ude00 \\ud83d")
     '😀 �'
@@ -497,13 +513,13 @@ def mend_surrogates(text):
 
 
 def get_encoder(model_name, models_dir):
-    """Read the Encoder of the folder models_dir/model_name, in OpenAI's or Hugging Face's layout.
+    """Reads the Encoder of the folder models_dir/model_name, in OpenAI's or Hugging Face's layout.
 
-    Raises FileNotFoundError if the folder has neither, and ValueError, which names the file, if one
-    is malformed. The files are read by model_files/tokenizer.py.
+    Raises FileNotFoundError if the folder has neither layout, and ValueError, which names the file,
+    if a file is malformed. model_files/tokenizer.py reads the files.
     """
     tokenizer = read_tokenizer(Path(models_dir, model_name))
-    with naming(tokenizer.merges_file):  # what else is wrong has been found while reading
+    with naming(tokenizer.merges_file):  # errors in the other files were raised while reading
         encoder = Encoder(
             tokenizer.merges,
             tokenizer.vocab,

@@ -1,14 +1,14 @@
-"""How good is a model? Its perplexity on a text, and two tests of understanding.
+"""How good is a model? Measure its perplexity on a text, or its accuracy in tests of understanding.
 
     python evaluate.py perplexity --model_size 124M --data wiki.txt
     python evaluate.py hellaswag --model_size 124M    # which of four endings does a story have?
     python evaluate.py lambada --model_size 124M      # what is the last word of a passage?
     python evaluate.py choose --data quiz.jsonl       # which of your own choices follows a prompt?
 
-All of them ask the model one question: how likely is this token after the tokens before it? `score`
-answers it. The rest decides which tokens to ask about, what the model sees before each, and how the
-answers become one number. evaluation/tasks.py has the items of the last three, and how they are
-marked.
+All of them ask the model the same question: how likely is this token after the tokens before it?
+`score` answers it. The rest decides which tokens to ask about, what the model sees before each of
+them, and how the answers become one number. evaluation/tasks.py reads the items of the last three
+and marks the answers.
 
 The result is one line of JSON. Nothing else is written to standard output.
 """
@@ -36,15 +36,15 @@ from kv_cache import copy_cache, extend, extend_all, new_cache, next_logits
 from plumbing.cli import run_cli
 from utils import load_encoder_hparams_and_params
 
-LOGITS_ROWS = 64  # positions whose logits are in memory at the same time: 13 MB with 50257 ids
-CACHED_TOKENS = 2048  # in all caches of a group, unless one item needs more: 144 MiB for 124M
+LOGITS_ROWS = 64  # positions whose logits are in memory at the same time: 13 MB for 50257 ids
+CACHED_TOKENS = 2048  # in all caches of a group, 144 MiB for 124M, unless one item needs more
 
 
 def score(x, targets, params):  # [n, n_embd], [n] -> [n] float32, [n] bool
-    """Return each target's log-probability after a hidden state, and whether it is the likeliest.
+    """Returns each target's log-probability after a hidden state, and whether it is the likeliest.
 
-    The largest logit is subtracted first, so that exp cannot overflow. Raises ValueError if a
-    result is not finite: otherwise NaN would silently count as wrong everywhere.
+    The largest logit is subtracted first, so exp cannot overflow. Raises ValueError if a result is
+    not finite, because NaN would silently count as a wrong answer.
     """
     scores = []
     for start in range(0, len(x), LOGITS_ROWS):
@@ -63,13 +63,13 @@ def score_logits(logits, targets, rows):  # [n, n_vocab], [n], a slice -> the ro
     targets = targets[rows]
     positions = np.arange(len(logits))
     best = logits.argmax(-1)
-    logits -= logits[positions, best, None]  # in place: nothing else uses them
+    logits -= logits[positions, best, None]  # in place, since nothing else uses them
     target_logits = logits[positions, targets]
     return target_logits - np.log(np.exp(logits, out=logits).sum(-1)), best == targets
 
 
 def score_row(row, params, n_head):  # -> log_probs, hits
-    """Score the last n_scored ids of a row (ids, n_scored), which has at most n_ctx + 1 ids."""
+    """Scores the last n_scored ids of a row (ids, n_scored), which has at most n_ctx + 1 ids."""
     ids, n_scored = row
     cache = new_cache(params, n_head, capacity=len(ids) - 1)
     x = extend_all([cache], [ids[:-1]], params, n_head)[-n_scored:]
@@ -80,13 +80,13 @@ def score_row(row, params, n_head):  # -> log_probs, hits
 
 
 def load_ids(data, encoder):  # the --data flag -> ids [1 + n_tokens], n_bytes, n_words
-    """Return a text file's ids, and how many bytes and words all ids but the first stand for.
+    """Returns a text file's ids, and how many bytes and words all ids but the first stand for.
 
-    The first id is <|endoftext|>, so that the model predicts all of the text, or the text's first
-    token if the tokenizer has no <|endoftext|>. corpus/texts.py reads the documents: between them
-    <|endoftext|> is predicted as well, but has no bytes. Bytes that are not UTF-8 are read as
-    U+FFFD; words are separated by white space. load_shards reads a folder. Raises ValueError if
-    there is nothing to predict.
+    The first id is <|endoftext|>, so the model predicts all of the text. If the tokenizer has no
+    <|endoftext|>, the first id is the text's first token. corpus/texts.py reads the documents. The
+    <|endoftext|> between them is also predicted, but has no bytes. Bytes that are not UTF-8 are
+    read as U+FFFD, and words are separated by white space. If data is a folder, load_shards reads
+    it. Raises ValueError if there is nothing to predict.
     """
     if os.path.isdir(data):
         return load_shards(data, encoder)
@@ -97,26 +97,30 @@ def load_ids(data, encoder):  # the --data flag -> ids [1 + n_tokens], n_bytes, 
         ids = np.concatenate([[encoder.endoftext], ids])
     elif len(ids):
         first = encoder.piece_of_id[int(ids[0])]
-        predicted[0] = predicted[0][len(first) :]  # a piece has a character for every byte
+        predicted[0] = predicted[0][len(first) :]  # a piece has one character per byte
     if len(ids) < 2:
-        raise ValueError(f"{data}: an empty text, or one too short to predict any of it")
+        raise ValueError(f"{data} is empty, or too short to predict any of it; name a longer text")
     n_words = sum(len(document.decode(errors="replace").split()) for document in predicted)
     return ids, sum(map(len, predicted)), n_words
 
 
 def load_shards(folder, encoder):  # -> the same as load_ids
-    """Read the validation split of a folder of token shards, in which <|endoftext|> has no bytes.
+    """Reads the validation split of a folder of token shards, in which <|endoftext|> has no bytes.
 
-    Raises ValueError if the shards are empty, or were made with another tokenizer than the model's.
-    nanoGPT's and llm.c's shards do not name a tokenizer: they can have any ids that the model has.
+    Raises ValueError if the shards are empty, or were made with a tokenizer other than the model's.
+    The shards of nanoGPT and llm.c do not name a tokenizer, so any ids that the model has will do.
     """
     shards, shards_encoder = open_shards(folder)
     if not count_ids(shards["val"]):
-        raise ValueError(f"{folder}: no validation shards")
+        raise ValueError(
+            f"{folder} has no validation shards; run prepare.py with a larger --val_fraction"
+        )
     if shards_encoder and (
         (shards_encoder.vocab, shards_encoder.merges) != (encoder.vocab, encoder.merges)
     ):
-        raise ValueError(f"{folder}: its tokenizer is not the model's")
+        raise ValueError(
+            f"{folder} was made with another tokenizer; run prepare.py with --tokenizer MODEL"
+        )
     check_ids(shards["val"], encoder.n_vocab)
     ids = np.concatenate(shards["val"])
     if encoder.endoftext not in (None, ids[0]):
@@ -128,15 +132,16 @@ def load_shards(folder, encoder):  # -> the same as load_ids
     n_of_id = np.bincount(ids[1:][ids[1:] != encoder.endoftext], minlength=len(sizes))
     n_bytes = int(n_of_id @ sizes)
     if not n_bytes:
-        raise ValueError(f"{folder}: no text to predict in its validation shards")
+        raise ValueError(f"{folder}: the validation shards hold no text to predict")
     return ids, n_bytes, n_words
 
 
 def windows(n_tokens, n_ctx, stride):  # yields (start, stop, n_scored)
-    """Cut a text: ids[start:stop] predict ids[start + 1 : stop + 1], of which n_scored count.
+    """Cuts a text into windows: ids[start:stop] predict ids[start + 1 : stop + 1].
 
-    All windows are full. In the first, all targets count; each further window starts `stride`
-    later, and only its new targets count. The last one is moved back so that it ends with the text.
+    Of these targets, the last n_scored count. All windows are full. In the first, every target
+    counts. Each further window starts `stride` later, and only its new targets count. The last
+    window is moved back, to end with the text.
 
     >>> list(windows(n_tokens=11, n_ctx=4, stride=3))
     [(0, 4, 4), (3, 7, 3), (6, 10, 3), (7, 11, 1)]
@@ -150,16 +155,18 @@ def windows(n_tokens, n_ctx, stride):  # yields (start, stop, n_scored)
 
 
 def perplexity(ids, n_bytes, n_words, params, n_head, stride=None, score_rows=None):  # -> dict
-    """Return the mean of -log p(token) over load_ids' text, and the perplexity: e to that power.
+    """Returns the mean of -log p(token) over load_ids' text, and the perplexity, e to that power.
 
-    Every token but the first counts once. After the first window a token is predicted from at least
-    n_ctx - stride + 1 tokens and at most n_ctx; so a smaller stride gives a lower figure, at the
-    price of more windows. The default, n_ctx, cuts as EleutherAI's harness does for its rolling
-    log-likelihoods. Tokenizers cut texts differently: compare models with different tokenizers by
-    the byte or by the word. None stands for a perplexity that is too large for a float.
+    Every token but the first counts once. After the first window, each token is predicted from at
+    least n_ctx - stride + 1 tokens and at most n_ctx. So a smaller stride gives a lower perplexity,
+    but takes more windows. The default, n_ctx, is what EleutherAI's harness uses for its rolling
+    log-likelihoods. Tokenizers cut texts differently, so compare models with different tokenizers
+    per byte or per word. A perplexity that is too large for a float is returned as None.
 
-    score_rows: a function of a list of score_row's rows -> each row's (log_probs, hits); by default
-    in NumPy. Raises ValueError if stride is not from 1 to n_ctx.
+    score_rows: a function that takes a list of score_row's rows and returns each row's (log_probs,
+        hits), by default with NumPy.
+
+    Raises ValueError if stride is not from 1 to n_ctx.
     """
     n_tokens, n_ctx = len(ids) - 1, len(params["wpe"])
     stride = n_ctx if stride is None else stride
@@ -189,7 +196,7 @@ def perplexity(ids, n_bytes, n_words, params, n_head, stride=None, score_rows=No
 
 
 def exp(x):
-    """Return e to the power of x, or None if that is too large: JSON has no infinity."""
+    """Returns e to the power of x, or None if that is too large, since JSON has no infinity."""
     try:
         return math.exp(x)
     except OverflowError:
@@ -200,7 +207,7 @@ def exp(x):
 
 
 def group_items(items):  # [Item] -> yields lists of neighbours
-    """Groups as large as CACHED_TOKENS allows: the more tokens in a pass, the less each costs."""
+    """Makes groups as large as CACHED_TOKENS allows, because a token costs less in a large pass."""
     group, n_tokens = [], 0
     for item in items:
         n_item = item.n_seq * (1 + len(item.endings))  # a cache for the context, and its copies
@@ -213,10 +220,11 @@ def group_items(items):  # [Item] -> yields lists of neighbours
 
 
 def score_items(items, params, n_head):  # [Item] -> for each: (log_probs, hits) of each ending
-    """Two passes: the contexts, then all endings, each with its own copy of its context's cache.
+    """Makes two passes: the contexts, then all endings, each with a copy of its context's cache.
 
-    A context's last token runs with each of its endings instead, and an ending's last token does
-    not run at all. So each token of the second pass predicts one that counts.
+    The last token of a context runs in the second pass, with each of its endings, and the last
+    token of an ending does not run at all. So each token of the second pass predicts one that
+    counts.
     """
     caches = [new_cache(params, n_head, capacity=item.n_seq) for item in items]
     prompts = [(cache, item.context[:-1]) for cache, item in zip(caches, items, strict=True)]
@@ -244,11 +252,11 @@ def score_all(items, params, n_head):  # yields each item and its scores
 
 
 def check_flags(task, data, stride):
-    """Raises ValueError or FileNotFoundError, one clear line, before a model is looked for."""
+    """Raises ValueError or FileNotFoundError, in one clear line, before a model is looked for."""
     if task not in ("perplexity", *TASKS):
-        raise ValueError(f"no task {task!r}: there are perplexity, {', '.join(TASKS)}")
+        raise ValueError(f"no task {task!r}: choose one of perplexity, {', '.join(TASKS)}")
     if stride is not None and task != "perplexity":
-        raise ValueError(f"stride is for perplexity; {task} has none")
+        raise ValueError(f"{task} has no stride: --stride is only for perplexity")
     if stride is not None and stride < 1:
         raise ValueError(f"stride must be 1 or more, not {stride}")
     if data is None and task == "perplexity":
@@ -262,9 +270,10 @@ def check_flags(task, data, stride):
 
 
 def choose_backend(backend):  # the --backend flag -> "numpy" or "jax"
-    """By default jax if it finds an accelerator, else numpy. ValueError for another name.
+    """Returns jax by default if it finds an accelerator, otherwise numpy.
 
-    This starts JAX, but not if no plugin for an accelerator is installed: that saves a second.
+    Raises ValueError for another name. This starts JAX only if a plugin for an accelerator is
+    installed, which saves a second.
     """
     if backend not in (None, "numpy", "jax"):
         raise ValueError(f"backend must be numpy or jax, not {backend!r}")
@@ -289,17 +298,17 @@ def main(
 
     Args:
         task: perplexity, hellaswag, lambada, or choose.
-        data: for perplexity, a text file, or a folder of token shards, whose validation split is
-            read; for the other tasks a file of JSON lines. hellaswag and lambada download theirs
-            once if there is no --data. For choose, each line has a prompt (a text), choices (a list
-            of texts), and the answer (the number of the right choice, counted from 0).
+        data: for perplexity, a text file or a folder of token shards, whose validation split is
+            read; for the other tasks, a file of JSON lines. Without --data, hellaswag and lambada
+            download theirs once. For choose, each line has a prompt (a text), choices (a list of
+            texts), and the answer (the number of the right choice, counted from 0).
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
-            the Hugging Face Hub. A model that is missing is downloaded once.
+            the Hugging Face Hub. A missing model is downloaded once.
         models_dir: the folder that holds the models.
-        stride: tokens from one window of perplexity to the next, at most the model's n_ctx, which
-            is also the default.
-        backend: numpy, or jax, which uses all devices; jax is the default where it finds a GPU or a
-            TPU, else numpy.
+        stride: tokens from one window of perplexity to the next. The default, and the most, is the
+            model's n_ctx.
+        backend: numpy, or jax, which uses all devices. The default is jax if it finds a GPU or a
+            TPU, otherwise numpy.
     """
     check_flags(task, data, stride)
     backend = choose_backend(backend)

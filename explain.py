@@ -1,23 +1,23 @@
-"""Opens GPT-2 up: one HTML page that shows what the model did with a text.
+"""Opens up GPT-2: writes an HTML page that shows what the model did with a text.
 
     python explain.py "Alan Turing theorized that computers would one day become"
     python explain.py "To be, or not to be" --run models/mine    # how a model of your own learned
 
-The forward pass is gpt2.py's own, run once, unchanged. How it becomes a page, in reading order:
+gpt2.py's own forward pass runs once, unchanged. These files turn it into a page, in reading order:
 
     pages/recording.py     `watch` notes the arguments and the result of every call of gpt2.py's
-                           functions; from these calls `record` picks the arrays of interest:
-                           the attention weights, the stream after each block, the logits
-    pages/predictions.py   what the logits say: the likeliest tokens, and how surprising each was
-    pages/explanation.py   `explain`, which does all of it: it records, then rounds and packs
+                           functions. From these calls, `record` picks the attention weights, the
+                           stream after each block, and the logits.
+    pages/predictions.py   reads the logits: the likeliest tokens, and how surprising each one was
+    pages/explanation.py   `explain` does the whole job: it records, rounds and packs the arrays
     pages/explain.html     draws the data in any browser, without a network
 
-With --run, pages/learning.py does the same with every snapshot that a training run has kept, and
-pages/learning.html draws it with a slider over the steps.
+With --run, pages/learning.py does the same with every snapshot of a training run, and
+pages/learning.html draws them with a slider over the steps.
 
-What the page calls the logit lens is nostalgebraist's "interpreting GPT: the logit lens" (2020):
-the stream after each block, read as if it were the last. serve.py sends the same page (/explain),
-on which heads can be switched off.
+The logit lens reads the stream after each block as if it were the last (nostalgebraist,
+"interpreting GPT: the logit lens", 2020). serve.py serves the same page at /explain, where heads
+can also be switched off.
 """
 
 import os
@@ -43,18 +43,18 @@ def main(
     """Write an HTML page that shows what GPT-2 did with a text. Open it in any browser.
 
     Args:
-        text: what the model reads, at most 256 tokens.
+        text: the text for the model to read, at most 256 tokens.
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
-            the Hugging Face Hub. A model that is missing is downloaded once.
+            the Hugging Face Hub. A missing model is downloaded once.
         models_dir: the folder that holds the models.
-        out: the file to write, explain.html or, with run, learning.html by default; an earlier
-            page of this script is replaced.
-        run: show how a model learned, in place of model_size: the folder of a training run with
-            --snapshots. Then the text may have 128 tokens.
-        overwrite: also replace a file that is not such a page.
+        out: the file to write. The default is explain.html or, with run, learning.html. A page that
+            this script wrote earlier is replaced.
+        run: the folder of a training run with --snapshots. The page then shows how that model
+            learned, model_size is ignored, and the text may have at most 128 tokens.
+        overwrite: also replace a file that is not a page of this script.
     """
     out = out or ("explain.html" if run is None else "learning.html")
-    path = Path(os.path.realpath(out))  # if --out is a link, the file it points to is written
+    path = Path(os.path.realpath(out))  # if --out is a link, write the file that it points to
     check_out(out, path, overwrite)  # before any download
     if run is None:
         n_tokens, html = explain_model(text, model_size, models_dir)
@@ -62,7 +62,7 @@ def main(
         n_tokens, html = explain_run(text, run, models_dir)
     try:
         write_whole(path, html)
-    except OSError as error:  # its own text would name a temporary file
+    except OSError as error:  # its own text names a temporary file
         raise OSError(f"cannot write {path}: {error.strerror}") from None
     size = path.stat().st_size / 1e6
     print(f"{path}: {count(n_tokens, 'token')}, {size:.1f} MB. Open it in a browser.")
@@ -78,7 +78,7 @@ def explain_model(text, model_size, models_dir):  # -> the number of tokens, the
 
 
 def explain_run(text, run, models_dir):  # -> the number of tokens, the page's text
-    """Raises ValueError or OSError if the folder has no run, or its run has no snapshots."""
+    """Raises ValueError or OSError if the folder holds no run, or the run has no snapshots."""
     from kv_cache import generate
     from pages.learning import Run, learning
     from training.checkpoints import find_out
@@ -88,11 +88,11 @@ def explain_run(text, run, models_dir):  # -> the number of tokens, the page's t
 
     folder = find_out(run, models_dir)
     if not os.path.isdir(folder):
-        raise ValueError(f"--run {run}: there is no such folder: name the --out of a training run")
+        raise ValueError(f"--run {run}: no such folder; name the --out folder of a training run")
     paths = find_snapshots(folder)
     if len(paths) < 2:
         raise ValueError(
-            f"--run {run}: has {count(len(paths), 'snapshot')}, and the page needs 2: train with "
+            f"--run {run}: has {count(len(paths), 'snapshot')}, but the page needs 2; train with "
             f"--snapshots, as in python train_jax.py --snapshots 60 --overwrite --out {folder}"
         )
     encoder, hparams, _ = load_encoder_hparams_and_params(folder, models_dir)
@@ -111,7 +111,7 @@ def check_out(out, path, overwrite=False):
     if path.is_file():
         if overwrite or is_page(path):
             return
-        raise ValueError(f"--out {out}: is not a page of explain.py; --overwrite replaces it")
+        raise ValueError(f"--out {out} is not a page of explain.py; add --overwrite to replace it")
     if path.is_dir():
         problem = "is a folder"
     elif path.exists():
@@ -120,7 +120,7 @@ def check_out(out, path, overwrite=False):
         problem = f"there is no folder {path.parent}"
     else:
         return
-    raise ValueError(f"--out {out}: {problem}; expected a file's name, such as explain.html")
+    raise ValueError(f"--out {out}: {problem}; name a file, such as explain.html")
 
 
 if __name__ == "__main__":

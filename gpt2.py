@@ -217,7 +217,7 @@ def hidden_state(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..
     `inputs` are token ids below n_vocab: an array or, with NumPy, a list. Token i stands at
     position i, row i of wpe. To start at position p, as a cache does, pass wpe[p:].
 
-    Raises ValueError for more than n_ctx tokens: wpe has no row for them.
+    Raises ValueError for more than n_ctx tokens, because wpe has no rows for them.
     """
     x = wte[inputs]  # what each token is ...
     n_seq, n_ctx = x.shape[-2], wpe.shape[-2]
@@ -232,10 +232,10 @@ def hidden_state(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):  # [..., n_seq] -> [..., n_seq, n_vocab]
     """The logits of the token after every position, float32 if the parameters are.
 
-    The token embedding wte serves twice: in hidden_state it turns ids into vectors, here vectors
-    into a score for every id. That is sensible because both directions need the same knowledge,
-    which tokens are alike: what is learned about a token as an answer also helps where it is read.
-    A second matrix would make 124M nearly a third larger (Press & Wolf 2017, arXiv:1608.05859).
+    The token embedding wte is used twice: in hidden_state it turns ids into vectors, and here it
+    turns vectors into a score for every id. Both directions need to know which tokens are alike, so
+    what is learned about a token when it is predicted also helps when it is read. A second matrix
+    would make 124M nearly a third larger (Press & Wolf 2017, arXiv:1608.05859).
     """
     return hidden_state(inputs, wte, wpe, blocks, ln_f, n_head) @ wte.T
 
@@ -257,7 +257,7 @@ def probabilities(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):  # [n_voc
 
     They apply in this order. A token that ties with the last one kept is also kept. A sum that is
     below p only by rounding counts as p: of 0.5, 0.3 and 0.2, top_p 0.8 keeps two, although 0.5 +
-    0.3 may come out as 0.7999999999999999. All is float64, so that 50257 small numbers add up to 1.
+    0.3 may come out as 0.7999999999999999. float64 makes 50257 small numbers add up to 1.
     """
     logits = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature sends all others to -inf, as it should
@@ -294,10 +294,10 @@ def penalize_repetition(logits, ids, penalty):  # [n_vocab], the text so far -> 
 def sample(
     logits, rng, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, ids=()
 ):  # [n_vocab] -> one token id
-    """The likeliest token at temperature 0 (the first if tied), otherwise a random one, by rng.
+    """Returns the likeliest token at temperature 0 (the first if tied), otherwise one drawn by rng.
 
-    repetition_penalty comes first, and acts on the text so far, ids. Raises ValueError if the
-    largest logit is not finite, as with damaged weights.
+    repetition_penalty comes first, and acts on the tokens of the text so far, ids. Raises
+    ValueError if the largest logit is not finite, as with damaged weights.
     """
     best = int(logits.argmax())  # if there are NaNs, argmax finds the first
     if not math.isfinite(logits[best]):
@@ -336,7 +336,7 @@ def generate_stream(
     endoftext: an id, or several of which any ends the text.
     slide: let the text outgrow n_ctx; then the model sees only its end.
 
-    The first next() raises ValueError for what check_sampling and check_length refuse.
+    The first next() raises ValueError if check_sampling or check_length rejects an argument.
     """
     n_ctx = len(params["wpe"])
     check_sampling(n_tokens_to_generate, seed=seed, **sampling)
@@ -356,7 +356,7 @@ def generate_stream(
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, **options):
-    """list of ids -> list of the new ids. `options` as in generate_stream; greedy by default."""
+    """Returns the list of new ids. `options` are those of generate_stream; greedy by default."""
     return list(generate_stream(inputs, params, n_head, n_tokens_to_generate, **options))
 
 
@@ -366,7 +366,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 
 
 def end_ids_of(endoftext):  # an id, several, or None -> a collection of ids
-    """Return the ids that end a text: some models have more than one."""
+    """Returns the ids that end a text, since some models have more than one."""
     if endoftext is None:
         return ()
     return (endoftext,) if isinstance(endoftext, int | np.integer) else tuple(endoftext)
@@ -376,7 +376,7 @@ def check_sampling(
     n_tokens_to_generate, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
     seed=None,
 ):  # fmt: skip
-    """Raises ValueError, one clear line, for settings that make no sense for any model."""
+    """Raises ValueError, in one clear line, for settings that make no sense for any model."""
     if n_tokens_to_generate < 0:
         raise ValueError(f"n_tokens_to_generate must be 0 or more, not {n_tokens_to_generate}")
     if not 0 <= temperature < math.inf:
@@ -396,7 +396,7 @@ def check_sampling(
 
 
 def check_length(n_prompt, n_tokens_to_generate, n_ctx):
-    """Raises ValueError, one clear line, for an empty prompt or a text that would not fit."""
+    """Raises ValueError, in one clear line, for an empty prompt or a text that would not fit."""
     if n_prompt == 0:
         raise ValueError("the prompt has no tokens, and there is no <|endoftext|> to start from")
     n_seq = n_prompt + n_tokens_to_generate
@@ -432,17 +432,17 @@ def main(
             the Hugging Face Hub. A missing model is downloaded once.
         models_dir: the folder that holds the models.
         temperature: 0 always takes the likeliest token; around 0.8 writes livelier text. (A
-            server's requests have 1 by default, and its page begins at 0.8.)
-        top_k: draw from the k likeliest tokens only; 0 for all.
+            server's requests default to 1, and its page starts at 0.8.)
+        top_k: draw only from the k likeliest tokens; 0 for all.
         top_p: draw from the likeliest tokens that together reach this probability; 1 for all.
-        min_p: draw from the tokens that have at least this share of the likeliest one's
+        min_p: draw from the tokens that have at least this share of the likeliest token's
             probability; 0 for all.
-        repetition_penalty: above 1, tokens that the text already has become less likely; 1.2 ends
-            the loops that greedy texts fall into.
+        repetition_penalty: above 1, tokens that are already in the text become less likely; 1.2
+            ends the loops that greedy texts fall into.
         seed: the same seed draws the same text again.
-        slide: continue beyond the model's n_ctx, forgetting the beginning of the text.
-        prompt_file: continue this file, as a whole and without its last line's end; - is standard
-            input.
+        slide: continue beyond the model's n_ctx and forget the beginning of the text.
+        prompt_file: a file whose whole text is the prompt, without the newline at its end; - reads
+            it from standard input.
     """
     from generation.terminal import find_prompt
     from plumbing.cli import notice

@@ -1,23 +1,25 @@
-"""Generation with a key-value cache: every token goes through the model once.
+"""Generation with a key-value cache: every token goes through the model only once.
 
     python kv_cache.py "Alan Turing theorized" --n_tokens_to_generate 40
 
-gpt2.py writes each new token by running the whole text again. Nearly all of that repeats the step
-before: attention only looks back, so appending a token changes nothing that was computed for the
-earlier ones. The new token needs only their keys and values, in every layer. If we keep these, a
-step runs one token: the matrices multiply 1 row instead of n_seq.
+gpt2.py generates each new token by running the whole text again. Nearly all of that work repeats
+the previous step. Attention only looks back, so a new token changes nothing that was computed for
+the earlier ones. All it needs from them is their keys and values, in every layer. If we keep these,
+a step runs a single token, and the matrices multiply 1 row instead of n_seq.
 
-The cache holds 2 (a key and a value) * n_layer * n_embd numbers per token. In float32, for GPT-2
-124M: 2 * 12 * 768 * 4 bytes = 72 KiB per token, 72 MiB for a full context of 1024, beside 475 MiB
-of weights. The room doubles as a text grows, so that short texts do not pay for long ones.
+The cache holds 2 * n_layer * n_embd numbers per token: a key and a value in every layer. For GPT-2
+124M in float32, that is 2 * 12 * 768 * 4 bytes = 72 KiB per token, or 72 MiB for a full context of
+1024 tokens. The weights take 475 MiB. The capacity doubles as a text grows, so short texts don't
+pay for long ones.
 
-Many texts at once. A step reads all the weights, whether it writes one token or eight, and reading
-them is most of its time; so several texts ("rows") take their steps together. Their lengths differ,
-and there is no padding: the new tokens of all rows stand one after the other in one flat sequence,
-and `gpt2.hidden_state` sees nothing else. Embeddings, layer norms and matrices treat each token by
-itself; its position comes from its own row's length; and attention, the one part in which tokens
-meet, is passed in from here: it cuts the sequence into rows and gives each its own cache. So the
-same function reads prompts ("prefill", many new tokens a row) and writes (one new token a row).
+Many texts at once. A step reads all the weights, whether it generates one token or eight, and most
+of its time goes into reading them. So several texts ("rows") take their steps together. Their
+lengths differ, but there is no padding. The new tokens of all rows stand one after the other in one
+flat sequence, and that is all that `gpt2.hidden_state` sees. Embeddings, layer norms and matrices
+treat each token by itself, and its position comes from the length of its own row. Only in attention
+do tokens meet, so this file passes in its own `attend`, which cuts the sequence into rows and gives
+each row its own cache. That way the same function reads prompts ("prefill", with many new tokens
+per row) and generates (with one new token per row).
 """
 
 import math
@@ -47,11 +49,11 @@ from gpt2 import (
 )
 from plumbing.memory import n_that_fit
 
-CHUNK = 512  # tokens that a pass runs at most, which bounds its scratch memory
+CHUNK = 512  # the most tokens in one pass, which limits its scratch memory
 FIRST_CAPACITY = 32  # tokens that a new cache has room for
-MAX_ROWS = 64  # in a batch, unless the caller says how many
-LOOKUP = 4  # guesses a pass, by default where rows are written one at a time
-N_TOKENS = 40  # that the command line adds to a text at most, by default
+MAX_ROWS = 64  # the most rows in a batch, unless the caller sets batch_size
+LOOKUP = 4  # guesses per pass, by default, if rows are generated one at a time
+N_TOKENS = 40  # the most tokens that the command line adds to a text by default
 
 # --------------------------------------------------------------------------------------------------
 # The idea: keep the keys and values, attend to all of them, and shift the positions
@@ -59,9 +61,9 @@ N_TOKENS = 40  # that the command line adds to a text at most, by default
 
 
 def one_text(params, n_head):  # -> a function that takes the next ids, [n], and returns [n, n_embd]
-    """The idea in its simplest form. All code below does the same, faster and for many texts.
+    """The idea in its simplest form. The rest of the file does the same, faster and for many texts.
 
-    Only a test calls this: it compares the two.
+    Only a test calls this, to compare the two.
     """
     cache = {}  # {layer: (keys, values)}
     n_seq = 0  # tokens in it
@@ -100,7 +102,7 @@ class Cache:
     def make_room(self, n_seq, n_ctx):
         """Doubles the capacity, up to n_ctx, until n_seq tokens fit.
 
-        Raises ValueError if they never do.
+        Raises ValueError if n_seq is above n_ctx.
         """
         if n_seq > n_ctx:
             raise ValueError(f"{n_seq} tokens, but this model has only {n_ctx} positions (n_ctx)")
@@ -113,7 +115,7 @@ class Cache:
     def append(self, layer, heads, k, v):  # two of [n_heads, n_new, d_head] -> [.., n_seq, ..]
         """Adds the new tokens' keys and values, which must fit. Returns all keys and all values.
 
-        n_seq stays as it is: the tokens are in the cache once all layers have theirs.
+        It does not change n_seq. The caller does, once every layer has its keys and values.
         """
         start = self.n_seq
         stop = start + k.shape[-2]
@@ -124,7 +126,7 @@ class Cache:
 
 
 def new_cache(params, n_head, capacity=FIRST_CAPACITY):
-    """An empty cache, with room for `capacity` tokens until it grows."""
+    """Returns an empty cache with room for `capacity` tokens. It grows when it is full."""
     n_ctx, n_embd = params["wpe"].shape
     capacity = max(1, min(capacity, n_ctx))
     shape = (len(params["blocks"]), 2, n_head, capacity, n_embd // n_head)
@@ -132,7 +134,7 @@ def new_cache(params, n_head, capacity=FIRST_CAPACITY):
 
 
 def copy_cache(cache, n_seq=None):
-    """A copy of the cache, or of its first n_seq tokens, from which a second row can continue."""
+    """Returns a copy of the cache, or of its first n_seq tokens, for another row to continue."""
     if n_seq is None:
         return Cache(cache.kv.copy(), cache.n_seq)
     return Cache(cache.kv[..., :n_seq, :].copy(), n_seq)
@@ -145,13 +147,13 @@ def grown(capacity, n_seq, n_ctx):  # -> the capacity that makes room for n_seq 
 
 
 def extend(caches, new_ids, params, n_head):  # n_rows caches and id lists -> [n_rows, n_embd]
-    """As extend_all, but returns only the hidden state of each row's last token."""
+    """The same as extend_all, but returns only the hidden state of each row's last token."""
     x = extend_all(caches, new_ids, params, n_head)
     return x[np.cumsum([len(ids) for ids in new_ids]) - 1]
 
 
 def extend_all(caches, new_ids, params, n_head):  # caches and id lists -> [n_tokens, n_embd]
-    """Runs each row's new ids, one or more, and adds their keys and values to its cache, in place.
+    """Runs each row's new ids, one or more, and adds their keys and values to the row's cache.
 
     Returns the hidden states of all new tokens, row after row. Raises ValueError if a row has no
     new id or outgrows n_ctx, or if two rows have the same cache (see copy_cache).
@@ -170,7 +172,7 @@ def extend_all(caches, new_ids, params, n_head):  # caches and id lists -> [n_to
     spans = [slice(end - len(ids), end) for end, ids in zip(ends, new_ids, strict=True)]
 
     def attend(layer, head_groups, q, k, v, out):  # [n_head, n_tokens, d_head] each
-        work = []  # a group: some heads of a row, or all
+        work = []  # one item per group, which is some heads of a row, or all of them
         for row, heads in head_groups:
             new = heads, spans[row]
             keys, values = caches[row].append(layer, heads, k[new], v[new])
@@ -185,19 +187,19 @@ def extend_all(caches, new_ids, params, n_head):  # caches and id lists -> [n_to
 
     x = slices.run(tokens, positions, params, n_head, len(caches), attend)
     for cache, stop in zip(caches, stops, strict=True):
-        cache.n_seq = stop  # only now: a pass that was interrupted leaves the row as it was
+        cache.n_seq = stop  # only now, so an interrupted pass leaves the row as it was
     return x
 
 
 def next_logits(x, params, n_run=1):  # [n_rows, n_embd] -> [n_rows, n_vocab]
-    """The logits of the token after each row's last, in a pass that ran n_run tokens."""
-    # Use as many threads as the pass did, so that no others wake.
+    """Returns the logits of the token after each row's last. The pass ran n_run tokens."""
+    # Use as many threads as the pass did, so no others wake up.
     with products.own_threads(max(len(x), n_run), x.shape[1]):
         return x @ products.wrap(params)["wte"].T
 
 
 def step(caches, tokens, params, n_head):  # n_rows caches and ids -> [n_rows, n_vocab]
-    """Appends one token to each row; returns the logits of the next, float32.
+    """Appends one token to each row, and returns the logits of the next one, in float32.
 
     Raises ValueError if a row is full, or if two rows have the same cache.
     """
@@ -205,9 +207,9 @@ def step(caches, tokens, params, n_head):  # n_rows caches and ids -> [n_rows, n
 
 
 def prefill(cache, ids, params, n_head, chunk=CHUNK):  # one row's prompt -> [n_vocab]
-    """Reads a prompt, `chunk` tokens a pass; returns the logits of the next token, float32.
+    """Reads a prompt, `chunk` tokens per pass. Returns the logits of the next token, in float32.
 
-    Raises ValueError for no ids, or for too many; then the cache is unchanged.
+    Raises ValueError, and leaves the cache unchanged, if there are no ids or too many.
     """
     cache.make_room(cache.n_seq + len(ids), n_ctx=len(params["wpe"]))
     for start in range(0, max(1, len(ids)), chunk):
@@ -216,7 +218,7 @@ def prefill(cache, ids, params, n_head, chunk=CHUNK):  # one row's prompt -> [n_
 
 
 # --------------------------------------------------------------------------------------------------
-# A batch: rows that take their steps together. generation/rows.py explains rows, and who runs first
+# A batch of rows that take their steps together. generation/rows.py explains rows and their order
 # --------------------------------------------------------------------------------------------------
 
 
@@ -227,11 +229,11 @@ class Batch:
         self.params = products.wrap(params)
         self.n_head = n_head
         self.batch_size = batch_size
-        self.chunk = chunk  # tokens that a pass runs at most; batch_size if that is more
+        self.chunk = chunk  # the most tokens in a pass; batch_size if that is more
         self.rows = []
 
     def step(self, waiting, ended=()):  # -> [Event]
-        """Makes a pass. Then rows from the iterator `waiting` join, while there is room.
+        """Makes a pass, and then lets rows from the iterator `waiting` join while there is room.
 
         ended: rows that have ended, whose caches may be copied.
         """
@@ -243,14 +245,14 @@ class Batch:
         return events
 
     def admit(self, row, ended=()):
-        """Adds a row. If another row begins like it, or one that has ended, it copies that part."""
+        """Adds a row. If another row, running or ended, has the same beginning, it copies that."""
         row.find_source([*self.rows, *ended])
         self.rows.append(row)
 
     def advance(self):  # -> [Event]
-        """Makes one pass, of `chunk` tokens at most. Rows that have ended leave.
+        """Makes one pass, of at most `chunk` tokens, and removes the rows that have ended.
 
-        An interrupted pass leaves the rows as they were. The next one runs the same ids again.
+        An interrupted pass leaves the rows as they were. The next pass runs the same ids again.
         """
         for row in self.rows:
             if row.cache is None:
@@ -265,7 +267,7 @@ class Batch:
         for row, ids, end in zip(rows, new_ids, ends, strict=True):
             if row.sampler.needs_states and not row.ids:
                 row.sampler.read_states(x[end - len(ids) : end])
-        # A row needs the logits after its text's last token, and after each guess; none before.
+        # A row needs the logits after the last token of its text, and after each guess.
         counts = [max(0, 1 + row.n_ahead()) for row in rows]
         positions = [i for n, end in zip(counts, ends, strict=True) for i in range(end - n, end)]
         logits = next_logits(x[np.array(positions, int)], self.params, len(x))
@@ -280,14 +282,14 @@ class Batch:
         return events
 
     def begin(self, row):
-        """Gives the row a cache, unless it must wait for another row to read what they share."""
+        """Gives the row a cache, unless another row must first read the part that they share."""
         n = row.n_to_copy()
         if n is not None:
             row.cache = copy_cache(row.source.cache, n) if n else self.new_cache()
             row.source = None
 
     def fit(self, row):
-        """A row that is full slides: it reads the end of its text again, into a new cache."""
+        """Gives a full row a new cache, into which it reads the end of its text again."""
         n_ctx = len(self.params["wpe"])
         room = n_ctx - row.n_read
         if room == 0:
@@ -305,32 +307,32 @@ def generate_stream(
     prompts, params, n_head, n_tokens_to_generate, seed=None, endoftext=None,
     stop=None, n_samples=1, batch_size=None, chunk=CHUNK, lookup=None, slide=False, **sampling,
 ):  # fmt: skip
-    """Yields an Event (row, token, end) for each token that a row writes, and for each end.
+    """Yields an Event (row, token, end) for each token that a row generates, and for each end.
 
-    Row i * n_samples + j is sample j of prompts[i]. Row 0 samples what gpt2.py samples with that
-    seed, every other row by the seed and its own number. A row ends by its "length", by
-    "endoftext", or by "stop", when stop(ids) is true, where ids are all that the row has written.
+    Row i * n_samples + j is sample j of prompts[i]. Row 0 samples the same tokens as gpt2.py with
+    that seed. What any other row samples depends on the seed and the row's number. The end of a row
+    is "length", "endoftext", or "stop" if stop(ids) is true of all ids that the row has generated.
 
     sampling: temperature, top_k, top_p, min_p and repetition_penalty, by name; greedy by default.
-    batch_size: how many rows to write at the same time. By default as many as there are, but at
+    batch_size: how many rows to generate at the same time. By default as many as there are, but at
         most 64, and at most as many as fit, with their caches, into half of the free memory.
-    chunk: how many tokens a pass runs at most.
-    lookup: how many guesses a pass also checks for each row, see generation/lookup.py. The ids are
-        the same, and come sooner where a text repeats itself. (A pass of several tokens adds
-        numbers in another order than a pass of one. If the rounding makes two logits change places,
-        another token wins.) By default 4 where rows are written one at a time, because there the
-        guesses cost next to nothing, and 0 where several are.
+    chunk: the most tokens in a pass.
+    lookup: how many guesses a pass also checks for each row; see generation/lookup.py. The ids are
+        the same, and come sooner if a text repeats itself. (A pass of several tokens adds numbers
+        in a different order than a pass of one. If the rounding makes two logits change places,
+        another token wins.) The default is 4 if rows are generated one at a time, when guesses cost
+        next to nothing, and 0 if several are.
     slide: let texts outgrow n_ctx. A full row reads the last half of its context again, into a new
         cache.
 
-    Memory: batch_size rows have a cache, and so has an ended row while the next one copies it. That
-    is at most (batch_size + 1) * 8 * n_layer * n_embd * n_ctx bytes, half a cache more while one
-    grows, and what a pass of `chunk` tokens needs (or of batch_size tokens, if that is more). The
-    first next() raises ValueError if anything is wrong, and names the prompt.
+    Memory: each of batch_size rows has a cache, and so does an ended row while the next one copies
+    it. That is at most (batch_size + 1) * 8 * n_layer * n_embd * n_ctx bytes. Add half a cache
+    while one grows, and what a pass of `chunk` tokens needs (or batch_size tokens, if that is
+    more). The first next() raises ValueError if anything is wrong, and names the prompt.
     """
     sampling = Sampling(**sampling)
     check_sampling(n_tokens_to_generate, seed=seed, **sampling._asdict())
-    prompts = [list(ids) for ids in prompts]  # copies: the caller may change the lists meanwhile
+    prompts = [list(ids) for ids in prompts]  # copies, since the caller may change the lists
     n_ctx = len(params["wpe"])
     check_counts(lookup, n_samples=n_samples, batch_size=batch_size, chunk=chunk)
     check_prompts(prompts, n_tokens_to_generate, len(params["wte"]), math.inf if slide else n_ctx)
@@ -359,7 +361,7 @@ def generate_stream(
 
 
 def check_prompts(prompts, n_tokens_to_generate, n_vocab, n_ctx):
-    """Raises ValueError, one clear line, for no prompts, or one that does not fit."""
+    """Raises ValueError, in one clear line, if there are no prompts, or if one does not fit."""
     if not prompts:
         raise ValueError("no prompts: at least one is needed")
     for i, prompt in enumerate(prompts, 1):
@@ -372,7 +374,7 @@ def check_prompts(prompts, n_tokens_to_generate, n_vocab, n_ctx):
 
 
 def check_counts(lookup, **counts):
-    """Raises ValueError, one clear line, for a count below 1; None stands for a default."""
+    """Raises ValueError, in one clear line, for a count below 1. None stands for the default."""
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be 1 or more, not {value}")
@@ -381,12 +383,11 @@ def check_counts(lookup, **counts):
 
 
 def default_batch_size(n_rows, n_longest, params):
-    """n_rows, but at most 64, and at most as many as fit, with their caches, into half of the free
-    memory.
+    """Returns n_rows, or less: at most 64, and only as many as fit into half of the free memory.
 
     A step of 32 rows takes far less time than four steps of 8, because the weights are read once.
-    Each row needs a cache for n_longest tokens, at most n_ctx, and half of that again while the
-    cache grows.
+    Each row needs a cache for n_longest tokens (or n_ctx, if that is less), and half of that again
+    while the cache grows.
     """
     n_ctx, n_embd = params["wpe"].shape
     capacity = grown(min(FIRST_CAPACITY, n_ctx), min(n_longest, n_ctx), n_ctx)
@@ -395,7 +396,7 @@ def default_batch_size(n_rows, n_longest, params):
 
 
 def generate(prompts, params, n_head, n_tokens_to_generate, **options):
-    """Ragged lists of ids -> one list of new ids a row; `options` as in generate_stream."""
+    """Returns one list of new ids per row. `options` are those of generate_stream."""
     return ids_of(generate_stream(prompts, params, n_head, n_tokens_to_generate, **options))
 
 
@@ -428,45 +429,47 @@ def main(
     slide: bool = False,
     backend: str = "numpy",
 ):
-    """Continue one prompt, streaming, or many at once, with GPT-2 and a key-value cache.
+    """Continue one prompt or many at once, with GPT-2 and a key-value cache.
+
+    A single text is printed as it is generated.
 
     Args:
         prompts: the texts to continue; an empty one starts from nothing.
         prompts_file: a file with one prompt per line; - reads them from standard input.
-        prompt_file: a file that is one prompt, as a whole and without its last line's end; - is
-            standard input.
-        interactive: continue each line that is typed, until Ctrl-D; Ctrl-C stops a text. This is
-            what happens on a terminal without prompts.
-        n_tokens_to_generate: how many tokens to add to each text at most. By default 40, and in a
-            chat as many as the rest of the context holds.
+        prompt_file: a file whose whole text is one prompt, without the newline at its end; - reads
+            it from standard input.
+        interactive: continue each line you type, until Ctrl-D; Ctrl-C stops a text. This is the
+            default on a terminal if there are no prompts.
+        n_tokens_to_generate: the most tokens to add to each text. The default is 40 or, in a chat,
+            as many as the rest of the context holds.
         n_samples: how many continuations of each prompt; they differ if temperature is above 0.
-        batch_size: how many texts to write at the same time. By default all, but at most 64, and
+        batch_size: how many texts to generate at the same time. By default all, but at most 64, and
             at most as many as fit, with their caches, into half of the free memory.
-        lookup: guess this many tokens at a time from the text so far; the result is the same, and
-            comes sooner where the text repeats itself. By default 4 for a single text, where it
-            costs next to nothing, and 0 (no guesses) for several.
-        stop: end a continuation before this text, in which \\n is a new line, \\t a tab and \\\\ a
-            backslash; may be repeated, for several (the ids of --jsonl keep its tokens).
+        lookup: guess this many tokens at a time from the text so far. The result is the same, and
+            comes sooner if the text repeats itself. The default is 4 for a single text, where
+            guesses cost next to nothing, and 0 (no guesses) for several.
+        stop: end a continuation before this text, in which \\n is a newline, \\t a tab and \\\\ a
+            backslash. Repeat the flag for several texts. (The ids of --jsonl include its tokens.)
         echo: print each prompt before its continuation.
         jsonl: print one JSON object per line (prompt, text, ids, stop, index, sample) instead.
-        chat: hold a conversation; answer each line that is typed, with the earlier ones in mind,
-            until Ctrl-D; Ctrl-C stops an answer. For models that have been finetuned on
+        chat: hold a conversation. Each line you type is answered in the light of the earlier ones,
+            until Ctrl-D; Ctrl-C stops an answer. This needs a model that was finetuned on
             conversations.
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. A missing model is downloaded once.
         models_dir: the folder that holds the models.
         temperature: 0 always takes the likeliest token; around 0.8 writes livelier text. (A
-            server's requests have 1 by default, and its page begins at 0.8.)
-        top_k: draw from the k likeliest tokens only; 0 for all.
+            server's requests default to 1, and its page starts at 0.8.)
+        top_k: draw only from the k likeliest tokens; 0 for all.
         top_p: draw from the likeliest tokens that together reach this probability; 1 for all.
-        min_p: draw from the tokens that have at least this share of the likeliest one's
+        min_p: draw from the tokens that have at least this share of the likeliest token's
             probability; 0 for all.
-        repetition_penalty: above 1, tokens that the text already has become less likely; 1.2 ends
-            the loops that greedy texts fall into.
+        repetition_penalty: above 1, tokens that are already in the text become less likely; 1.2
+            ends the loops that greedy texts fall into.
         seed: the same seed draws the same texts again.
-        slide: continue beyond the model's n_ctx, forgetting the beginning of a text; whenever n_ctx
-            is full, the last half of it is read again.
-        backend: numpy, or jax, which compiles the engine first: for a GPU or a TPU.
+        slide: continue beyond the model's n_ctx and forget the beginning of a text. Whenever n_ctx
+            is full, its last half is read again.
+        backend: numpy, or jax, which compiles the engine first and is meant for a GPU or a TPU.
     """
     from plumbing.cli import notice
     from utils import load_encoder_hparams_and_params

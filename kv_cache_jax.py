@@ -2,16 +2,16 @@
 
     python kv_cache.py "Alan Turing theorized" --backend jax
 
-The same idea and the same forward pass, `gpt2.hidden_state` with an `attend` that keeps the keys
-and values. What differs is the shapes.
+The idea and the forward pass are the same: `gpt2.hidden_state`, with an `attend` that keeps the
+keys and values. Only the shapes differ.
 
-Why static shapes. XLA, JAX's compiler, makes a program for arrays of given shapes, and takes
-seconds to make another. With a cache that grows, the step would be compiled anew for every token.
-So a batch gets all its room at once, rounded up to a power of two, and prompts are padded on the
-right. The padding is never seen: a prompt's tokens only look back, and a step sees only a row's
-true length and writes over the padding. Rows that have ended still run, for nothing, until their
-batch has ended. In return, many steps run in one call: on a GPU, going back to Python after each
-step would take longer than the step.
+Why static shapes? XLA, JAX's compiler, makes a program for arrays of given shapes, and takes
+seconds to make another. If the cache grew, the step would be compiled again for every token. So a
+batch gets all of its capacity at once, rounded up to a power of two, and prompts are padded on the
+right. The padding is never seen, because the tokens of a prompt only look back, and a step sees
+only a row's true length and overwrites the padding. Rows that have ended keep running, for nothing,
+until the whole batch has ended. In return, many steps run in one call. On a GPU, returning to
+Python after each step would take longer than the step.
 """
 
 import functools
@@ -34,15 +34,16 @@ from gpt2 import (
 from plumbing.memory import n_that_fit
 from training.devices import to_host
 
-MAX_ROWS = 64  # in a batch, unless the caller says how many
+MAX_ROWS = 64  # the most rows in a batch, unless the caller sets batch_size
 STEPS_PER_CALL = 32  # Python sees the new tokens only between calls
-STATIC = ("n_head", "n_vocab", "sampling")  # each new value is compiled anew
+STATIC = ("n_head", "n_vocab", "sampling")  # each new value means another compilation
 
 
 def mask(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):  # [..., n_vocab] -> the same
-    """The logits whose softmax is gpt2.probabilities: -inf for a token that must not be drawn.
+    """Returns the logits whose softmax is gpt2.probabilities, with -inf for excluded tokens.
 
-    All in float32, whose rounding is larger: a sum that is below p by less than 1e-6 counts as p.
+    float32 rounds more coarsely than float64, so a sum that is below p by less than 1e-6 counts as
+    p.
     """
     temperature = min(max(temperature, 1e-30), 1e30)  # float32's range
     logits = (logits - logits.max(-1, keepdims=True)) / temperature
@@ -62,10 +63,12 @@ def mask(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):  # [..., n_vocab] 
 
 
 def sample(logits, keys, n_sampled, sampling, seen=None):  # -> [n_rows] ids
-    """gpt2.sample for [n_rows, n_vocab], a key for each row.
+    """gpt2.sample for [n_rows, n_vocab], with a key for each row.
 
-    seen: [n_rows, n_vocab], the tokens that a row's text has, or None without repetition_penalty.
-    -1 where logits are not finite: compiled code cannot raise an error, so add_token does.
+    seen: [n_rows, n_vocab], which tokens a row's text has, or None without repetition_penalty.
+
+    If a row's logits are not finite, its token is -1. Compiled code cannot raise an error, so
+    add_token raises it.
     """
     *settings, penalty = sampling
     is_finite = jnp.isfinite(logits.max(-1))
@@ -86,9 +89,10 @@ def sample(logits, keys, n_sampled, sampling, seen=None):  # -> [n_rows] ids
 
 @functools.partial(jax.jit, static_argnames=("capacity", *STATIC))
 def read_prompts(params, ids, n_seq, seed, rows, n_head, n_vocab, capacity, sampling):
-    """Prompts [n_rows, n_longest] -> a batch. A row's first n_seq [n_rows] ids are tokens.
+    """Turns prompts, [n_rows, n_longest], into a batch.
 
-    The seed and a row's number in rows [n_rows] decide which tokens are sampled for it.
+    n_seq: [n_rows]. The first n_seq ids of a row are tokens, the rest is padding.
+    rows: [n_rows], the rows' numbers. With the seed they decide which tokens are sampled.
     """
     kv, keys = [], jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
 
@@ -111,7 +115,7 @@ def read_prompts(params, ids, n_seq, seed, rows, n_head, n_vocab, capacity, samp
     return batch | {"n_sampled": 1, "seen": seen}
 
 
-def step(params, batch, n_head, n_vocab, sampling):  # -> the batch, each row longer by a token
+def step(params, batch, n_head, n_vocab, sampling):  # -> the batch, each row one token longer
     kv, n_seq = [], batch["n_seq"]
 
     def attend(q, k, v, pair):  # [n_rows, n_head, 1, d_head] each -> the same
@@ -136,9 +140,11 @@ def step(params, batch, n_head, n_vocab, sampling):  # -> the batch, each row lo
 
 @functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="batch")
 def write_steps(params, batch, alive, n, end_ids, n_head, n_vocab, sampling):
-    """n steps, fewer if no row is left alive -> the batch, [STEPS_PER_CALL, n_rows] tokens.
+    """Takes n steps, or fewer if all rows have ended. Returns the batch, and the new tokens.
 
-    alive: [n_rows]; end_ids: [n_end_ids]. Only the first n tokens of a row count, and only those up
+    alive: [n_rows], false for rows that have ended.
+    end_ids: [n_end_ids].
+    The new tokens are [STEPS_PER_CALL, n_rows]. Only the first n of a row count, and only those up
     to one of end_ids.
     """
 
@@ -159,12 +165,16 @@ def generate_stream(
     prompts, params, n_head, n_tokens_to_generate, seed=None, endoftext=None,
     stop=None, n_samples=1, batch_size=None, n_vocab=None, **sampling,
 ):  # fmt: skip
-    """kv_cache.generate_stream, compiled: the same arguments, and the same Events.
+    """kv_cache.generate_stream, compiled, with the same arguments and the same Events.
 
-    At temperature 0 it writes the same. What a row samples depends on the seed and its number
-    alone, as there, but the random numbers are JAX's. params: NumPy's or JAX's, on any device;
-    n_vocab: how many rows of wte are tokens, if not all. Memory: see row_bytes. batch_size: see
-    default_batch_size. Raises ValueError for wrong arguments.
+    At temperature 0 it generates the same tokens. Otherwise, what a row samples depends only on the
+    seed and the row's number, as in kv_cache.py, but the random numbers are JAX's.
+
+    params: arrays of NumPy or JAX, on any device.
+    n_vocab: how many rows of wte are tokens, if not all.
+    batch_size: see default_batch_size and, for the memory, row_bytes.
+
+    Raises ValueError for wrong arguments.
     """
     sampling = Sampling(**sampling)
     check_sampling(n_tokens_to_generate, seed=seed, **sampling._asdict())
@@ -202,12 +212,13 @@ def generate_stream(
 
 
 def default_batch_size(n_rows, n_longest, n_tokens, params, n_head):
-    """n_rows, but at most 64, and at most as many as fit into half of the free memory.
+    """Returns n_rows, or less: at most 64, and only as many as fit into half of the free memory.
 
-    The more rows, the better: a batch costs an accelerator little more than a row, and another
-    number of rows is compiled anew, but so is another length. Free is what the device says or, if
-    it does not say, what the host says. (Rows of about equal length are better off together: all
-    have as much room as the longest, and all run until the last one has ended.)
+    More rows are better, because a batch costs an accelerator little more than a single row. (A
+    different number of rows needs another compilation, but so does a different length.) The device
+    says how much memory is free or, if it doesn't, the host does. Rows of similar length are best
+    put together, because all have the capacity of the longest, and all run until the last one has
+    ended.
     """
     n_bytes = row_bytes(n_longest, n_tokens, params, n_head)
     stats = jax.local_devices()[0].memory_stats()
@@ -216,10 +227,10 @@ def default_batch_size(n_rows, n_longest, n_tokens, params, n_head):
 
 
 def row_bytes(n_longest, n_tokens, params, n_head):
-    """Bytes that a row needs: its cache, and at first the scores of all heads of one layer, twice.
+    """Returns the bytes that a row needs: its cache and twice the scores of all heads of one layer.
 
-    The scores are why a batch of long prompts must be smaller: 1024 tokens with 12 heads have
-    scores of 48 MiB.
+    Because of the scores, a batch of long prompts must be smaller. For 1024 tokens and 12 heads
+    they take 48 MiB.
     """
     n_ctx, n_embd = params["wpe"].shape
     n_read = round_up(n_longest, n_ctx)
@@ -228,7 +239,7 @@ def row_bytes(n_longest, n_tokens, params, n_head):
 
 
 def write_all(params, batch, rows, begun, n_tokens, endoftext, stop, static):
-    """The Events of one batch. begun: {row: its ids}, for those of `rows` that have not ended."""
+    """Yields the Events of one batch. begun: {row: its ids}, for the rows that have not ended."""
     tokens = batch["tokens"][None]  # [n, n_rows]
     n = 1  # of these, the tokens that count
     n_done = 0
@@ -250,7 +261,7 @@ def write_all(params, batch, rows, begun, n_tokens, endoftext, stop, static):
 
 
 def add_token(row, ids, token, n_tokens, endoftext, stop):  # -> Event
-    """Adds the token to the row's ids. Raises ValueError for the token of damaged weights."""
+    """Adds the token to the row's ids. Raises ValueError if the token says the logits are bad."""
     if token < 0:
         raise ValueError("the logits are not finite: the model's weights must be damaged")
     if token in end_ids_of(endoftext):
@@ -266,5 +277,5 @@ def round_up(n, n_ctx):  # -> a power of two from 16 on, or n_ctx
 
 
 def generate(prompts, params, n_head, n_tokens_to_generate, **options):
-    """Ragged lists of ids -> one list of new ids a row; `options` as in generate_stream."""
+    """Returns one list of new ids per row. `options` are those of generate_stream."""
     return ids_of(generate_stream(prompts, params, n_head, n_tokens_to_generate, **options))

@@ -2,8 +2,9 @@
 
     python llama_pico.py "The sea is" SmolLM2-135M  # a folder downloaded from the Hugging Face Hub
 
-Shapes are those of gpt2_pico.py; n_kv_head of the n_head heads have keys and values. Matrices are
-[n_out, n_in], as PyTorch stores them, hence .T. docs/13_since_gpt2.md explains each change.
+Shapes are those of gpt2_pico.py. There are n_head heads of queries, and n_kv_head of keys and
+values. PyTorch stores a matrix as [n_out, n_in], hence the .T. docs/13_since_gpt2.md explains each
+change.
 """
 
 import numpy as np
@@ -18,7 +19,7 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def rms_norm(x, weight, eps):  # as layer_norm, but no mean is subtracted and no bias added
+def rms_norm(x, weight, eps):  # layer_norm without subtracting the mean or adding a bias
     return x / ((x * x).mean(-1, keepdims=True) + eps) ** 0.5 * weight
 
 

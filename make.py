@@ -1,11 +1,11 @@
 """The Makefile's targets for a machine without make, such as Windows.
 
-    python make.py demo      # sets up .venv with what generating needs, then writes a text
-    python make.py explain   # a page that shows what the shipped model does with a text
-    python make.py serve     # a server of the shipped model, http://127.0.0.1:8000
-    python make.py test      # sets up the rest, then runs the quick tests
+    python make.py demo      # installs what generating needs in .venv, then generates a text
+    python make.py explain   # writes a page that shows what the shipped model does with a text
+    python make.py serve     # serves the shipped model at http://127.0.0.1:8000
+    python make.py test      # installs the rest, then runs the quick tests
 
-It needs nothing but Python. Each set-up is done once, and again when its requirements file changes.
+It needs only Python. Packages are installed once, and again when their requirements file changes.
 """
 
 import os
@@ -52,11 +52,11 @@ def main(words):  # -> an exit code
 
 
 def install(name):
-    """Install requirements/NAME.txt into .venv, unless that has been done since it changed."""
+    """Installs requirements/NAME.txt into .venv, unless it was done since the file changed."""
     if not PYTHON.exists():
         print("setting up .venv ...", file=sys.stderr)
         venv.create(VENV, with_pip=True)
-    done = VENV / name  # the Makefile's mark as well
+    done = VENV / name  # the Makefile uses the same file as its mark
     files = [ROOT / "requirements.txt", *ROOT.glob("requirements/*.txt")]
     if done.exists() and done.stat().st_mtime >= max(file.stat().st_mtime for file in files):
         return
@@ -68,7 +68,7 @@ def install(name):
 
 
 def install_torch():
-    """PyTorch's CPU build from its own index; if that fails, pip finds another build later."""
+    """Installs PyTorch's CPU build from its own index. If this fails, pip finds another build."""
     lines = (ROOT / "requirements" / "test.txt").read_text("utf-8").splitlines()
     version = next(line for line in lines if line.startswith("torch"))
     options = "--no-deps", "--retries", "0", "--index-url", TORCH_CPU
@@ -77,7 +77,7 @@ def install_torch():
 
 def pip(*words, **options):
     if subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode != 0:
-        subprocess.run([PYTHON, "-m", "ensurepip"], check=True)  # an environment of uv's has no pip
+        subprocess.run([PYTHON, "-m", "ensurepip"], check=True)  # uv's environments have no pip
     command = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *words]
     subprocess.run(command, **options)
 

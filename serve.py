@@ -1,16 +1,17 @@
-"""A server that speaks OpenAI's protocol, completions, chats and responses: one batch for all.
+"""A server that speaks OpenAI's protocol (completions, chats and responses) with one shared batch.
 
     python serve.py --model_size shakespeare
     curl localhost:8000/v1/completions -d '{"prompt": "ROMEO:", "max_tokens": 40}'
 
-Two threads. The first is asyncio's: it reads requests, checks them and sends answers (the routes,
-below). The second is the engine's, which does all the arithmetic. Each text that is asked for is a
-Choice, written by a row, and the batch is kv_cache.py's: between two passes, rows that wait join
-it, rows that have ended leave it, and rows whose client has gone are taken out; a pass then writes
-a token of each. So nobody waits for another's text to end, and one reading of the weights serves
-all.
+There are two threads. asyncio's thread reads requests, checks them and sends answers (see the
+routes below). The engine's thread does all the arithmetic. Each requested text is a Choice, which a
+row generates, and all rows belong to one kv_cache.Batch. Between two passes, waiting rows join the
+batch, and rows leave it if they have ended or their client has gone. A pass then generates one
+token for each row. So no client waits for another's text to end, and the weights are read once for
+all of them.
 
-What passes between the threads: Choices into a deque, their Parts out by call_soon_threadsafe.
+The threads exchange two things. Choices reach the engine through a deque, and their Parts return
+through call_soon_threadsafe.
 """
 
 import asyncio
@@ -34,7 +35,7 @@ try:
     from starlette.routing import Route
 
     from serving.connections import Server, listen  # with uvicorn
-except ModuleNotFoundError as missing:  # nothing else needs them, so they may not be there
+except ModuleNotFoundError as missing:  # nothing else needs them, so they may be missing
     if __name__ != "__main__":
         raise
     from plumbing.cli import end_without_packages, main_of
@@ -60,10 +61,10 @@ from serving.weights import copied, watch, weight_files
 
 
 class Engine:
-    """The thread that owns the arithmetic: a kv_cache.Batch, whose rows' samplers are Choices.
+    """The thread that does the arithmetic, with a kv_cache.Batch. Its rows' samplers are Choices.
 
     Other threads call start, submit, drop, gauges, stop and stop_late, and read params and
-    logits_of. A lock guards what waits. Each figure in metrics is counted by one thread alone.
+    logits_of. A lock guards the waiting choices. Each of the metrics is counted by one thread only.
     """
 
     def __init__(self, params, n_head, batch_size, max_waiting, metrics, prefix_cache=True):
@@ -73,12 +74,12 @@ class Engine:
         self.max_waiting = max_waiting
         self.metrics = metrics
         self.lock = threading.Lock()
-        self.waiting = {}  # {request: its choices that wait}, the requests in turn
+        self.waiting = {}  # {request: its waiting choices}, in the order of their turns
         self.wake = threading.Event()
         self.is_stopped = False
         self.is_late = False
         self.loop = None
-        self.begun = {}  # {row's number: its choice}, of which nobody has heard the end
+        self.begun = {}  # {row's number: its choice}, until its end has been sent
         self.numbers = itertools.count()
         self.prefixes = PrefixCache() if prefix_cache else None
 
@@ -93,14 +94,14 @@ class Engine:
         self.thread.join(timeout=5)
 
     def stop_late(self):
-        """Ends whatever is still asked for: the server has waited long enough to shut down."""
+        """Ends all texts that are still unfinished when the server must shut down."""
         self.is_late = True
         self.wake.set()
 
     def submit(self, asked, choices):
-        """Queues a request's choices, which get their parts. Raises Refusal if too many wait.
+        """Queues a request's choices. Raises Refusal if too many are waiting.
 
-        However many texts a request asks for, it takes at most half of the places.
+        However many texts a request asks for, it takes up at most half of the queue.
         """
         most = max(1, self.max_waiting // 2)
         with self.lock:
@@ -110,7 +111,7 @@ class Engine:
             if not is_full:
                 self.waiting[asked] = deque(choices)
         if is_full:
-            words = f"{self.n_waiting()} texts wait already (--max_waiting): try again later"
+            words = f"{self.n_waiting()} texts are already waiting (--max_waiting); try again later"
             raise Refusal(words, 429, code="queue_full", headers={"retry-after": "1"})
         figures.count(self.metrics, "prompt_tokens_total", asked.n_prompt_tokens)
         self.wake.set()
@@ -124,15 +125,15 @@ class Engine:
         return {("rows_waiting", ""): self.n_waiting(), ("rows_running", ""): running}
 
     def drop(self, choices):
-        """Their client has gone: they leave before the next pass."""
+        """Marks choices whose client has gone. They leave before the next pass."""
         for choice in choices:
             choice.is_dropped = True
 
     def run(self):
-        """The thread's loop. Whatever goes wrong ends the rows it concerns, and nothing else."""
+        """The thread's loop. An error ends the texts that are running, but not the server."""
         self.warm_up()
         while True:
-            self.wake.clear()  # first: whatever is set from here on, ends the wait below
+            self.wake.clear()  # first, so a wake-up from here on ends the wait below
             if self.is_stopped:
                 return
             if self.is_late:
@@ -145,12 +146,12 @@ class Engine:
                 self.fail(error)
 
     def warm_up(self):
-        """A pass of two rows, so that libraries and threads are ready for the first client."""
+        """Makes a pass of two rows, to have libraries and threads ready for the first client."""
         caches = [self.batch.new_cache() for _ in "ab"]
         kv_cache.step(caches, [0, 0], self.params, self.batch.n_head)
 
     def step(self):
-        """A pass of all rows; then what they wrote goes to those who wait for it."""
+        """Makes a pass of all rows, and sends the new tokens to the clients."""
         self.sort_out()
         self.make_room()
         n_rows = len(self.batch.rows)
@@ -172,9 +173,10 @@ class Engine:
         self.send(parts)
 
     def release(self, row):
-        """Frees the cache of a row that has ended, or keeps it a while for texts that begin alike.
+        """Frees the cache of an ended row, or keeps it for texts with the same beginning.
 
-        The answer holds the row until its other texts have ended, so the cache must not hang on it.
+        The answer holds the row until its other texts have ended, so the row must not hold the
+        cache.
         """
         if self.prefixes is None:
             row.cache = None
@@ -182,7 +184,7 @@ class Engine:
             self.prefixes.add(row)
 
     def sort_out(self):
-        """Takes out the choices whose client has gone."""
+        """Removes the choices whose client has gone."""
         with self.lock:
             for asked, queue in list(self.waiting.items()):
                 self.waiting[asked] = deque(choice for choice in queue if not choice.is_dropped)
@@ -196,10 +198,10 @@ class Engine:
         self.batch.rows = [row for row in self.batch.rows if row.end != "dropped"]
 
     def make_room(self):
-        """Pauses a row for each request that has none, where the batch is full.
+        """If the batch is full, pauses one row for each request that has none.
 
-        So nobody waits for another's text to end. The row is of the request that has most. Later
-        it reads its text again and goes on.
+        So no client waits for another's text to end. The row is taken from the request with the
+        most rows. Later it reads its text again and continues.
         """
         n_running = Counter(choice.asked for choice in self.begun.values())
         with self.lock:
@@ -213,18 +215,18 @@ class Engine:
             n_running[asked] -= 1
 
     def pause(self, choice):
-        """Takes a row out of the batch, to go on as the first of its request that waits."""
+        """Takes a row out of the batch and puts it first among its request's waiting choices."""
         row = choice.row
         row.cache = None
         self.batch.rows = [other for other in self.batch.rows if other is not row]
         for other in self.batch.rows:
-            if other.source is row:  # it would wait for what the row had read
+            if other.source is row:  # otherwise it would wait for this row to read more
                 other.source = None
         del self.begun[row.number]
         with self.lock:
             self.waiting.setdefault(choice.asked, deque()).appendleft(choice)
 
-    def arrivals(self):  # the rows of choices that wait, as long as there are any
+    def arrivals(self):  # yields the rows of waiting choices
         while (choice := self.next_choice()) is not None:
             choice.row.number = next(self.numbers)
             self.begun[choice.row.number] = choice
@@ -232,9 +234,9 @@ class Engine:
             yield choice.row
 
     def next_choice(self):  # -> the next choice to begin, or None
-        """Requests take turns; those that have no row come first.
+        """Requests take turns. Those without a row come first.
 
-        While others wait, none gets more than half of the batch.
+        While others wait, no request gets more than half of the batch.
         """
         n_running = Counter(choice.asked for choice in self.begun.values())
         most = max(1, self.batch.batch_size // 2)
@@ -253,7 +255,7 @@ class Engine:
         return None
 
     def fail(self, error):
-        """Ends all rows whose end nobody has heard of, with the error."""
+        """Ends all running texts with the error."""
         choices = list(self.begun.values())
         self.begun.clear()
         for choice in choices:
@@ -261,11 +263,11 @@ class Engine:
             choice.row.cache = None
         self.batch.rows = []
         if self.prefixes is not None:
-            self.prefixes.clear()  # memory may be what is missing
+            self.prefixes.clear()  # the error may be a lack of memory
         self.send([(choice.deliver, error) for choice in choices])
 
     def end_all(self, refusal):
-        """Ends all texts, those that wait included."""
+        """Ends all texts, including those that are waiting."""
         with self.lock:
             for choice in itertools.chain(*self.waiting.values()):
                 choice.row.number = next(self.numbers)
@@ -274,9 +276,9 @@ class Engine:
         self.fail(refusal)
 
     def send(self, parts):
-        """All parts of a pass, handed to asyncio's thread at once."""
+        """Hands all parts of a pass to asyncio's thread at once."""
         if parts:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so no client is left
                 self.loop.call_soon_threadsafe(deliver, parts)
 
     def measure(self, n_written, seconds):
@@ -298,7 +300,7 @@ def deliver(parts):
 
 
 def answering(read):  # read(body, state), -> an Answer -> a route
-    """In a thread: a large body takes a while, and the loop could do nothing else meanwhile."""
+    """Reads the body in a thread, because a large one takes a while and would block the loop."""
 
     async def route(request):
         return await asyncio.to_thread(read, await request.body(), request.app.state)
@@ -328,7 +330,7 @@ def respond(body, state):  # POST /v1/responses
 
 
 async def explain_text(request):
-    """GET /explain?text= or ?ids=: explain.py's page of it, in which heads can be switched off."""
+    """GET /explain?text= or ?ids= returns explain.py's page, where heads can be switched off."""
     state = request.app.state
     play.check_link(request)
 
@@ -364,10 +366,10 @@ async def refused(request, refusal):
 
 
 async def not_found(request, error):
-    path = request.scope["path"]  # request.url fails where the query is no UTF-8
+    path = request.scope["path"]  # request.url fails if the query is not UTF-8
     words = f"{request.method} {path}: {error.detail}"
     if error.status_code == 404:
-        words += "; there are " + ", ".join(sorted({route.path for route in ROUTES}))
+        words += "; the routes are " + ", ".join(sorted({route.path for route in ROUTES}))
     refusal = Refusal(words, error.status_code)
     return JSONResponse(refusal.body, refusal.status, error.headers)
 
@@ -380,10 +382,10 @@ async def failed(request, error):
 def make_app(name, encoder, hparams, params, host="127.0.0.1", allow=(), api_key=None,
              batch_size=64, max_waiting=256, timeout=600.0, names=None,
              prefix_cache=True, watched=()):  # fmt: skip
-    """The ASGI application. Its engine starts and ends with its lifespan.
+    """Returns the ASGI application. Its engine starts and ends with its lifespan.
 
-    names: what requests may call the model; name alone by default. watched: the files that the
-    parameters are read from while it runs.
+    names: the names by which requests may call the model, by default only `name`.
+    watched: the files from which the parameters are read while the server runs.
     """
     metrics = figures.new_metrics()
     engine = Engine(params, hparams["n_head"], batch_size, max_waiting, metrics, prefix_cache)
@@ -431,31 +433,31 @@ def main(
     api_key: str | None = None,
     prefix_cache: bool = True,
 ):
-    """Serve a model over HTTP, as OpenAI's completions and chats.
+    """Serve a model over HTTP, with OpenAI's protocol for completions, chats and responses.
 
-    A request that names no temperature is answered at 1, as OpenAI's protocol has it. The page
-    begins at 0.8. gpt2.py and kv_cache.py have 0, which is greedy.
+    A request without a temperature is answered at 1, the default of OpenAI's protocol. The page
+    starts at 0.8. gpt2.py and kv_cache.py default to 0, which is greedy.
 
     Args:
         model_size: 124M, 355M, 774M or 1558M, a folder in models_dir, a path, or owner/name of
             the Hugging Face Hub. A missing model is downloaded once.
         host: the address to listen on; 0.0.0.0 for all addresses of this machine.
-        port: the port to listen on; 0 takes any that is free.
+        port: the port to listen on; 0 takes any free port.
         models_dir: the folder that holds the models.
-        batch_size: how many texts to write at the same time; each needs memory for its cache.
-        max_waiting: with this many texts waiting, a request is refused (429).
-        timeout: seconds that a request may take (408).
-        allow: another Host to accept, or an Origin such as https://example.org to accept requests
-            from; may be repeated.
+        batch_size: how many texts to generate at the same time; each needs memory for its cache.
+        max_waiting: when this many texts are waiting, further requests get an error (429).
+        timeout: the most seconds that a request may take; after that it gets an error (408).
+        allow: another Host to accept, or an Origin such as https://example.org whose pages may send
+            requests. Repeat the flag for several.
         api_key: a key that every client must send.
-        prefix_cache: keep what was computed for recent texts, for texts that begin like them, which
-            are then answered sooner. By that time a client can tell what others have sent;
-            --noprefix_cache keeps nothing.
+        prefix_cache: keep the caches of recent texts, so texts with the same beginning are answered
+            sooner. The response time then tells a client what others have sent; --noprefix_cache
+            keeps nothing.
     """
     from utils import find_model, load_encoder_hparams_and_params
 
     if min(batch_size, max_waiting) < 1 or not timeout > 0:
-        raise ValueError("batch_size and max_waiting must be 1 or more, timeout above 0")
+        raise ValueError("batch_size and max_waiting must be 1 or more, and timeout above 0")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     in_memory = copied(params)
     watched = weight_files(find_model(model_size, models_dir)) if in_memory is None else []

@@ -8,15 +8,17 @@
     python train_jax.py --resume novel                         # continue exactly where it stopped
     python gpt2.py "It was" --model_size novel                 # then write with it, in NumPy
 
-There is no second model here: `losses` calls `gpt2.hidden_state` on JAX arrays, `jax.jit` compiles
-it and `jax.grad` differentiates it. A training step is a pure function, state in, state out. The
-state is three things: the parameters, the optimizer's moments, and the number of steps done, which
-decides everything random (which sequences of the text, which numbers to drop). A checkpoint is
-this state and the flags: a resumed run ends with the same bits as one that never stopped.
+There is no second model here. `losses` calls `gpt2.hidden_state` on JAX arrays, `jax.jit` compiles
+it, and `jax.grad` differentiates it. A training step is a pure function, state in, state out. The
+state consists of the parameters, the optimizer's moments, and the number of steps done, which
+decides everything random: which sequences to take from the text and which numbers to drop. A
+checkpoint holds this state and the flags, so a resumed run ends with the same bits as a run that
+never stopped.
 
-Several devices, or machines, share the work only through the sharding of the arrays: each step's
-sequences are spread over them, and with --fsdp so are the parameters and moments. From that, JAX's
-compiler works out what to send where; no function below knows how many devices there are.
+Several devices, or machines, share the work only through the sharding of the arrays. Each step's
+sequences are spread over the devices and, with --fsdp, so are the parameters and moments. From
+that, JAX's compiler works out what to send where. No function below knows how many devices there
+are.
 """
 
 import contextlib
@@ -34,7 +36,7 @@ try:
     import jax
     import jax.numpy as jnp
     import optax
-except ModuleNotFoundError as missing:  # generating needs neither, so they may be missing
+except ModuleNotFoundError as missing:  # generating doesn't need them, so they may be missing
     if __name__ != "__main__":
         raise
     from plumbing.cli import end_without_packages
@@ -77,7 +79,7 @@ from training.state import (
     start_state,
 )
 
-LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
+LOGITS_BYTES = 2**30  # the most float32 logits that one device holds at a time
 
 
 # --- The model ----------------------------------------------------------------------------------
@@ -86,9 +88,11 @@ LOGITS_BYTES = 2**30  # float32 logits that one device holds at once
 def losses(params, tokens, n_head, packed=False, **options):
     """[n_batch, n_seq + 1] -> [n_batch], the mean of -log p(next token), in nats per token.
 
-    Each token is predicted from those before it. packed: the rows are packed examples
-    (corpus/examples.py), and only the tokens that are to be learned count. options: those of
-    `row_nats`.
+    Each token is predicted from the tokens before it.
+
+    packed: the rows are packed examples (corpus/examples.py), of which only the tokens to be
+        learned count.
+    options: those of `row_nats`.
     """
     nats = row_nats(params, tokens, n_head, packed=packed, **options)
     n_targets = tokens.shape[1] - 1
@@ -96,10 +100,10 @@ def losses(params, tokens, n_head, packed=False, **options):
 
 
 def mean_loss(params, tokens, n_head, share=None, packed=False, **options):
-    """[n_batch, n_seq + 1] -> [], the mean over all tokens that are to be learned.
+    """[n_batch, n_seq + 1] -> [], the mean over all tokens to be learned.
 
-    share: the share of targets that are learned, by default that of these rows. With the share of
-    all batches of a step, every learned token of the step has the same weight.
+    share: the share of targets that are learned, by default in these rows. With the share in all
+        batches of a step, every learned token of the step has the same weight.
     """
     nats = row_nats(params, tokens, n_head, packed=packed, **options)
     n_targets = tokens.shape[1] - 1
@@ -111,11 +115,13 @@ def mean_loss(params, tokens, n_head, share=None, packed=False, **options):
 def row_nats(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None, packed=False):
     """[n_batch, n_seq + 1] -> [n_batch], the sum of -log p(next token) over a row.
 
-    Most options do not change the result, up to rounding. n_vocab: how many rows of wte are tokens,
-    if the rest are padding. The logits are computed in n_chunks parts, only one of which is in
-    memory at a time, and computed again for the gradient. `attend` replaces gpt2.attention. Logits
-    and everything after them are float32, whatever the parameters are. In packed rows, targets that
-    are not learned count as 0.
+    n_vocab: how many rows of wte are tokens, if the rest are padding.
+    n_chunks: compute the logits in this many parts. Only one part is in memory at a time, and each
+        is computed again for the gradient. The result is the same, up to rounding.
+    attend: replaces gpt2.attention. The result is the same, up to rounding.
+    packed: the rows are packed examples, in which targets that are not learned count as 0.
+
+    The logits and everything after them are float32, even if the parameters are not.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     if packed:
@@ -142,9 +148,10 @@ def row_nats(params, tokens, n_head, n_vocab=None, n_chunks=1, attend=None, pack
 
 
 def narrow(params, dtype):
-    """A copy with the blocks' weights in `dtype`; embeddings and norms stay float32.
+    """Returns a copy with the blocks' weights in `dtype`.
 
-    The residual stream also stays float32, and so do layer_norm's means and variances.
+    Embeddings and norms stay float32, and so do the residual stream and layer_norm's means and
+    variances.
     """
 
     def convert(path, x):
@@ -168,7 +175,7 @@ def is_hidden_matrix(params):
 
 
 def make_schedule(n_steps, learning_rate, min_learning_rate, n_warmup):
-    """The learning rate, a function of the steps done: linear warmup, then half a cosine down."""
+    """Returns the learning rate as a function of the steps done: linear warmup, cosine decay."""
     return optax.warmup_cosine_decay_schedule(
         init_value=learning_rate / n_warmup,  # not 0: the first step should learn something
         peak_value=learning_rate,
@@ -179,14 +186,14 @@ def make_schedule(n_steps, learning_rate, min_learning_rate, n_warmup):
 
 
 def make_optimizer(schedule, optimizer, weight_decay, grad_clip, adam_b2):
-    """Return the optimizer of that name, one of OPTIMIZERS. Raises ValueError for another name.
+    """Returns the optimizer of that name, one of OPTIMIZERS. Raises ValueError for any other name.
 
-    adamw: Adam, with weight decay for all matrices, not for biases and gains.
+    adamw: Adam, with weight decay for all matrices, but not for biases and gains.
 
-    muon: Muon with weight decay for the blocks' matrices, Adam without it for all else. Muon
-    (Jordan 2024) replaces a matrix's momentum by the orthogonal matrix nearest to it, so that all
-    directions learn at one pace. `consistent_rms` gives its steps the size of Adam's (Liu et al.
-    2025, arXiv:2502.16982), so that one learning rate serves both.
+    muon: Muon with weight decay for the blocks' matrices, and Adam without it for everything else.
+    Muon (Jordan 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so all
+    directions learn at the same pace. `consistent_rms` makes its steps as large as Adam's (Liu et
+    al. 2025, arXiv:2502.16982), so one learning rate suits both.
     """
     clip = optax.clip_by_global_norm(grad_clip)
     if optimizer == "adamw":
@@ -206,14 +213,17 @@ def make_optimizer(schedule, optimizer, weight_decay, grad_clip, adam_b2):
 
 
 def muon_dimensions(params):
-    """Mark the arrays that Muon updates, whose last two axes are a matrix; None for the others."""
+    """Marks the arrays that Muon updates, whose last two axes are a matrix. The others get None."""
     layers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     return jax.tree.map(lambda is_hidden: layers if is_hidden else None, is_hidden_matrix(params))
 
 
 def on_stacked_blocks(rule):
-    """The optimizer `rule`, applied to all blocks stacked into one, with the layers as each array's
-    first axis. That makes fewer and larger operations, which devices can divide along this axis."""
+    """Returns the optimizer `rule`, applied to all blocks stacked into one.
+
+    The layers are the first axis of each stacked array. That makes fewer and larger operations,
+    which devices can divide along this axis.
+    """
 
     def stack(tree):
         return tree | {"blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *tree["blocks"])}
@@ -231,13 +241,13 @@ def on_stacked_blocks(rule):
 
 
 def with_average(rule, ema):
-    """The optimizer `rule`, which also keeps an exponential moving average of the parameters.
+    """Returns the optimizer `rule`, which also keeps a moving average of the parameters.
 
-    After each update the average becomes ema * average + (1 - ema) * parameters. It begins as the
-    parameters, and at first ema is smaller, (1 + n) / (10 + n) after n updates, so that it soon
-    forgets where they began. It is one of the optimizer's moments, so it is saved, resumed and
-    spread over devices as those are. Polyak & Juditsky 1992, "Acceleration of Stochastic
-    Approximation by Averaging".
+    After each update the average becomes ema * average + (1 - ema) * parameters. It starts as a
+    copy of the parameters. At first ema is smaller, (1 + n) / (10 + n) after n updates, so the
+    average soon forgets the initial parameters. It is one of the optimizer's moments, so it is
+    saved, resumed and spread over devices like the others. Polyak & Juditsky 1992, "Acceleration of
+    Stochastic Approximation by Averaging".
     """
 
     def init(params):
@@ -265,13 +275,15 @@ def make_train_steps(
     optimizer, dropout=0.0, seed=0, dtype="float32", shardings=None, packed=False,
     grad_clip=math.inf, **options,
 ):  # fmt: skip
-    """The compiled function (state, batches, n) -> (State after n more steps, their mean Stats).
+    """Returns a compiled function: (state, batches, n) -> (State after n steps, their mean Stats).
 
-    batches: [n or more, n_accumulate, batch_size, n_ctx + 1]. Do not use the old state again: the
-    new one takes over its memory. shardings: a State of them, or None for one device. packed and
-    options: those of `losses`. grad_clip: the optimizer's, for the Stats alone.
+    batches: [n or more, n_accumulate, batch_size, n_ctx + 1].
+    shardings: a State of shardings, or None for one device.
+    packed and options: those of `losses`.
+    grad_clip: the optimizer's maximum gradient norm, which only the Stats need here.
 
-    If the parameters hold adapters, only these have gradients and moments, and only they change.
+    Don't use the old state again, because the new one takes over its memory. If the parameters hold
+    adapters, only the adapters have gradients and moments, and only they change.
     """
 
     def batch_loss(trained, frozen, batch, key, share):
@@ -281,7 +293,7 @@ def make_train_steps(
         return mean_loss(weights, batch, share=share, packed=packed, **options)
 
     def value_and_gradients(params, batch, key):  # [n_accumulate, batch_size, n_ctx + 1]
-        weights = partition(narrow(params, dtype))  # once a step; the sums below are float32 again
+        weights = partition(narrow(params, dtype))  # once per step; the sums below are float32
         share = learned_share(batch, packed).mean()
 
         def add_batch(i, total):
@@ -324,9 +336,9 @@ def make_train_steps(
     jax.jit, static_argnames=("dtype", "n_head", "n_vocab", "n_chunks", "attend", "packed")
 )
 def validation_loss(params, windows, counts, dtype="float32", packed=False, **options):
-    """[n, batch_size, n_ctx + 1] -> [], nats per token of all validation windows.
+    """[n, batch_size, n_ctx + 1] -> [], the nats per token of all validation windows.
 
-    counts: [n, batch_size], 1 for a window, 0 for a row that only fills the last batch.
+    counts: [n, batch_size], 1 for a window, 0 for a row that only fills up the last batch.
     """
     weights = narrow(params, dtype)
     n_targets = windows.shape[-1] - 1
@@ -339,7 +351,7 @@ def validation_loss(params, windows, counts, dtype="float32", packed=False, **op
 
 
 def loss_options(flags, n_vocab, n_batch):
-    """The options of `losses`, and dtype, for batches of n_batch rows on each device."""
+    """Returns the options of `losses`, and dtype, for batches of n_batch rows on each device."""
     n_chunks, n_bytes = 1, 4 * n_batch * flags["n_ctx"] * count_rows(n_vocab)
     while n_bytes > n_chunks * LOGITS_BYTES and flags["n_ctx"] % (2 * n_chunks) == 0:
         n_chunks *= 2
@@ -357,7 +369,7 @@ def loss_options(flags, n_vocab, n_batch):
 
 
 class JaxTrainer:
-    """The trainer of train_jax.py for the loop in training/run.py, which explains the methods."""
+    """What the loop in training/run.py needs from JAX. Each method is explained there."""
 
     versions = {"jax": jax.__version__, "optax": optax.__version__}
     steps_per_call = (20, 5, 1)
@@ -367,12 +379,12 @@ class JaxTrainer:
     @staticmethod
     @contextlib.contextmanager
     def running(options):
-        """Join the other processes, if there are any. An error in one of them ends all of them."""
+        """Joins the other processes, if there are any. An error in one of them ends all of them."""
         start_jax(options.coordinator, options.num_processes, options.process_id)
         with end_together():
             try:
                 yield jax.default_backend()
-            except jax.errors.JaxRuntimeError as error:  # out of memory, as a rule
+            except jax.errors.JaxRuntimeError as error:  # usually, the memory is full
                 raise MemoryError(str(error)) from None
 
     def __init__(self, flags):
@@ -408,7 +420,7 @@ class JaxTrainer:
         return moment_shapes(self.optimizer, params)
 
     def start(self, model, moments, n_done, text):
-        """Put everything on the devices. Functions are compiled when they are first called."""
+        """Puts everything on the devices. Functions are compiled when they are first called."""
         flags, mesh = self.flags, self.mesh
         check_agreement([flags, text.description])
         self.n_vocab, self.train = model.hparams["n_vocab"], text.train
@@ -416,7 +428,7 @@ class JaxTrainer:
         if "eval_tasks" in flags:
             self.load_tasks(model.encoder, model.hparams)
         params = model.params
-        if "lora_rank" in flags:  # frozen weights need no float32
+        if "lora_rank" in flags:  # frozen weights don't need float32
             trained, frozen = partition(params)
             params = combine(trained, narrow(frozen, flags["dtype"]))
         n_rows = count_rows(self.n_vocab)
@@ -454,7 +466,7 @@ class JaxTrainer:
         return float(validation_loss(params, *self.windows, **self.options))
 
     def load_tasks(self, encoder, hparams):
-        """Read the tasks of --eval_tasks, and make the function that scores them."""
+        """Reads the tasks of --eval_tasks, and makes the function that scores them."""
         n_ctx = hparams["n_ctx"]
         for task, path in read_tasks(self.flags.get("eval_tasks")).items():
             items = load_items(task, path, f"--eval_tasks {task}=")
@@ -481,7 +493,7 @@ class JaxTrainer:
         return shares
 
     def generate(self, prompts, params, n_head, n_tokens_to_generate, **options):
-        options["n_vocab"] = self.n_vocab  # without the padding's rows
+        options["n_vocab"] = self.n_vocab  # without the rows that are padding
         return generate(prompts, params, n_head, n_tokens_to_generate, **options)
 
     def gather_params(self, params):
@@ -493,7 +505,7 @@ class JaxTrainer:
         return State(params, name_leaves(moments), int(state.n_done))
 
     def close(self):
-        """Nothing to do: JAX's processes end by themselves."""
+        """Does nothing, because JAX's processes end by themselves."""
 
 
 @functools.wraps(read_flags, assigned=["__doc__"])  # every flag is explained there

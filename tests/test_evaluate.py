@@ -221,7 +221,7 @@ def test_without_an_end_of_text_the_first_token_only_predicts(tmp_path):
         ids, *counts = evaluate.load_ids(write(tmp_path / "text", text), encoder)
         assert ids.tolist() == encoder.encode(text) and counts == [n_bytes, n_words]
     for text in ("", "b", "bc"):
-        with pytest.raises(ValueError, match="text: an empty text, or one too short to predict"):
+        with pytest.raises(ValueError, match="text is empty, or too short to predict any of it"):
             evaluate.load_ids(write(tmp_path / "text", text), encoder)
     assert len(evaluate.load_ids(write(tmp_path / "text", "b"), Encoder([]))[0]) == 2
 
@@ -692,7 +692,8 @@ def test_shards_of_others_have_ids_of_the_models(models, tmp_path):
     assert result(models[0], "perplexity", "--data", str(tmp_path)) == plain
     Encoder([("a", "b")]).save(tmp_path)
     code, _, err = run(models[0], "perplexity", "--data", tmp_path)
-    assert (code, err) == (2, f"error: {tmp_path}: its tokenizer is not the model's\n")
+    remedy = "run prepare.py with --tokenizer MODEL"
+    assert (code, err) == (2, f"error: {tmp_path} was made with another tokenizer; {remedy}\n")
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"):
         (tmp_path / name).unlink()
     np.array([1, 257], "<u2").tofile(tmp_path / "val.bin")
@@ -703,7 +704,8 @@ def test_shards_of_others_have_ids_of_the_models(models, tmp_path):
     assert code == 2 and "no text to predict" in err
     (tmp_path / "val.bin").unlink()
     code, _, err = run(models[0], "perplexity", "--data", tmp_path)
-    assert (code, err) == (2, f"error: {tmp_path}: no validation shards\n")
+    remedy = "run prepare.py with a larger --val_fraction"
+    assert (code, err) == (2, f"error: {tmp_path} has no validation shards; {remedy}\n")
 
 
 def test_an_infinite_perplexity_is_valid_json(models, tmp_path):
@@ -758,12 +760,12 @@ def test_nothing_right_is_zero_and_not_missing(models, tmp_path):
 FLAGS = {
     "an unknown task": (
         ["piqa"],
-        "no task 'piqa': there are perplexity, hellaswag, lambada, choose",
+        "no task 'piqa': choose one of perplexity, hellaswag, lambada, choose",
     ),
     "no task": ([], "task"),
     "choices without a file": (["choose"], "choose needs --data: a file of JSON lines"),
-    "a stride for hellaswag": (["hellaswag", "--stride", "4"], "stride is for perplexity"),
-    "a stride for lambada": (["lambada", "--stride", "4"], "stride is for perplexity"),
+    "a stride for hellaswag": (["hellaswag", "--stride", "4"], "--stride is only for perplexity"),
+    "a stride for lambada": (["lambada", "--stride", "4"], "--stride is only for perplexity"),
     "stride 0": (["perplexity", "--data", __file__, "--stride", "0"], "stride must be 1 or more"),
     "no data": (["perplexity"], "perplexity needs --data: a text file, or a folder of token"),
     "no such text": (["perplexity", "--data", "nowhere.txt"], "no file at nowhere.txt"),
@@ -791,7 +793,7 @@ def test_mistakes_that_only_the_model_shows(models, tmp_path):
     params["wte"][9] = np.nan
     utils.save_model(models[0] / "damaged", Encoder([]), TINY, params)
     for args, words in (
-        (["perplexity", "--data", empty], f"{empty}: an empty text"),
+        (["perplexity", "--data", empty], f"{empty} is empty, or too short"),
         (["perplexity", "--data", __file__, "--stride", "49"], "n_ctx, 48, not 49"),
         (["perplexity", "--data", tmp_path], f"{tmp_path}: no token shards"),
         (["lambada", "--data", long_word], f"{long_word}, line 2: an ending of 49 tokens"),

@@ -841,7 +841,8 @@ def test_only_a_page_is_replaced_unless_asked_to(models, tmp_path):
     path.write_bytes(notes)
     code, out, err = call(*flags)
     assert (code, out, path.read_bytes()) == (2, "", notes)
-    assert err == f"error: --out {path}: is not a page of explain.py; --overwrite replaces it\n"
+    remedy = "add --overwrite to replace it"
+    assert err == f"error: --out {path} is not a page of explain.py; {remedy}\n"
     assert call(*flags, "--overwrite")[0] == 0
     assert path.read_bytes().startswith(b"<!doctype html>")
 
@@ -853,7 +854,7 @@ def test_out_may_be_a_link_but_no_device(models, tmp_path):
     assert (tmp_path / "link.html").is_symlink() and not (tmp_path / "real.html").is_symlink()
     os.mkfifo(tmp_path / "pipe")
     code, _, err = call(*args, "pipe", cwd=tmp_path)
-    assert code == 2 and err.startswith("error: --out pipe: is not an ordinary file; expected")
+    assert code == 2 and err.startswith("error: --out pipe: is not an ordinary file; name a file")
     os.link(tmp_path / "real.html", tmp_path / "old")  # a new file takes the name: never half of it
     old = (tmp_path / "old").read_bytes()
     assert call("other", *args[1:], "real.html", cwd=tmp_path)[0] == 0

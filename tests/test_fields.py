@@ -185,10 +185,10 @@ def test_the_default_temperatures_are_said_where_people_look():
     for main in COMMANDS:
         words = " ".join(main.__doc__.split())
         assert "temperature: 0 always takes the likeliest token" in words
-        assert "(A server's requests have 1 by default, and its page begins at 0.8.)" in words
+        assert "(A server's requests default to 1, and its page starts at 0.8.)" in words
     words = " ".join(serve.main.__doc__.split())
-    assert "no temperature is answered at 1" in words and "page begins at 0.8" in words
-    assert "gpt2.py and kv_cache.py have 0, which is greedy" in words
+    assert "without a temperature is answered at 1" in words and "page starts at 0.8" in words
+    assert "gpt2.py and kv_cache.py default to 0, which is greedy" in words
     guide = " ".join((REPO / "docs" / "guide.md").read_text("utf-8").split())
     assert (
         "Temperature is 0 by default in `gpt2.py` and `kv_cache.py` (greedy), 1 in the server's "
@@ -332,7 +332,7 @@ def test_a_large_request_leaves_places_for_others(params):
     queue(engine, 100)  # one client's, which takes half of the places
     queue(engine, 1)
     queue(engine, 3)
-    with pytest.raises(serve.Refusal, match="texts wait already"):
+    with pytest.raises(serve.Refusal, match="texts are already waiting"):
         queue(engine, 1)
 
 

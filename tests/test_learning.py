@@ -166,14 +166,14 @@ def test_a_mistake_is_one_line(run_folder, tmp_path):
         return err
 
     err = refused("a text", "--run", conftest.REPO / "models" / "shakespeare")
-    assert "has 0 snapshots, and the page needs 2: train with --snapshots, as in python" in err
-    assert "there is no such folder" in refused("a text", "--run", tmp_path / "nowhere")
+    assert "has 0 snapshots, but the page needs 2; train with --snapshots, as in python" in err
+    assert "no such folder; name the --out" in refused("a text", "--run", tmp_path / "nowhere")
     assert "1 tokens, but this page needs 2 and shows 16" in refused("a", "--run", run_folder)
     assert "17 tokens" in refused("a" * 17, "--run", run_folder)
     assert list(tmp_path.iterdir()) == []
     utils.save_model(str(tmp_path / "run"), Encoder([]), HPARAMS, params_at(run_folder, 0))
     write_snapshot(tmp_path / "run", HPARAMS, params_at(run_folder, 0), 1)
-    assert "has 1 snapshot, and" in refused("a text", "--run", tmp_path / "run")
+    assert "has 1 snapshot, but" in refused("a text", "--run", tmp_path / "run")
     write_snapshot(tmp_path / "run", HPARAMS, params_at(run_folder, 0), 0)
     path = tmp_path / "run" / "snapshots" / "00000000.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
@@ -191,7 +191,7 @@ def test_only_a_page_is_replaced(run_folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["learning.html"]
     (tmp_path / "learning.html").write_text("notes")
     code, out, err = call(*args, cwd=tmp_path)
-    assert (code, out) == (2, "") and "--overwrite replaces it" in err
+    assert (code, out) == (2, "") and "add --overwrite to replace it" in err
     assert (tmp_path / "learning.html").read_text() == "notes"
 
 
