@@ -6,7 +6,8 @@ Random weights of GPT-2 124M's shape, greedy, from one model folder that all of 
 memory-mapped here, float32 in PyTorch, CTranslate2's conversion to float32 and to int8. A step
 writes one token for every row of the batch: the difference between writing 40 and 8 tokens after
 16, by 32. The floor is the time of reading the weights once, at the rate of NumPy's product of a
-vector with a matrix of their size (GEMV), measured in the same run.
+vector with a matrix of their size (GEMV), measured in the same run. Then 32 prompts, with nothing
+but the defaults.
 """
 
 import json
@@ -144,6 +145,31 @@ def lookup(params):
         print(f"   ({threes} different runs of three tokens)")
 
 
+def defaults(params):
+    """32 prompts of 4 to 64 tokens, 40 more for each, as a user calls it: no option is given.
+
+    transformers reads the same prompts as one batch, padded on the left.
+    """
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, N_VOCAB - 1, rng.integers(4, 65)).tolist() for _ in range(32)]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
+    model = hugging_face(params)
+    options = {"max_new_tokens": LONG, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+    @torch.inference_mode()
+    def theirs():
+        return model.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
+
+    def ours():
+        return kv_cache.generate(prompts, params, N_HEAD, LONG)
+
+    assert ours() == theirs()
+    seconds = alternate(ROUNDS, kv_cache=ours, Hugging_Face=theirs)
+    print_table(f"32 prompts of 4 to 64 tokens, {LONG} more for each", seconds, "kv_cache")
+
+
 def one_more(params, n):
     """(seconds with the cache, seconds without, the cache) for one more token after n, one row."""
     ids = np.random.default_rng(n).integers(0, N_VOCAB, n).tolist()
@@ -187,6 +213,7 @@ def main():
                 least, rate = floor(params)
                 seconds[f"the floor, at {rate / 1e9:.1f} GB/s"] = least
             print_table(f"a step of {n_rows} row{'s' * (n_rows > 1)}", seconds, "kv_cache")
+        defaults(params)
         time_products(params)
         lookup(params)
         by_length(params)
