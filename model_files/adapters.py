@@ -79,7 +79,7 @@ def read_config(folder):  # -> the settings in adapter_config.json
     for key, values in SUPPORTED.items():
         if config.get(key, values[0]) not in values:
             expected = f"only {values[0]!r} is"
-            raise ValueError(f"{path}: {key} {config[key]!r} is not supported: {expected}")
+            raise ValueError(f"{path}: {key} {config[key]!r} is not supported; {expected}")
     for key in sorted(config.keys() - SUPPORTED.keys() - ALLOWED):
         if config[key]:
             raise ValueError(f"{path}: {key} {config[key]!r} is not supported")

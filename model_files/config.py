@@ -58,7 +58,7 @@ def read_hparams(model_dir):
         for key, values in SUPPORTED.items():
             if config.get(key, values[0]) not in values:
                 expected = f"only {values[0]!r} is"
-                raise ValueError(f"{path}: {key} {config[key]!r} is not supported: {expected}")
+                raise ValueError(f"{path}: {key} {config[key]!r} is not supported; {expected}")
     hparams = {}
     for name, hugging_face_key in HUGGING_FACE_SIZES.items():
         key = hugging_face_key if hugging_face else name

@@ -1,1 +1,1 @@
-"""What carries serve.py: OpenAI's protocol, the texts that answers are made of, guards, figures."""
+"""The server's parts: OpenAI's protocol, the texts of an answer, access control, and metrics."""

@@ -1,4 +1,4 @@
-"""The routes that say what there is: the model, its tokenizer, how the server is doing."""
+"""The routes about the server: its model, its tokenizer, its health and its metrics."""
 
 import asyncio
 import functools
@@ -11,7 +11,7 @@ from serving.answers import unless_gone
 from serving.metrics import render
 from serving.protocol import Refusal, check_model, read_object, read_prompt
 
-MOST_CHARACTERS = 100_000  # of a text to tokenize: a tenth of a second's work, more or less
+MOST_CHARACTERS = 100_000  # of a text to tokenize, which takes about a tenth of a second
 
 
 def model_of(state):
@@ -35,7 +35,7 @@ async def health(request):
 
 async def metrics(request):
     state = request.app.state
-    kind = "text/plain; version=0.0.4"  # Prometheus's, of this way to write them
+    kind = "text/plain; version=0.0.4"  # Prometheus's text format
     return PlainTextResponse(render(state.metrics | state.engine.gauges()), media_type=kind)
 
 
@@ -46,22 +46,22 @@ async def tokenizer_info(request):
     return JSONResponse(dict.fromkeys(names, text) | {"chat_template": encoder.chat_template})
 
 
-# A thread of its own: a client who asks for much delays no completion. What still waits in its
-# queue is cancelled when its client goes.
+# Tokenizing has a thread of its own, so a client with large texts delays no completions. Work that
+# is still queued is cancelled when its client goes.
 TOKENIZING = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
 
 async def tokenize(request):
-    """<|endoftext|> and other special texts become their ids.
+    """Turns <|endoftext|> and other special texts into their ids.
 
-    GPT-2's tokenizer adds none of its own, whatever add_special_tokens says.
+    GPT-2's tokenizer adds no tokens of its own, so add_special_tokens has no effect.
     """
     state, data = request.app.state, read_object(await request.body())
     text = data.get("prompt", data.get("content"))
     if not isinstance(text, str):
         raise Refusal("prompt, or content, must be a string", param="prompt")
     if len(text) > MOST_CHARACTERS:
-        words = f"a text of {len(text)} characters: at most {MOST_CHARACTERS} are tokenized"
+        words = f"the text has {len(text)} characters, but at most {MOST_CHARACTERS} are allowed"
         raise Refusal(words, 413, param="prompt", code="too_large")
     loop = asyncio.get_running_loop()
     encode = functools.partial(state.encoder.encode, text, allow_endoftext=True)

@@ -1,6 +1,6 @@
-"""Answers to a request: whole, or as a stream of events, from what the engine delivers.
+"""Builds the answer to a request, as a whole or as a stream of events.
 
-The engine delivers into a request's queue: a Part of one of its choices, or an exception.
+The engine delivers Parts of the request's choices, or an exception, into the request's queue.
 """
 
 import asyncio
@@ -11,8 +11,8 @@ from starlette.responses import JSONResponse, StreamingResponse
 from serving.choices import Part, choices_of, logprobs_of
 from serving.protocol import Refusal, server_sent, usage
 
-UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # for proxies, nginx's too
-MOST_BUILT_HERE = 64  # entries of log-probabilities of one event; others wait while more are built
+UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # for proxies and for nginx
+MOST_BUILT_HERE = 64  # log-probabilities in an event that is built here; others wait for that
 REASONS = {"endoftext": "stop", "stop": "stop", "length": "length"}
 
 
@@ -23,11 +23,13 @@ def choice_of(part, asked, encoder):  # a completion's; chat.py has a chat's
 
 
 class Answer:
-    """The response to a checked request, whose texts wait or are being written.
+    """The response to a checked request, whose texts are waiting or being generated.
 
-    fields: what each piece of the answer repeats; shape(part, asked, encoder): a choice in it;
-    opening: choices that a stream sends before there is any text. Making one takes a while where
-    the request asks for many texts, so it is made in a thread.
+    fields: the fields that each piece of the answer repeats.
+    shape: shape(part, asked, encoder) returns a choice of the answer.
+    opening: choices that a stream sends before there is any text.
+
+    If the request asks for many texts, creating an Answer takes a while, so it is done in a thread.
     """
 
     def __init__(self, state, asked, fields, shape=choice_of, opening=()):
@@ -40,7 +42,7 @@ class Answer:
         self.choices = choices_of(asked, state, self.queue.put_nowait)
 
     async def __call__(self, scope, receive, send):  # as ASGI calls a response
-        """Raises Refusal if too many texts wait already, or where no answer comes."""
+        """Raises Refusal if too many texts are already waiting, or if no answer can be given."""
         self.state.engine.submit(self.asked, self.choices)
         try:
             if self.asked.stream:
@@ -54,7 +56,7 @@ class Answer:
             self.state.engine.drop(self.choices)
 
     async def whole(self):  # -> the response
-        """All choices, once they are complete. Made in a thread, since they may be megabytes."""
+        """Returns all choices once they are complete. A thread builds them: they may be large."""
         parts = [None] * len(self.choices)
         async for part in self.parts():
             parts[part.index] = part
@@ -66,7 +68,7 @@ class Answer:
         return JSONResponse(self.fields | {"choices": choices, "usage": counts})
 
     async def stream(self):
-        """An event for each token, as it is written. An error is also sent as an event."""
+        """Yields an event for each token as it is generated. An error is also sent as an event."""
         no_usage = {"usage": None} if self.asked.include_usage else {}
         n_sampled = 0
 
@@ -91,9 +93,10 @@ class Answer:
         yield server_sent("[DONE]")
 
     async def parts(self):
-        """The parts of all choices. Raises Refusal if the engine fails, or it takes too long.
+        """Yields the parts of all choices. Raises Refusal if the engine fails, or after a timeout.
 
-        Parts of one choice that have come meanwhile are merged, so that a late reader catches up.
+        Parts of the same choice that have arrived in the meantime are merged, so a slow reader
+        catches up.
         """
         deadline = time.monotonic() + self.state.timeout
         n_left = len(self.choices)
@@ -115,7 +118,7 @@ class Answer:
                 yield part
 
 
-def merge(parts):  # -> one for each choice, or the first exception alone
+def merge(parts):  # -> one part for each choice, or only the first exception
     merged = {}
     for part in parts:
         if isinstance(part, Exception):
@@ -130,7 +133,7 @@ def merge(parts):  # -> one for each choice, or the first exception alone
 async def unless_gone(receive, work):
     """Awaits the work and returns its result. Raises Refusal if the client goes away first."""
     work = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(receive())  # the body is read: only a goodbye can come
+    gone = asyncio.ensure_future(receive())  # the body has been read, so this is a disconnect
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():

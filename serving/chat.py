@@ -1,7 +1,7 @@
-"""OpenAI's chat protocol, where it differs from completions: messages in, the next message out.
+"""OpenAI's chat protocol, where it differs from completions: it turns messages into the next one.
 
-https://platform.openai.com/docs/api-reference/chat. What is not asked for has vLLM's default: an
-answer may be as long as fits, and the temperature is 1.
+See https://platform.openai.com/docs/api-reference/chat. Missing fields have vLLM's defaults: an
+answer may be as long as the context allows, and the temperature is 1.
 """
 
 import sys
@@ -24,7 +24,7 @@ from serving.protocol import (
 
 
 def read_chat(data, names, encoder, n_ctx):  # the body's object -> Asked
-    """A chat's request. Its one prompt is the conversation, as much of its end as fits."""
+    """Reads a chat's request. Its only prompt is the end of the conversation, as much as fits."""
     check_model(data, names)
     refuse_what_is_not_text(data)
     n_most = read_most(data)
@@ -39,18 +39,18 @@ def read_chat(data, names, encoder, n_ctx):  # the body's object -> Asked
 
 def refuse_what_is_not_text(data):
     if data.get("echo"):
-        raise Refusal("echo is not supported in a chat: leave it out", param="echo")
+        raise Refusal("echo is not supported in a chat; leave it out", param="echo")
     form = data.get("response_format") or {"type": "text"}
     if not isinstance(form, dict) or form.get("type") != "text":
         raise Refusal("response_format must be text, if it is given", param="response_format")
 
 
-def read_most(data):  # -> the tokens that an answer may have, None for what fits
+def read_most(data):  # -> the most tokens of an answer, None for as many as fit
     newer = number(data, "max_completion_tokens", None, 1, sys.maxsize)
     return newer or number(data, "max_tokens", None, 1, sys.maxsize)
 
 
-def read_logprobs(data):  # -> how many of the likeliest tokens to name, or None, as completions do
+def read_logprobs(data):  # -> how many of the likeliest tokens to name, or None, as in completions
     n = number(data, "top_logprobs", None, 0, MOST_LOGPROBS)
     if flag(data, "logprobs"):
         return n or 0
@@ -60,10 +60,10 @@ def read_logprobs(data):  # -> how many of the likeliest tokens to name, or None
 
 
 def read_messages(messages, encoder, n_ctx, n_most):  # -> ids
-    """The conversation, as much of its end as leaves room for n_most tokens of an answer.
+    """Encodes as much of the conversation's end as leaves room for an answer of n_most tokens.
 
-    Without such a limit, or with one that can never fit, room for a quarter of the positions is
-    left. If the last message alone is too long for that, the answer gets what is left.
+    Without such a limit, or with one that can never fit, a quarter of the positions is left for the
+    answer. If the last message by itself is too long for that, the answer gets the rest.
     """
     try:
         messages = check_messages(messages)
@@ -93,7 +93,7 @@ def delta_of(part, asked, encoder):
     return choice_with({"delta": delta}, part, asked, encoder)
 
 
-def role_of(index):  # what a stream says of each answer before its text
+def role_of(index):  # the first chunk of each answer in a stream, before its text
     delta = {"role": "assistant", "content": ""}
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 

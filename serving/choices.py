@@ -1,6 +1,7 @@
-"""One text of an answer as it grows: whole characters, nothing of a stop, log-probabilities.
+"""One text of an answer as it grows, without incomplete characters and without stop strings.
 
-The engine's thread adds a token at a time, and takes what may be shown by then.
+The engine's thread adds one token at a time, and takes the text that may be shown by then, together
+with its log-probabilities.
 """
 
 import codecs
@@ -15,24 +16,25 @@ from generation.stops import until_stop
 from gpt2 import end_ids_of, penalize_repetition, sample
 from pages.predictions import likeliest
 
-SCORED = 64  # positions whose logits are held at once, while a prompt is scored
+SCORED = 64  # positions whose logits are in memory at the same time while a prompt is scored
 
 
 class Part(NamedTuple):
-    """What is new of a choice since its last part."""
+    """The news of a choice since its last part."""
 
     index: int  # the choice's
     text: str
     entries: list  # of log-probabilities: (id, its own, likeliest ids, theirs, offset in the text)
-    end: str | None  # why the text has ended, None while it goes on
-    n_sampled: int  # tokens, since the text began
+    end: str | None  # why the text has ended, or None if it hasn't
+    n_sampled: int  # the tokens sampled since the text began
 
 
 class Choice:
-    """One of the texts that a request asks for, written by a row whose sampler it is.
+    """One of the texts that a request asks for. It is the sampler of the row that generates it.
 
-    state: the application's, with its encoder, n_ctx and engine. deliver(part) is called, in
-    asyncio's thread, with each Part. twin: the choice that scores the same prompt, if one does.
+    state: the application's state, with the encoder, n_ctx and the engine.
+    deliver: deliver(part) is called with each Part, in asyncio's thread.
+    twin: the choice that scores the same prompt, if there is one.
     """
 
     def __init__(self, asked, index, state, deliver, twin=None):
@@ -42,17 +44,17 @@ class Choice:
         self.logits_of = state.engine.logits_of
         self.deliver = deliver
         self.twin = twin
-        self.is_dropped = False  # has its client gone?
+        self.is_dropped = False  # whether its client has gone
         self.prompt = asked.prompts[index // asked.n]
         endoftext = None if asked.ignore_eos else encoder.end_ids
         n_tokens = min(asked.max_tokens, state.n_ctx - len(self.prompt))  # as many as fit
         self.row = Row(self.prompt, n_tokens, sampler=self, endoftext=endoftext)
         self.rng = new_rng(asked.seed, index)
         self.counts = {}  # {id: how often it was sampled}
-        self.error = None  # what went wrong with this text alone
+        self.error = None  # an error in this text only
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.text = ""
-        self.held = ""  # text that may yet become a stop
+        self.held = ""  # text that may still become a stop string
         self.has_stopped = False
         self.entries = []
         self.n_sampled = 0
@@ -67,7 +69,7 @@ class Choice:
 
     @property
     def may_begin(self):
-        """Is the prompt's score known, if another text finds it?"""
+        """False while another text is still scoring the same prompt."""
         twin = self.twin
         return twin is None or twin.n_scored == len(self.prompt) or twin.row.end is not None
 
@@ -76,15 +78,15 @@ class Choice:
         return self.needs_states and 0 < self.n_scored < len(self.prompt)
 
     def begin(self):
-        """Takes over the prompt's scores, once."""
+        """Copies the prompt's scores from the twin, once."""
         if self.twin is not None and not self.entries:
             self.entries = self.twin.entries[: len(self.prompt)]
             self.error = self.twin.error
 
-    # An error in one of these two ends this text alone: it is kept, and the text is complete.
+    # An error in one of these two methods is kept, and ends only this text.
 
     def read_states(self, x):  # [n, n_embd], of the prompt's next n tokens
-        """Scores the prompt's tokens after these, a few logits at a time."""
+        """Scores the tokens of the prompt after these positions, a few logits at a time."""
         targets = self.prompt[self.n_scored + 1 : self.n_scored + 1 + len(x)]
         self.n_scored += len(x)
         try:
@@ -112,8 +114,8 @@ class Choice:
             self.error = self.error or error
             return 0
 
-    def adjust(self, logits, row):  # [n_vocab] -> [n_vocab], with what the request asks for
-        """Adds the bias, then applies the penalties in vLLM's order."""
+    def adjust(self, logits, row):  # [n_vocab] -> [n_vocab]
+        """Adds the request's bias, then applies its penalties in vLLM's order."""
         asked = self.asked
         if asked.bias is not None:
             logits = logits + asked.bias
@@ -134,7 +136,7 @@ class Choice:
         return self.has_stopped or self.error is not None
 
     def note(self, id, log_prob, best_ids, best):
-        """The next token, of the prompt or sampled: its text, and what is known of it."""
+        """Adds the next token, from the prompt or sampled: its text and its log-probabilities."""
         if self.asked.logprobs is not None:
             offset = len(self.text) + len(self.held)
             self.entries.append((id, log_prob, best_ids, best, offset))
@@ -156,7 +158,7 @@ class Choice:
         self.text += text.lstrip() if strip else text
 
     def take(self, end):  # -> Part, or the exception that ended this text
-        """end: why the text ends, or None. At its end, the part also has what was held back."""
+        """end: why the text ends, or None. At its end, the part also has the text held back."""
         if self.error is not None:
             return self.error
         if end and not self.has_stopped:
@@ -170,7 +172,7 @@ class Choice:
 
 
 def choices_of(asked, state, deliver):  # -> a Choice for each text, in the order to begin them
-    """Equal prompts are scored once: the first text of each begins before the others."""
+    """Equal prompts are scored once, by the first text of each, which begins before the others."""
     scoring = {}
     choices = []
     for index in range(asked.n_choices):
@@ -182,9 +184,10 @@ def choices_of(asked, state, deliver):  # -> a Choice for each text, in the orde
 
 
 def log_probs_of(logits, ids, n):  # [rows, n_vocab], [rows] -> [rows], [rows, n] ids, [rows, n]
-    """The log-probability of each row's id, and the n largest, largest first: of the same floats.
+    """Returns the log-probability of each row's id, and the n largest with their ids, sorted.
 
-    Of the raw logits, before any temperature, as OpenAI and vLLM report them.
+    They are those of the raw logits, before any temperature, as in OpenAI and vLLM. Both results
+    come from the same floats, so a client can compare them for equality.
     """
     log_probs = logits - logits.max(-1, keepdims=True)
     log_probs -= np.log(np.exp(log_probs).sum(-1, keepdims=True))
@@ -193,9 +196,9 @@ def log_probs_of(logits, ids, n):  # [rows, n_vocab], [rows] -> [rows], [rows, n
 
 
 def logprobs_of(entries, encoder):  # -> the protocol's four lists, and the ids
-    """Where two ids are the same text, the larger one's is kept: bytes of a character may be."""
+    """If two ids have the same text, as parts of characters may, the larger value is kept."""
     lists = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    lists |= {"token_ids": []}  # which a part of a character cannot be known by otherwise
+    lists |= {"token_ids": []}  # since the text of a part of a character is ambiguous
     for id, log_prob, best_ids, best, offset in entries:
         text = encoder.decode([id])
         tops = None

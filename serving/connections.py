@@ -1,8 +1,8 @@
-"""The network's side: the listening socket, the connections, the signals that end the server.
+"""The network side of the server: the listening socket, connections, and signals to shut down.
 
-A server that has no descriptor left for a new connection answers nobody. So there are at most as
-many connections as leave it some. When all are taken, the one that has waited longest for its
-client makes room: whoever opens many and sends nothing loses those first.
+A server without file descriptors for new connections answers nobody. So the number of connections
+is limited. When all are taken, the one that has waited longest for its client is closed. A client
+that opens many connections and sends nothing loses those first.
 """
 
 import asyncio
@@ -17,17 +17,17 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 10  # that a client has for sending a request's head
-DRAIN_SECONDS = 10  # after SIGTERM, for the requests that run or wait
+HEAD_SECONDS = 10  # the time that a client has to send a request's head
+DRAIN_SECONDS = 10  # the time after SIGTERM for requests that are running or waiting
 MOST_CONNECTIONS = 4096
 MOST_BACKLOG = 128  # connections that the system accepts for us until we take them
 SPARE_DESCRIPTORS = 24  # for files and for the event loop
-LOG_SECONDS = 10  # between two reports that a connection could not be accepted
-PROBE_SECONDS = 0.2  # between two interim responses to a client that has closed its side
+LOG_SECONDS = 10  # the time between two reports that a connection could not be accepted
+PROBE_SECONDS = 0.2  # the time between two interim responses to a client that has closed its side
 
 
 def limits():  # -> the most connections, and the backlog
-    """Both follow from how many descriptors the process may have: `ulimit -n`, often 1024."""
+    """Both depend on the number of descriptors that the process may open (`ulimit -n`)."""
     try:
         from resource import RLIMIT_NOFILE, getrlimit
     except ImportError:  # Windows has no such limit
@@ -36,7 +36,7 @@ def limits():  # -> the most connections, and the backlog
     if n_descriptors < 0:  # no limit
         return MOST_CONNECTIONS, MOST_BACKLOG
     n_left = max(2, n_descriptors - SPARE_DESCRIPTORS)
-    backlog = max(1, min(MOST_BACKLOG, n_left // 4))  # a whole backlog may be accepted at once
+    backlog = max(1, min(MOST_BACKLOG, n_left // 4))  # all of it may be accepted at once
     return min(MOST_CONNECTIONS, n_left - backlog), backlog
 
 
@@ -50,10 +50,10 @@ def listen(host, port):  # -> a socket
 
 
 class Connection(H11Protocol):
-    """uvicorn's, with limits, and for clients that close their side once they have asked."""
+    """uvicorn's connection, with time limits. Clients may close their side after asking."""
 
     closing = None  # the timer for a request's head
-    waiting_since = None  # when it began to wait for a request
+    waiting_since = None  # when it began to wait for its client
 
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -71,7 +71,7 @@ class Connection(H11Protocol):
         self.stop_timer()
 
     def watch(self):
-        """Starts the clock where the client has to send something, and stops it where it has."""
+        """Starts the clock when the client must send something, and stops it when it has."""
         is_idle = self.conn.their_state is h11.IDLE
         if not is_idle and self.conn.their_state is not h11.SEND_BODY:
             self.waiting_since = None
@@ -88,11 +88,11 @@ class Connection(H11Protocol):
             self.closing = None
 
     def eof_received(self):  # -> whether the transport stays open
-        """The client sends no more: it may wait for its answer all the same, or it may be gone.
+        """The client has closed its side. It may still wait for its answer, or it may be gone.
 
-        TCP does not tell which. A client that is gone refuses what it is sent, so it is sent an
-        interim response, which all others must be able to read (RFC 9110, section 15.2). The
-        first one brings the refusal, and the second one meets it.
+        TCP does not say which. If we send something to a client that is gone, its system answers
+        with a reset. So we send an interim response, which any other client must be able to read
+        (RFC 9110, section 15.2). The first one causes the reset, and the second one notices it.
         """
         is_asked = self.cycle is not None and not self.cycle.response_complete
         if not is_asked or self.conn.their_state is h11.SEND_BODY:
@@ -110,7 +110,7 @@ class Connection(H11Protocol):
 
 
 def make_room(connections):
-    """Closes the connection that has waited longest for its client: the newest, if no other has."""
+    """Closes the connection that has waited longest for its client, or the newest if none has."""
     waiting = [
         connection
         for connection in connections
@@ -121,9 +121,9 @@ def make_room(connections):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's. The first signal lets requests end, for a while; a second one ends at once.
+    """uvicorn's server. The first signal lets requests end, for a while. A second one ends at once.
 
-    on_late() is called after DRAIN_SECONDS, to end the requests that are still there.
+    on_late() is called after DRAIN_SECONDS, to end the requests that are still running.
     """
 
     def __init__(self, app, on_late):
@@ -133,7 +133,7 @@ class Server(uvicorn.Server):
                 app,
                 http=Connection,
                 ws="none",
-                log_config=None,  # warnings to stderr: uvicorn's own configuration needs a stdout
+                log_config=None,  # warnings go to stderr; uvicorn's configuration needs a stdout
                 access_log=False,
                 server_header=False,
                 lifespan="on",
@@ -168,7 +168,7 @@ class Server(uvicorn.Server):
 
 
 def report_seldom():  # -> an exception handler for asyncio's loop
-    """asyncio reports every connection that it cannot accept: a line each LOG_SECONDS will do."""
+    """asyncio reports every connection that it cannot accept. One line per LOG_SECONDS will do."""
     logger = logging.getLogger("uvicorn.error")
     reported = -LOG_SECONDS
 

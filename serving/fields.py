@@ -1,10 +1,10 @@
-"""The fields of a request: which are done, which are refused, and which are ignored.
+"""The fields of a request: which are supported, which are rejected, and which are ignored.
 
-The field names are OpenAI's, vLLM's and llama.cpp's. A field that any of them gives a meaning to is
-done, or refused unless its value asks for nothing. Fields that none of them knows are ignored.
+The field names are those of OpenAI, vLLM and llama.cpp. A field that has a meaning in any of them
+is either supported, or rejected unless its value has no effect. Unknown fields are ignored.
 """
 
-DONE = {  # how a field is read, for the guide
+DONE = {  # {supported field: its values}, for the guide
     "model": "the name or the --model_size that the server was started with",
     "prompt": "a string, strings, token ids, or lists of token ids; missing means empty",
     "messages": "of system or developer, user and assistant; text, or a list of text parts",
@@ -32,7 +32,7 @@ DONE = {  # how a field is read, for the guide
     "max_output_tokens": "of /v1/responses: as max_tokens in chats",
     "text": "of /v1/responses: its format must be text",
 }
-REFUSED = {  # name: the values that ask for nothing, besides null
+REFUSED = {  # {rejected field: the values that have no effect, besides null}
     # OpenAI's
     "suffix": ("",),
     "audio": (),
@@ -90,7 +90,7 @@ REFUSED = {  # name: the values that ask for nothing, besides null
     "typical_p": (1,),
     "xtc_probability": (0,),
 }
-INSTEAD = {  # what to use
+INSTEAD = {  # {rejected field: its replacement}
     "repeat_penalty": "repetition_penalty",
     "n_predict": "max_tokens",
     "n_probs": "logprobs",
@@ -98,10 +98,10 @@ INSTEAD = {  # what to use
 }
 
 
-def find_refused(data):  # -> (name of a field that asks for something we do not do, why) or None
+def find_refused(data):  # -> (the name of an unsupported field, the error's text) or None
     for name, neutral in REFUSED.items():
         value = data.get(name)
         if value is not None and value not in neutral:
             advice = f"use {INSTEAD[name]}" if name in INSTEAD else "leave it out"
-            return name, f"{name} is not supported: {advice}"
+            return name, f"{name} is not supported; {advice}"
     return None

@@ -1,12 +1,12 @@
-"""Who may ask, and how much: Host, Origin, key and size of a request, before any route sees it.
+"""Checks Host, Origin, key and size of a request before any route sees it.
 
-A page of any site can send requests to a server on its reader's own machine. Browsers say where
-such a request comes from (Origin) and, where a name was bent to lead here, which name that was
-(Host): both must be the server's own, or allowed.
+Any site's page can send requests to a server on its reader's own machine. Browsers send the site
+that such a request comes from (Origin), and the name under which it reached the server (Host),
+which an attacker may have pointed here. Both must be the server's own, or allowed.
 
-The layers, from outside: Cors adds the headers that let a page of an allowed origin read an answer,
-a refusal included; Guard refuses. A preflight (a browser's question whether a page may ask) ends in
-Cors, since it never carries a key.
+There are two layers. The outer one, Cors, adds the headers that let a page of an allowed origin
+read an answer, even an error. The inner one, Guard, rejects requests. A preflight, in which a
+browser asks whether a page may send a request, ends in Cors, because it never carries a key.
 """
 
 import asyncio
@@ -23,8 +23,8 @@ from starlette.middleware.cors import CORSMiddleware
 from serving.protocol import Refusal
 
 MOST_BYTES = 1 << 20  # of a body
-BODY_SECONDS = 20  # that a client has for sending one
-OPEN_TO_ALL = {"/", "/health"}  # need no key: a browser cannot send one with a page's address
+BODY_SECONDS = 20  # the time that a client has to send a body
+OPEN_TO_ALL = {"/", "/health"}  # need no key, since browsers can't send one with a page's address
 FOR_MONITORS = {"/health", "/metrics"}  # HTTP/1.0 health checks send no Host
 HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -43,14 +43,14 @@ class Allowed:
     everything: bool = False
 
     def has_host(self, host):
-        """Is it a Host header of this server? Never if it holds more than a name and a port."""
+        """Returns whether this Host header, a name and perhaps a port, is the server's."""
         name = host_name(host)
         if name is None:
             return False
         return self.everything or name in self.hosts or self.any_address and is_address(name)
 
     def has_origin(self, origin, host):
-        """May a page of this origin ask? One that the server itself has sent always may."""
+        """Returns whether a page of this origin may send requests. The server's own pages may."""
         own = (f"http://{host}", f"https://{host}")
         return self.everything or origin in self.origins or origin in own
 
@@ -58,7 +58,7 @@ class Allowed:
 def read_allowed(words, host):  # the --allow flags, the --host flag -> Allowed
     """A word is a host's name, an origin such as https://example.org, "null", or "*" for all.
 
-    "null" is the origin that a page opened from a file has. Raises ValueError for all others.
+    "null" is the origin of a page that was opened from a file. Raises ValueError for other words.
     """
     hosts = {"localhost", "127.0.0.1", "::1", host}
     origins = set()
@@ -70,14 +70,14 @@ def read_allowed(words, host):  # the --allow flags, the --host flag -> Allowed
         elif word != "*":
             name = host_name(word)
             if name is None:
-                raise ValueError(f"--allow {word!r}: expected a host, an origin, null or *")
+                raise ValueError(f"--allow {word!r} is not a host, an origin, null or *")
             hosts.add(name)
     any_address = host in ("0.0.0.0", "::")
     return Allowed(frozenset(hosts), frozenset(origins), any_address, "*" in words)
 
 
 def read_origin(word):
-    """The origin as browsers send it: lower case, without a default port or a slash at its end.
+    """Returns the origin as browsers send it: lower case, without a default port or final slash.
 
     >>> read_origin("HTTPS://Page.Example:443/")
     'https://page.example'
@@ -92,7 +92,7 @@ def read_origin(word):
     return f"{scheme}://{netloc.removesuffix(f':{port}')}"
 
 
-def host_name(host):  # "[::1]:8000" -> "::1"; None for what is no host
+def host_name(host):  # "[::1]:8000" -> "::1"; None if it is not a host
     found = HOST.fullmatch(host)
     return found and found[1].strip("[]").lower()
 
@@ -108,7 +108,7 @@ def is_address(name):
 
 
 class Cors(CORSMiddleware):
-    """Starlette's layer, for the allowed origins, also when they are not on this network.
+    """Starlette's layer for the allowed origins, even if they are not on this network.
 
     Chrome asks before a public page may reach a private address: Access-Control-Request-Private-
     Network, https://wicg.github.io/private-network-access.
@@ -126,7 +126,7 @@ class Cors(CORSMiddleware):
 
 
 class Guard:
-    """ASGI middleware: answers what is refused, and hands on the rest with its body read whole."""
+    """ASGI middleware that rejects requests, and passes on the rest with a complete body."""
 
     def __init__(self, app, allowed, api_key=None, most_seconds=None):
         self.app = app
@@ -146,7 +146,7 @@ class Guard:
         except Refusal as refusal:
             return await send_refusal(refusal, send)
         if body is not None:  # otherwise the client has gone
-            with contextlib.suppress(TimeoutError):  # one who does not read what it asked for
+            with contextlib.suppress(TimeoutError):  # a client that does not read its answer
                 async with asyncio.timeout(self.most_seconds):
                     await self.app(scope, replay(body, receive), send)
 
@@ -157,9 +157,9 @@ class Guard:
         if is_monitor and scope["path"] in FOR_MONITORS and origin is None:
             return
         if not self.allowed.has_host(host):
-            raise Refusal(f"the host {host!r} is not this server's: see --allow", 403)
+            raise Refusal(f"the host {host!r} is not allowed; see --allow", 403)
         if origin is not None and not self.allowed.has_origin(origin, host):
-            raise Refusal(f"the origin {origin!r} is not allowed: see --allow", 403)
+            raise Refusal(f"the origin {origin!r} is not allowed; see --allow", 403)
 
     def check_key(self, scope, headers):
         if self.api_key is None or scope["path"] in OPEN_TO_ALL:
@@ -168,21 +168,23 @@ class Guard:
         is_right = hmac.compare_digest(given.encode("latin-1"), self.api_key.encode())
         if scheme.lower() != "bearer" or not is_right:
             headers = {"www-authenticate": "Bearer"}
-            raise Refusal("a wrong API key, or none", 401, code="invalid_api_key", headers=headers)
+            words = "the API key is missing or wrong"
+            raise Refusal(words, 401, code="invalid_api_key", headers=headers)
 
 
 def read_headers(scope):  # -> {name: value}
-    """Raises Refusal for two hosts, which could be read either way."""
+    """Raises Refusal for two Host headers, which would be ambiguous."""
     pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
     if [name for name, _ in pairs].count("host") > 1:
-        raise Refusal("more than one Host")
+        raise Refusal("the request has more than one Host header")
     return dict(pairs)
 
 
 def with_own_path(scope, headers):
-    """The scope of a request whose target is a whole address, as proxies send it, with its path.
+    """Returns the scope with only a path, even if the request's target is a whole address.
 
-    The address names the host then, whatever the Host header says (RFC 9112, section 3.2.2).
+    Proxies send whole addresses. Then the address names the host, and the Host header is ignored
+    (RFC 9112, section 3.2.2).
     """
     if scope["path"].startswith("/") or "://" not in scope["path"]:
         return scope
@@ -191,7 +193,7 @@ def with_own_path(scope, headers):
     return scope | {"path": "/" + path, "raw_path": ("/" + path).encode()}
 
 
-async def read_body(headers, receive):  # -> bytes, or None where the client has gone
+async def read_body(headers, receive):  # -> bytes, or None if the client has gone
     too_large = Refusal(f"the body has more than {MOST_BYTES} bytes", 413, code="too_large")
     length = headers.get("content-length", "0")
     if not length.isdigit() or int(length) > MOST_BYTES:
@@ -213,7 +215,7 @@ async def read_body(headers, receive):  # -> bytes, or None where the client has
 
 
 def replay(body, receive):
-    """receive() for the app: the body in one message, then what the client does next."""
+    """Returns a receive() for the app: the body in one message, then the client's messages."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_next():

@@ -1,14 +1,14 @@
-"""Figures of a server, as Prometheus reads them: https://prometheus.io/docs/instrumenting."""
+"""The server's metrics for Prometheus: https://prometheus.io/docs/instrumenting."""
 
 HELP = {
     "requests_total": ("counter", "requests answered, by status"),
-    "prompt_tokens_total": ("counter", "tokens of prompts that were asked about"),
-    "completion_tokens_total": ("counter", "tokens written"),
+    "prompt_tokens_total": ("counter", "prompt tokens received"),
+    "completion_tokens_total": ("counter", "tokens generated"),
     "passes_total": ("counter", "passes of the engine"),
-    "pass_seconds_total": ("counter", "seconds that these took: a token of each row"),
-    "rows_waiting": ("gauge", "texts that wait for room"),
-    "rows_running": ("gauge", "texts that are written now: the batch's size"),
-    "seconds_per_token": ("histogram", "seconds from one token of a text to its next"),
+    "pass_seconds_total": ("counter", "total duration of the passes in seconds"),
+    "rows_waiting": ("gauge", "texts waiting for room in the batch"),
+    "rows_running": ("gauge", "texts being generated now (the batch size)"),
+    "seconds_per_token": ("histogram", "seconds from one token of a text to the next"),
 }
 BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -22,7 +22,7 @@ def count(metrics, name, amount=1, labels=""):
 
 
 def observe(metrics, name, value, n=1):
-    """n values of a histogram. Each bound counts all that are no larger."""
+    """Adds n values to a histogram. Each bound counts all values up to it."""
     for bound in BOUNDS:
         count(metrics, f"{name}_bucket", n * (value <= bound), f'{{le="{bound}"}}')
     count(metrics, f"{name}_bucket", n, '{le="+Inf"}')
@@ -30,7 +30,7 @@ def observe(metrics, name, value, n=1):
     count(metrics, f"{name}_count", n)
 
 
-def render(metrics):  # -> the page's text
+def render(metrics):  # -> the text of /metrics
     lines = []
     for name, (kind, words) in HELP.items():
         samples = {name, *(f"{name}_{end}" for end in ("bucket", "sum", "count"))}
@@ -42,7 +42,7 @@ def render(metrics):  # -> the page's text
 
 
 class Counted:
-    """ASGI middleware: counts the answers by their status."""
+    """ASGI middleware that counts the answers by their status."""
 
     def __init__(self, app, metrics):
         self.app, self.metrics = app, metrics

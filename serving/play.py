@@ -1,4 +1,4 @@
-"""The page to play with, and what it asks for besides completions: GET / and POST /predictions."""
+"""The page for playing with the model, and the predictions that it shows: / and /predictions."""
 
 import asyncio
 
@@ -11,8 +11,8 @@ from pages.predictions import bytes_of, predictions
 from pages.templates import template
 from serving.protocol import Refusal, check_room, number, read_object, read_prompt
 
-MOST_SHOWN = 257  # all, of a byte model
-# Whatever got into a page could load nothing, send nothing away, and be shown in no other page.
+MOST_SHOWN = 257  # all tokens of a byte model
+# Injected code could load nothing, send nothing away, and the page can't be put into another one.
 POLICY = "; ".join([
     "default-src 'none'", "script-src 'unsafe-inline'", "style-src 'unsafe-inline'",
     "img-src data:", "connect-src 'self'", "form-action 'none'", "base-uri 'none'",
@@ -32,31 +32,31 @@ def page_response(text):
 
 
 def check_link(request):
-    """Refusal where a foreign page asks: of a GET, browsers send no Origin, but they say whence."""
+    """Raises Refusal for other sites' pages. A GET has no Origin, but browsers say who sent it."""
     if request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-        raise Refusal("only this server's own pages may ask for this, or an address typed in", 403)
+        raise Refusal("only this server's own pages may link here; type the address instead", 403)
 
 
 async def predict(request):
-    """POST /predictions: "text" or "ids"; "without", "positions" and "n_shown", if they matter."""
+    """POST /predictions takes "text" or "ids", and optionally "without", "positions", "n_shown"."""
     state, body = request.app.state, await request.body()
     async with state.room:
         return JSONResponse(await asyncio.to_thread(answer, body, state))
 
 
-def answer(body, state):  # bytes -> what can be JSON
+def answer(body, state):  # bytes -> a dict for JSON
     data, hparams = read_object(body), state.hparams
     ids = read_ids(data, state.encoder, state.n_ctx)
     without = read_heads(data.get("without") or [], hparams)
     positions = read_positions(data.get("positions"), len(ids))
     n_shown = number(data, "n_shown", 50, 1, MOST_SHOWN)
-    with own_threads(len(ids)):  # as the engine's passes
+    with own_threads(len(ids)):  # like the engine's passes
         found = predictions(
             ids, state.engine.params, hparams["n_head"], without, positions, n_shown
         )
     if not np.isfinite(found["top_logits"]).all():
         raise Refusal("the logits are not finite: the model's weights must be damaged", 500)
-    found["tail_logits"] = np.maximum(found["tail_logits"], -1e30)  # JSON knows no -inf
+    found["tail_logits"] = np.maximum(found["tail_logits"], -1e30)  # JSON has no -inf
     named = {*ids, *found["top_ids"].ravel().tolist()}
     lists = {name: array.tolist() for name, array in found.items()}
     return {"ids": ids, "bytes": bytes_of(named, state.encoder)} | lists
@@ -90,11 +90,12 @@ def read_heads(pairs, hparams):  # -> a list of (block, head)
     for block, head in pairs:
         if not (0 <= block < hparams["n_layer"] and 0 <= head < hparams["n_head"]):
             there = f"{hparams['n_layer']} blocks of {hparams['n_head']} heads, counted from 0"
-            raise Refusal(f"without: [{block}, {head}] is not among {there}", param="without")
+            words = f"without: there is no head [{block}, {head}]; the model has {there}"
+            raise Refusal(words, param="without")
     return [(block, head) for block, head in pairs]
 
 
-def read_positions(positions, n_seq):  # None stands for all
+def read_positions(positions, n_seq):  # None means all positions
     if positions is None:
         return None
     if not is_whole(positions) or not all(0 <= i < n_seq for i in positions):
@@ -102,7 +103,7 @@ def read_positions(positions, n_seq):  # None stands for all
     return sorted(set(positions))
 
 
-def is_whole(items, n=None):  # is it a list of n whole numbers, or of any number of them?
+def is_whole(items, n=None):  # whether it is a list of n whole numbers, or of any number of them
     right = isinstance(items, list) and all(type(item) is int for item in items)
     return right and n in (None, len(items))
 

@@ -1,7 +1,7 @@
-"""OpenAI's completions protocol: a request read and checked, the shapes of answers and errors.
+"""OpenAI's completions protocol: reads and checks requests, and formats answers and errors.
 
-https://platform.openai.com/docs/api-reference/completions, and vLLM's reading of it: top_k and
-ignore_eos are vLLM's. fields.py lists what is done with each field.
+See https://platform.openai.com/docs/api-reference/completions. Some fields, such as top_k and
+ignore_eos, are vLLM's. fields.py lists all of them.
 """
 
 import json
@@ -17,12 +17,12 @@ from generation.stops import sort_stops
 from gpt2 import check_length
 from serving.fields import find_refused
 
-MOST_CHOICES = 1024  # texts that one request may ask for
+MOST_CHOICES = 1024  # the most texts that one request may ask for
 MOST_LOGPROBS = 20
 MOST_N = 128
 MOST_STOPS = 1024
 MOST_STOP_CHARACTERS = 10_000  # of all stops together
-MOST_ENTRIES = 2**19  # texts * positions * log-probabilities that a request may ask for
+MOST_ENTRIES = 2**19  # the most log-probabilities: texts * positions * (1 + logprobs)
 TOO_LONG = "context_length_exceeded"
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
 KINDS |= {404: "invalid_request_error", 405: "invalid_request_error", 408: "timeout_error"}
@@ -30,7 +30,7 @@ KINDS |= {413: "invalid_request_error", 429: "rate_limit_error"}
 
 
 class Refusal(Exception):
-    """A request that is not answered, as its client is to hear it. param: the wrong field."""
+    """The error that a client gets instead of an answer. param: the name of the wrong field."""
 
     def __init__(self, message, status=400, param=None, code=None, headers=None):
         super().__init__(message)
@@ -44,7 +44,7 @@ class Refusal(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
-    """A request that has been checked. What it left out has the protocol's default."""
+    """A checked request. Fields that it left out have the protocol's defaults."""
 
     max_tokens: int
     n: int  # texts for each prompt
@@ -53,7 +53,7 @@ class Asked:
     frequency_penalty: float
     seed: int | None  # 0 or more
     logprobs: int | None  # how many of the likeliest tokens to name
-    stops: tuple  # as generation.stops.sort_stops gives them
+    stops: tuple  # sorted by generation.stops.sort_stops
     stop_ids: frozenset  # tokens that end a text
     min_tokens: int
     bias: np.ndarray | None  # [n_vocab], added to the logits
@@ -62,14 +62,14 @@ class Asked:
     ignore_eos: bool
     include_usage: bool
     prompts: tuple[list[int], ...] = ()
-    strip: bool = False  # a chat's answer begins with a space that is none of it
+    strip: bool = False  # whether to drop the space at the beginning of a chat's answer
 
     @property
     def n_choices(self):
         return len(self.prompts) * self.n
 
     @property
-    def is_scored(self):  # are the prompts' log-probabilities part of the answer?
+    def is_scored(self):  # whether the answer has the prompts' log-probabilities
         return self.echo and self.logprobs is not None
 
     @property
@@ -88,13 +88,14 @@ def read_object(body):  # bytes -> dict
 
 
 def read_completion(body, names, encoder, n_ctx):  # bytes -> Asked
-    """A completions request. Raises Refusal, which says which field is wrong."""
+    """Reads a completions request. Raises Refusal, which names the wrong field."""
     data = read_object(body)
     check_model(data, names)
     settings = read_settings(data, encoder)
     asked = replace(settings, prompts=read_prompts(data.get("prompt"), encoder, n_ctx))
     if asked.n_choices > MOST_CHOICES:
-        raise Refusal(f"at most {MOST_CHOICES} texts a request: prompts times n", param="prompt")
+        words = f"at most {MOST_CHOICES} texts per request (prompts times n) are allowed"
+        raise Refusal(words, param="prompt")
     for ids in asked.prompts:
         check_room(ids, min(1, asked.max_tokens), n_ctx, "prompt")
     check_entries(asked, n_ctx)
@@ -102,22 +103,23 @@ def read_completion(body, names, encoder, n_ctx):  # bytes -> Asked
 
 
 def check_entries(asked, n_ctx):
-    """Raises Refusal for more log-probabilities than one answer should hold."""
+    """Raises Refusal if there are too many log-probabilities for one answer."""
     if asked.logprobs is None:
         return
     n_new = [min(asked.max_tokens, n_ctx - len(ids)) for ids in asked.prompts]
     n_positions = sum(n_new) + (asked.n_prompt_tokens if asked.echo else 0)
     if n_positions * asked.n * (1 + asked.logprobs) > MOST_ENTRIES:
-        words = f"at most {MOST_ENTRIES} log-probabilities: texts times tokens times (1 + logprobs)"
+        count = "texts times tokens times (1 + logprobs)"
+        words = f"at most {MOST_ENTRIES} log-probabilities are allowed: {count}"
         raise Refusal(words, param="logprobs")
 
 
-def check_model(data, names):  # the names that the model has here
+def check_model(data, names):  # names: those of the server's model
     wanted = data.get("model")
     if wanted is not None and not isinstance(wanted, str):
         raise Refusal("model must be a string", param="model")
     if wanted is not None and wanted not in names:
-        words = f"no model {wanted[:100]!r}: this server has {names[0]!r}"
+        words = f"no model {wanted[:100]!r}; this server has {names[0]!r}"
         raise Refusal(words, 404, "model", "model_not_found")
 
 
@@ -130,14 +132,14 @@ def read_settings(data, encoder, more_stops=()):  # -> Asked, all but its prompt
         raise Refusal(words, param=name)
     temperature = number(data, "temperature", 1.0, 0, largest_float, float)
     top_p = number(data, "top_p", 1.0, 0, 1, float)
-    if top_p == 0:  # it leaves the likeliest token alone: greedy
+    if top_p == 0:  # only the likeliest token is left, which is greedy
         temperature, top_p = 0.0, 1.0
     asked = Asked(
         max_tokens=number(data, "max_tokens", 16, 0, largest_int),
         n=number(data, "n", 1, 1, MOST_N),
         sampling=Sampling(
             temperature=temperature,
-            top_k=max(0, number(data, "top_k", 0, -1, largest_int)),  # -1 is vLLM's word for all
+            top_k=max(0, number(data, "top_k", 0, -1, largest_int)),  # -1 means all in vLLM
             top_p=top_p,
             min_p=number(data, "min_p", 0.0, 0, 1, float),
             repetition_penalty=number(
@@ -158,9 +160,9 @@ def read_settings(data, encoder, more_stops=()):  # -> Asked, all but its prompt
         include_usage=read_include_usage(data),
     )
     if asked.max_tokens == 0 and not asked.echo:
-        raise Refusal("max_tokens may be 0 only with echo", param="max_tokens")
+        raise Refusal("max_tokens must be 1 or more, except with echo", param="max_tokens")
     if data.get("best_of") not in (None, asked.n):
-        raise Refusal("best_of must equal n: all texts are returned", param="best_of")
+        raise Refusal("best_of must equal n, because all texts are returned", param="best_of")
     return asked
 
 
@@ -177,7 +179,7 @@ def read_include_usage(data):
 
 
 def number(data, name, default, least, most, kind=int):
-    """A number in least .. most; a whole one, if kind is int. null stands for the default."""
+    """Returns a number from least to most, a whole one if kind is int. null means the default."""
     value = data.get(name)
     if value is None:
         return default
@@ -205,7 +207,7 @@ def read_stops(data):  # -> list of str
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise Refusal("stop must be a string or a list of strings", param="stop")
     if len(stops) > MOST_STOPS or sum(map(len, stops)) > MOST_STOP_CHARACTERS:
-        words = f"at most {MOST_STOPS} stops, of {MOST_STOP_CHARACTERS} characters together"
+        words = f"stop may have at most {MOST_STOPS} strings, of {MOST_STOP_CHARACTERS} characters"
         raise Refusal(words, param="stop")
     return [stop for stop in stops if stop]
 
@@ -218,8 +220,8 @@ def read_stop_ids(data, encoder):  # -> frozenset
     return frozenset(ids)
 
 
-def read_bias(data, encoder):  # {"id": number} -> [n_vocab], or None where there is nothing to add
-    """The bias, which also keeps ids that are no token from being sampled."""
+def read_bias(data, encoder):  # {"id": number} -> [n_vocab], or None if there is nothing to add
+    """Returns the bias, which also prevents ids that are not tokens from being sampled."""
     bias = data.get("logit_bias") or {}
     if not isinstance(bias, dict):
         raise Refusal("logit_bias must be an object of token ids", param="logit_bias")
@@ -241,7 +243,7 @@ def read_bias(data, encoder):  # {"id": number} -> [n_vocab], or None where ther
 
 
 def check_ids(ids, encoder, name):
-    """Raises Refusal for an id that is no token. name: the field that it comes from."""
+    """Raises Refusal for an id that is not a token. name: the field that it comes from."""
     for id in ids:
         if id not in encoder.piece_of_id:
             words = f"{name}: {id} is not a token; ids are in 0 .. {encoder.n_vocab - 1}"
@@ -255,13 +257,13 @@ def read_prompts(prompt, encoder, n_ctx):  # a string, strings, ids or lists of 
     if isinstance(prompt, list) and all(type(id) is int for id in prompt):
         prompts = [prompt]
     if [] in prompts:
-        words = f"prompt {prompts.index([]) + 1} of {len(prompts)} is a list without ids"
+        words = f"prompt {prompts.index([]) + 1} of {len(prompts)} is an empty list of ids"
         raise Refusal(words, param="prompt")
     return tuple(read_prompt(prompt, encoder, n_ctx) for prompt in prompts)
 
 
 def read_prompt(prompt, encoder, n_ctx, name="prompt"):  # str or ids -> ids
-    """name: the field that it comes from, for what a Refusal says."""
+    """name: the field that it comes from, for error messages."""
     if isinstance(prompt, str):
         try:
             return encoder.encode_prompt(prompt, n_ctx)
@@ -275,7 +277,7 @@ def read_prompt(prompt, encoder, n_ctx, name="prompt"):  # str or ids -> ids
 
 
 def check_room(ids, n_new, n_ctx, name):
-    """Refusal for no ids, and where these and n_new more do not fit. name: their field's."""
+    """Raises Refusal if there are no ids, or they and n_new more don't fit. name: their field."""
     if not n_new and len(ids) > n_ctx:
         words = f"{len(ids)} tokens, but this model has only {n_ctx} positions (n_ctx)"
         raise Refusal(words, param=name, code=TOO_LONG)
@@ -288,7 +290,7 @@ def check_room(ids, n_new, n_ctx, name):
 # --- The shapes of answers ------------------------------------------------------------------------
 
 
-def new_answer(name, kind="text_completion", prefix="cmpl"):  # what all chunks of an answer repeat
+def new_answer(name, kind="text_completion", prefix="cmpl"):  # the fields that all chunks repeat
     id = f"{prefix}-{uuid.uuid4().hex}"
     return {"id": id, "object": kind, "created": int(time.time()), "model": name}
 

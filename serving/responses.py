@@ -1,7 +1,7 @@
-"""OpenAI's responses protocol in its simplest form: one text in, one text out, or its stream.
+"""OpenAI's responses protocol in its simplest form: one text in, one text out, whole or streamed.
 
-https://platform.openai.com/docs/api-reference/responses. A response is the next message of a chat,
-in other words. Nothing is stored: a conversation is sent whole each time.
+See https://platform.openai.com/docs/api-reference/responses. A response is the next message of a
+chat in a different format. Nothing is stored, so the whole conversation is sent each time.
 """
 
 import sys
@@ -21,7 +21,7 @@ PLACE = {"output_index": 0, "content_index": 0}
 
 def read_response(data, names, encoder, n_ctx):  # the body's object -> Asked
     if data.get("top_logprobs"):
-        raise Refusal("top_logprobs is not supported here: use completions", param="top_logprobs")
+        raise Refusal("top_logprobs is not supported here; use completions", param="top_logprobs")
     if data.get("text") not in (None, {}, {"format": {"type": "text"}}):
         raise Refusal("text.format must be text, if it is given", param="text")
     chat = data | dict.fromkeys(CHATS_ALONE)
@@ -57,7 +57,7 @@ def read_part(part):
 
 
 class Response(Answer):
-    """An Answer of one text, in this protocol's shapes. data: what was asked, which it repeats."""
+    """An Answer of one text in this protocol's format. data: the request, which it repeats."""
 
     def __init__(self, state, asked, data):
         super().__init__(state, asked, new_answer(state.name, "response", "resp"))
@@ -69,7 +69,7 @@ class Response(Answer):
     def respond(self, parts):
         return JSONResponse(self.response(parts[0].text, parts[0]))
 
-    def response(self, text="", part=None):  # part: the last one, None before there is any
+    def response(self, text="", part=None):  # part: the last one, or None if there is none yet
         if part is None:
             return self.fields | {"status": "in_progress", "output": [], "usage": None}
         n_prompt, n_new = self.asked.n_prompt_tokens, part.n_sampled
@@ -89,7 +89,7 @@ class Response(Answer):
         return message | {"status": status, "content": content}
 
     async def stream(self):
-        """Numbered events. An error is also sent as an event."""
+        """Yields numbered events. An error is also sent as an event."""
         text, n_sent = "", 0
 
         def event(kind, **fields):

@@ -1,9 +1,9 @@
-"""The files of weights while a server runs: a file that is changed in place would kill it.
+"""Protects a running server from changes to its weight files.
 
-Large weights stay in their file, which the system reads where it is needed. If somebody truncates
-the file meanwhile, reading it ends the process without a word (SIGBUS). So small weights are
-copied, and the files of large ones are watched. To replace a model under a running server, write
-the new file under another name and rename it.
+Large weights stay in their file, and the system reads them when they are needed. If somebody
+truncates the file in the meantime, reading it ends the process without a message (SIGBUS). So small
+weights are copied, and the files of large ones are watched. To replace a model while the server is
+running, write the new file under another name and rename it.
 """
 
 import asyncio
@@ -31,13 +31,13 @@ def weight_files(folder):
 
 
 async def watch(paths):
-    """Ends the process, in one line, where one of the files is not what it was."""
+    """Ends the process, with one line of error, if one of the files has changed."""
     before = {path: signature(path) for path in paths}
     while True:
         await asyncio.sleep(WATCH_SECONDS)
         for path in paths:
             if signature(path) != before[path]:
-                words = f"error: {path} was changed while the server was using it: start it again"
+                words = f"error: {path} was changed while the server was using it; start it again"
                 print(words, file=sys.stderr, flush=True)
                 os._exit(1)
 

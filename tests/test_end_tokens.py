@@ -181,7 +181,7 @@ def test_the_file_of_a_chat_template_comes_first(folder):
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     theirs = transformers.GPT2TokenizerFast.from_pretrained(folder)
     assert get_encoder("", folder).chat_template == theirs.chat_template == TEMPLATE
-    with pytest.raises(ValueError, match="has chat_template.jinja, of another model"):
+    with pytest.raises(ValueError, match="has chat_template.jinja, which belongs to another model"):
         utils.check_target(folder)
 
 

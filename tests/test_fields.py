@@ -208,7 +208,7 @@ def test_a_missing_prompt_is_the_empty_one(client):
 def test_an_empty_list_of_ids_is_named(client):
     response = client.post("/v1/completions", json={"prompt": [[65], []]})
     assert response.status_code == 400
-    assert response.json()["error"]["message"] == "prompt 2 of 2 is a list without ids"
+    assert response.json()["error"]["message"] == "prompt 2 of 2 is an empty list of ids"
 
 
 def test_whole_floats_are_whole_numbers(client):

@@ -346,7 +346,7 @@ def without(files, *names):
 REFUSED = {  # files -> files, and what is said of them
     "llama": (
         lambda f: f | {"config.json": b'{"model_type": "llama", "hidden_size": 9}'},
-        "some/one/config.json: model_type 'llama' is not supported: only 'gpt2' is",
+        "some/one/config.json: model_type 'llama' is not supported; only 'gpt2' is",
     ),
     "relu": (
         lambda f: changed(f, activation_function="relu"),

@@ -614,7 +614,7 @@ BAD_FOLDERS = {  # what adapter_config.json says, what becomes of the tensors, w
     "dora": ({"use_dora": True}, None, "use_dora True is not supported"),
     "embeddings": ({"modules_to_save": ["wte"]}, None, "modules_to_save ['wte'] is not supported"),
     "biases": ({"lora_bias": True}, None, "lora_bias True is not supported"),
-    "other biases": ({"bias": "all"}, None, "bias 'all' is not supported: only 'none' is"),
+    "other biases": ({"bias": "all"}, None, "bias 'all' is not supported; only 'none' is"),
     "another method": ({"peft_type": "IA3"}, None, "peft_type 'IA3' is not supported"),
     "another start": ({"init_lora_weights": "pissa"}, None, "init_lora_weights 'pissa' is not"),
     "the future": ({"use_hyperlora": {"x": 1}}, None, "use_hyperlora {'x': 1} is not supported"),
