@@ -1,1 +1,1 @@
-"""What the HTML pages show: recordings of a forward pass, predictions, and the templates."""
+"""The HTML pages and their contents: recordings of a forward pass, predictions, and templates."""

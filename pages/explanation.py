@@ -1,4 +1,4 @@
-"""explain.py's page: its data, rounded and packed, and the HTML file that draws it."""
+"""Makes explain.py's page: rounds and packs its data, and puts them into the HTML template."""
 
 import base64
 import inspect
@@ -13,23 +13,25 @@ from pages.templates import template
 
 TITLES = b"<title>What GPT-2 did</title>", b"<title>How a GPT-2 learned</title>"  # of every page
 
-MAX_TOKENS = 256  # the maps grow with the square of the text
-N_SHOWN = 257  # a position's likeliest tokens that are listed one by one: all, of a byte model
+MAX_TOKENS = 256  # the maps grow with the square of the text's length
+N_SHOWN = 257  # how many likely tokens are listed for each position: all of a byte model's
 N_LENS = 5  # tokens per layer and position in the logit lens
 
 
 def explain(inputs, encoder, hparams, params, model, is_served=False):  # -> the page's text
-    """Run the model on inputs, [n_seq] ids, and return a page that shows what happened in it.
+    """Runs the model on inputs, [n_seq] ids, and returns a page that shows what happened in it.
 
-    model: its name. is_served: the page can ask its server for predictions with heads switched off.
-    Raises ValueError if there are too many tokens or none, and if the logits are not finite.
+    model: the model's name.
+    is_served: whether the page can ask its server for predictions with heads switched off.
+
+    Raises ValueError if there are too many tokens or none, or if the logits are not finite.
     """
     n_max = min(MAX_TOKENS, hparams["n_ctx"])
     if not 0 < len(inputs) <= n_max:
-        raise ValueError(f"{len(inputs)} tokens, but a page needs 1 and shows {n_max} at most")
+        raise ValueError(f"{len(inputs)} tokens, but a page needs 1 and shows at most {n_max}")
     recording = record(inputs, params, hparams["n_head"])
     if not np.isfinite(recording["logits"]).all():
-        raise ValueError(f"{model}: with its weights the logits are not finite")
+        raise ValueError(f"{model}: the logits are not finite, so the weights must be damaged")
     data = page_data(inputs, recording, encoder, hparams, params) | {"model": model}
     if is_served:
         data["is_served"] = True
@@ -37,7 +39,7 @@ def explain(inputs, encoder, hparams, params, model, is_served=False):  # -> the
 
 
 def page_data(inputs, recording, encoder, hparams, params):
-    """Return the page's data: a dict that `page` can write, its arrays rounded."""
+    """Returns the page's data, a dict of rounded arrays that `page` can write."""
     data = {"hparams": hparams, "ids": inputs}
     data |= round_predictions(inputs, recording["logits"])
     data |= read_lens(recording["stream"], params)
@@ -51,9 +53,9 @@ def page_data(inputs, recording, encoder, hparams, params):
 
 
 def round_predictions(inputs, logits):
-    """Return how surprising each token was, and what the model predicted at each position.
+    """Returns how surprising each token was, and what the model predicted at each position.
 
-    bits, rank [n_seq - 1]: of the second token, the third, ... given those before it.
+    bits, rank [n_seq - 1]: of the second token, the third, ... given the tokens before it.
     """
     scores, shown = surprise(inputs[1:], logits[:-1]), distributions(logits, N_SHOWN)
     return {
@@ -67,11 +69,12 @@ def round_predictions(inputs, logits):
 
 
 def flow(inputs, recording, params):
-    """Return what the page draws of attention and of the stream.
+    """Returns the page's data about attention and the stream.
 
-    attention: the rows of each head's triangle, one after the other. vectors, scales (see compress)
-    [2 + 2 * n_layer + 1, n_seq, n_embd]: what wte, wpe and each block's two halves added to the
-    stream, then the output of ln_f. length: of the stream, and of what was added.
+    attention: the rows of each head's triangle, one after the other.
+    vectors, scales: what wte, wpe and each block's two halves added to the stream, and the output
+        of ln_f, [2 + 2 * n_layer + 1, n_seq, n_embd]; see compress.
+    length: the lengths of the stream, and of the vectors added to it.
     """
     past = np.tril_indices(len(inputs))
     added = [params["wte"][inputs], params["wpe"][: len(inputs)]]
@@ -88,7 +91,7 @@ def flow(inputs, recording, params):
 
 
 def read_lens(stream, params):  # of [n_layer + 1, n_seq, n_embd]
-    """Return the likeliest ids and their probabilities, if each layer were the last."""
+    """Returns the likeliest ids and their probabilities, as if each layer were the last."""
     ids, probs = [], []
     for x in stream:  # one by one, because logits are large
         logits = lens(x, params)
@@ -103,7 +106,7 @@ def unit(x):  # numbers from 0 to 1 -> integers from 0 to 65535
 
 
 def compress(vectors):  # [..., n_embd] -> [..., n_embd] from -127 to 127, [...]
-    """Return integers q, and each vector's scale: its numbers are scale * q * |q| / 127**2.
+    """Returns integers q and each vector's scale. Its numbers are scale * q * |q| / 127**2.
 
     The square makes the steps between small numbers small.
     """
@@ -113,7 +116,7 @@ def compress(vectors):  # [..., n_embd] -> [..., n_embd] from -127 to 127, [...]
 
 
 def pack(array):
-    """Return an array as JSON can hold it: its dtype, shape, and little-endian bytes in base64."""
+    """Returns an array in a form for JSON: its dtype, shape, and little-endian bytes in base64."""
     data = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     text = base64.b64encode(data).decode()
     return {"dtype": array.dtype.name, "shape": list(data.shape), "base64": text}
@@ -127,7 +130,7 @@ def names_of(params):  # -> {id of a parameter's array: "blocks.0.attn.c_attn.w"
         for key, child in items:
             if isinstance(child, np.ndarray):
                 names[id(child)] = f"{prefix}{key}"
-            elif isinstance(child, dict | list):  # not a block's own attend
+            elif isinstance(child, dict | list):  # but not a block's attend
                 walk(child, f"{prefix}{key}.")
 
     walk(params, "")
@@ -135,7 +138,7 @@ def names_of(params):  # -> {id of a parameter's array: "blocks.0.attn.c_attn.w"
 
 
 def outline(call, names):
-    """Return a call without its numbers: the shapes of arrays, and the names of parameters."""
+    """Returns a call without its numbers, only the shapes of arrays and the names of parameters."""
     arrays = {name: a for name, a in call["args"].items() if isinstance(a, np.ndarray)}
     return {
         "function": call["function"],
@@ -150,19 +153,19 @@ def functions(call):  # -> the names of all functions that were called
     return {call["function"]}.union(*map(functions, call["calls"]))
 
 
-def source(function):  # -> a function's lines as they are in the file, and the first one's number
+def source(function):  # -> a function's lines in the file, and the number of the first line
     lines, first = inspect.getsourcelines(function)
     return {"first": first, "lines": "".join(lines)}
 
 
 def page(data, name="explain.html"):  # a dict, a template -> the text of the HTML file
-    """Put the data into the template. No `<` in the data can end the element that holds it."""
+    """Puts the data into the template. No `<` in the data can end the element that holds it."""
     text = json.dumps(data, separators=(",", ":"), default=pack).replace("<", "\\u003c")
     return template(name).replace("{{data}}", text)
 
 
 def is_page(path):
-    """Is a file explain.py's page, of a model or of a run, or empty?"""
+    """Returns whether a file is one of explain.py's pages, or empty."""
     with open(path, "rb") as file:
         beginning = file.read(2000)
     return not beginning or any(title in beginning for title in TITLES)

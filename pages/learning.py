@@ -1,4 +1,4 @@
-"""explain.py's page about a run: what its snapshots make of one text, from the first step on."""
+"""Makes explain.py's page about a training run: how its snapshots read the same text."""
 
 import re
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from pages.predictions import bytes_of, surprise
 from pages.recording import record
 
 MAX_TOKENS = 128
-SHARE = 0.5  # a head that gives more of its attention to the token before looks at it
-MOST_BYTES = 3_000_000  # of all snapshots' attention: where more would be needed, some are left out
-N_SAMPLE = 160  # tokens that each snapshot writes
-N_POINTS = 400  # of a curve
+SHARE = 0.5  # a head with more of its attention on the previous token "looks at it"
+MOST_BYTES = 3_000_000  # of all snapshots' attention; if there is more, some are left out
+N_SAMPLE = 160  # tokens that each snapshot generates
+N_POINTS = 400  # the most points of a curve
 
 
 class Run(NamedTuple):
@@ -28,20 +28,20 @@ class Run(NamedTuple):
 
 
 def learning(inputs, run, encoder, hparams, generate):  # -> the page's text
-    """Run each of a run's snapshots on inputs, [n_seq] ids, and return a page about all of them.
+    """Runs each of a run's snapshots on inputs, [n_seq] ids, and returns a page about all of them.
 
-    generate: kv_cache.generate. Raises ValueError if there are too many or too few tokens, and if a
+    generate: kv_cache.generate. Raises ValueError if there are too many or too few tokens, or if a
     snapshot's logits are not finite.
     """
     n_max = min(MAX_TOKENS, hparams["n_ctx"])
     if not 2 <= len(inputs) <= n_max:
-        raise ValueError(f"{len(inputs)} tokens, but this page needs 2 and shows {n_max} at most")
+        raise ValueError(f"{len(inputs)} tokens, but this page needs 2 and shows at most {n_max}")
     data = learning_data(inputs, run, encoder, hparams, generate)
     return page(data | {"model": run.name}, "learning.html")
 
 
 def learning_data(inputs, run, encoder, hparams, generate):
-    """Return the page's data: a dict that `page` can write."""
+    """Returns the page's data, a dict that `page` can write."""
     steps = thin(run.steps, len(inputs), hparams)
     parts, samples = [], []
     for step in tqdm(steps, unit="snapshot", disable=None):
@@ -64,7 +64,7 @@ def learning_data(inputs, run, encoder, hparams, generate):
 
 
 def thin(steps, n_seq, hparams):
-    """Return steps evenly chosen from a run's, the first and the last among them, or all."""
+    """Returns evenly spaced steps of a run, with the first and the last, or all steps."""
     n_heads = hparams["n_layer"] * hparams["n_head"]
     n = max(2, MOST_BYTES // (n_heads * n_seq * (n_seq + 1) // 2))
     if len(steps) <= n:
@@ -73,15 +73,17 @@ def thin(steps, n_seq, hparams):
 
 
 def look(inputs, params, n_head, source):
-    """Run one snapshot on the text and return arrays of what happened.
+    """Runs one snapshot on the text and returns arrays of what happened.
 
-    bits [n_seq - 1]: how surprising each token was but the first. attention: the roots of each
-    head's weights, from 0 to 255, the rows of its triangle one after the other. previous [n_layer,
-    n_head]: the mean weight of the token before. lens_ids, lens_probs: see read_lens.
+    bits [n_seq - 1]: how surprising each token was, except the first.
+    attention: the square roots of each head's weights, from 0 to 255. The rows of its triangle
+        stand one after the other.
+    previous [n_layer, n_head]: the mean weight of the previous token.
+    lens_ids, lens_probs: see read_lens.
     """
     recording = record(inputs, params, n_head)
     if not np.isfinite(recording["logits"]).all():
-        raise ValueError(f"{source}: with its weights the logits are not finite")
+        raise ValueError(f"{source}: the logits are not finite, so the weights must be damaged")
     past, attention = np.tril_indices(len(inputs)), recording["attention"]
     found = read_lens(recording["stream"], params)
     return {
@@ -93,15 +95,15 @@ def look(inputs, params, n_head, source):
     }
 
 
-def write(params, encoder, n_head, generate):  # -> what a snapshot writes after a line's end
+def write(params, encoder, n_head, generate):  # -> the text that a snapshot generates after "\n"
     prompt = encoder.encode("\n") or list(encoder.end_ids)
     options = {"temperature": 0.8, "seed": 1, "slide": True}
     [ids] = generate([prompt], params, n_head, N_SAMPLE, endoftext=encoder.end_ids, **options)
     return re.sub(r"\n{3,}", "\n\n", encoder.decode(ids)).strip("\n")
 
 
-def curve(log, name, steps):  # -> [[place, loss], ...]: snapshot 3 is at 3, others in between
-    """The losses of a log, where there are many their means over short stretches."""
+def curve(log, name, steps):  # -> [[place, loss], ...], where snapshot 3 is at place 3
+    """Returns the losses of a log or, if there are many, their means over short stretches."""
     found = [(line["step"], line[name]) for line in log if name in line]
     if not found:
         return []
@@ -113,7 +115,7 @@ def curve(log, name, steps):  # -> [[place, loss], ...]: snapshot 3 is at 3, oth
 
 
 def find_formed(previous):  # [n_snapshots, n_layer, n_head] -> [[block, head, snapshot], ...]
-    """The heads that learned to look at the token before, and the first snapshot where they do."""
+    """Returns the heads that learned to look at the previous token, and the first such snapshot."""
     looks = previous > SHARE
     is_formed = looks.any(0) & ~looks[0]
     found = [[*map(int, head), int(looks[:, *head].argmax())] for head in np.argwhere(is_formed)]

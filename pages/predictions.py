@@ -1,17 +1,17 @@
-"""What a model predicts at each position of a text, in few numbers; heads can be switched off."""
+"""Summarizes what a model predicts at each position of a text. Heads can be switched off."""
 
 import numpy as np
 
 import gpt2
 
-N_GROUPS = 64  # groups of unlikely tokens: enough for the sum under any temperature
-N_AT_ONCE = 32  # positions whose logits are in memory together
+N_GROUPS = 64  # groups of unlikely tokens, which is enough for their sum at any temperature
+N_AT_ONCE = 32  # positions whose logits are in memory at the same time
 
 
 def predictions(ids, params, n_head, without=(), positions=None, n_shown=50):
-    """Return how surprising each token was, and what is predicted after each of `positions`.
+    """Returns how surprising each token was, and what is predicted after each of `positions`.
 
-    without: (block, head) pairs, the heads that are switched off. positions: all by default.
+    without: (block, head) pairs of the heads that are switched off. positions: all by default.
     """
     x = gpt2.hidden_state(np.asarray(ids), **mute(params, n_head, without), n_head=n_head)
     positions = list(range(len(ids))) if positions is None else positions
@@ -39,12 +39,12 @@ def mute(params, n_head, heads):  # -> params, with an `attend` in each block th
 
 
 def attend_with(voices, attend):  # [n_head, 1, 1] -> a function for a block
-    """A head's output is a mean of its values: where these are 0, so is the output."""
+    """A head's output is a mean of its values, so if they are 0, the output is also 0."""
     return lambda q, k, v: attend(q, k, v * voices)
 
 
 def surprise(next_ids, logits):  # [n] ids, [n, n_vocab] -> bits [n], rank [n]
-    """Return how many bits each token cost after the logits before it, and its rank from 1."""
+    """Returns how many bits each token cost, given the logits before it, and its rank from 1."""
     ids = np.asarray(next_ids, int)[:, None]
     exact = logits.astype(np.float64)
     nats = np.logaddexp.reduce(exact, -1) - np.take_along_axis(exact, ids, -1)[:, 0]
@@ -53,7 +53,7 @@ def surprise(next_ids, logits):  # [n] ids, [n, n_vocab] -> bits [n], rank [n]
 
 
 def distributions(logits, n_shown):  # of [n, n_vocab]
-    """Return the logits of the n_shown likeliest tokens, one by one, and of the rest in groups."""
+    """Returns the logits of the n_shown likeliest tokens one by one, and of the rest in groups."""
     top_ids = likeliest(logits, n_shown)
     tail_counts, tail_logits = group(np.sort(logits)[:, ::-1][:, n_shown:], n_shown)
     return {
@@ -65,9 +65,9 @@ def distributions(logits, n_shown):  # of [n, n_vocab]
 
 
 def likeliest(logits, n):  # [n_seq, n_vocab] -> [n_seq, n], or [n_seq, n_vocab] if n is larger
-    """Return the ids of the n greatest logits, best first, the lower id first among equals.
+    """Returns the ids of the n largest logits, best first. If two are tied, the lower id is first.
 
-    Which of the tokens that equal the last one are included is arbitrary.
+    If several tokens tie for the last place, it is arbitrary which of them are included.
     """
     if n == 1:  # about a hundred times as fast
         return logits.argmax(-1, keepdims=True)
@@ -78,11 +78,12 @@ def likeliest(logits, n):  # [n_seq, n_vocab] -> [n_seq, n], or [n_seq, n_vocab]
 
 
 def group(logits, n_before):  # [n_seq, n], descending -> [n_groups], [n_seq, n_groups]
-    """Return how many tokens each group has, and the logit that stands for each of them.
+    """Returns how many tokens each group has, and the logit that stands for each of them.
 
-    n_before: how many likelier tokens there are. The groups' bounds grow geometrically, so that
-    likely tokens are in small groups. Each group's sum of exp(logit) is exact; under other
-    temperatures it is approximate.
+    n_before: how many likelier tokens there are.
+
+    The groups' sizes grow geometrically, so likely tokens are in small groups. Each group's sum of
+    exp(logit) is exact. At other temperatures it is approximate.
     """
     n = logits.shape[-1]  # 0 if all tokens are shown one by one
     bounds = np.unique(np.geomspace(n_before, n_before + n, N_GROUPS + 1).round().astype(int))
@@ -95,6 +96,6 @@ def group(logits, n_before):  # [n_seq, n], descending -> [n_groups], [n_seq, n_
 
 
 def bytes_of(ids, encoder):  # -> {id: its bytes in hex}; "" for an id that is not in the vocabulary
-    """Return the ids' bytes. A token may be a part of a character, which is not text by itself."""
+    """Returns the ids' bytes. A token may be a part of a character, which is not text by itself."""
     known = encoder.piece_of_id
     return {id: encoder.decode_bytes([id] if id in known else []).hex() for id in sorted(ids)}

@@ -1,4 +1,4 @@
-// ---- What explain.html and learning.html share ---------------------------------------------------
+// ---- Code for explain.html and learning.html -----------------------------------------------------
 
 function unpack({dtype, shape, base64}) {  // -> a typed array, with its shape
   const types = {int8: Int8Array, uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, float32: Float32Array};
@@ -24,7 +24,7 @@ const ordinal = (n) => n + (["th", "st", "nd", "rd"][n % 100 > 10 && n % 100 < 1
 
 // ---- Elements ----------------------------------------------------------------------------------
 
-// Buttons of which one is chosen: one stop for the Tab key, arrows go between them.
+// Buttons of which one is chosen. The Tab key stops at only one of them, and arrows move between them.
 function choices(container, buttons, n_columns, choose) {
   buttons.forEach((button, i) => button.addEventListener("click", () => choose(i)));
   container.addEventListener("keydown", (event) => {
@@ -44,7 +44,7 @@ function mark(buttons, chosen) {
     button.tabIndex = i === chosen ? 0 : -1;
   });
 }
-function intoView(scroller, element) {  // sideways only: the page stays where it is
+function intoView(scroller, element) {  // sideways only, so the page does not move
   const [outer, inner] = [scroller.getBoundingClientRect(), element.getBoundingClientRect()];
   const middle = (inner.left + inner.right - outer.left - outer.right) / 2;
   if (inner.left < outer.left + 90 || inner.right > outer.right) scroller.scrollLeft += middle;
@@ -94,7 +94,7 @@ function drawMap(canvas, layer, head) {
     for (let j = 0; j <= i; j++) {
       const part = Math.sqrt(attention(layer, head, i, j)), at = 4 * (i * n_seq + j);
       for (let c = 0; c < 3; c++) image.data[at + c] = low[c] * (1 - part) + high[c] * part;
-      image.data[at + 3] = 255;  // what is not drawn, the future, stays transparent
+      image.data[at + 3] = 255;  // the future is not drawn and stays transparent
     }
   }
   canvas.getContext("2d").putImageData(image, 0, 0);
@@ -142,7 +142,7 @@ function showAttention() {
     button.style.opacity = j > position ? 0.4 : 1;
     button.setAttribute("aria-pressed", j === position);
   });
-  $("readout").textContent = "Point at the map, or tap it, to read a weight; a click chooses the row.";
+  $("readout").textContent = "Point at the map or tap it to read a weight. Click to choose the row.";
 }
 function cellAt(event) {
   const box = $("large").getBoundingClientRect(), to = (x) => Math.min(n_seq - 1, Math.max(0, Math.floor(x * n_seq)));
@@ -150,7 +150,7 @@ function cellAt(event) {
 }
 function read(event) {
   const [i, j] = cellAt(event), [from, to] = [quote(nameAt(i)), quote(nameAt(j))];
-  $("readout").textContent = j > i ? `Token ${i + 1}, ${from}, cannot see token ${j + 1}: it comes later.` :
+  $("readout").textContent = j > i ? `Token ${i + 1}, ${from}, cannot see token ${j + 1}, which comes later.` :
     `Token ${i + 1}, ${from}, looks at token ${j + 1}, ${to}: ${percent(attention(state.layer, state.head, i, j))}`;
 }
 $("large").addEventListener("pointermove", read);
@@ -173,7 +173,7 @@ for (let layer = 0; layer <= n_layer; layer++) {
 }
 choices($("lens"), cells, n_seq, (i) => set({lens: Math.floor(i / n_seq), position: i % n_seq}));
 
-function fillLens() {  // with what the page's lensOf(layer, i, k) says: the k-th likeliest id, its probability
+function fillLens() {  // each page has a lensOf(layer, i, k) -> the k-th likeliest id, its probability
   cells.forEach((cell, at) => {
     const layer = Math.floor(at / n_seq), i = at % n_seq, [id, p] = lensOf(layer, i, 0);
     cell.textContent = nameAfter(i, id);

@@ -1,4 +1,4 @@
-"""A recording of the forward pass: gpt2.py's own functions, run once, and what each returned."""
+"""Records the forward pass: runs gpt2.py's own functions once, and keeps what each returned."""
 
 import sys
 
@@ -8,9 +8,9 @@ import gpt2
 
 
 def watch(function, *args, **kwargs):
-    """Run function(*args, **kwargs) and return its call: a tree of calls into gpt2.py.
+    """Runs function(*args, **kwargs) and returns its call, a tree of calls into gpt2.py.
 
-    A call is a dict: the `function`'s name, the `line` of gpt2.py that called it (None for the
+    A call is a dict with the `function`'s name, the `line` of gpt2.py that called it (None for the
     first), its `args` by name, its return value `out`, and the `calls` that it made. Python reports
     all of these through sys.setprofile, which profilers use.
     """
@@ -42,7 +42,7 @@ def watch(function, *args, **kwargs):
 
 
 def record(inputs, params, n_head):
-    """Run gpt2.gpt2 once and return a dict of what happened inside it. Arrays are float32.
+    """Runs gpt2.gpt2 once and returns a dict of what happened inside it. Arrays are float32.
 
     logits     [n_seq, n_vocab]
     attention  [n_layer, n_head, n_seq, n_seq]  the weight of each key's value in each query's mean
@@ -73,5 +73,5 @@ def record(inputs, params, n_head):
 
 
 def lens(x, params):  # [n_seq, n_embd] -> [n_seq, n_vocab]
-    """Return the logits that the model would give if x were its last block's output."""
+    """Returns the logits that the model would give if x were its last block's output."""
     return gpt2.layer_norm(x, **params["ln_f"]) @ params["wte"].T

@@ -1,4 +1,4 @@
-"""Templates of HTML pages. Each becomes one file that needs no other."""
+"""Templates of HTML pages. Each of them becomes one file that needs no other."""
 
 from pathlib import Path
 

@@ -200,12 +200,12 @@ call = functools.partial(conftest.call, "explain.py")
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["a" * 49], "error: 49 tokens, but a page needs 1 and shows 48 at most"),
+        (["a" * 49], "error: 49 tokens, but a page needs 1 and shows at most 48"),
         (["a", "--out", "none/x.html"], "error: --out none/x.html: there is no folder "),
         (["a", "--out", "."], "error: --out .: is a folder"),
         (
             ["a" * 257, "--model_size", "long"],
-            "error: 257 tokens, but a page needs 1 and shows 256 at most",
+            "error: 257 tokens, but a page needs 1 and shows at most 256",
         ),
     ],
 )
@@ -517,13 +517,13 @@ def test_what_is_said_about_a_token(opened, written):
         assert (
             f"token {i + 1} of {len(ids)}: id {ids[i]}, bytes {HOSTILE[i].encode().hex()}." in text
         )
-        assert f"Its probability was {percent(p)}, {-np.log2(p):.1f} bits" in text
+        assert f"Its probability was {percent(p)}, or {-np.log2(p):.1f} bits of" in text
         rank = 1 + int(np.sum(probs[i - 1] > p))
         ordinal = js(opened, f"ordinal({rank})") + " " if rank > 1 else ""
-        assert text.endswith(f"of surprise: the {ordinal}likeliest of 257.")
+        assert text.endswith(f"of surprise. It was the {ordinal}likeliest of 257.")
         assert shaded[i] == pytest.approx(min(-np.log2(p), 12) / 12, abs=0.002)
     js(opened, "(data.rank[29] = 1, tokens[30][0].click())")
-    assert every(opened, "#detail")[0].endswith("surprise: the likeliest of 257.")
+    assert every(opened, "#detail")[0].endswith("surprise. It was the likeliest of 257.")
     click(opened, "#tokens .token", 0)
     assert every(opened, "#detail")[0].endswith("Nothing came before it.")
     titles = every(opened, "#tokens .token", "title")
@@ -596,7 +596,7 @@ def test_the_maps(opened, written):
         assert text.startswith("Token 31, ") and "looks at token 21, " in text
         assert text.endswith(percent(round(float(weights[1, 0, 30, 20]) * 65535) / 65535))
     assert js(opened, "state.position") == 30  # the click chose the row
-    assert "it comes later" in js(opened, point, 30, 31, "pointermove")
+    assert "which comes later" in js(opened, point, 30, 31, "pointermove")
     row = """(() => {
         const [a, b] = ["#large .row", "#large"].map((selector) =>
             document.querySelector(selector).getBoundingClientRect());
@@ -889,7 +889,7 @@ def test_weights_that_make_no_numbers_are_refused(models, tmp_path, scale):
     utils.save_model(models[0] / "broken", Encoder([]), TINY, params)
     code, out, err = call("a", "--model_size", "broken", "--models_dir", models[0], cwd=tmp_path)
     assert (code, out) == (2, "") and os.listdir(tmp_path) == []
-    assert err == "error: broken: with its weights the logits are not finite\n"
+    assert err == "error: broken: the logits are not finite, so the weights must be damaged\n"
 
 
 def test_a_profiler_that_was_there_is_there_again():

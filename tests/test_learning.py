@@ -168,7 +168,9 @@ def test_a_mistake_is_one_line(run_folder, tmp_path):
     err = refused("a text", "--run", conftest.REPO / "models" / "shakespeare")
     assert "has 0 snapshots, but the page needs 2; train with --snapshots, as in python" in err
     assert "no such folder; name the --out" in refused("a text", "--run", tmp_path / "nowhere")
-    assert "1 tokens, but this page needs 2 and shows 16" in refused("a", "--run", run_folder)
+    assert "1 tokens, but this page needs 2 and shows at most 16" in refused(
+        "a", "--run", run_folder
+    )
     assert "17 tokens" in refused("a" * 17, "--run", run_folder)
     assert list(tmp_path.iterdir()) == []
     utils.save_model(str(tmp_path / "run"), Encoder([]), HPARAMS, params_at(run_folder, 0))
@@ -246,7 +248,7 @@ def test_the_slider_shows_another_snapshot(opened, written):
 
 def test_the_step_at_which_a_head_forms_is_told_and_shown(opened):
     [text] = every(opened, "#formed li")
-    assert text.startswith("Block 1, head 1 learned to look at the letter before by step 9: ")
+    assert text.startswith("Block 1, head 1 learned to look at the previous letter by step 9: ")
     assert every(opened, "#head") == ["Block 1, head 1"]  # it is chosen at first
     formed = "maps.map((map) => map.classList.contains('formed'))"
     assert js(opened, formed) == [False, False, False, True]
@@ -266,8 +268,8 @@ def test_where_no_head_forms_the_nearest_is_named(browser, written, tmp_path):  
     (tmp_path / "page.html").write_text(page(data, "learning.html"), "utf-8")
     browser.get((tmp_path / "page.html").as_uri())
     [text] = every(browser, "#formed li")
-    assert text.startswith("No head learned to give the letter before more than 50 %")
-    assert "Block 0, head 1 gives it most at the end: 45 %." in text
+    assert text.startswith("No head learned to give the previous letter more than 50 %")
+    assert "Block 0, head 1 gives it the most at the end, 45 %." in text
     assert browser.get_log("browser") == []
 
 
