@@ -165,8 +165,8 @@ def attention():
     figure, (left, right) = canvas(height=3.3, columns=2)
     heat(left, weights_of(q, k), ["dogs", "bark", "cats", "sleep"])
     left.set_title("by hand: the verbs ask for nouns")
-    heat(right, seen[0][2], [shown(char) for char in text], numbers=False)
-    right.set_title("block 0, head 2: the letter before")
+    heat(right, seen[0][1], [shown(char) for char in text], numbers=False)
+    right.set_title("block 0, head 1: the letter before")
     left.set_ylabel("who asks")
     for axes in (left, right):
         axes.set_xlabel("how much it takes of each")
@@ -230,7 +230,7 @@ def residuals():
     axes.plot(np.arange(7) - 0.5, sizes[0], "o-", color=RED, markersize=4)
     axes.annotate("the stream", (3.5, sizes[0][4]), (-6, 6), color=RED, ha="right",
                   textcoords="offset points")  # fmt: skip
-    axes.annotate("attention\nadds", (0.81, sizes[1][2]), (0, 4), ha="center",
+    axes.annotate("attention adds", (2.81, sizes[1][6]), (0, 4), ha="right",
                   textcoords="offset points")  # fmt: skip
     axes.annotate("the ffn adds", (5.19, sizes[1][11]), (0, 4), color=BLUE, ha="center",
                   textcoords="offset points")  # fmt: skip
@@ -360,7 +360,7 @@ def training():
     )
     axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), (0, -14), color=BLUE, ha="center",
                   textcoords="offset points")  # fmt: skip
-    axes.set(ylim=(1, 5.9), xlim=(-60, 2520))
+    axes.set(ylim=(1, 5.9), xlim=(-0.025 * steps[-1], 1.05 * steps[-1]))
     bits = axes.secondary_yaxis("right", functions=(lambda y: y / math.log(2),
                                                     lambda y: y * math.log(2)))  # fmt: skip
     bits.set_ylabel("the same in bits")

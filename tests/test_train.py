@@ -1302,7 +1302,7 @@ def test_the_shipped_model_has_the_validation_loss_that_its_readme_states():
     _, windows = split_text(encoder.encode(SHAKESPEARE.read_text()), hparams["n_ctx"])
     filled = fill_batches(windows, 16)
     validation = train_jax.validation_loss(params, *filled, n_head=hparams["n_head"])
-    assert abs(validation - stated) < 1e-3 and stated <= 1.5
+    assert abs(validation - stated) < 1e-3 and stated < 1.4697  # nanoGPT's
     assert sum(x.size for x in jax.tree.leaves(params)) == 2_768_064
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
 
