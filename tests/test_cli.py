@@ -628,7 +628,7 @@ def test_the_shipped_model_writes_like_a_play():
         "--model_size",
         "shakespeare",
         "--n_tokens_to_generate",
-        "100",
+        "200",
         "--temperature",
         "0.8",
         "--seed",
@@ -637,7 +637,7 @@ def test_the_shipped_model_writes_like_a_play():
     code, out, err = run("gpt2.py", "ROMEO:", *flags, cwd="/")
     assert (code, err) == (0, "")
     words = out.replace("\n", " ").split()
-    assert sum(word.strip(".,;:!?'").islower() for word in words) > 15
+    assert sum(word.strip(".,;:!?'").islower() for word in words) > 2 / 3 * len(words) > 15
     assert {"the", "and", "to", "I", "of", "you", "my", "that", "in", "is"} & set(words)
 
 
