@@ -24,7 +24,7 @@ CHOOSE = """
     document.querySelectorAll("#tokens .token")[arguments[0]].click();
     document.querySelectorAll("#heads .map")[arguments[1]].click();
     document.querySelector("#heads").scrollIntoView();
-    window.scrollBy(0, -210);  // below the text, which stays in sight
+    window.scrollBy(0, 90);  // the maps, below the text, which stays in sight
 """
 FORMED = """
     const [layer, head, snapshot] = data.formed[0] ?? [0, 0, last];
