@@ -171,7 +171,7 @@ def test_the_guide_lists_every_field():
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.M))
     done = {name: words for name, words in rows.items() if name in fields.DONE}
     assert done == fields.DONE
-    refused = re.search(r"^Refused, unless .*?: (.*?)\. All", text, re.M | re.S)[1]
+    refused = re.search(r"^These are rejected unless .*?: (.*?)\. All", text, re.M | re.S)[1]
     assert re.findall(r"`(\w+)`", refused) == list(fields.REFUSED)
 
 
