@@ -1,22 +1,27 @@
-"""How fast is encoder.py, beside picoGPT's encoder and tiktoken?
+"""How fast is encoder.py, beside picoGPT's encoder, tiktoken and Hugging Face's tokenizers?
 
 usage: python benchmarks/encode.py TEXT TOKENIZER_FOLDER
 
-Encodes a text file with the GPT-2 vocabulary of a folder (encoder.json + vocab.bpe). The three
-take turns in one process, and all must give the same ids. "cold" is the first time that a new
-encoder sees the text, "warm" the second. Without arguments it takes data/shakespeare.txt and
-models/124M, where the trainer and gpt2.py put their downloads.
+Encodes four texts with the GPT-2 vocabulary of a folder (encoder.json + vocab.bpe): an English text
+file, made-up Chinese, the source of Python's standard library, and random bytes. The encoders take
+turns in one process, and all must give the same ids. "cold" is the first time that a new encoder
+sees the text, "warm" the second. tiktoken has no cache, and tokenizers has kept its own since the
+first round. Without arguments it takes data/shakespeare.txt and models/124M, where the trainer and
+gpt2.py put their downloads.
 """
 
 import sys
+import sysconfig
 import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import regex
 import tiktoken
-from common import ROOT
+import tokenizers
+from common import ROOT, machine
 
 import encoder as ours
 
@@ -86,33 +91,76 @@ def tiktoken_encoding(encoder):
     return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
+def hugging_face_tokenizer(encoder):
+    """Build Hugging Face's tokenizer, which is written in Rust, from the same vocabulary."""
+    vocab = {piece: id for piece, id in encoder.vocab.items() if piece != ours.ENDOFTEXT}
+    model = tokenizers.models.BPE(vocab, encoder.merges)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+def chinese(rng, n_chars=300_000):
+    """Sentences of common characters, some far commoner than others, as in real text."""
+    characters = [chr(code) for code in range(0x4E00, 0x4E00 + 3000)]
+    shares = 1 / np.arange(1, 3001)
+    drawn = rng.choice(3000, n_chars, p=shares / shares.sum())
+    signs = rng.random(n_chars) < 0.1
+    return "".join(
+        "，。"[i % 2] if sign else characters[i] for i, sign in zip(drawn, signs, strict=True)
+    )
+
+
+def code(n_bytes=1_000_000):
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    text = "".join(path.read_text("utf-8", "replace") for path in sorted(folder.glob("*.py")))
+    return text[:n_bytes]
+
+
+def random_bytes(rng, n_bytes=300_000):
+    return rng.bytes(n_bytes).decode("utf-8", "replace")
+
+
 def seconds(encode, text):
     start = time.perf_counter()
     ids = encode(text)
     return time.perf_counter() - start, ids
 
 
-def main(text_file, tokenizer_folder):
-    text = text_file.read_text("utf-8")
-    mb = len(text.encode()) / 1e6
-    folder = tokenizer_folder.resolve()
-    times = {name: [] for name in ["ours cold", "ours warm", "pico cold", "pico warm", "tiktoken"]}
-    rust = tiktoken_encoding(ours.get_encoder(folder.name, folder.parent))
+def measure(text, base):  # -> {name: MB/s}
+    rust, face = tiktoken_encoding(base), hugging_face_tokenizer(base)
     expected = rust.encode_ordinary(text)
+    names = "ours cold", "ours warm", "pico cold", "pico warm", "tiktoken", "tokenizers"
+    times = {name: [] for name in names}
     for _ in range(ROUNDS):
-        mine = ours.get_encoder(folder.name, folder.parent)
+        mine = ours.Encoder(base.merges, base.vocab)
         pico = PicoEncoder(mine)
-        encodes = [mine.encode, mine.encode, pico.encode, pico.encode, rust.encode_ordinary]
+        encodes = [mine.encode, mine.encode, pico.encode, pico.encode]
+        encodes += [rust.encode_ordinary, lambda text: face.encode(text).ids]
         for name, encode in zip(times, encodes, strict=True):
             elapsed, ids = seconds(encode, text)
             assert ids == expected, f"{name}: other ids than tiktoken's"
             times[name].append(elapsed)
-    speed = {name: mb / median(elapsed) for name, elapsed in times.items()}
-    print(f"{text_file.name}, {mb:.1f} MB, {len(expected)} tokens, medians of {ROUNDS} rounds")
-    print(f"{'':12}{'MB/s':>8}{'times pico, cold':>20}{'times pico, warm':>20}")
-    for name, rate in speed.items():
-        cold, warm = rate / speed["pico cold"], rate / speed["pico warm"]
-        print(f"{name:12}{rate:8.1f}{cold:20.1f}{warm:20.1f}")
+    mb = len(text.encode()) / 1e6
+    return {name: mb / median(elapsed) for name, elapsed in times.items()}
+
+
+def main(text_file, tokenizer_folder):
+    folder = tokenizer_folder.resolve()
+    base = ours.get_encoder(folder.name, folder.parent)
+    rng = np.random.default_rng(0)
+    texts = {
+        text_file.name: text_file.read_text("utf-8"),
+        "Chinese": chinese(rng),
+        "Python's source": code(),
+        "random bytes": random_bytes(rng),
+    }
+    print(f"{machine()}, tokenizers {tokenizers.__version__}; MB/s, medians of {ROUNDS} rounds")
+    for i, (name, text) in enumerate(texts.items()):
+        speeds = measure(text, base)
+        if i == 0:
+            print(f"{'':18}" + "".join(f"{column:>12}" for column in speeds))
+        print(f"{name:18}" + "".join(f"{speed:12.2f}" for speed in speeds.values()))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import encoder as encoder_module
 from encoder import (
+    ASCII_PIECE,
     CACHE_CHARS,
     ENDOFTEXT,
     PIECE,
@@ -305,6 +306,14 @@ def test_words_of_a_megabyte(rng):
     for word in "".join(rng.choices(string.ascii_letters, k=n)), " " * n + "x", "中" * (n // 3):
         assert encoder.decode(encoder.encode(word)) == word
     assert max(map(len, encoder._ids_of_word), default=0) <= CACHE_CHARS
+
+
+def test_ascii_is_cut_in_the_same_places_by_both_patterns(rng):
+    """All of ASCII, with more of what the patterns tell apart."""
+    characters = [chr(i) for i in range(128)] + list("'s t re ve m ll d  \t\n\r\x0b\x1c\x1f") * 5
+    for _ in range(2000):
+        text = "".join(rng.choices(characters, k=rng.randrange(30)))
+        assert ASCII_PIECE.findall(text) == PIECE.findall(text), repr(text)
 
 
 def test_long_pieces_give_the_plain_algorithms_ids(rng):
