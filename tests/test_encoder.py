@@ -281,6 +281,29 @@ def test_random_merges(text, rng):
     assert encoder.encode(text) == encode_plainly(encoder, text)
 
 
+def test_merges_in_any_order(rng):
+    """A merge may come before those that make its parts, so some tokens never come about."""
+    n_unreachable = 0
+    for _ in range(300):
+        pieces, merges = list("abĠ"), []
+        for _ in range(10):
+            pair = rng.choice(pieces), rng.choice(pieces)
+            merges.append(pair)
+            pieces.append("".join(pair))
+        rng.shuffle(merges)
+        encoder = Encoder(merges)
+        texts = [piece.replace("Ġ", " ") for piece in pieces]
+        for text in [*texts, "".join(rng.choices("ab ", k=80))]:
+            expected = []
+            for piece in PIECE.findall(text):
+                ids = [encoder.vocab[CHAR_OF_BYTE[byte]] for byte in piece.encode()]
+                expected += merge_plainly(ids, encoder._ranks, encoder._merged)
+            assert encoder.encode(text) == expected, (merges, text)
+            if text in texts and len(PIECE.findall(text)) == 1:
+                n_unreachable += len(expected) > 1
+    assert n_unreachable > 0
+
+
 @fuzz
 @given(
     st.lists(st.integers(0, 5), max_size=120),
@@ -345,6 +368,16 @@ def test_the_memory_of_caches_is_bounded(monkeypatch, rng):
     for cache in encoder._ids_of_word, encoder._ids_of_piece:
         n_bytes = sum(sys.getsizeof(x) for item in cache.items() for x in item)
         assert 0 < n_bytes <= 200_000 and len(cache) < 30
+
+
+@pytest.mark.parametrize("letters", ["ab", "aé", "a中", "a😀"])
+def test_caches_count_at_least_the_memory_of_their_contents(letters, rng):
+    """Python keeps a text in 1, 2 or 4 bytes a character."""
+    encoder = Encoder(small.merges)
+    for n in range(1, CACHE_CHARS + 1):
+        encoder.encode("".join(rng.choices(letters, k=n)))
+    for cache in encoder._ids_of_word, encoder._ids_of_piece:
+        assert 0 < sum(sys.getsizeof(x) for item in cache.items() for x in item) <= cache.n_bytes
 
 
 def test_ids_may_lie_anywhere_below_the_most(rng):
