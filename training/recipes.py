@@ -34,7 +34,7 @@ GPT2 = SHAKESPEARE | {
 RECIPES = {
     "shakespeare-cpu": SHAKESPEARE
     | {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_ctx": 64, "batch_size": 12, "n_steps": 2000}
-    | {"learning_rate": 5e-3, "min_learning_rate": 5e-5},
+    | {"learning_rate": 5e-3, "min_learning_rate": 5e-4, "ema": 0.99},
     "shakespeare": SHAKESPEARE
     | {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_ctx": 256, "batch_size": 64, "n_steps": 5000}
     | {"learning_rate": 3e-3, "min_learning_rate": 3e-5, "dropout": 0.1},
