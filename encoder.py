@@ -64,7 +64,8 @@ PIECE = regex.compile(
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 )
 
-# The same for ASCII, where letters are A to Z and digits 0 to 9. Python's `re` runs it twice as fast.
+# The same for ASCII, where letters are A to Z and digits 0 to 9. Python's `re` runs it twice as
+# fast.
 ASCII_PIECE = re.compile(
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+""", re.ASCII
 )
