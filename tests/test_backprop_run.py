@@ -246,7 +246,7 @@ def test_a_damaged_checkpoint_is_not_offered_in_place_of_another(never_stopped, 
     for folder in (out / "checkpoints").iterdir():
         os.truncate(folder / "optimizer.safetensors", 99)
     code, printed, err = conftest.call("backprop.py", "--resume", out)
-    assert (code, printed) == (2, "") and "00000300/optimizer.safetensors: cut short" in err
+    assert (code, printed) == (2, "") and "00000300/optimizer.safetensors is incomplete" in err
     assert "delete" not in err
 
 

@@ -155,7 +155,9 @@ def test_the_arithmetic_for_124m():
     cache = kv_cache.new_cache(weights.nest(wide), 12, capacity=1024)
     assert cache.kv.nbytes == 72 * 2**20 == 72 * 1024 * 1024
     assert round(sum(array.nbytes for array in wide.values()) / 2**20) == 475
-    assert "72 KiB per token, 72 MiB for a full context of 1024, beside 475" in kv_cache.__doc__
+    words = " ".join(kv_cache.__doc__.split())
+    assert "72 KiB per token, or 72 MiB for a full context of 1024" in words
+    assert "The weights take 475 MiB" in words
 
 
 def test_no_new_ids_are_refused(params):

@@ -711,7 +711,7 @@ def test_a_pickle_is_not_opened(models, rng, tmp_path):
     code, out, err = conftest.call(
         "gpt2.py", "a", "--model_size", tmp_path / "a", models_dir=models[0]
     )
-    assert (code, out) == (2, "") and "no adapter_model.safetensors" in err
+    assert (code, out) == (2, "") and "adapter_model.safetensors is missing" in err
 
 
 def test_only_adapters_are_merged(models, tmp_path):

@@ -16,7 +16,7 @@ from training import output, snapshots
 from training.snapshots import find_snapshots, read_snapshot, snapshot_steps, write_snapshot
 
 TINY_RUN = ["--data", REPO / "gpt2.py", "--n_layer", 1, "--n_embd", 8, "--n_ctx", 16]
-TINY_RUN += ["--n_steps", 8, "--eval_every", 4, "--checkpoint_every", 4]
+TINY_RUN += ["--n_steps", 8, "--eval_every", 4, "--checkpoint_every", 4, "--ema", 0]
 HPARAMS = {"n_vocab": 257, "n_ctx": 16, "n_embd": 8, "n_head": 4, "n_layer": 1}
 
 

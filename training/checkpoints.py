@@ -192,7 +192,7 @@ def find_checkpoint(out, before=math.inf):  # -> Checkpoint
         with offering_earlier(out, path):
             run_json = os.path.join(path, "run.json")
             metadata = read_json(run_json)
-            if "run" not in metadata:
+            if lines and "run" not in metadata:
                 raise ValueError(f"{run_json}: damaged, or written by another program")
         if not lines or metadata["run"] == progress.find_run(lines):
             return Checkpoint(path, metadata)
