@@ -1289,10 +1289,7 @@ def test_rows_of_parquet_are_counted_through_the_file(tmp_path):
     table = pyarrow.table({"text": pyarrow.array(texts).view(pyarrow.string())})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=20, use_dictionary=False)
     code, out, err = run("a.parquet", "--out", "s", "--shard_mb", "0.01", cwd=tmp_path)
-    assert (code, err) == (
-        2,
-        "error: a.parquet: row 91: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte\n",
-    )
+    assert code == 2 and err.startswith("error: a.parquet: row 91: 'utf-8' codec can't decode")
     table = pyarrow.table({"text": [os.urandom(99).hex() for _ in range(900)]})
     parquet.write_table(table, tmp_path / "b.parquet", compression="none")
     data = (tmp_path / "b.parquet").read_bytes()
