@@ -181,10 +181,13 @@ def find_cause(after, ours, case):  # the first that differs and all after it ->
     exact = [cause for cause in causes if not cause.is_close]
     if exact:
         return max(exact, key=lambda cause: (cause.n_same, -cause.share))
-    for other in (find_dropout, find_other_head, find_precision):
+    for other in (find_dropout, find_other_head):
         cause = other(first, after, ours, case)
         if cause:
             return cause
+    precision = find_precision(first, after, ours, case)
+    if precision and all(precision.n_same >= cause.n_same for cause in causes):
+        return precision
     return min(causes, key=lambda cause: cause.share, default=None)
 
 

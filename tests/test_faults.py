@@ -403,9 +403,14 @@ TRAINING += ["--eval_every", 20, "--checkpoint_every", 40]
 def start_training(*args, script="train_jax.py"):
     """-> the process, when it begins to write into its folder: what comes before is JAX's start."""
     process = begin(script, *args)
-    process.stdout.readline()
-    process.stdout.readline()
+    read_until("FLOP", process)
     return process
+
+
+def read_until(words, process):
+    """Read the lines of its output up to the one with these words."""
+    while words not in (line := process.stdout.readline()):
+        assert line, f"{words} was not printed"
 
 
 OTHERS = {  # the other trainers, and how many bytes are too few for a model, and for its moments
@@ -548,7 +553,7 @@ def meet_full_disks(script, flags, whole, tmp_path, n_less, n_more):
     fill_disk(process, n_more)  # for a model, but not for the moments
     assert ends(process, *places).endswith(": File too large\n")
     process = start("--resume", out)
-    assert process.stdout.readline().startswith("resuming ")
+    read_until("resuming ", process)
     process.stdout.readline()  # a look at the validation text
     process.send_signal(signal.SIGSTOP)
     os.rename(out, away)

@@ -634,8 +634,8 @@ def test_ctrl_c_keeps_the_model(tmp_path):
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
     assert "parameters" in process.stdout.readline()
-    assert "FLOP" in process.stdout.readline()
-    assert "step 20:" in process.stdout.readline()
+    while "step 20:" not in (line := process.stdout.readline()):
+        assert line, "the first validation was not printed"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (130, "")
@@ -913,10 +913,13 @@ def test_a_finished_run_says_so_and_can_be_extended(never_stopped, tmp_path):
     sizes = ("n_steps", "learning_rate", "min_learning_rate", "n_warmup")
     schedule = train_jax.make_schedule(*(recipe[name] for name in sizes))
     now = float(schedule(600))  # on the cosine of 700 steps
-    assert f"after step 600 of 700: the learning rate is {now:.2g} now and 5e-05 at the end" in out
+    lowest = recipe["min_learning_rate"]
+    rates = f"{now:.2g} now and {lowest:.2g} at the end"
+    assert f"after step 600 of 700: the learning rate is {rates}" in out
     lines = progress.read_log(tmp_path / "longer" / "metrics.jsonl")
     rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
-    assert max(rates) == 700 and rates[600] == pytest.approx(5e-5, rel=0.01) and rates[620] > 1e-4
+    assert max(rates) == 700 and rates[600] == pytest.approx(lowest, rel=0.01)
+    assert rates[620] > 1.2 * lowest
     place, saved = checkpoints.find_checkpoint(tmp_path / "longer")
     assert place.endswith("00000700") and saved["flags"]["n_steps"] == 700
 
