@@ -125,7 +125,7 @@ def theirs(flags, params, tokens, compiled):
 
 def main(stack):
     recipe = sys.argv[1] if len(sys.argv) > 1 else "shakespeare-cpu"
-    flags = choose({"recipe": recipe, "data": ""}, "cpu")
+    flags = choose({"recipe": recipe, "data": "", "ema": 0.0}, "cpu")  # PyTorch's has no average
     n_steps, small = N_STEPS, sys.argv[2:]
     if small:
         batch_size, n_ctx = map(int, small[0].split("x"))
