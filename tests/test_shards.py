@@ -280,7 +280,7 @@ def test_the_same_ids_train_alike_from_every_kind(prepared, tmp_path):
     assert printed[0] == printed[1] == printed[2]
 
     code, out, err = call_trainer("--data", tmp_path / "nano", "--out", tmp_path / "n")
-    problem = "shards without a tokenizer: name theirs with --tokenizer"
+    problem = "these shards have no tokenizer; name theirs with --tokenizer"
     assert (code, out) == (2, "") and problem in err and err.count("\n") == 1
     write_nano(tmp_path / "nano" / "x_val.bin", [1, 300] * 100)
     flags = ["--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "n"]

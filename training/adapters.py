@@ -1,4 +1,4 @@
-"""LoRA: a matrix keeps its numbers and learns a small update, the product of two thin factors.
+"""LoRA: each matrix stays frozen and learns a small update, the product of two thin factors.
 
 How much memory training takes decides who can train: gradients and AdamW's two moments are as large
 as what is trained. Here that is lora_A, [r, n_in], and lora_B, [n_out, r], with r of 8 or so, while
@@ -31,7 +31,7 @@ class Adapted:
     lora_B: object  # [n_out, r]
     scale: float
 
-    __array_ufunc__ = None  # so that NumPy's arrays leave the product to us, too
+    __array_ufunc__ = None  # NumPy's arrays then leave `x @ adapted` to __rmatmul__
 
     @property
     def dtype(self):
@@ -44,7 +44,7 @@ class Adapted:
 def new_adapters(params, flags):  # -> {"blocks.0.attn.c_attn.w": (lora_A, lora_B, scale), ...}
     """For the layers that lora_targets names; c_proj means both in a block. The update starts at 0.
 
-    lora_B is 0. lora_A is uniform within +-1 / sqrt(n_in), Kaiming's with a = sqrt(5), as in peft.
+    lora_B is 0. lora_A is uniform within +-1 / sqrt(n_in), as in peft (Kaiming with a = sqrt(5)).
     """
     rng, adapters = np.random.default_rng(flags["seed"]), {}
     rank, targets = flags["lora_rank"], flags["lora_targets"].split(",")
@@ -70,7 +70,7 @@ def find_adapters(params):  # the reverse of adapt
 
 
 def count_params(params):  # -> how many numbers are trained, and how many are frozen
-    """With adapters only their factors are trained, without any everything is."""
+    """With adapters, only their factors are trained. Otherwise everything is."""
     arrays = leaves(params).values()
     adapted = [x for x in arrays if isinstance(x, Adapted)]
     n_factors = sum(x.lora_A.size + x.lora_B.size for x in adapted)

@@ -1,4 +1,4 @@
-"""Attention that plugs in where gpt2.py takes `attend`: a GPU's own, and for packed examples."""
+"""Attention to use as a block's `attend`: a GPU's fused kernel, and one for packed examples."""
 
 import functools
 
@@ -9,7 +9,7 @@ from corpus.examples import BEGINS, READ, is_learned
 
 
 def fused_attention(q, k, v, mask=None):  # [n_batch, n_head, n_seq, d_head] each -> the same
-    """gpt2.attention for 16-bit numbers; its softmax is float32 even so.
+    """gpt2.attention in 16-bit precision. Its softmax is still computed in float32.
 
     mask: [n_batch, 1, n_seq, n_seq], True where a query may see a key that is not after it.
 
@@ -49,5 +49,5 @@ def attend_within(start, q, k, v):  # [n_batch, n_seq], [n_batch, n_head, n_seq,
 
 
 def learned_share(tokens, packed):  # [..., n_seq + 1] -> [...]
-    """The share of each row's targets that are learned. In a plain text all are, so it is 1."""
+    """The share of each row's targets that are learned. In plain text that is all of them, so 1."""
     return is_learned(tokens[..., 1:]).mean(-1) if packed else jnp.ones(tokens.shape[:-1])

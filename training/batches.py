@@ -37,7 +37,7 @@ def read_batches(shards, seed, n_done, shape, n_ctx, sharding):  # -> [*shape, n
         rows = shards[0][draw_rows(seed, n_done, shape, len(shards[0]))]
         return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
     n_places = count_ids(shards) - n_ctx
-    stride = -(-n_places // (2**31 - 1))  # int32 draws them: of more, some are not used
+    stride = -(-n_places // (2**31 - 1))  # places are drawn as int32; a longer text skips some
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # a GPU is busy computing
         steps = jnp.arange(n_done, n_done + shape[0])
         starts = draw_starts(seed, steps, n_places // stride, shape[1] * shape[2])
@@ -51,7 +51,7 @@ def read_batches(shards, seed, n_done, shape, n_ctx, sharding):  # -> [*shape, n
 
 
 def draw_rows(seed, n_done, shape, n_rows):  # -> [*shape] numbers below n_rows
-    """The rows for the steps after n_done: all rows are shuffled, used up, and shuffled again."""
+    """The rows for the steps after n_done. All rows are shuffled again after each pass."""
     first, n = n_done * math.prod(shape[1:]), math.prod(shape)
     packs = range(first // n_rows, -(-(first + n) // n_rows))
     shuffled = [np.random.default_rng([seed, pack]).permutation(n_rows) for pack in packs]
@@ -59,7 +59,7 @@ def draw_rows(seed, n_done, shape, n_rows):  # -> [*shape] numbers below n_rows
 
 
 def fill_batches(windows, batch_size):  # [n_windows, n_ctx + 1] -> windows, counts
-    """What validation_loss takes: full batches; counts are 1, and 0 for what fills the last one."""
+    """Full batches for validation_loss. counts are 1, and 0 for the padding of the last batch."""
     n_missing = -len(windows) % batch_size
     counts = np.append(np.ones(len(windows), np.float32), np.zeros(n_missing, np.float32))
     filled = np.concatenate([windows, np.repeat(windows[:1], n_missing, axis=0)])

@@ -7,8 +7,8 @@
         optimizer.safetensors                                   the optimizer's moments
         run.json                                  the run's number, step, flags, best loss, versions
 
-Everything here is NumPy's, complete and unpadded, however many devices held it. A checkpoint is
-written under another name and then renamed; the last two of a run are kept.
+Arrays are saved whole and unpadded, however many devices held them. A checkpoint is written under
+another name and then renamed. The last two of a run are kept.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ def save_checkpoint(out, model, state, metadata, previous=None):  # -> its folde
         write_safetensors(os.path.join(stage, "optimizer.safetensors"), state.moments)
         run_json = json.dumps({"step": state.n_done} | metadata, indent=1)
         write_whole(Path(stage, "run.json"), run_json)
-        while target in older:  # an earlier run's: until that is deleted, ours is 000000400
+        while target in older:  # an earlier run's; ours is 000000400 until it is deleted
             target = os.path.join(folder, "0" + os.path.basename(target))
         os.rename(stage, target)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Small copies of a run's parameters, of which explain.py makes a page about how it learned.
+"""Small copies of a run's parameters, for explain.py's page about how the model learned.
 
     models/mine/snapshots/00000145.safetensors      the parameters after 145 steps, in float16
 
@@ -49,7 +49,7 @@ def write_snapshot(out, hparams, params, n_done):
     halves = {key: np.clip(x, -MOST, MOST).astype(np.float16) for key, x in tensors.items()}
     try:
         os.makedirs(path.parent, exist_ok=True)
-        write_safetensors(path, halves)  # without more metadata, which the library would shuffle
+        write_safetensors(path, halves)  # no metadata: the library would write it in random order
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from None
 
@@ -62,7 +62,7 @@ def find_snapshots(out):  # a run's folder -> {step: path}, in the order of the 
 
 
 def read_snapshot(path, hparams):  # -> the parameters, a tree of float32
-    """Raises ValueError if the file is damaged, or another model's than hparams say."""
+    """Raises ValueError if the file is damaged, or if its shapes are not those of hparams."""
     tensors, arrays = read_safetensors(path), {}
     for name, shape in tensor_shapes(hparams):
         dtype, found, data = tensors.get("transformer." + hugging_face_name(name), ("", None, b""))

@@ -14,7 +14,7 @@ jax.tree_util.register_dataclass(Adapted, ("w", *FACTORS), ("scale",))
 
 
 def init_params(key, n_vocab, n_ctx, n_embd, n_layer, n_head=None):
-    """GPT-2's initialisation, with JAX's random numbers. The heads make no difference."""
+    """GPT-2's initialisation, with JAX's random numbers. The number of heads doesn't matter."""
     keys = iter(jax.random.split(key, 2 + 4 * n_layer))
     hparams = {"n_vocab": n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_layer": n_layer}
     tree = init_tree(hparams, lambda shape: jax.random.normal(next(keys), shape))

@@ -25,7 +25,7 @@ from encoder import Encoder
 from model_files.download import download_shakespeare
 
 NAMED_TEXTS = ("shakespeare", "python-docs")
-MOST_VALIDATION = 2**20  # tokens that one look at the validation text takes
+MOST_VALIDATION = 2**20  # tokens of a validation, at most
 MOST_FINGERPRINT = 2**24  # tokens that are compared when a run is resumed
 
 
@@ -66,9 +66,11 @@ def load_tokens(data, encoder=None):  # -> {"train": [arrays], "val": [arrays]},
         return {"train": [ids[:n_train]], "val": [ids[n_train:]]}, encoder
     shards, own = open_shards(data)
     if not (encoder or own):
-        raise ValueError(f"{data}: shards without a tokenizer: name theirs with --tokenizer")
+        raise ValueError(f"{data}: these shards have no tokenizer; name theirs with --tokenizer")
     if encoder and own and encoder.vocab != own.vocab:
-        raise ValueError(f"{data}: shards of another tokenizer: prepare them with the model's")
+        raise ValueError(
+            f"{data}: these shards are of another tokenizer; prepare them again with the model's"
+        )
     encoder = encoder or own
     for split in shards.values():
         check_ids(split, encoder.n_vocab)
@@ -173,8 +175,8 @@ def cut_windows(shards, n_ctx):  # [arrays] -> [n_windows, n_ctx + 1]
     """The validation text in windows side by side.
 
     A window is one token longer than n_ctx, because its inputs and its targets are one apart; its
-    last token is the next window's first. A rest shorter than a window is not used. Of a text
-    longer than MOST_VALIDATION tokens only that many are used, from all over the text.
+    last token is the next window's first. A remainder that is shorter than a
+    window is dropped. At most MOST_VALIDATION tokens are used, from all over the text.
     """
     n_windows = (count_ids(shards) - 1) // n_ctx
     step = -(-n_windows * n_ctx // MOST_VALIDATION)
