@@ -1,9 +1,12 @@
 """/v1/responses: a chat's next message in another shape, with openai's own client as judge."""
 
 import json
+import time
 
 import pytest
 from conftest import serving
+
+import kv_cache
 
 pytest.importorskip("starlette", reason="starlette is not installed")
 
@@ -78,6 +81,14 @@ def test_openais_package_responds(openai_client, client):
 
 
 def test_a_stream_that_fails_says_so(params, monkeypatch):
+    """Each pass takes longer than the answer may."""
+    step = kv_cache.Batch.step
+
+    def slow_step(*args):
+        time.sleep(0.05)
+        return step(*args)
+
+    monkeypatch.setattr(kv_cache.Batch, "step", slow_step)
     with serving(params, timeout=0.001) as client:
         response = client.post("/v1/responses", json={"input": "a", "stream": True})
         last = response.text.strip().split("\n\n")[-1]
