@@ -94,12 +94,13 @@ def test_the_page_holds_the_arrays(written):
     assert data["tail_logits"].shape == (n_seq, 0)
     for layer, x in enumerate(r["stream"]):
         probs = gpt2.softmax(lens(x, params).astype(np.float64))
-        best = data["lens_ids"][layer].astype(int)
-        assert np.array_equal(best[:, 0], probs.argmax(-1))
-        np.testing.assert_allclose(
-            data["lens_probs"][layer] / 65535, -np.sort(-probs)[:, :5], atol=1e-5
-        )
-    assert np.array_equal(data["lens_ids"][-1], data["top_ids"][:, :5])
+        best = -np.sort(-probs)[:, :5]
+        np.testing.assert_allclose(data["lens_probs"][layer] / 65535, best, atol=1e-5)
+        # By probability: two tokens as likely as each other may change places.
+        shown = np.take_along_axis(probs, data["lens_ids"][layer].astype(int), -1)
+        np.testing.assert_allclose(shown, best, rtol=1e-5)
+    shown = np.take_along_axis(r["logits"], data["lens_ids"][-1].astype(int), -1)
+    np.testing.assert_allclose(shown, data["top_logits"][:, :5], rtol=1e-5, atol=1e-5)
     for name, length in data["length"].items():
         np.testing.assert_allclose(length, np.sqrt((r[name] ** 2).sum(-1)), rtol=1e-4)
     q, scales = data["vectors"].astype(np.float64), data["scales"][..., None]
