@@ -254,15 +254,15 @@ def score_all(items, params, n_head):  # yields each item and its scores
 def check_flags(task, data, stride):
     """Raises ValueError or FileNotFoundError, in one clear line, before a model is looked for."""
     if task not in ("perplexity", *TASKS):
-        raise ValueError(f"no task {task!r}: choose one of perplexity, {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {task!r}; choose one of perplexity, {', '.join(TASKS)}")
     if stride is not None and task != "perplexity":
         raise ValueError(f"{task} has no stride: --stride is only for perplexity")
     if stride is not None and stride < 1:
         raise ValueError(f"stride must be 1 or more, not {stride}")
     if data is None and task == "perplexity":
-        raise ValueError("perplexity needs --data: a text file, or a folder of token shards")
+        raise ValueError("perplexity needs --data, a text file or a folder of token shards")
     if data is None and task != "perplexity" and TASKS[task].url is None:
-        raise ValueError(f"{task} needs --data: a file of JSON lines")
+        raise ValueError(f"{task} needs --data, a file of JSON lines")
     if data is None or os.path.isfile(data) or task == "perplexity" and os.path.isdir(data):
         return
     kind = "text file or a folder of token shards" if task == "perplexity" else "file of JSON lines"

@@ -159,7 +159,7 @@ def extend_all(caches, new_ids, params, n_head):  # caches and id lists -> [n_to
     new id or outgrows n_ctx, or if two rows have the same cache (see copy_cache).
     """
     if len({id(cache) for cache in caches}) < len(caches):
-        raise ValueError("two rows have the same cache: give the second a copy_cache of it")
+        raise ValueError("two rows have the same cache; give the second a copy_cache of it")
     if not all(len(ids) for ids in new_ids):
         raise ValueError("every row needs at least one new id")
     starts = [cache.n_seq for cache in caches]

@@ -209,7 +209,7 @@ def make_optimizer(schedule, optimizer, weight_decay, grad_clip, adam_b2):
             adam_b2=adam_b2,
         )
         return on_stacked_blocks(optax.chain(clip, rule))
-    raise ValueError(f"no optimizer {optimizer!r}: choose {either(OPTIMIZERS)}")
+    raise ValueError(f"unknown optimizer {optimizer!r}; choose {either(OPTIMIZERS)}")
 
 
 def muon_dimensions(params):

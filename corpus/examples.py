@@ -139,7 +139,7 @@ def read_conversation(row, encoder, n_max):  # -> [(ids, whether they are learne
     """
     for key in ("tools", "functions"):
         if row.get(key):
-            raise ValueError(f"{key} are not supported: leave them out")
+            raise ValueError(f"{key} are not supported; leave them out")
     messages = check_messages(row["messages"])
     learned = [i for i, message in enumerate(messages) if is_learned_answer(message, encoder)]
     n_empty = sum(is_empty_answer(message, encoder) for message in messages)

@@ -26,12 +26,12 @@ def find_prompts(prompts, prompts_file, interactive, prompt_file=None):
         prompts = [*prompts, read_prompt(prompt_file)]
     given = prompts or prompts_file is not None
     if interactive and given:
-        raise ValueError("--interactive reads its prompts as you type them: give no others")
+        raise ValueError("--interactive reads prompts as you type them, so give no others")
     if interactive or not given and sys.stdin is not None and sys.stdin.isatty():
         return None
     prompts = [*prompts, *([] if prompts_file is None else read_lines(prompts_file))]
     if not prompts:
-        raise ValueError("no prompts: give one or more, --prompts_file or --interactive")
+        raise ValueError("no prompts; give one or more, --prompts_file or --interactive")
     return prompts
 
 
@@ -125,7 +125,7 @@ def interact(answer):
 
 def check_chat(**asked):  # {a flag that excludes --chat: was it given?}
     if given := [name for name, is_asked in asked.items() if is_asked]:
-        raise ValueError(f"--chat gives one answer to each line: leave out --{given[0]}")
+        raise ValueError(f"--chat gives one answer to each line, so leave out --{given[0]}")
 
 
 def converse(answer, encoder, n_ctx, n_tokens=None):  # -> a function of [line], for interact

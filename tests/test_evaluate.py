@@ -760,14 +760,14 @@ def test_nothing_right_is_zero_and_not_missing(models, tmp_path):
 FLAGS = {
     "an unknown task": (
         ["piqa"],
-        "no task 'piqa': choose one of perplexity, hellaswag, lambada, choose",
+        "unknown task 'piqa'; choose one of perplexity, hellaswag, lambada, choose",
     ),
     "no task": ([], "task"),
-    "choices without a file": (["choose"], "choose needs --data: a file of JSON lines"),
+    "choices without a file": (["choose"], "choose needs --data, a file of JSON lines"),
     "a stride for hellaswag": (["hellaswag", "--stride", "4"], "--stride is only for perplexity"),
     "a stride for lambada": (["lambada", "--stride", "4"], "--stride is only for perplexity"),
     "stride 0": (["perplexity", "--data", __file__, "--stride", "0"], "stride must be 1 or more"),
-    "no data": (["perplexity"], "perplexity needs --data: a text file, or a folder of token"),
+    "no data": (["perplexity"], "perplexity needs --data, a text file or a folder of token"),
     "no such text": (["perplexity", "--data", "nowhere.txt"], "no file at nowhere.txt"),
     "a folder": (["lambada", "--data", os.sep], f"no file at {os.sep}: --data takes the path"),
     "no such items": (

@@ -205,8 +205,8 @@ NOT_TEXT = {
     "message 2: weight is 0.5, not 0 or 1": {
         "messages": [USER, {"role": "assistant", "content": "Ho", "weight": 0.5}]
     },
-    "tools are not supported: leave them out": {"messages": TALK, "tools": [{"type": "function"}]},
-    "functions are not supported: leave them out": {"messages": TALK, "functions": [{"name": "f"}]},
+    "tools are not supported; leave them out": {"messages": TALK, "tools": [{"type": "function"}]},
+    "functions are not supported; leave them out": {"messages": TALK, "functions": [{"name": "f"}]},
     "expected a prompt and a completion, both text, or messages": {
         "prompt": [USER], "completion": TALK[2:3],
     },
@@ -369,7 +369,7 @@ def test_too_few_examples_and_the_other_trainer(tmp_path):
     code, _, complaint = call_trainer("--data", path, "--out", tmp_path / "out")
     assert code == 2 and complaint.startswith(f"error: {path}: 1 example: at least 2 are needed")
     code, _, complaint = call("backprop.py", "--data", path, "--out", tmp_path / "out")
-    wanted = f"error: backprop.py does not learn examples, --data {path}: use train_jax.py\n"
+    wanted = f"error: backprop.py doesn't learn from examples (--data {path}); use train_jax.py\n"
     assert (code, complaint) == (2, wanted)
     os.mkfifo(tmp_path / "pipe.jsonl")  # which would have us wait
     code, _, complaint = call_trainer("--data", tmp_path / "pipe.jsonl", "--out", tmp_path / "out")
@@ -730,6 +730,6 @@ def test_what_does_not_go_with_a_chat(models):
     for flag in (["--n_samples", 2], ["--echo"], ["--jsonl"], ["--slide"]):
         code, _, complaint = call("kv_cache.py", "--chat", *flag, models_dir=models[0])
         name = flag[0].removeprefix("--")
-        wanted = f"error: --chat gives one answer to each line: leave out --{name}\n"
+        wanted = f"error: --chat gives one answer to each line, so leave out --{name}\n"
         assert (code, complaint) == (2, wanted)
     assert call("kv_cache.py", "Hi", "--chat", models_dir=models[0])[0] == 2

@@ -585,16 +585,16 @@ def test_adapters_need_a_model_and_jax(tmp_path):
     args = ["--data", "python-docs", "--out", tmp_path / "out", "--lora_rank", 2]
     code, out, err = conftest.call_trainer(*args)
     assert (code, out) == (2, "") and err.endswith(
-        "--lora_rank needs --init_from: a model to adapt\n"
+        "--lora_rank needs --init_from, the model to adapt\n"
     )
     code, out, err = conftest.call("backprop.py", *args)
-    wanted = "error: backprop.py does not support --lora_rank 2: use train_jax.py\n"
+    wanted = "error: backprop.py doesn't support --lora_rank 2; use train_jax.py\n"
     assert (code, out, err) == (2, "", wanted)
 
 
 def test_backprop_does_not_go_on_with_adapters(run):
     code, out, err = conftest.call("backprop.py", "--resume", run[0])
-    wanted = "error: backprop.py does not support --lora_rank 2: use train_jax.py\n"
+    wanted = "error: backprop.py doesn't support --lora_rank 2; use train_jax.py\n"
     assert (code, out, err) == (2, "", wanted)
 
 

@@ -576,7 +576,7 @@ BAD = {
     "optimizer": (["--optimizer", "sgd"], "optimizer must be adamw or muon"),
     "lowest rate": (["--min_learning_rate", "-1"], "min_learning_rate must be 0 or more"),
     "beta": (["--adam_b2", "1"], "adam_b2 must be more than 0 and less than 1"),
-    "recipe": (["--recipe", "gpt5"], "no recipe 'gpt5': choose one of shakespeare-cpu, "),
+    "recipe": (["--recipe", "gpt5"], "unknown recipe 'gpt5'; choose one of shakespeare-cpu, "),
     "half a model": (["--recipe", "finetune", "--n_layer", 1], "recipe finetune needs --init_from"),
     "huge": (["--n_accumulate", 10**10], "n_accumulate must be from 1 to"),
     "large": (["--n_embd", 2**21], "n_embd must be from 1 to 1048576, not 2097152"),
@@ -616,7 +616,7 @@ def test_a_mistake_ends_in_one_line_before_any_training(tmp_path, case):
 
 def test_a_model_without_a_text_is_refused_before_its_download(tmp_path):
     code, out, err = conftest.call_trainer("--init_from", "124M", "--out", tmp_path / "out")
-    assert (code, out) == (2, "") and err.startswith("error: recipe finetune needs --data: a text")
+    assert (code, out) == (2, "") and err.startswith("error: recipe finetune needs --data, a text")
 
 
 @pytest.mark.parametrize("text", ["", "too short"])
@@ -1068,7 +1068,7 @@ def test_a_misspelt_name_fails(call):
 
 
 def test_an_optimizer_that_there_is_not_is_refused():
-    with pytest.raises(ValueError, match="no optimizer 'sgd': choose adamw or muon"):
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd'; choose adamw or muon"):
         make_optimizer("sgd")
     for name in training.flags.OPTIMIZERS:
         assert callable(make_optimizer(name).update)
@@ -1274,7 +1274,7 @@ def test_finetuning_starts_at_the_models_own_loss(models, tmp_path):
         assert (code, out) == (2, "") and err.count("\n") == 1
         return err
 
-    assert "n_layer is 2 in that model: leave out --n_layer" in refused("--n_layer", 3)
+    assert "n_layer is 2 in that model, so leave out --n_layer" in refused("--n_layer", 3)
     assert "n_ctx is at most 48 in that model" in refused("--n_ctx", 49)
 
 

@@ -1,7 +1,7 @@
-"""The flags of a training run: a row for each, from which everything else about it follows.
+"""The flags of a training run, one row each.
 
-The row gives its type and limits, its words in --help, what fills it in, and what a resumed run and
-backprop.py make of it. Nothing here needs JAX.
+A row gives the flag's type, limits and help text, where its default comes from, and whether a
+resumed run and backprop.py accept it. Nothing here needs JAX.
 """
 
 import collections
@@ -27,7 +27,7 @@ RECIPE = "recipe"  # as RUN, and a recipe fills it in
 
 
 class Limits(typing.NamedTuple):
-    """What a value must be: in words, which follow "must be", and as a test."""
+    """The values that are allowed: words to follow "must be", and a test."""
 
     words: str
     allow: Callable
@@ -59,11 +59,11 @@ EVERY_VALUE = "every value"
 class Flag(typing.NamedTuple):
     """A row of FLAGS.
 
-    default: the value if nobody gives one: not the command line, nor the recipe, nor the run.json
-    of a run that was made before there was this flag. None: it then has no value.
-    needs: the flag without which this one means nothing.
+    default: the value if neither the command line nor the recipe gives one, nor the run.json of a
+    run that is older than the flag. None: the flag has no value then.
+    needs: the flag without which this one has no meaning.
     is_required: a run.json without it is damaged (if it has the flag that this one needs).
-    numpy: the only value that backprop.py takes; None: it does not have this flag.
+    numpy: the only value that backprop.py accepts; None: backprop.py doesn't have this flag.
     """
 
     name: str
@@ -81,14 +81,14 @@ FLAGS = [
     Flag(
         "data", str, RECIPE, is_required=True,
         help="a text file, shakespeare (downloaded once), python-docs (part of Python), a folder "
-        "of token shards (prepare.py's, nanoGPT's or llm.c's), or a file NAME.jsonl of examples. "
-        "Each of its lines has either a prompt and a completion, or messages; only the completions "
+        "of token shards (from prepare.py, nanoGPT or llm.c), or a file NAME.jsonl of examples. "
+        "Each line of it has either a prompt and a completion, or messages; only the completions "
         "and the assistant's messages are learned.",
     ),
     Flag(
         "out", str, RUN, default="models/mine",
-        help="the folder to write, a new one. A name alone, such as mine, is a folder in "
-        "models_dir, where --resume and --model_size look as well; with a slash, it is a path.",
+        help="a new folder for the model. A bare name, such as mine, is a folder in models_dir, "
+        "where --resume and --model_size also look; anything with a slash is a path.",
     ),
     Flag(
         "recipe", str, RUN, is_required=True,
@@ -97,13 +97,13 @@ FLAGS = [
     ),
     Flag(
         "init_from", str, RUN,
-        help="start with this model, a name or a folder as in gpt2.py, and with its tokenizer.",
+        help="start from this model (a name or a folder, as in gpt2.py) and its tokenizer.",
     ),
     Flag(
         "lora_rank", int, RUN, limits=SIZE, numpy=None,
-        help="train only adapters of this rank for that model (LoRA), by default with 3e-4 as the "
-        "peak learning rate; `out` gets just the adapters, in peft's layout, and can be used "
-        "like any model's folder.",
+        help="train only adapters of this rank for that model (LoRA). The peak learning rate is "
+        "then 3e-4 by default. `out` gets only the adapters, in peft's layout, and every script "
+        "accepts it as a model.",
     ),
     Flag(
         "lora_alpha", float, RECIPE, limits=POSITIVE, needs="lora_rank", is_required=True,
@@ -111,24 +111,23 @@ FLAGS = [
     ),
     Flag(
         "lora_targets", str, RECIPE, limits=TARGETS, needs="lora_rank", is_required=True,
-        help="the matrices that get an adapter, with commas between them; any of c_attn, c_proj "
-        "(both of them in a block), c_fc, attn.c_proj and mlp.c_proj; by default "
-        "c_attn,c_proj,c_fc.",
+        help="the matrices that get an adapter, separated by commas; any of c_attn, c_proj (both "
+        "of them in a block), c_fc, attn.c_proj and mlp.c_proj; c_attn,c_proj,c_fc by default.",
     ),
     Flag(
         "resume", str, CALL,
-        help="continue the run in this folder, the `out` of an earlier run, with its flags. Only "
-        "n_steps may be given again, for a longer run, whose cosine the learning rate follows, and "
-        "data or (with lora_rank) init_from, if they have moved.",
+        help="continue the run in this folder, the `out` of an earlier run, with its flags. You "
+        "may give n_steps again, for a longer run (the cosine of the learning rate is stretched "
+        "to it), and data or (with lora_rank) init_from, if they have moved.",
     ),
     Flag(
         "overwrite", bool, CALL, default=False,
-        help="replace another model in `out`, and its checkpoints.",
+        help="replace the model that is in `out`, and its checkpoints.",
     ),
     Flag(
         "tokenizer", str, RUN,
-        help="124M (GPT-2's), a folder in models_dir, or a path; by default the shards' own, and "
-        "bytes for a text.",
+        help="124M (GPT-2's), a folder in models_dir, or a path. By default, the one that the "
+        "shards were made with, and bytes for a text.",
     ),
     Flag(
         "models_dir", str, CALL, default="models",
@@ -136,11 +135,11 @@ FLAGS = [
     ),
     Flag(
         "n_layer", int, RECIPE, limits=SIZE, is_required=True,
-        help="transformer blocks.",
+        help="number of transformer blocks.",
     ),
     Flag(
         "n_head", int, RECIPE, limits=COUNT, is_required=True,
-        help="attention heads per block; n_embd must be a multiple of it.",
+        help="number of attention heads per block; must divide n_embd.",
     ),
     Flag(
         "n_embd", int, RECIPE, limits=SIZE, is_required=True,
@@ -152,11 +151,11 @@ FLAGS = [
     ),
     Flag(
         "batch_size", int, RECIPE, limits=SIZE, is_required=True,
-        help="sequences per batch, over all devices.",
+        help="sequences per batch, on all devices together.",
     ),
     Flag(
         "n_accumulate", int, RECIPE, limits=SIZE, default=1,
-        help="batches per step, whose gradients are averaged.",
+        help="batches per step; their gradients are averaged.",
     ),
     Flag(
         "n_steps", int, RECIPE, limits=COUNT, is_required=True,
@@ -188,12 +187,12 @@ FLAGS = [
     ),
     Flag(
         "adam_b2", float, RECIPE, limits=BELOW_1, is_required=True,
-        help="Adam's second decay rate.",
+        help="decay rate of Adam's second moment (beta 2).",
     ),
     Flag(
         "dropout", float, RECIPE, limits=DROPOUT, default=0.0, numpy=0.0,
-        help="dropout rate, rounded to 256ths, of the sum of the embeddings and of what attention "
-        "and the ffn add to it.",
+        help="dropout rate, rounded to a multiple of 1/256, for the sum of the embeddings and the "
+        "outputs of attention and ffn.",
     ),
     Flag(
         "ema", float, RECIPE, limits=EMA, default=0.0,
@@ -202,30 +201,30 @@ FLAGS = [
     ),
     Flag(
         "dtype", str, RECIPE, limits=one_of(DTYPES), is_required=True, numpy="float32",
-        help="precision of matrix products: float32 (the default on CPUs) or bfloat16. All else is "
-        "float32.",
+        help="precision of matrix products: float32 (the default on CPUs) or bfloat16. Everything "
+        "else is float32.",
     ),
     Flag(
         "fsdp", bool, RECIPE, default=False, numpy=False,
-        help="also shard parameters and moments over the devices, for models too large for one.",
+        help="also shard parameters and moments across the devices, for models too large for one.",
     ),
     Flag(
         "eval_every", int, RECIPE, limits=COUNT, is_required=True,
-        help="measure the validation loss every so many steps.",
+        help="number of steps between measurements of the validation loss.",
     ),
     Flag(
         "checkpoint_every", int, RECIPE, limits=COUNT, is_required=True,
-        help="save a checkpoint in out/checkpoints every so many steps; the last two are kept.",
+        help="number of steps between checkpoints in out/checkpoints; the last two are kept.",
     ),
     Flag(
         "eval_tasks", str, RUN, numpy=None,
-        help="hellaswag, lambada, or both with a comma between them; measures how much of each the "
-        "model gets right, as evaluate.py does. hellaswag=FILE takes a file of JSON lines instead "
-        "of the one downloaded once.",
+        help="hellaswag, lambada, or both, separated by a comma. The model's accuracy on them is "
+        "also measured, as evaluate.py does. hellaswag=FILE reads a file of JSON lines instead of "
+        "downloading one.",
     ),
     Flag(
         "eval_tasks_every", int, RUN, limits=COUNT, needs="eval_tasks", numpy=None,
-        help="measure them every so many steps, eval_every by default.",
+        help="number of steps between those measurements, eval_every by default.",
     ),
     Flag(
         "seed", int, RECIPE, limits=SEED, is_required=True,
@@ -238,8 +237,8 @@ FLAGS = [
     Flag(
         "snapshots", int, RUN, limits=SNAPSHOTS,
         help="keep this many float16 copies of the parameters in out/snapshots, most of them from "
-        "the first steps. `python explain.py TEXT --run OUT` makes a page of them, which shows how "
-        "the model learned.",
+        "the first steps. `python explain.py TEXT --run OUT` turns them into a page that shows "
+        "how the model learned.",
     ),
     Flag(
         "tensorboard", bool, CALL, default=False,
@@ -248,7 +247,7 @@ FLAGS = [
     Flag(
         "coordinator", str, CALL, numpy=None,
         help="HOST:PORT of process 0, for a run in several processes. Start each with the same "
-        "flags; on Slurm, Kubernetes, TPU and Open MPI they find each other without this.",
+        "flags. On Slurm, Kubernetes, TPUs and Open MPI they find each other without it.",
     ),
     Flag(
         "num_processes", int, CALL, numpy=None,
@@ -268,11 +267,11 @@ Options = collections.namedtuple("Options", [flag.name for flag in FLAGS if flag
 
 HELP = """Train a GPT-2 on a text or on token shards, and save it as a model folder.
 
-The last tenth of a text is kept for validation; of examples, a tenth that is drawn at random.
-Losses, in nats per token, are printed as they are measured, with a sample. Whenever the validation
-loss is the best so far, the model is saved to `out`, in place of the one before: whatever happens
-later, the best one is kept. Ctrl-C and SIGTERM end a run after the current steps, with a
-checkpoint. Beside the model are metrics.jsonl and loss.png, which show how it went.
+The last tenth of a text is kept for validation, or a random tenth of the examples. Losses, in
+nats per token, are printed as they are measured, with a sample. Whenever the validation loss
+reaches a new minimum, the model in `out` is replaced, so the best one is always kept. Ctrl-C and
+SIGTERM end a run after the current steps, with a checkpoint. metrics.jsonl and loss.png, beside the
+model, show how the run went.
 {about}
 A recipe sets each of the flags from n_layer to seed except eval_tasks, and may set data. A flag
 that you type replaces the recipe's value. The recipes are in training/recipes.py.
@@ -287,18 +286,18 @@ lora_rank, examples, dropout, fsdp, eval_tasks and several processes.
 """
 
 NUMPY_ABOUT = """
-All of it is computed with NumPy, in float32 and with AdamW. This needs only the packages of
-`make demo` (requirements/generate.txt), and matplotlib for loss.png. train_jax.py also takes
+Everything is computed with NumPy, in float32 and with AdamW. This needs only the packages of
+`make demo` (requirements/generate.txt), and matplotlib for loss.png. train_jax.py also learns from
 examples, has other optimizers and precisions, and uses GPUs and several machines.
 """
 
-# The flags that backprop.py knows only to refuse them, and those that mean nothing without these.
+# The flags that backprop.py always rejects, and those that have no meaning without them.
 JAX_ONLY = {flag.name for flag in FLAGS if flag.numpy != EVERY_VALUE}
 JAX_ONLY |= {flag.name for flag in FLAGS if flag.needs in JAX_ONLY}
 
 
 def make_signature():
-    """A parameter for each row, which plumbing/cli.py makes a flag of: --n_layer=6."""
+    """Returns a parameter for each row. plumbing/cli.py turns each into a flag: --n_layer=6."""
     parameters = []
     for flag in FLAGS:
         default = None if flag.source == RECIPE else flag.default
@@ -314,7 +313,7 @@ def make_signature():
 
 
 def make_help(about, flags):
-    """HELP, with a paragraph about the trainer, and one for each of the flags."""
+    """Returns HELP with a paragraph about the trainer and one for each flag."""
     wrapped = (
         textwrap.fill(
             f"{flag.name}: {flag.help}", 96, initial_indent=" " * 4, subsequent_indent=" " * 8
@@ -332,7 +331,7 @@ def numpy_help():  # backprop.py's
 
 
 def read_flags(*args, **kwargs):  # -> {name: value} of the flags for the run, Options
-    """The typed flags for the run, without those that nobody gave, and the call's own Options."""
+    """Returns the run's flags that were typed, and the Options of this call."""
     bound = inspect.signature(read_flags).bind(*args, **kwargs)
     bound.apply_defaults()
     values = bound.arguments
@@ -341,13 +340,13 @@ def read_flags(*args, **kwargs):  # -> {name: value} of the flags for the run, O
     typed = {name: value for name, value in typed.items() if value is not None}
     recipe, init_from = values["recipe"], values["init_from"]
     if recipe is not None and recipe not in RECIPES:
-        raise ValueError(f"no recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
+        raise ValueError(f"unknown recipe {recipe!r}; choose one of {', '.join(RECIPES)}")
     if init_from is not None and values["tokenizer"] is not None:
-        raise ValueError("--init_from brings its own tokenizer: leave out --tokenizer")
+        raise ValueError("--init_from has its own tokenizer, so leave out --tokenizer")
     if options.resume is not None:
         check_resumes(typed, options)
     elif init_from is not None:
-        check_has_data(values["data"], recipe or "finetune")  # before a download in vain
+        check_has_data(values["data"], recipe or "finetune")  # before a download for nothing
     return typed, options
 
 
@@ -355,17 +354,17 @@ read_flags.__signature__ = make_signature()
 read_flags.__doc__ = make_help(JAX_ABOUT, FLAGS)
 
 
-AGAIN = ("n_steps", "data", "init_from")  # the flags that a resumed run may be given
+AGAIN = ("n_steps", "data", "init_from")  # the flags that are allowed beside --resume
 
 
 def check_resumes(typed, options):
-    """Raises ValueError for flags that a run with --resume may not be given."""
+    """Raises ValueError for flags that are not allowed beside --resume."""
     defaults = {flag.name: flag.default for flag in FLAGS if flag.source == RUN}
     extra = [n for n in typed if n not in AGAIN and typed[n] != defaults.get(n)]
     if extra:
-        raise ValueError(f"--resume takes the run's own flags: leave out --{min(extra)}")
+        raise ValueError(f"--resume uses the run's own flags, so leave out --{min(extra)}")
     if options.overwrite:
-        raise ValueError("--resume continues a run: leave out --overwrite")
+        raise ValueError("--resume continues a run, so leave out --overwrite")
 
 
 def numpy_flags(typed, options):  # -> typed, and the values that backprop.py always has
@@ -381,17 +380,17 @@ def check_numpy(values):  # {flag: value}
         value = values.get(flag.name)
         if flag.numpy != EVERY_VALUE and value is not None and value != flag.numpy:
             asked = f"--{flag.name}" if value is True else f"--{flag.name} {value}"
-            raise ValueError(f"backprop.py does not support {asked}: use train_jax.py")
+            raise ValueError(f"backprop.py doesn't support {asked}; use train_jax.py")
     if is_examples(values.get("data", "")):
         raise ValueError(
-            f"backprop.py does not learn examples, --data {values['data']}: use train_jax.py"
+            f"backprop.py doesn't learn from examples (--data {values['data']}); use train_jax.py"
         )
 
 
 def check_has_data(data, recipe):  # the --data flag, or None
     """Raises ValueError if none is given and the recipe has none of its own."""
     if data is None and RECIPES[recipe]["data"] is None:
-        raise ValueError(f"recipe {recipe} needs --data: a text file or a folder of token shards")
+        raise ValueError(f"recipe {recipe} needs --data, a text file or a folder of token shards")
 
 
 def read_tasks(text):  # the --eval_tasks flag -> {task: path or None}
@@ -409,9 +408,9 @@ def read_tasks(text):  # the --eval_tasks flag -> {task: path or None}
 
 
 def choose(typed, platform, hparams=None):  # -> the flags of a new run
-    """The recipe's values, replaced by the typed flags and by the sizes of a model to start from.
+    """Returns the recipe's values, overridden by the typed flags and by a starting model's sizes.
 
-    platform: what JAX computes on, "cpu" or another. It decides the defaults.
+    platform: where JAX computes, "cpu" or another. The defaults depend on it.
     """
     recipe = typed.get("recipe")
     if recipe is None:
@@ -424,16 +423,16 @@ def choose(typed, platform, hparams=None):  # -> the flags of a new run
     if hparams:
         for name in ("n_layer", "n_head", "n_embd"):
             if typed.get(name, hparams[name]) != hparams[name]:
-                raise ValueError(f"{name} is {hparams[name]} in that model: leave out --{name}")
+                raise ValueError(f"{name} is {hparams[name]} in that model, so leave out --{name}")
             flags[name] = hparams[name]
         if "n_ctx" not in typed:
             flags["n_ctx"] = min(flags["n_ctx"], hparams["n_ctx"])
         if flags["n_ctx"] > hparams["n_ctx"]:
             raise ValueError(f"n_ctx is at most {hparams['n_ctx']} in that model")
     elif "lora_rank" in typed:
-        raise ValueError("--lora_rank needs --init_from: a model to adapt")
+        raise ValueError("--lora_rank needs --init_from, the model to adapt")
     elif not {"n_layer", "n_head", "n_embd"} <= flags.keys():
-        raise ValueError(f"recipe {recipe} needs --init_from: a model to start with")
+        raise ValueError(f"recipe {recipe} needs --init_from, a model to start with")
     check_has_data(flags["data"], recipe)
     if flags["dtype"] is None:
         flags["dtype"] = "float32" if platform == "cpu" else "bfloat16"
@@ -441,13 +440,13 @@ def choose(typed, platform, hparams=None):  # -> the flags of a new run
     return flags
 
 
-def with_defaults(flags):  # -> the flags, and the defaults of those that are missing
+def with_defaults(flags):  # -> the flags, with defaults for those that are missing
     rows = (flag for flag in FLAGS if flag.source != CALL and flag.default is not None)
     return flags | {flag.name: flag.default for flag in rows if flag.name not in flags}
 
 
 def check_flags(flags):
-    """Raises ValueError, one clear line, for flags with which no model or run is possible."""
+    """Raises ValueError, one clear line, if no model or run is possible with these flags."""
     for flag in FLAGS:
         if flag.name in flags and not flag.limits.allow(flags[flag.name]):
             raise ValueError(f"{flag.name} must be {flag.limits.words}, not {flags[flag.name]}")
@@ -457,8 +456,8 @@ def check_flags(flags):
         raise ValueError("n_embd {n_embd} must be a multiple of n_head {n_head}".format(**flags))
     if flags["dropout"] and round(256 * flags["dropout"]) == 0:
         raise ValueError(
-            f"dropout is rounded to 256ths, and {flags['dropout']} would be 0: "
-            f"the least is 1/256, {1 / 256:.4f}"
+            f"dropout is rounded to 256ths, and {flags['dropout']} would be 0; "
+            f"the minimum is 1/256, {1 / 256:.4f}"
         )
     if flags["min_learning_rate"] > flags["learning_rate"]:
         raise ValueError("min_learning_rate must not be more than learning_rate")
@@ -471,16 +470,18 @@ def check_lora(flags):
     if flags["optimizer"] != "adamw":
         raise ValueError(f"optimizer must be adamw with --lora_rank, not {flags['optimizer']}")
     if "snapshots" in flags:
-        raise ValueError("snapshots are of whole models: leave out --snapshots or --lora_rank")
+        raise ValueError(
+            "snapshots are only of whole models, so leave out --snapshots or --lora_rank"
+        )
     if flags["lora_rank"] > flags["n_embd"]:
         raise ValueError(f"lora_rank is at most n_embd, {flags['n_embd']} in that model")
 
 
-def check_saved(metadata, folder):  # what a checkpoint's run.json says -> the run's flags
-    """A flag that is younger than the run gets its default.
+def check_saved(metadata, folder):  # a checkpoint's run.json -> the run's flags
+    """A flag that is newer than the run gets its default.
 
-    Raises ValueError if run.json is damaged, or another program wrote it, or if the run needs a
-    flag that there is no more.
+    Raises ValueError if run.json is damaged or was written by another program, or if the run needs
+    a flag that no longer exists.
     """
     rows = {flag.name: flag for flag in FLAGS if flag.source != CALL}
     retired = []
@@ -506,16 +507,16 @@ def check_saved(metadata, folder):  # what a checkpoint's run.json says -> the r
         raise ValueError(f"{folder}/run.json: damaged, or written by another program")
     if retired:
         raise ValueError(
-            f"{folder}: was trained with --{retired[0]}, which this version doesn't have: "
+            f"{folder}: was trained with --{retired[0]}, which this version doesn't have; "
             "resume it with the version that began it, or train on from its model with --init_from"
         )
     return flags
 
 
-def extend(flags, step, n_steps):  # -> the flags of a run that is to go on after `step` steps
-    """With n_steps in all, unless that is None. Raises ValueError if nothing is left to do."""
+def extend(flags, step, n_steps):  # -> the flags of a run that continues after `step` steps
+    """Sets the total to n_steps, unless it is None. Raises ValueError if nothing is left to do."""
     flags = flags if n_steps is None else flags | {"n_steps": n_steps}
     check_flags(flags)
     if n_steps is not None and n_steps <= step:
-        raise ValueError(f"{step} steps are done already: --n_steps must be more than that")
+        raise ValueError(f"{step} steps are done already; --n_steps must be more than that")
     return flags

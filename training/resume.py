@@ -17,7 +17,7 @@ def with_new_places(flags, typed, models_dir):  # -> the run's flags
     Raises FileNotFoundError if there is no text.
     """
     if "init_from" in typed and "lora_rank" not in flags:
-        raise ValueError("this run's checkpoints are whole models: leave out --init_from")
+        raise ValueError("this run's checkpoints are whole models, so leave out --init_from")
     if "init_from" in typed:
         flags = flags | {"init_from": base_name(typed["init_from"], models_dir)}
     if "data" in typed:
