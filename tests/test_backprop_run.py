@@ -257,14 +257,14 @@ def test_a_run_goes_on_where_its_text_has_moved(never_stopped, tmp_path):
     plan["flags"]["data"] = gone = str(tmp_path / "gone.txt")
     last.write_text(json.dumps(plan))
     code, printed, err = conftest.call("backprop.py", "--resume", out)
-    line = f"error: no text at {gone}: if it has moved, --data names its new place\n"
+    line = f"error: no text at {gone}; if it has moved, pass its new path with --data\n"
     assert (code, printed, err) == (2, "", line)
     moved = shutil.copy(REPO / "gpt2.py", tmp_path / "moved.py")
     other = tmp_path / "other.py"
     other.write_text(moved.read_text().replace("a", "b", 1))
     code, printed, err = conftest.call("backprop.py", "--resume", out, "--data", other)
     assert (code, printed) == (2, "") and err.count("\n") == 1
-    assert err.startswith(f"error: {other}: is not the text that {last.parent} was trained on")
+    assert err.startswith(f"error: {other} is not the text that {last.parent} was trained on")
     code, printed, err = run("--resume", out, "--data", "moved.py", "--n_steps", 310, cwd=tmp_path)
     assert (code, err) == (0, "") and "step 310:" in printed
     code, printed, err = run("--resume", out, "--n_steps", 320)  # it knows the new place

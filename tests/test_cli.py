@@ -694,7 +694,7 @@ def test_what_is_not_installed_is_not_needed_or_asked_for(models, tmp_path, line
         if "--help" in args:
             assert done.stdout == call(script, "--help")[1] != ""
         if script == "backprop.py":
-            assert done.stdout.count("no loss.png, which needs matplotlib: pip install") == 1
+            assert done.stdout.count("loss.png needs matplotlib: pip install") == 1
     else:
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: ") and done.stderr.endswith(f"{wanted}\n")

@@ -32,7 +32,7 @@ def test_a_model_that_does_not_fit_is_rejected_with_a_remedy_that_does(monkeypat
     monkeypatch.setattr(estimate, "free_bytes", lambda: free)
     words = (
         "training takes at least 24.9 GB of memory, for the parameters, gradients and moments, "
-        "but only 10.0 GB are free: "
+        "but only 10.0 GB are free; "
     )
     with pytest.raises(ValueError, match=words + "--lora_rank 8 takes about 6.2 GB"):
         check_memory(large, ADAMW | {"init_from": "1558M"}, "cpu")

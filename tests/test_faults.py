@@ -619,7 +619,7 @@ def begin_twice(script, flags, whole, out):
     wait_until((out / "metrics.jsonl").exists, first)
     second = begin(script, *flags, "--out", out, "--overwrite")
     _, err = second.communicate(timeout=120)
-    held = (second.returncode, err) == (2, f"error: {out}: another trainer is at work there\n")
+    held = (second.returncode, err) == (2, f"error: {out}: another run is writing to this folder\n")
     assert held or second.returncode == 0 and first.poll() == 0, err  # or the first had ended
     finish(first)
     assert trained(out) == whole

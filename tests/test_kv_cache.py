@@ -1291,7 +1291,7 @@ def test_no_tokens_are_legal(models):
 
 BAD = {
     "no prompts": ([], "no prompts"),
-    "too many prompts": (["One", "--interactive"], "--interactive reads its prompts as you type"),
+    "too many prompts": (["One", "--interactive"], "--interactive reads prompts as you type"),
     "an empty file": (["--prompts_file", os.devnull], "no prompts"),
     "no such file": (["--prompts_file", "nowhere.txt"], "nowhere.txt"),
     "a folder": (["--prompts_file", "."], "."),

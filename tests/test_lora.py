@@ -527,11 +527,11 @@ def test_a_run_goes_on_where_its_base_has_moved(run, models, tmp_path, rng):
 
     code, printed, err = resume()
     assert (code, printed) == (2, "") and err.count("\n") == 1 and "its base is missing" in err
-    assert err.endswith("; if it has moved, --init_from names its new place\n")
+    assert err.endswith("; if it has moved, pass its new path with --init_from\n")
     utils.save_model(tmp_path / "other", Encoder([]), TINY, random_params(rng, TINY))
     code, printed, err = resume("--init_from", tmp_path / "other")
     assert (code, printed) == (2, "") and err.count("\n") == 1
-    assert f"other: is not the model that {place} was trained on" in err
+    assert f"other is not the model that {place} was trained on" in err
     moved = shutil.copytree(folder / "tiny", tmp_path / "moved")
     code, printed, err = resume("--init_from", moved)
     assert (code, err) == (0, "") and ") after step 8 of" in printed

@@ -86,7 +86,7 @@ def test_two_runs_do_not_write_into_one_folder(log, tmp_path):
     write = log()
     write({"step": 20, "loss": 2.0})
     for n_done in (0, 10):
-        with pytest.raises(ValueError, match="out: another trainer is at work there"):
+        with pytest.raises(ValueError, match="out: another run is writing to this folder"):
             log(n_done)
     write({"step": 40, "loss": 2.0})
     assert [line["step"] for line in read(tmp_path / "out" / "metrics.jsonl")] == [20, 40]

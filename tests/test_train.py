@@ -1128,7 +1128,7 @@ def test_a_run_json_of_another_model_is_refused(finished, tmp_path, change):
     Path(place, "run.json").write_text(json.dumps(plan))
     code, printed, err = conftest.call_trainer("--resume", out)
     assert (code, printed) == (2, "") and err.count("\n") == 1
-    assert "run.json has other sizes than the model" in err
+    assert "the sizes in run.json are not the model's" in err
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3", "F4", "C64", "BOOL", "I64", "F64"])

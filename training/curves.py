@@ -1,8 +1,7 @@
-"""Validation losses of runs of our recipes, to compare a new run of the same recipe with.
+"""Validation losses of our own runs, to compare a new run of the same recipe with.
 
-curves.json beside this file holds them: {name: Curve}. A run that is to be compared has the curve's
-recipe, flags and text. Its losses differ a little even so, by its seed and by the machine's
-rounding.
+They are in curves.json, as {name: Curve}. A run is compared with a curve of the same recipe, flags
+and text. Its losses still differ a little, because of its seed and the machine's rounding.
 """
 
 import json
@@ -12,13 +11,13 @@ from pathlib import Path
 from training.recipes import RECIPES
 
 CURVES = Path(__file__).with_name("curves.json")
-SPREAD = 0.02  # nats per token; another seed or machine moves a loss by less, as a rule
+SPREAD = 0.02  # nats per token; another seed or machine usually changes a loss by less
 MAKES_NO_DIFFERENCE = {"data", "out", "recipe", "seed", "checkpoint_every", "saved_dtype"}
 MAKES_NO_DIFFERENCE |= {"dtype", "fsdp", "eval_every"}
 
 
 class Curve(typing.NamedTuple):
-    """recipe, and the flags that replace some of its own. text: the training text's fingerprint.
+    """flags: those that override the recipe. text: the fingerprint of the training text.
     validation: [(step, nats per token), ...]."""
 
     recipe: str
@@ -32,8 +31,8 @@ def read_curves():  # -> {name: Curve}
     return {name: Curve(**fields) for name, fields in curves.items()}
 
 
-def expected_losses(flags, text):  # -> {step: nats per token}; empty if we have no such run
-    """flags: a run's; text: its training text's fingerprint."""
+def expected_losses(flags, text):  # -> {step: nats per token}; empty if there is no such curve
+    """flags: of a run. text: the fingerprint of its training text."""
 
     def telling(values):
         return {name: x for name, x in values.items() if name not in MAKES_NO_DIFFERENCE}

@@ -1,7 +1,7 @@
-"""One device or thousands: which devices there are, and where each array lies.
+"""One device or thousands: which devices there are, and where each array is.
 
-Nothing here computes. A mesh lists the devices; a sharding says how an array is spread over them;
-JAX's compiler does the rest, and its runtime moves the data between processes and machines.
+Nothing here computes. A mesh lists the devices, and a sharding says how an array is spread over
+them. JAX's compiler does the rest, and its runtime moves data between processes and machines.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from plumbing.cli import one_line
 
 
 def start_jax(coordinator, num_processes, process_id):
-    """Join the other processes, if there are any, and keep what is compiled for the next run."""
+    """Joins the other processes, if there are any, and sets up the compilation cache."""
     cluster_options = [coordinator, num_processes, process_id]
     if any(x is not None for x in cluster_options) and None in cluster_options:
         raise ValueError("--coordinator, --num_processes and --process_id go together")
@@ -45,10 +45,12 @@ def start_jax(coordinator, num_processes, process_id):
         if sys.stderr.isatty():
             print("waiting for the other processes ...", file=sys.stderr)
         jax.distributed.initialize(*cluster_options)
-    elif "JAX_NUM_CPU_DEVICES" not in env:  # a device for every core: faster than threads in one
+    elif (
+        "JAX_NUM_CPU_DEVICES" not in env
+    ):  # one device per core is faster than threads in one device
         jax.config.update("jax_num_cpu_devices", usable_cores())
     platforms = env.get("JAX_PLATFORMS") or "cpu"
-    if "cpu" not in platforms:  # parameters are made there, and batches drawn
+    if "cpu" not in platforms:  # where parameters are made and batches are drawn
         jax.config.update("jax_platforms", platforms + ",cpu")
     keep_compiled()
     try:
@@ -60,10 +62,10 @@ def start_jax(coordinator, num_processes, process_id):
 
 
 def keep_compiled():
-    """Keep what is compiled for the next run.
+    """Keeps compiled programs for the next run.
 
-    Programs for a CPU run only on that kind of CPU, so every machine has its own folder. Others
-    could put programs in it that we would run, so only this user may write to it.
+    Programs for a CPU run only on that kind of CPU, so every machine has its own folder. Only this
+    user may write to it, because we run whatever programs are in it.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -76,9 +78,10 @@ def keep_compiled():
 
 
 def mend_cache(folder, show, message, *rest):
-    """Deletes a damaged file of JAX's cache (after a kill, or a full disk) instead of a warning.
+    """Deletes a damaged file of JAX's cache (after a kill or on a full disk) instead of warning.
 
-    JAX writes its files in place. It would warn about this one at every start and never replace it.
+    JAX writes its files in place. It would warn about this one at every start and never replace
+    it.
     """
     text = r"Error \w+ing persistent compilation cache entry for '(\w+)'"
     if found := re.match(text, str(message)):
@@ -89,7 +92,7 @@ def mend_cache(folder, show, message, *rest):
         show(message, *rest)
 
 
-# The makers' figures for dense products in bfloat16, FLOP/s of one device, by a part of its name.
+# FLOP/s of one device for dense bfloat16 products, as its maker states, by a part of its name.
 KNOWN_PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -103,8 +106,8 @@ KNOWN_PEAKS = {
 }
 
 
-def peak_flops(devices, dtype):  # -> FLOP/s of all together, "known" or "measured"
-    """The makers' figure for bfloat16; otherwise that of one large product, measured now.
+def peak_flops(devices, dtype):  # -> total FLOP/s, "known" or "measured"
+    """Returns the makers' figure for bfloat16, otherwise that of one large product, measured now.
 
     All processes get the figure that the first one measures.
     """
@@ -121,18 +124,18 @@ def peak_flops(devices, dtype):  # -> FLOP/s of all together, "known" or "measur
         start = time.perf_counter()
         product(x).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    # The CPU's devices are one processor: all its cores already work on a single product.
+    # The CPU's devices are one processor, all of whose cores already work on a single product.
     n_devices = 1 if devices[0].platform == "cpu" else len(devices)
     return n_devices * 2 * n**3 / from_first(min(seconds)), "measured"
 
 
 def make_sharding(mesh, *axes):
-    """The sharding of an array. One name an axis: "data" is spread over the mesh, None is not."""
+    """Returns a sharding. axes: one per axis, "data" to spread it over the mesh, or None."""
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def make_mesh(batch_size):
-    """All devices in a row, the axis "data". On a CPU, only as many as divide the batch evenly."""
+    """Returns all devices as one axis, "data". On a CPU, only as many as divide the batch."""
     devices = jax.devices()
     if devices[0].platform == "cpu" and jax.process_count() == 1:
         n = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
@@ -145,11 +148,12 @@ def make_mesh(batch_size):
 
 
 def spread(tree, mesh, fsdp):
-    """A tree of shardings. With fsdp, matrices are cut into equal shares; without, copied.
+    """Returns a tree of shardings. With fsdp, matrices are split evenly; otherwise they are copied.
 
-    Fully sharded (Rajbhandari et al. 2019, arXiv:1910.02054, stage 3): the longest axis that the
-    number of devices divides is cut, and XLA fetches the rest of a matrix when it is needed. An
-    array of three axes holds a matrix per layer and is always cut between layers (stage 1).
+    Fully sharded (Rajbhandari et al. 2019, arXiv:1910.02054, stage 3) means that the longest axis
+    that the number of devices divides is split, and XLA fetches the rest of a matrix when it is
+    needed. An array with three axes has a matrix per layer, and is always split between layers
+    (stage 1).
     """
 
     def axis(x):
@@ -166,7 +170,7 @@ def spread(tree, mesh, fsdp):
 
 
 def put(tree, shardings):
-    """NumPy's arrays on the devices: every process puts its own devices' shares there."""
+    """Copies NumPy arrays to the devices. Every process copies the shares of its own devices."""
 
     def put_one(x, sharding):
         x = np.asarray(x)
@@ -176,7 +180,7 @@ def put(tree, shardings):
 
 
 def to_host(tree):
-    """The complete arrays in NumPy, wherever their parts are. Every process must call this."""
+    """Returns complete NumPy arrays, wherever their parts are. Every process must call this."""
     if jax.process_count() > 1:
         tree = multihost_utils.process_allgather(tree, tiled=True)
     return jax.tree.map(np.asarray, tree)
@@ -195,7 +199,7 @@ def from_first(number):  # -> the first process's number, in all of them
 
 
 def check_agreement(value):  # of what JSON can hold
-    """ValueError, in every process, unless all of them have the same value."""
+    """Raises ValueError in every process unless all of them have the same value."""
     if jax.process_count() > 1:
         text = json.dumps(value, sort_keys=True).encode()
         digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
@@ -205,9 +209,9 @@ def check_agreement(value):  # of what JSON can hold
 
 @contextlib.contextmanager
 def end_together():
-    """An error in one of several processes ends that process at once, and so all of them.
+    """Ends this process at once if it fails and is one of several, and so ends all of them.
 
-    Otherwise it would wait at its exit for the others, while they wait for it in their next sum.
+    Otherwise it would wait for the others at its exit, while they wait for it in their next sum.
     """
     try:
         yield

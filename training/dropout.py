@@ -1,9 +1,9 @@
-"""Dropout without a line in the model: an object that stands where an array is added.
+"""Dropout without changing the model: an object that replaces an array that is added.
 
-GPT-2 drops a tenth of the numbers at three kinds of places while it trains: in the sum of the two
-embeddings, and in what attention and the ffn add to the stream. Each of these is the last sum of
-its function, x + wpe or x @ w + b. What stands in the place of wpe, or of a c_proj's b, can
-therefore add and then drop, and gpt2.py stays as it is.
+In training, GPT-2 drops a tenth of the numbers in three places: the sum of the two embeddings, and
+the outputs of attention and ffn. Each of these is the last sum of its function, x + wpe or
+x @ w + b. So an object in the place of wpe, or of a c_proj's b, can add and then drop, and gpt2.py
+stays as it is.
 
 Srivastava et al. 2014, "Dropout: A Simple Way to Prevent Neural Networks from Overfitting".
 """
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AddAndDrop:
-    """Stands where an array stood that is added to x: x + it is x + array, of which some is 0."""
+    """Replaces an array that is added to x: x + this is x + array, with some numbers set to 0."""
 
     array: object
     key: object
@@ -33,10 +33,10 @@ class AddAndDrop:
         return drop(self.key, x + self.array, self.rate)
 
 
-def drop(key, x, rate):  # [..., n] -> the same, a share of its numbers 0 and the others scaled up
-    """A random byte for each number decides, so the rate is rounded to 256ths.
+def drop(key, x, rate):  # [..., n] -> [..., n]
+    """Sets a share of the numbers to 0 and scales the others up, so that the mean stays the same.
 
-    The scale keeps the mean as it was, so that nothing need change where nothing is dropped.
+    A random byte decides for each number, so the rate is rounded to a multiple of 1/256.
     """
     n = x.shape[-1]
     n_dropped = round(256 * rate)
@@ -46,7 +46,7 @@ def drop(key, x, rate):  # [..., n] -> the same, a share of its numbers 0 and th
     return x * is_kept * (256 / (256 - n_dropped))
 
 
-def with_dropout(key, params, rate):  # -> params that drop what their sums give
+def with_dropout(key, params, rate):  # -> params, with AddAndDrop in the places above
     keys = iter(jax.random.split(key, 1 + 2 * len(params["blocks"])))
 
     def dropping(layer):  # a c_proj

@@ -1,4 +1,4 @@
-"""What a run takes: memory, before it starts, and time, once some steps have been measured."""
+"""Estimates of a run's memory, before it starts, and of its time, after the first steps."""
 
 import math
 
@@ -17,10 +17,11 @@ def released_hparams(name):  # "124M" -> its sizes; another name -> None
 
 
 def least_bytes(hparams, flags):
-    """The memory that training needs before any activation, in bytes.
+    """Returns the memory that training needs without the activations, in bytes.
 
-    That is four bytes for each parameter, its gradient, the optimizer's moments (Muon has one,
-    AdamW two) and perhaps the average. With adapters, only the frozen model counts.
+    For each parameter that is four bytes for itself, its gradient, each of the optimizer's moments
+    (Muon has one, AdamW two) and, with --ema, the average. With adapters, only the frozen model
+    counts.
     """
     n_params = sum(math.prod(shape) for _, shape in tensor_shapes(hparams))
     if "lora_rank" in flags:
@@ -32,7 +33,7 @@ def least_bytes(hparams, flags):
 def check_memory(hparams, flags, platform):
     """Raises ValueError if a model can't be trained in this machine's memory.
 
-    Other platforms than CPUs have memory of their own, and say themselves when it is full.
+    Other platforms have their own memory, and report themselves when it is full.
     """
     free = free_bytes()
     needed = least_bytes(hparams, flags)
@@ -44,7 +45,7 @@ def check_memory(hparams, flags, platform):
         remedy = f"--lora_rank 8 takes about {with_adapters / 1e9:.1f} GB"
     raise ValueError(
         f"training takes at least {needed / 1e9:.1f} GB of memory, for the parameters, gradients "
-        f"and moments, but only {free / 1e9:.1f} GB are free: {remedy}"
+        f"and moments, but only {free / 1e9:.1f} GB are free; {remedy}"
     )
 
 

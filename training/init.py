@@ -1,4 +1,4 @@
-"""GPT-2's initialisation, for both trainers: each has its own random numbers."""
+"""GPT-2's initialization, for both trainers. Each of them has its own random numbers."""
 
 import math
 
@@ -8,12 +8,12 @@ from model_files.weights import nest, tensor_shapes
 
 
 def init_tree(hparams, normal):  # -> a tree of parameters
-    """Normal with deviation 0.02, biases 0, gains 1, all float32.
+    """Matrices are normal with standard deviation 0.02, biases 0 and gains 1, all float32.
 
-    normal(shape): the next random numbers, with deviation 1; it is called for wte, wpe, and the
-    matrices of each block. Matrices that write into the residual stream are scaled by
-    1 / sqrt(2 * n_layer), so that it has the same variance however many layers add to it (Radford
-    et al. 2019, section 2.3).
+    normal(shape): returns the next random numbers, with standard deviation 1. It is called for wte,
+    wpe, and the matrices of each block. Matrices that write into the residual stream are scaled by
+    1 / sqrt(2 * n_layer), so that the stream's variance doesn't depend on how many layers add to it
+    (Radford et al. 2019, section 2.3).
     """
     params = {}
     for name, shape in tensor_shapes(hparams):

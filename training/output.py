@@ -23,13 +23,14 @@ SAMPLE_TEMPERATURE = 0.8
 
 
 class Output:
-    """What a run writes: lines for people, a log, the best model and checkpoints.
+    """Writes what a run produces: lines for people, a log, the best model and checkpoints.
 
-    Of several processes one writes (is_main); the others call the same methods, which do nothing.
+    If there are several processes, one of them writes (is_main). In the others these methods do
+    nothing.
     """
 
     def __init__(self, flags, model, text, trainer, checkpoint=None):
-        """model: its tokenizer and sizes are written; checkpoint: what the run goes on from."""
+        """model: for its tokenizer and sizes. checkpoint: the one that the run continues from."""
         self.flags = with_full_paths(flags)
         self.out = flags["out"]
         self.model = model
@@ -38,10 +39,10 @@ class Output:
         self.prompt = text.prompt
         self.versions = trainer.versions
         self.is_main = trainer.is_main
-        self.is_unheard = False  # has printing failed?
-        self.can_draw = True  # is there matplotlib?
-        self.log = lambda values: {}  # what open_log opens
-        self.number = secrets.randbits(48)  # by which the run knows its checkpoints
+        self.cannot_print = False
+        self.can_draw = True  # False if matplotlib is missing
+        self.log = lambda values: {}  # replaced by open_log
+        self.number = secrets.randbits(48)  # by which the run recognizes its checkpoints
         self.checkpoint = None  # the folder of the last one
         self.best = math.inf  # the lowest validation loss
         n_snapshots = flags.get("snapshots")
@@ -54,7 +55,7 @@ class Output:
                 self.best = checkpoint.metadata["best"]
 
     def open_log(self, machine, flops, trainer, n_done, tensorboard):
-        """Lock the folder, which no other run may be writing, and open metrics.jsonl."""
+        """Locks the folder, so that no other run can write to it, and opens metrics.jsonl."""
         if self.is_main:
             self.log = progress.make_log(
                 self.out, self.number, n_done, machine, flops, trainer.learning_rate,
@@ -64,18 +65,18 @@ class Output:
             delete_snapshots(self.out, n_done if self.checkpoint else None)
 
     def show(self, text):
-        """Print a line for people. If nobody can read it any more, the run continues."""
-        if not self.is_main or self.is_unheard:
+        """Prints a line for people. If the output is closed, the run continues without it."""
+        if not self.is_main or self.cannot_print:
             return
         try:
             tqdm.write(text)
-        except OSError:  # the reader of a pipe has gone, or the disk of a log is full
-            self.is_unheard = True
-            with contextlib.suppress(OSError, ValueError):  # what is left must not fail at the exit
+        except OSError:  # the reader of a pipe has gone, or the disk is full
+            self.cannot_print = True
+            with contextlib.suppress(OSError, ValueError):  # so that flushing at exit can't fail
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def show_sample(self, generate, params):
-        """Show what the model writes after the text's prompt: 100 tokens of it at most."""
+        """Shows at most 100 tokens that the model generates after the text's prompt."""
         encoder, hparams, _ = self.model
         n = min(100, hparams["n_ctx"] - len(self.prompt))
         [ids] = generate(
@@ -92,11 +93,11 @@ class Output:
             best = self.model._replace(params=params)
             save_params(self.out, best, self.flags, self.flags["saved_dtype"])
 
-    def steps_to_snapshot(self, n_done):  # -> how many more steps to the next one
+    def steps_to_snapshot(self, n_done):  # -> how many steps until the next one
         return min((step - n_done for step in self.snapshots if step > n_done), default=math.inf)
 
     def save_snapshot(self, trainer, state, n_done):
-        """If one is due. A disk that is full costs the snapshots, not the run."""
+        """Saves a snapshot if one is due. If the disk is full, the run continues without them."""
         if n_done not in self.snapshots:
             return
         params = trainer.gather_params(trainer.averaged(state))
@@ -122,12 +123,12 @@ class Output:
         self.draw()
 
     def draw(self):
-        """Write loss.png. A run must not fail for a picture; if it needs a package, say so once."""
+        """Draws loss.png. Nothing here ends the run. Says once if matplotlib is missing."""
         if self.can_draw:
             try:
                 progress.plot(self.out)
             except ImportError:
                 self.can_draw = False
-                self.show("no loss.png, which needs matplotlib: pip install matplotlib")
+                self.show("loss.png needs matplotlib: pip install matplotlib")
             except OSError:
                 pass

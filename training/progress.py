@@ -1,8 +1,8 @@
-"""What a training run shows: tokens per second, and losses as lines of JSON and as a picture.
+"""What a training run shows: its speed, and its losses as lines of JSON and as a picture.
 
 models/mine/metrics.jsonl    {"step": 20, "loss": 4.1, ...}, {"step": 200, "validation": ...},
-                             with "expected" beside it where curves.py knows what it should be,
-                             with --eval_tasks {"step": 200, "hellaswag_acc": 0.28, ...}
+                             with "expected" if curves.py has the loss of such a run, and
+                             {"step": 200, "hellaswag_acc": 0.28, ...} with --eval_tasks
 models/mine/loss.png         the same, drawn; `progress.plot("models/mine")` makes it again
 """
 
@@ -30,7 +30,7 @@ from plumbing.quiet import quiet_tensorflow
 
 
 class Machine(typing.NamedTuple):
-    """What a run computes on: its name, its FLOP/s, and where that figure comes from."""
+    """The hardware: its name, its FLOP/s, and where that figure comes from."""
 
     name: str
     peak: float
@@ -38,10 +38,10 @@ class Machine(typing.NamedTuple):
 
 
 class Stats(typing.NamedTuple):
-    """What is known of a training step, or the means of several steps.
+    """Measurements of a training step, or their means over several steps.
 
-    gradient_norm: the length of the whole gradient, before it is clipped. clipped: 1 if it was
-    clipped, and 0 if not. update_size: the length of the update as a share of the parameters'.
+    gradient_norm: of the whole gradient, before it is clipped. clipped: 1 if it was clipped,
+    otherwise 0. update_size: the norm of the update divided by the norm of the parameters.
     """
 
     loss: float  # nats per token
@@ -51,7 +51,7 @@ class Stats(typing.NamedTuple):
 
 
 def measure_peak():  # -> NumPy's FLOP/s
-    """Those of one large product."""
+    """Measures one large product."""
     n, seconds = 2048, []
     x = np.ones((n, n), np.float32)
     for _ in range(5):
@@ -62,12 +62,12 @@ def measure_peak():  # -> NumPy's FLOP/s
 
 
 def flops_per_token(hparams, n_ctx, flops_per_param=6):
-    """6 N + 12 L E T for a forward and a backward pass: FLOP per token in stretches of T = n_ctx.
+    """Returns the FLOP per token of a forward and a backward pass, 6 N + 12 L E T.
 
-    Six for each of the N parameters a token is multiplied with, which are all but wpe (Kaplan et
-    al. 2020, arXiv:2001.08361), and twelve for each of attention's E numbers per layer and
-    position, masked or not (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). nanoGPT counts
-    like this: 855 million for GPT-2 124M. flops_per_param: 4 for a frozen model, which needs no
+    N parameters (all but wpe) take six FLOP each (Kaplan et al. 2020, arXiv:2001.08361). In each of
+    L layers, attention takes twelve for each of E = n_embd numbers and T = n_ctx positions, masked
+    or not (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). nanoGPT counts the same way, and
+    gets 855 million for GPT-2 124M. flops_per_param: 4 for a frozen model, whose parameters have no
     gradients.
     """
     n_params = sum(math.prod(shape) for name, shape in tensor_shapes(hparams) if name != "wpe")
@@ -75,10 +75,10 @@ def flops_per_token(hparams, n_ctx, flops_per_param=6):
 
 
 def make_log(out, run, n_done, machine, flops, learning_rate, tensorboard=False):
-    """-> log(values), which adds a line to out/metrics.jsonl and returns what the bar shows.
+    """Returns log(values), which adds a line to out/metrics.jsonl and returns what the bar shows.
 
-    run: the run's number; n_done: the steps done; flops: FLOP per token; learning_rate(n_done): the
-    next step's.
+    run: the run's number. n_done: how many steps are done. flops: FLOP per token.
+    learning_rate(n_done): of the next step.
     """
     print(
         f"{machine.name}, {machine.peak / 1e12:.3g} TFLOP/s ({machine.source}); "
@@ -95,7 +95,7 @@ def make_log(out, run, n_done, machine, flops, learning_rate, tensorboard=False)
             shown["loss"] = f"{values['loss']:.3f}"
         if "tokens_per_second" in values:
             shown["tok/s"] = tqdm.format_sizeof(values["tokens_per_second"])
-            if machine.source == "known":  # a peak that is measured depends on what else is running
+            if machine.source == "known":  # a measured peak depends on what else is running
                 values["mfu"] = values["tokens_per_second"] * flops / machine.peak
                 shown["mfu"] = f"{values['mfu']:.0%}"
         add_line(file, json.dumps(values))
@@ -110,10 +110,10 @@ def make_log(out, run, n_done, machine, flops, learning_rate, tensorboard=False)
 
 
 def open_log(out, run, n_done):  # -> an open file
-    """out/metrics.jsonl, opened to append. A run resumed after n_done steps keeps its lines so far.
+    """Opens out/metrics.jsonl to append, and keeps the lines up to step n_done of a resumed run.
 
-    The first line has the run's number, by which the run knows its checkpoints. The file is
-    locked: ValueError if another run is at work in this folder.
+    The first line has the run's number, by which a run recognizes its checkpoints. The file is
+    locked. Raises ValueError if another run is writing to this folder.
     """
     path = Path(out, "metrics.jsonl")
     try:
@@ -126,7 +126,7 @@ def open_log(out, run, n_done):  # -> an open file
             write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         return open_locked(path, wait=False)
     except BlockingIOError:
-        raise ValueError(f"{out}: another trainer is at work there") from None
+        raise ValueError(f"{out}: another run is writing to this folder") from None
     except ValueError as error:  # the path, and why: it is no ordinary file
         raise OSError(f"cannot write {error}") from None
     except OSError as error:
@@ -134,18 +134,18 @@ def open_log(out, run, n_done):  # -> an open file
 
 
 def add_line(file, text):
-    """Writes a line through to the disk. OSError, which names the file, if that fails."""
+    """Writes a line and flushes it. Raises OSError, which names the file, if that fails."""
     try:
         file.write(text.encode() + b"\n")
         file.flush()
     except OSError as error:
-        with contextlib.suppress(OSError):  # else Python would try, and complain, at exit
+        with contextlib.suppress(OSError):  # otherwise Python would retry at exit, and complain
             file.close()
         raise OSError(error.errno, f"cannot write {file.name}: {error.strerror}") from None
 
 
 def read_log(path):  # -> [dict]
-    """The lines of metrics.jsonl, without one that a kill cut short."""
+    """Returns the lines of metrics.jsonl, without one that a kill cut short."""
     lines = []
     for text in Path(path).read_bytes().splitlines() if Path(path).is_file() else ():
         try:
@@ -166,7 +166,7 @@ def is_number(value):  # -> whether it can be drawn: a float, or an int of 64 bi
 
 
 def open_tensorboard(folder):  # -> a function that takes values
-    """The function writes its values to files that TensorBoard reads."""
+    """The function writes values to files for TensorBoard."""
     writer = import_writer()(folder)
 
     def write(values):
@@ -178,19 +178,19 @@ def open_tensorboard(folder):  # -> a function that takes values
 
 
 def import_writer():
-    """TensorBoard's writer. ImportError, one clear line, if it is not installed."""
+    """Returns TensorBoard's writer. Raises ImportError, one clear line, if it isn't installed."""
     quiet_tensorflow()  # TensorBoard imports TensorFlow if it is installed
     try:
         from tensorboard.summary import Writer
     except ImportError:
-        raise ImportError("--tensorboard needs it: pip install tensorboard") from None
+        raise ImportError("--tensorboard needs TensorBoard: pip install tensorboard") from None
     return Writer
 
 
 def plot(out):
-    """out/loss.png: the losses by step, with what --eval_tasks measured, and below them the stats.
+    """Draws out/loss.png: losses and --eval_tasks' accuracies by step, and below them the stats.
 
-    ImportError if there is no matplotlib.
+    Raises ImportError if matplotlib isn't installed.
     """
     from matplotlib.figure import Figure
 
@@ -207,11 +207,11 @@ def plot(out):
     below.set_xlabel("step")
     with replacing(Path(out, "loss.png")) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    del figure, axes, below, panel  # they refer to each other, with megabytes of pixels, and
-    gc.collect()  # Python would let dozens pile up before it looks for such
+    del figure, axes, below, panel  # reference cycles with megabytes of pixels: without this,
+    gc.collect()  # Python would let dozens of them pile up
 
 
-def points(lines, name):  # -> two lists, the steps and the values of the lines that have it
+def points(lines, name):  # -> the steps, and the values at these steps
     found = [(line["step"], line[name]) for line in lines if name in line]
     return [step for step, _ in found], [value for _, value in found]
 
@@ -235,8 +235,7 @@ def plot_losses(axes, lines):
 
 
 def plot_stats(axes, lines):
-    """The gradient's norm, with the share of clipped steps, and the updates' size: on a log scale,
-    since all three are small and their changes are factors."""
+    """Draws the gradient norm, the share of clipped steps and the update size, on a log scale."""
     for name, label in (
         ("gradient_norm", "gradient norm"),
         ("update_size", "update / parameters"),
@@ -249,12 +248,12 @@ def plot_stats(axes, lines):
 
 
 def plot_shares(axes, lines):
-    """What --eval_tasks measured, if anything, with its scale on the right."""
+    """Draws the accuracies on --eval_tasks, if there are any, with a scale on the right."""
     names = sorted({name for line in lines for name in line if "_acc" in name})
     right = axes.twinx() if names else None
     for i, name in enumerate(names):
         style = {"color": f"C{2 + i}", "marker": "s", "markersize": 3, "linestyle": "--"}
         right.plot(*points(lines, name), **style)
-        axes.plot([], [], label=name, **style)  # for the legend, which belongs to this scale
+        axes.plot([], [], label=name, **style)  # for the legend, which shows only these axes
     if names:
-        right.set_ylabel("share that is right")
+        right.set_ylabel("accuracy")

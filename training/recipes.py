@@ -1,4 +1,4 @@
-"""Recipes: a value for each flag of a training run. A flag that is typed overrides it.
+"""Recipes: values for the flags of a training run. A flag that is typed overrides its value.
 
 `python train_jax.py --help` explains them.
 """
@@ -38,7 +38,7 @@ RECIPES = {
     "shakespeare": SHAKESPEARE
     | {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_ctx": 256, "batch_size": 64, "n_steps": 5000}
     | {"learning_rate": 3e-3, "min_learning_rate": 3e-5, "dropout": 0.1},
-    "tinystories": SHAKESPEARE  # 23 million parameters with 8192 tokens of the stories' own
+    "tinystories": SHAKESPEARE  # 23 million parameters with 8192 tokens, trained on the stories
     | {"n_layer": 6, "n_head": 8, "n_embd": 512, "n_ctx": 512, "batch_size": 64, "n_steps": 20000}
     | {"learning_rate": 2e-3, "min_learning_rate": 2e-5, "n_warmup": 500, "data": None},
     "finetune": SHAKESPEARE  # the model's own sizes
@@ -46,15 +46,15 @@ RECIPES = {
     | {"optimizer": "adamw", "learning_rate": 3e-5, "min_learning_rate": 3e-6, "n_warmup": 10}
     | {"weight_decay": 0.0, "eval_every": 50, "checkpoint_every": 50},
 }
-LORA = {  # what --lora_rank changes in a recipe: a small update learns at ten times the rate
+LORA = {  # what --lora_rank changes; a small update learns at ten times the rate
     "learning_rate": 3e-4,
     "min_learning_rate": 3e-5,
     "lora_alpha": 16.0,
     "lora_targets": "c_attn,c_proj,c_fc",
 }
 # Layers, heads, width and learning rate. GPT-2's sizes (Radford et al. 2019) have the rates of
-# GPT-3 at like sizes. GPT-3's are from Brown et al. 2020, arXiv:2005.14165, table 2.1, except for
-# the heads of 1.3B: the table has 24, which do not divide its width.
+# similar sizes of GPT-3. GPT-3's are from Brown et al. 2020, arXiv:2005.14165, table 2.1, except
+# for the heads of 1.3B, because the table's 24 don't divide its width.
 LARGER = {
     "gpt2-124M": (12, 12, 768, 6e-4),
     "gpt2-355M": (24, 16, 1024, 3e-4),

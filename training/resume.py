@@ -1,4 +1,4 @@
-"""A run that is resumed: what its checkpoint says, and whether everything else still fits to it."""
+"""Resuming a run: what its checkpoint says, and whether everything else still matches it."""
 
 from training.adapters import base_name
 from training.checkpoints import load_checkpoint
@@ -12,7 +12,7 @@ def read_saved(checkpoint):  # -> the run's flags
 
 
 def with_new_places(flags, typed, models_dir):  # -> the run's flags
-    """Replace the text's place and the frozen model's, if they have moved and new ones are typed.
+    """Replaces the paths of the text and the frozen model by those that were typed, if any.
 
     Raises FileNotFoundError if there is no text.
     """
@@ -26,7 +26,7 @@ def with_new_places(flags, typed, models_dir):  # -> the run's flags
         check_data(flags["data"])
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"no text at {flags['data']}: if it has moved, --data names its new place"
+            f"no text at {flags['data']}; if it has moved, pass its new path with --data"
         ) from None
     return flags
 
@@ -36,23 +36,23 @@ def load_all(flags, moment_shapes, models_dir, base, checkpoint):  # -> Model, {
     try:
         model, moments = load_checkpoint(folder, moment_shapes, models_dir, base)
     except MissingBase as error:
-        raise MissingBase(f"{error}; if it has moved, --init_from names its new place") from None
+        raise MissingBase(f"{error}; if it has moved, pass its new path with --init_from") from None
     check_sizes(flags, model.hparams, folder)
     return model, moments
 
 
 def check_sizes(flags, hparams, folder):
-    """Raises ValueError if run.json and the model in a checkpoint do not fit together."""
+    """Raises ValueError if a checkpoint's run.json and model don't match."""
     is_same = all(flags[name] == hparams[name] for name in ("n_layer", "n_head", "n_embd"))
     if not is_same or flags["n_ctx"] > hparams["n_ctx"]:
-        raise ValueError(f"{folder}: run.json has other sizes than the model")
+        raise ValueError(f"{folder}: the sizes in run.json are not the model's")
 
 
 def check_description(description, flags, checkpoint):
     """Raises ValueError if a checkpoint was made with another text or another frozen model."""
-    for key, value in checkpoint.metadata["text"].items():  # older checkpoints say less
+    for key, value in checkpoint.metadata["text"].items():  # older checkpoints have fewer
         if key != "examples" and description.get(key) != value:  # a line for people
             name, noun = ("init_from", "model") if key == "base" else ("data", "text")
             raise ValueError(
-                f"{flags[name]}: is not the {noun} that {checkpoint.folder} was trained on"
+                f"{flags[name]} is not the {noun} that {checkpoint.folder} was trained on"
             )

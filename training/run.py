@@ -3,29 +3,29 @@
 A trainer does the computing. There are two, train_jax.JaxTrainer and backprop.NumpyTrainer, with
 the same attributes and methods:
 
-    running(options)                    a context, which gives what is computed on: "cpu", "gpu" ...
-    Trainer(flags)                      what the flags decide, such as the schedule
-    is_main                             whether this process writes and prints: of several, one does
+    running(options)                    a context that gives the platform: "cpu", "gpu" ...
+    Trainer(flags)                      sets up what depends on the flags, such as the schedule
+    is_main                             whether this process writes; only one of several does
     versions                            {library: version}
-    steps_per_call, seconds_per_call    a call takes as many of these steps as take no more seconds
+    steps_per_call, seconds_per_call    how many steps a call may take, and how many seconds
     new_model(n_vocab)                  -> hparams, params
     moment_shapes(params)               -> {name: (shape, dtype)} of the optimizer's moments
     start(model, moments, n_done, text) -> State; moments: a checkpoint's, {name: array}, or None
     machine()                           -> progress.Machine, the same in all processes
     read(n_done, n)                     -> batches for n steps, after the first n_done
     steps(state, batches, n)            -> State after n more steps, the means of their Stats
-    learning_rate(n_done)               -> the next step's
-    averaged(state)                     -> the parameters to validate: with --ema their average
+    learning_rate(n_done)               -> the learning rate of the next step
+    averaged(state)                     -> the parameters to validate (with --ema, their average)
     validate(params)                    -> nats per token of the validation text
-    measure_tasks(params)               -> {name: share that is right}, of --eval_tasks
-    generate(prompts, params, n_head, n_tokens_to_generate, **options)    as kv_cache.generate
-    gather_params(params)               -> the parameters that are trained, in NumPy's arrays
-    gather(state)                       -> State in NumPy's arrays, its moments by name
+    measure_tasks(params)               -> {task: accuracy}, for --eval_tasks
+    generate(prompts, params, n_head, n_tokens_to_generate, **options)    like kv_cache.generate
+    gather_params(params)               -> the trained parameters, as NumPy arrays
+    gather(state)                       -> State, as NumPy arrays, with its moments by name
     agree(signals)                      -> the signal that this or another process caught, or 0
-    close()                             ends the processes that it has started
+    close()                             ends the processes that the trainer started
 
-The state's parameters and moments are in the trainer's own form; do not use a state after `steps`
-got it. Of several processes each calls every method. No JAX here.
+A state's parameters and moments are in the trainer's own form. Don't use a state after passing it
+to `steps`. If there are several processes, each of them calls every method. Nothing here needs JAX.
 """
 
 import contextlib
@@ -63,8 +63,8 @@ from utils import (
 
 
 def run(trainer_class, typed, options):
-    """Train as the flags ask: typed and options are read_flags' answers."""
-    # --- What can go wrong goes wrong before JAX starts, and before any step ---
+    """Trains a model. typed, options: what read_flags returns."""
+    # --- Check everything that can be checked before JAX starts, and before any step ---
     if options.tensorboard:
         progress.import_writer()
     checkpoint = base_dir = None
@@ -81,10 +81,10 @@ def run(trainer_class, typed, options):
         typed = typed | {"out": target_dir(typed["out"], options.models_dir)}
         check_out(typed["out"], options.overwrite, "lora_rank" in typed)
         if "init_from" in typed:
-            check_data(typed.get("data"))  # before a download in vain
+            check_data(typed.get("data"))  # before a download for nothing
 
     with contextlib.ExitStack() as stack:
-        # --- The model to start from, which decides flags of a new run, and the trainer ---
+        # --- The starting model, which sets some of a new run's flags, and the trainer ---
         platform = stack.enter_context(trainer_class.running(options))
         model = moments = None
         if "init_from" in typed and checkpoint is None:
@@ -102,7 +102,7 @@ def run(trainer_class, typed, options):
             with offering_earlier(out, checkpoint.folder, load):
                 model, moments = load(checkpoint)
 
-        # --- The text, and what is learned from it ---
+        # --- The text and the parameters ---
         encoder = model and model.encoder
         if "tokenizer" in flags and model is None:
             folder = find_model(flags["tokenizer"], options.models_dir, only_tokenizer=True)
@@ -124,15 +124,15 @@ def run(trainer_class, typed, options):
             model = model._replace(params=adapt(model.params, adapters))
         n_trained, n_frozen = count_params(model.params)
         state = trainer.start(model, moments, n_done, text)
-        model, moments = model._replace(params=None), None  # their memory is free again
+        model, moments = model._replace(params=None), None  # frees their memory
 
-        # --- The machine, and how many steps make a call ---
+        # --- The machine, and the number of steps per call ---
         flops_per_param = 4 if "lora_rank" in flags else 6
         flops = progress.flops_per_token(model.hparams, flags["n_ctx"], flops_per_param)
         machine = trainer.machine()
         n_per_call = choose_n_per_call(trainer, flops * tokens_per_step(flags) / machine.peak)
 
-        # --- The folder that it writes ---
+        # --- The output folder ---
         output = Output(flags, model, text, trainer, checkpoint)
         beside = f" beside {n_frozen} frozen ones" if n_frozen else ""
         least = least_bytes(model.hparams, flags) / 1e6
@@ -148,7 +148,7 @@ def run(trainer_class, typed, options):
             )
 
         # --- The steps ---
-        if base_dir is not None:  # the model that it starts with is the best so far
+        if base_dir is not None:  # the starting model is the best so far
             validate(trainer, state, output, "step 0:")
             measure_tasks(trainer, state, output)
         worst = 2 * math.log(model.hparams["n_vocab"])
@@ -169,7 +169,7 @@ def run(trainer_class, typed, options):
 
 
 def find_base(typed, platform, models_dir):  # -> the folder of the model to start from
-    """A released model that can't be trained here is not even downloaded."""
+    """Doesn't download a released model that can't be trained on this machine."""
     hparams = released_hparams(typed["init_from"])
     if hparams:
         check_memory(hparams, choose(typed, platform, hparams), platform)
@@ -183,8 +183,8 @@ def tokens_per_step(flags):
     return flags["n_accumulate"] * flags["batch_size"] * flags["n_ctx"]
 
 
-def choose_n_per_call(trainer, seconds):  # seconds: of a step, at best
-    """The most steps a call that the trainer offers and that take no longer than it allows."""
+def choose_n_per_call(trainer, seconds):  # seconds: the least that a step can take
+    """Returns the largest number of steps per call that stays within the trainer's time."""
     fitting = (n for n in trainer.steps_per_call if n * seconds < trainer.seconds_per_call)
     return next(fitting, 1)
 
@@ -193,14 +193,14 @@ def choose_n_per_call(trainer, seconds):  # seconds: of a step, at best
 
 
 def take_steps(trainer, state, flags, output, n_per_call, worst):
-    """Take the steps that are left. Returns the signal that ended the run early, or 0.
+    """Takes the remaining steps. Returns the signal that ended the run early, or 0.
 
-    A step is followed by what is due after it, and the last step by everything. Raises ValueError,
-    which names the last checkpoint, for a loss that is not below `worst` (NaN is not).
+    Whatever is due after a step is done then, and everything after the last step. Raises
+    ValueError, which names the last checkpoint, if a loss is not below `worst` (NaN is not).
     """
     n_steps = flags["n_steps"]
     n_done = int(state.n_done)
-    n_saved = n_done  # the steps that are in a checkpoint
+    n_saved = n_done  # the last checkpoint has this many steps
     eval_every = flags["eval_every"]
     checkpoint_every = flags["checkpoint_every"]
     tasks_every = flags.get("eval_tasks_every", eval_every)
@@ -216,7 +216,7 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
             n = min(n_per_call, n_due, output.steps_to_snapshot(n_done), n_steps - n_done)
             state, stats = trainer.steps(state, batches, n)
             n_done += n
-            batches = trainer.read(n_done, n_per_call)  # while the device is at work
+            batches = trainer.read(n_done, n_per_call)  # while the device is computing
             stats = {name: float(x) for name, x in stats._asdict().items()}
             loss = stats["loss"]
             if not loss < worst:
@@ -228,7 +228,7 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
                     f"lower --learning_rate{rescue}"
                 )
             values = {"step": n_done} | stats
-            if is_compiled:  # the first call's time is the compiler's
+            if is_compiled:  # the first call mostly compiles
                 seconds = time.perf_counter() - began
                 values["tokens_per_second"] = n * tokens_per_step(flags) / seconds
                 if not is_timed:
@@ -260,9 +260,9 @@ def take_steps(trainer, state, flags, output, n_per_call, worst):
 
 
 def validate(trainer, state, output, words):
-    """Measure the validation loss, save the model if it is the best, and show a sample.
+    """Measures the validation loss, saves the model if it is the best, and shows a sample.
 
-    words: what stands before the loss.
+    words: the beginning of the line that shows the loss.
     """
     params = trainer.averaged(state)
     loss = trainer.validate(params)
@@ -281,7 +281,7 @@ def validate(trainer, state, output, words):
 
 
 def measure_tasks(trainer, state, output):
-    """Measure what --eval_tasks asks for, if anything."""
+    """Measures the accuracy on --eval_tasks, if there are any."""
     shares = trainer.measure_tasks(trainer.averaged(state))
     if shares:
         step = int(state.n_done)

@@ -1,6 +1,6 @@
-"""Scoring compiled by JAX, on all devices: how likely is each token after those before it?
+"""Scoring compiled by JAX, on all devices: how likely each token is after those before it.
 
-evaluate.py --backend jax measures with it, and train_jax.py --eval_tasks while a model trains.
+`evaluate.py --backend jax` uses it, and `train_jax.py --eval_tasks`.
 """
 
 import functools
@@ -13,18 +13,18 @@ import numpy as np
 from gpt2 import hidden_state
 from training.devices import make_mesh, make_sharding, put, start_jax, to_host
 
-TOKENS = 2**14  # in a pass, per GPU or TPU; an 8th per device of a CPU, since these share memory
-LOGITS = 2**28  # float32 numbers of logits that one device holds at once
+TOKENS = 2**14  # in a pass, per GPU or TPU; an eighth per CPU device, because these share memory
+LOGITS = 2**28  # how many float32 logits one device holds at once
 
 
 def find_platform():  # -> "cpu", "gpu", "tpu", ...
-    """What JAX computes on. This starts JAX, so call it once, before anything else here."""
+    """Starts JAX, so call it once, before anything else here."""
     start_jax(None, None, None)
     return jax.default_backend()
 
 
-def load_scorer(params, n_head):  # NumPy's -> a function of rows: make_scorer's, with these params
-    """The parameters are copied to every device. Products are full float32, not rounded to less."""
+def load_scorer(params, n_head):  # -> make_scorer's function, with these (NumPy) params
+    """Copies the parameters to every device. Products are in full float32."""
     jax.config.update("jax_default_matmul_precision", "float32")
     mesh = make_mesh(len(jax.devices()))
     score_rows = make_scorer(mesh, n_head, len(params["wpe"]), len(params["wte"]))
@@ -33,7 +33,7 @@ def load_scorer(params, n_head):  # NumPy's -> a function of rows: make_scorer's
 
 
 def make_scorer(mesh, n_head, n_ctx, n_vocab, narrow=None, attend=None):
-    """The function (params, rows) -> an iterator of each row's (log-probabilities, hits).
+    """Returns the function (params, rows) -> an iterator of each row's (log-probabilities, hits).
 
     rows: pairs (at most n_ctx + 1 ids, how many of the last ones to score). The
     answers are evaluate.score's. params may be spread over the mesh in any way, and have more rows
@@ -70,14 +70,14 @@ def make_scorer(mesh, n_head, n_ctx, n_vocab, narrow=None, attend=None):
 
 
 def check_numbers(log_probs):
-    """ValueError for NaN: without this check every answer would silently count as wrong."""
+    """Raises ValueError for NaN, which would silently make every answer count as wrong."""
     if not np.isfinite(log_probs).all():
         raise ValueError("the model's probabilities are not finite: its weights must be damaged")
 
 
 def score_tokens(params, tokens, n_head, n_vocab, n_chunks=1, attend=None):
-    """[n_rows, n_seq + 1] -> two of [n_rows, n_seq]: the log-probability of each token but the
-    first, and whether it is the likeliest in its place. The logits are made in n_chunks parts."""
+    """[n_rows, n_seq + 1] -> two of [n_rows, n_seq]: the log-probability of each token after the
+    first, and whether it was the likeliest. The logits are computed in n_chunks parts."""
     if attend:
         params = params | {"blocks": [block | {"attend": attend} for block in params["blocks"]]}
     x = hidden_state(tokens[:, :-1], **params, n_head=n_head)
@@ -98,7 +98,7 @@ def score_tokens(params, tokens, n_head, n_vocab, n_chunks=1, attend=None):
 
 
 def score_items(items, score_rows):  # -> (item, the answers of its endings) of each
-    """items: evaluation.tasks.Item. Those of like length share a shape, so they run together."""
+    """items: evaluation.tasks.Item. Those of similar length have one shape and run together."""
 
     def room(item):
         return round_up(item.n_seq)
