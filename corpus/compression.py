@@ -5,9 +5,9 @@ import zlib
 
 
 def read_blocks(file, name, n_block):  # yields bytes
-    """Yield the plain content of an open file: compressed, if its name says so, or as it is.
+    """Yields the content of an open file, unpacked if its name says that it is compressed.
 
-    Raises ValueError, which names the file, if it is damaged or cut short.
+    Raises ValueError, which names the file, if it is damaged or truncated.
     """
     for ending, unpack in COMPRESSIONS.items():
         if name.lower().endswith(ending):
@@ -27,9 +27,9 @@ def unpack_gzip(file, name, n_block):
 
 
 def unpack_zst(file, name, n_block):
-    """Zstandard frames, one after the other.
+    """Unpacks Zstandard frames, one after the other.
 
-    Few bytes are read at once, because four of them can unpack to 131072.
+    Reads few bytes at once, because four of them can unpack to 131072.
     """
     try:
         import zstandard
@@ -51,9 +51,9 @@ def unpack_zst(file, name, n_block):
 
 
 def new_frame(zstandard):
-    """Allow the longest window that there is, 2 GiB, as zstd --long=31 writes it.
+    """Allows the longest window, 2 GiB, as zstd --long=31 writes it.
 
-    Only a frame that is itself as long needs as much memory.
+    Only a frame that is itself that long needs that much memory.
     """
     return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 

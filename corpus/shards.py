@@ -28,10 +28,10 @@ N_HEADER = 256  # int32
 
 
 def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or None
-    """Open a folder. Every array is a read-only memory map, [n_ids] of uint16 or uint32.
+    """Opens a folder. Every array is a read-only memory map, [n_ids] of uint16 or uint32.
 
-    Raises ValueError or OSError, one clear line, if the folder has no shards, is not complete, or
-    if a file has another size than its header or meta.json says.
+    Raises ValueError or OSError, one clear line, if the folder has no shards or is incomplete, or
+    if a file's size is not what its header or meta.json says.
     """
     folder = Path(folder)
     files = sorted(folder.glob("*.bin"))
@@ -39,7 +39,9 @@ def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or 
     if (folder / "meta.json").exists():
         return open_prepared(folder), get_encoder("", folder)
     if any(SHARD.fullmatch(file.name) for file in files):
-        raise ValueError(f"{folder}: no meta.json: prepare.py has not finished there, run it again")
+        raise ValueError(
+            f"{folder}: no meta.json; prepare.py has not finished there, so run it again"
+        )
     shards = {"train": [], "val": []}
     for file in files:
         splits = re.findall("train|val", file.name)
@@ -47,20 +49,20 @@ def open_shards(folder):  # -> {"train": [arrays], "val": [arrays]}, Encoder or 
             shards[splits[-1]].append(open_foreign(file))
     if not shards["train"]:
         raise FileNotFoundError(
-            f"{folder}: no token shards: expected prepare.py's meta.json, or .bin files of nanoGPT "
+            f"{folder}: no token shards; expected prepare.py's meta.json, or .bin files of nanoGPT "
             "or llm.c with train and val in their names"
         )
     try:
         find_tokenizer(folder)
     except FileNotFoundError:
         if (folder / "meta.pkl").exists():
-            notice(f"{folder}: meta.pkl, nanoGPT's tokenizer, is not read: prepare the text again")
+            notice(f"{folder}: nanoGPT's tokenizer, meta.pkl, is not read; prepare the text again")
         return shards, None
     return shards, get_encoder("", folder)
 
 
 def allow_open_files(n):
-    """Raise the limit of open files, often 1024, if n more need it: a map needs its file open."""
+    """Raises the limit of open files, often 1024, because each map keeps its file open."""
     try:
         import resource
     except ImportError:  # Windows, which has no such limit
@@ -75,14 +77,14 @@ def allow_open_files(n):
 
 
 def open_prepared(folder):  # -> {"train": [arrays], "val": [arrays]}
-    """Map the shards that meta.json lists. Raises ValueError if one is not as meta.json says."""
+    """Maps the shards that meta.json lists. Raises ValueError if one is not as it says."""
     shards = {"train": [], "val": []}
     file = folder / "meta.json"
     meta = read_json(file, n_most=2**30)  # it can be large: it names every source
     dtype = {"uint16": "<u2", "uint32": "<u4"}.get(str(meta.get("dtype")))
     sizes = meta.get("shards")
     if dtype is None or not isinstance(sizes, dict):
-        raise ValueError(f"{file}: not one of prepare.py's")
+        raise ValueError(f"{file}: not written by prepare.py")
     for name, n_ids in sizes.items():
         if not SHARD.fullmatch(name) or type(n_ids) is not int or n_ids < 1:
             raise ValueError(f"{file}: {name!r} with {n_ids!r} ids is not a shard")
@@ -94,7 +96,7 @@ def open_prepared(folder):  # -> {"train": [arrays], "val": [arrays]}
 
 
 def open_foreign(path):  # -> [n_ids] uint16 or uint32, mapped
-    """Map nanoGPT's bare uint16, or a file of llm.c, which begins with a header."""
+    """Maps nanoGPT's bare uint16, or a file of llm.c, which begins with a header."""
     n_bytes = path.stat().st_size
     if n_bytes == 0 or n_bytes % 2:
         raise ValueError(f"{path}: {n_bytes} bytes, which cannot be uint16 ids")
@@ -110,15 +112,17 @@ def open_foreign(path):  # -> [n_ids] uint16 or uint32, mapped
 
 
 def open_bare(path, header):  # -> [n_ids] of uint16, uint32 or int64, mapped
-    """Map ids without a header. Where ids have zeros between them, they are wider than uint16.
+    """Maps ids without a header. If there are zeros between them, they are wider than uint16.
 
-    Raises ValueError for a file that begins as llm.c's do, with a number that is not known.
+    Raises ValueError for a file that begins like one of llm.c's, with an unknown number.
     """
     with open(path, "rb") as file:
         if file.read(6) == b"\x93NUMPY":
-            raise ValueError(f"{path}: NumPy's .npy, but bare ids are expected: write x.tofile()")
+            raise ValueError(
+                f"{path}: is NumPy's .npy, but should be bare ids; write it with x.tofile()"
+            )
     if len(header) == 3 and 20200101 <= header[0] <= 20991231 and 0 <= header[1] < 100:
-        raise ValueError(f"{path}: its header begins with {header[0]}, which is not known")
+        raise ValueError(f"{path}: its header begins with {header[0]}, an unknown format")
     shard = np.memmap(path, "<u2", mode="r")
     start = np.array(shard[: 2**20])
     if len(start) < 16 or start[1::2].max() > 3 or start[::2].max() <= 3:
@@ -136,7 +140,7 @@ def count_ids(shards):  # [arrays] -> their length together
 
 
 def read_stretches(shards, starts, n):  # [arrays], [n_starts] -> [n_starts, n] int32
-    """Read the n ids from each start on, across the borders of the shards."""
+    """Reads n ids from each start, across the borders of the shards."""
     shard_starts = np.cumsum([0, *map(len, shards)])
     stretches = np.empty((len(starts), n), np.int32)
     for stretch, start in zip(stretches, starts, strict=True):
@@ -153,7 +157,7 @@ def read_stretches(shards, starts, n):  # [arrays], [n_starts] -> [n_starts, n] 
 def check_ids(shards, n_vocab):  # mapped files
     """Raises ValueError, which names the file and the place, for an id beyond the vocabulary.
 
-    Reads everything once, part by part, about as fast as the disk gives it.
+    Reads everything once, part by part, about as fast as the disk can.
     """
     for shard in shards:
         for start in range(0, len(shard), 2**20):
@@ -163,5 +167,5 @@ def check_ids(shards, n_vocab):  # mapped files
                 i = start + int(is_wrong.argmax())
                 raise ValueError(
                     f"{shard.filename}: id {shard[i]} at position {i}, but the tokenizer has only "
-                    f"{n_vocab}: the file is damaged, or was made with another tokenizer"
+                    f"{n_vocab}; the file is damaged, or was made with another tokenizer"
                 )

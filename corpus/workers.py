@@ -1,7 +1,7 @@
-"""Do jobs in this process, in a pool of processes, or on a Ray cluster.
+"""Runs jobs in this process, in a pool of processes, or on a Ray cluster.
 
-All three functions yield (job, result) as the jobs are done, in any order, and take a new job
-only when one is done, so that unpacked files do not pile up.
+All three functions yield (job, result) as the jobs are done, in any order, and take a new job only
+when one is done, so that unpacked files don't pile up.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ def run_pool(jobs, work, n_workers):
 
 @contextlib.contextmanager
 def safe_path():
-    """Start processes that do not import from the current folder: it may be a stranger's."""
+    """Starts processes that don't import from the current folder, which may be a stranger's."""
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
@@ -72,9 +72,9 @@ def finished(running):
 
 @contextlib.contextmanager
 def delayed(signal_number):
-    """Delay a signal until the end; in a process started here, until it unblocks the signal.
+    """Delays a signal until the end of the block, or until a process started in it unblocks it.
 
-    On Windows, which cannot, nothing is delayed.
+    On Windows, which can't do this, nothing is delayed.
     """
     if not CAN_BLOCK:
         yield

@@ -1,1 +1,1 @@
-"""What makes NumPy fast: products of a few rows, and the threads and processes that share work."""
+"""Makes NumPy fast: products of a few rows, and threads and processes that share the work."""

@@ -6,10 +6,10 @@ to 1.6 times faster, on the same processor. One library cannot have both. So whe
 scipy-openblas64 is installed (NumPy's own wheels are built with it), its library is loaded beside
 NumPy's, and told to choose Haswell's.
 
-It has threads of its own. Between products they do not sleep, because waking a thread can take
-longer than a small product. But two libraries' waiting threads slow each other down: so these give
-up soon, and NumPy's library is held to one thread meanwhile, see threads.py. Without the package
-everything works the same, and takes longer.
+It has its own threads. Between products they spin instead of sleeping, because waking a thread can
+take longer than a small product. But the spinning threads of two libraries slow each other down. So
+these stop spinning soon, and NumPy's library is limited to one thread meanwhile (see threads.py).
+Without the package everything works the same, only slower.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ def has_avx512():
 
 
 def few_rows():
-    """A function (x, w, y) that writes x @ w into y, for few rows of x; None if NumPy's is best."""
+    """Returns a function (x, w, y) that writes x @ w into y, or None if NumPy's own is best."""
     with threads.lock:
         return find_few_rows()
 
 
 @functools.cache
 def most_rows():
-    """Up to how many rows of x few_rows is faster: all on Zen 4, whose AVX-512 is 2 x 256 bits."""
+    """The most rows for which few_rows is faster. On Zen 4 (AVX-512 of 2 x 256 bits) any number."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
         cpu = dict(re.findall(r"(vendor_id|cpu family)\s*: (\S+)", f.read()))
         if cpu == {"vendor_id": "AuthenticAMD", "cpu family": "25"}:
@@ -52,19 +52,19 @@ def most_rows():
 
 @functools.cache
 def find_few_rows():
-    if not has_avx512() or "OPENBLAS_CORETYPE" in os.environ:  # or the user has chosen
+    if not has_avx512() or "OPENBLAS_CORETYPE" in os.environ:  # then the user has chosen
         return None
     found = importlib.util.find_spec("scipy_openblas64")  # an import would load it unconfigured
     for path in Path(found.origin).parent.glob("lib/libscipy_openblas64_.*") if found else ():
         try:
             return sgemm(load(path))
-        except (OSError, AttributeError):  # a damaged file, or a build that names things otherwise
+        except (OSError, AttributeError):  # a damaged file, or a build with other names
             return None
     return None
 
 
 def load(path):
-    """Loads the library. It reads the environment only then, so we set it back afterwards."""
+    """Loads the library. It reads the environment only now, so we restore it afterwards."""
     choices = {"OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_NUM_THREADS": str(threads.n_threads())}
     choices["OPENBLAS_THREAD_TIMEOUT"] = "20"  # 2^20 cycles, a third of a millisecond
     before = {name: os.environ.get(name) for name in choices}
@@ -80,9 +80,9 @@ def load(path):
 
 
 def sgemm(library):
-    """The BLAS functions, as few_rows describes it: float32, and each row of x and y contiguous.
+    """Returns few_rows' function. It takes float32, and each row of x and y must be contiguous.
 
-    A thread that does a share of some work does not share its products once more.
+    A thread that is doing a share of some work doesn't divide its products again.
     """
     gemm, gemv = library.scipy_cblas_sgemm64_, library.scipy_cblas_sgemv64_
     set_threads = library.scipy_openblas_set_num_threads64_
@@ -93,7 +93,7 @@ def sgemm(library):
     gemv.argtypes = [*[flag] * 2, *[size] * 2, scalar, *matrix, *matrix, scalar, *matrix]
 
     def multiply(x, w, y):  # [rows, n_in], [n_in, n_out], [rows, n_out]
-        by_rows = w.strides[0] > 4  # else by columns, as is a single one: its sum loses less
+        by_rows = w.strides[0] > 4  # otherwise by columns, also for one column, which rounds less
         x_at, w_at, y_at = (a.ctypes.data for a in (x, w, y))
         (rows, n_in), n_out = x.shape, w.shape[1]
         w_step = w.strides[0] // 4 if by_rows else n_in
@@ -111,7 +111,7 @@ def sgemm(library):
 
 
 def pad(x):  # [rows, n_in] -> [rows rounded up to a multiple of 8, n_in]
-    """Adds rows of zeros: Haswell's kernels are fastest with 8 rows at a time. One row stays so."""
+    """Adds rows of zeros, because Haswell's kernels do 8 rows at a time. One row stays one row."""
     padded = np.zeros((1 if len(x) == 1 else -(-len(x) // 8) * 8, x.shape[1]), x.dtype)
     padded[: len(x)] = x
     return padded

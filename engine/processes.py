@@ -1,10 +1,10 @@
-"""Processes that share a step's work. Small models need them: their threads wait for each other.
+"""Processes that share the work of a step, for small models, whose threads wait for each other.
 
-Python runs one thread at a time between NumPy's operations, and threads whose operations are short
-lose a tenth of their time by that. A process that is forked from this one has a Python of its own.
-It sees what happens to arrays made by `shared`, and its results are also written to such arrays;
-only some words go through a pipe. Elsewhere than on Linux forking is not safe, and the products of
-large models are so long that nobody waits: threads do the same there, with the same bits.
+Between NumPy's operations Python runs one thread at a time, and threads with short operations lose
+a tenth of their time that way. A forked process has its own Python. It sees changes to arrays made
+by `shared`, and writes its results to such arrays, so only short messages go through a pipe.
+Forking is only safe on Linux, and in large models the operations are so long that no thread waits.
+In these cases threads do the same, with the same bits.
 """
 
 import contextlib
@@ -18,35 +18,35 @@ import numpy as np
 
 from engine.threads import cut, in_threads, own_threads, parts, undivided
 
-LARGEST = 16 << 20  # bytes of the parameters: larger models are left to threads
+LARGEST = 16 << 20  # bytes of parameters; larger models use threads
 
 
 def count(n_rows, n_bytes):
-    """Into how many processes rows are best shared out, for so many bytes of parameters."""
+    """Returns how many processes should share the rows. n_bytes: of the parameters."""
     return parts(n_rows) if sys.platform == "linux" and n_bytes <= LARGEST else 1
 
 
 def shared(x):
-    """A copy of an array; processes forked from now on see what is written to it, and may write."""
+    """Returns a copy of an array that processes forked from now on can read and write."""
     y = np.frombuffer(mmap.mmap(-1, x.nbytes), x.dtype).reshape(x.shape)
     y[...] = x
     return y
 
 
 def share_in_threads(work, rows, **options):
-    """[work(part of the rows, **options), ...], a part for each thread, in the rows' order."""
-    with own_threads(len(rows)):  # a single row is left to OpenBLAS's own threads
+    """Returns [work(part of the rows, **options), ...], one part per thread, in order."""
+    with own_threads(len(rows)):  # OpenBLAS's own threads handle a single row
         return in_threads(lambda mine: work(rows[mine], **options), len(rows))
 
 
 @contextlib.contextmanager
 def sharing(work, n, arrays):
-    """Gives share(rows, **options): the same by n processes, this one included. n = 1: by threads.
+    """Yields share(rows, **options), which does the same in n processes. With n = 1, in threads.
 
-    Where n is more than 1, work(rows, out, **options) writes arrays like these ({name: array}) into
-    `out`, or makes them if that is None, and returns something small, and them. The other processes
-    know it and what it holds as they are now, and end with the `with`. Their arrays are good until
-    the next call.
+    If n is more than 1, work(rows, out, **options) returns something small, and arrays like
+    `arrays` ({name: array}). It writes these into `out`, or makes them if `out` is None. The other
+    processes have a copy of `work` and of everything it refers to, made now, and end with the
+    `with` block. Their arrays are valid until the next call.
     """
     with contextlib.ExitStack() as stack:
         helpers = []
@@ -64,13 +64,13 @@ def sharing(work, n, arrays):
 
 
 @contextlib.contextmanager
-def fork(work, arrays, elder):  # gives a helper: pipe, room for its arrays, process
+def fork(work, arrays, elder):  # yields a helper: its pipe, its arrays, its process id
     from multiprocessing import Pipe  # only here: the import takes a while
 
     (ours, theirs), room = Pipe(), {name: shared(x) for name, x in arrays.items()}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     pid = os.fork()
-    if pid == 0:  # here Ctrl-C stays blocked: the end of the pipe is what ends a helper
+    if pid == 0:  # Ctrl-C stays blocked here, because the end of the pipe ends a helper
         try:
             for link in (ours, *(link for link, _, _ in elder)):
                 link.close()
@@ -89,7 +89,7 @@ def fork(work, arrays, elder):  # gives a helper: pipe, room for its arrays, pro
 
 
 def serve(work, link, room):
-    """A helper's life: it ends when nobody is left at the pipe's other end."""
+    """Runs a helper until the other end of its pipe is closed."""
     with contextlib.suppress(EOFError, OSError), own_threads(2), undivided():
         while True:
             rows, options = link.recv()
@@ -102,7 +102,7 @@ def serve(work, link, room):
 
 def ask(helper, rows, options):
     link, _, pid = helper
-    with contextlib.suppress(OSError):  # if it is gone, `hear` says so
+    with contextlib.suppress(OSError):  # if it is gone, `hear` raises the error
         link.send((rows, options))
 
 
@@ -111,7 +111,7 @@ def hear(helper):
     try:
         answer = link.recv()
     except (EOFError, OSError):
-        gone = f"process {pid}, which had a part of the work, is gone"
+        gone = f"process {pid}, which was doing a part of the work, has died"
         raise ChildProcessError(gone) from None
     if isinstance(answer, Exception):
         raise answer

@@ -1,9 +1,9 @@
-"""x @ w for a few rows of x: the product that generation is made of, nearer to memory's speed.
+"""x @ w for a few rows of x, the product that generation mostly consists of.
 
 To write one token for each of 8 texts, 8 rows are multiplied by every matrix of the model. That is
-little arithmetic: the time should be that of reading the weights once. But OpenBLAS, which makes
-NumPy's products, first rearranges ("packs") each matrix, which only pays for hundreds of rows.
-Three things help:
+little arithmetic, and should take no longer than reading the weights once. But OpenBLAS, which
+computes NumPy's products, first rearranges ("packs") each matrix, which only pays for hundreds of
+rows. Three things help:
 
 *  for two rows, two products of a vector (GEMV), which never pack. They take turns on parts of the
    matrix that are small enough to stay in the processor's cache for the second one;
@@ -12,14 +12,14 @@ Three things help:
    product takes at most a million multiplications. So such a matrix is cut into slabs of columns
    that are small enough.
 
-For the first, NumPy's OpenBLAS uses its own threads, as it does for a single row. Else it uses one:
-the second library has its own, and for slabs ours share the columns. Nothing is copied, and weights
-mapped from a file stay there.
+For the first, NumPy's OpenBLAS uses its own threads, as it does for a single row. Otherwise it uses
+one thread, because the second library has its own, and for slabs our threads share the columns.
+Nothing is copied, and weights mapped from a file stay there.
 
-The matrices of a small model stay in the processor's cache. There NumPy's own way is the fastest,
-for fewer rows the larger the model, and everything is left to it: see own_threads.
+The matrices of a small model stay in the processor's cache. For these NumPy's own products are the
+fastest (up to fewer rows the larger the model is), so they are used: see own_threads.
 
-`wrap(params)` views the matrices as `Matrix`, whose `@` works like that; no function of gpt2.py
+`wrap(params)` views the matrices as `Matrix`, whose `@` works like that. No function of gpt2.py
 changes.
 """
 
@@ -28,9 +28,9 @@ import numpy as np
 from engine import kernels, threads
 
 MOST_ROWS_IN_SLABS = 160  # of x; with more, packing pays
-MIN_SIZE = 1 << 20  # multiplications; a product of fewer is done before another thread wakes
-MOST_ROWS_OF_GEMV = 2  # multiplied one at a time; three take as long as by few_rows
-NARROWEST = 256  # numbers a token, n_embd: NumPy's way is best for a narrower model
+MIN_SIZE = 1 << 20  # multiplications; smaller products are done before another thread wakes
+MOST_ROWS_OF_GEMV = 2  # multiplied one at a time; three take as long as with few_rows
+NARROWEST = 256  # n_embd; for narrower models NumPy's own products are best
 SIZE_OF_A_ROW = 8192  # rows are few if they are at most n_embd**2 // this: measured on Zen 4
 UNIT = 16  # columns that stay together
 SLAB = 3 << 20  # bytes of a matrix that the cache still holds when the second row needs them
@@ -51,7 +51,7 @@ class Matrix(np.ndarray):
 
 
 def wrap(params):
-    """The same tree with every matrix viewed as a Matrix. A second call changes nothing."""
+    """Returns the tree with every matrix viewed as a Matrix. A second call changes nothing."""
     if isinstance(params, dict):
         wte = params.get("wte")
         if isinstance(wte, Matrix) or wte is not None and wte.shape[1] < NARROWEST:
@@ -63,14 +63,14 @@ def wrap(params):
 
 
 def own_threads(n_rows, n_embd):
-    """threads.own_threads for a pass of n_rows, unless NumPy's own way to multiply is best."""
+    """threads.own_threads for a pass of n_rows, unless NumPy's own products are best."""
     most = min(kernels.most_rows(), n_embd**2 // SIZE_OF_A_ROW) if n_embd >= NARROWEST else 0
     are_few = MOST_ROWS_OF_GEMV < n_rows <= most and kernels.few_rows()
     return threads.own_threads(n_rows if are_few else 1)
 
 
 def product(x, w):  # [rows, n_in], [n_in, n_out] -> [rows, n_out]
-    """x @ w by whichever way is fastest; the same numbers up to float32's rounding."""
+    """Computes x @ w in the fastest way. The results differ only by float32's rounding."""
     by_rows, by_columns = w.flags.c_contiguous, w.flags.f_contiguous  # the layout of w
     plain = x.dtype != np.float32 or w.dtype != np.float32 or not (by_rows or by_columns)
     if plain or len(x) * w.size < MIN_SIZE:

@@ -1,16 +1,16 @@
-"""A training step in NumPy on all cores: who computes which gradients, and updates which numbers.
+"""A training step in NumPy on all cores: how gradients and updates are divided among them.
 
     with share(evaluate, params, moments, n_rows) as shared:
-        loss, gradients = shared.evaluate(tokens)     # the sum of what all parts of the batch give
+        loss, gradients = shared.evaluate(tokens)     # the sums over the whole batch
         for_each(update, cut(shared.params, gradients, ...))
 
-Nothing here knows the model or the optimizer: both are functions that are handed in. Arrays are
+Nothing here knows the model or the optimizer, because both are passed as functions. Arrays are
 always {name: array}. There are two ways:
 
-*  Large models: threads share a batch's sequences, and each array stands by itself.
-*  Small models, on Linux: processes share them, see processes.py. All matrices stand joined in one
-   array, and all vectors in another, because an update needs less time for two large arrays than
-   for many small ones.
+*  Large models: threads share a batch's sequences, and each array is kept separately.
+*  Small models, on Linux: processes share the sequences (see processes.py). All matrices are joined
+   into one array, and all vectors into another, because an update is faster for two large arrays
+   than for many small ones.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ import numpy as np
 from engine import memory, processes
 from engine.threads import in_threads, own_threads
 
-PIECE = 2**17  # numbers of an array, which stay in the processor's cache during their update
-SMALL = 2**13  # an array of fewer numbers is not worth waking a thread for
+PIECE = 2**17  # numbers; so many stay in the processor's cache during an update
+SMALL = 2**13  # numbers; for smaller arrays waking a thread doesn't pay
 
 
 class Shared(NamedTuple):
-    """What `share` gives. All of it is the same memory: an update of `params` is seen everywhere.
+    """What `share` yields. All of it is the same memory, so an update of `params` shows everywhere.
 
     by_name: the parameters and moments under their own names, for checkpoints and validation.
-    params, moments: the same numbers as an update takes them, perhaps joined.
-    evaluate: (tokens) -> loss, gradients under the names of params; good until the next call.
+    params, moments: the same numbers for an update, perhaps joined.
+    evaluate: (tokens) -> loss, gradients with the names of params, valid until the next call.
     """
 
     by_name: tuple
@@ -40,9 +40,9 @@ class Shared(NamedTuple):
 
 
 def over_sequences(evaluate, n):  # -> [evaluate(slice), ...]
-    """0 .. n in slices, one for each thread, each with OpenBLAS to itself.
+    """Cuts 0 .. n into one slice per thread. OpenBLAS uses one thread in each.
 
-    A single sequence is left to OpenBLAS's own threads.
+    For a single sequence, OpenBLAS uses its own threads.
     """
     memory.keep()
     with own_threads(n):
@@ -51,15 +51,15 @@ def over_sequences(evaluate, n):  # -> [evaluate(slice), ...]
 
 @contextlib.contextmanager
 def share(evaluate, params, moments, n_rows):
-    """Gives a Shared for batches of n_rows sequences.
+    """Yields a Shared for batches of n_rows sequences.
 
-    evaluate(params, tokens, **options) -> a number and gradients like params. params and moments
-    are copied, in memory that processes see, before anything else: so the copies can be trained.
+    evaluate(params, tokens, **options) -> a number, and gradients like params. params and moments
+    are first copied into memory that processes can share, and the copies are trained.
     """
     n_bytes = sum(x.nbytes for x in params.values())
     if n_bytes > processes.LARGEST:
         own = {name: np.array(x) for name, x in params.items()}
-        del params  # or they would stay in memory as long as the copies
+        del params  # otherwise they would stay in memory as long as the copies
 
         def evaluate_in_threads(tokens, **options):
             return evaluate(own, tokens, **options)
@@ -70,7 +70,7 @@ def share(evaluate, params, moments, n_rows):
     joined_moments = {kind: processes.shared(x) for kind, x in join(moments).items()}
     own = split(joined, params)
     own_moments = split(joined_moments, moments)
-    del params, moments  # or they would stay in memory as long as the copies
+    del params, moments  # otherwise they would stay in memory as long as the copies
 
     def work(tokens, room=None, **options):
         loss, gradients = evaluate(own, tokens, **options)
@@ -87,7 +87,7 @@ def share(evaluate, params, moments, n_rows):
 
 
 def add_up(parts):  # (number, {name: array}), ... -> their sums
-    """The sums are made in the arrays of the first part, and in the order of the parts."""
+    """Adds the parts in order, into the arrays of the first one."""
     parts = iter(parts)
     total, sums = next(parts)
     for number, arrays in parts:

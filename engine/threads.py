@@ -1,12 +1,12 @@
 """Threads for products: how many OpenBLAS uses, and our own threads, which share the work.
 
-NumPy may have another library instead: MKL, as conda's NumPy has, is treated the same. Nobody can
-count or limit the threads of Apple's Accelerate.
+NumPy may use another library. MKL, which conda's NumPy uses, is treated the same way. The threads
+of Apple's Accelerate can't be counted or limited.
 
 Inside `with own_threads(n_rows):` OpenBLAS stays on the calling thread, and `in_threads(work, n)`
-cuts the work into a slice for each of our threads; with `in_step` they can wait for each other.
-Ctrl-C and a caller's own threads do no harm, and neither does a fork while no other thread
-computes. While one does, os.fork() may never return: OpenBLAS stops its threads before a fork, even
+cuts the work into one slice per thread of ours. With `in_step` these can wait for each other.
+Ctrl-C, a caller's own threads, and a fork while no other thread is computing are all safe. A fork
+while one is computing may never return, because OpenBLAS stops its threads before a fork, even
 those that are in a product. Fork before such threads start, or let multiprocessing "spawn".
 """
 
@@ -18,14 +18,14 @@ import time
 from itertools import pairwise
 from queue import SimpleQueue
 
-lock = threading.RLock()  # guards the variables below: callers may have threads of their own
-n_users, restore = 0, []  # users of own_threads; [(OpenBLAS, how many threads it had before)]
+lock = threading.RLock()  # guards the variables below, because callers may have threads
+n_users, restore = 0, []  # users of own_threads; [(library, how many threads it had before)]
 stepping = threading.Lock()  # held while threads wait for each other
-this_thread = threading.local()  # .busy is set while a thread does a share of some work
+this_thread = threading.local()  # .busy: is this thread doing a share of some work?
 
 
 def blas():
-    """[(library as threadpoolctl controls it, its threads at first)]; [] if it knows none."""
+    """[(library, as threadpoolctl controls it, its initial number of threads)], perhaps empty."""
     with lock:
         return find_blas()
 
@@ -39,9 +39,9 @@ def find_blas():
 
 
 def n_threads():
-    """As many as OpenBLAS had at first, so that OMP_NUM_THREADS and its like are obeyed.
+    """As many as OpenBLAS had at first, so that OMP_NUM_THREADS and similar variables are obeyed.
 
-    Accelerate does not say: there the same variables count, or all cores.
+    Accelerate doesn't tell, so there it is what these variables say, or all cores.
     """
     counts = [n for _, n in blas()]
     if counts:
@@ -54,7 +54,7 @@ def n_threads():
 
 
 def usable_cores():
-    """The processors that this process may use: in a container, often fewer than there are."""
+    """How many cores this process may use. In a container this is often not all of them."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -69,10 +69,10 @@ def limit(counts):
 
 @contextlib.contextmanager
 def own_threads(n_rows):
-    """Inside, OpenBLAS stays on the calling thread: its idle threads spin and would slow ours.
+    """Keeps OpenBLAS on the calling thread, because its idle threads spin and would slow ours.
 
-    That holds for the whole process until the last user leaves. For a single row nothing changes:
-    OpenBLAS is faster than we are at splitting such products (GEMV) among threads.
+    This holds for the whole process until the last user leaves. For a single row nothing changes,
+    because OpenBLAS is faster than we are at dividing such products (GEMV) among threads.
     """
     global n_users, restore
     if n_rows == 1:
@@ -95,7 +95,7 @@ def own_threads(n_rows):
 
 @contextlib.contextmanager
 def undivided():
-    """Inside, work that this thread asks for is not shared out: others do their parts elsewhere."""
+    """Keeps all work of this thread on this thread, because others do their parts elsewhere."""
     before = getattr(this_thread, "busy", False)
     this_thread.busy = True
     try:
@@ -105,27 +105,27 @@ def undivided():
 
 
 def parts(n):
-    """How many threads share n things. Just one if this thread is doing a share of work already."""
+    """How many threads share n things. One if this thread is already doing a share of some work."""
     return 1 if getattr(this_thread, "busy", False) else max(1, min(n_threads(), n))
 
 
 def cut(n, n_parts):
-    """0 .. n in slices. The first is a little longer, because whoever gets the others must wake."""
+    """Cuts 0 .. n into slices, the first a little longer, because the other threads must wake."""
     lead = 0.08
     ends = [0, *(round(n * (i + lead) / (n_parts + lead)) for i in range(1, n_parts + 1))]
     return [slice(*pair) for pair in pairwise(ends)]
 
 
 def in_threads(work, n):
-    """[work(slice), ...]: 0 .. n cut into a slice for each thread, this one's first."""
+    """Returns [work(slice), ...], with 0 .. n cut into one slice per thread, this one first."""
     return share(work, cut(n, parts(n)))
 
 
 def in_step(work, n, n_parts):
-    """[work(number, slice, meet), ...]: 0 .. n cut evenly for n_parts threads that meet.
+    """Returns [work(number, slice, meet), ...], with 0 .. n cut evenly for n_parts threads.
 
-    meet() returns once all have called it. n_parts is parts(n) at most. Only one call runs at a
-    time: two calls could each hold threads that the other waits for.
+    meet() returns once all of them have called it. n_parts: at most parts(n). Only one call runs at
+    a time, because two calls could each hold threads that the other waits for.
     """
     ends = [round(n * i / n_parts) for i in range(n_parts + 1)]
     barrier = threading.Barrier(n_parts)
@@ -142,7 +142,10 @@ def in_step(work, n, n_parts):
 
 
 def share(work, slices, give_up=lambda: None):
-    """[work(slice), ...], the first here, the others in workers; give_up() if this one fails."""
+    """Returns [work(slice), ...], the first done here, the others by workers.
+
+    Calls give_up() if this thread fails.
+    """
     if len(slices) == 1:
         return [work(slices[0])]
     results, done, asked, tasks = [UNSET] * len(slices), SimpleQueue(), 0, workers()
@@ -155,7 +158,7 @@ def share(work, slices, give_up=lambda: None):
         results[0] = work(slices[0])
         for _ in range(1, len(slices)):
             done.get()
-    except BaseException as error:  # Ctrl-C, say: nobody may go on writing into the caller's arrays
+    except BaseException as error:  # such as Ctrl-C; wait until no worker writes any more
         give_up()
         while any(result is UNSET for result in results[1 : asked + 1]):
             time.sleep(0.001)
@@ -172,7 +175,7 @@ UNSET = object()
 
 
 def workers():
-    """The queue that the worker threads take from; they start with its first use."""
+    """Returns the queue of the worker threads, and starts them the first time."""
     with lock:
         return start_workers()
 
@@ -186,10 +189,10 @@ def start_workers():
 
 
 def serve(tasks):
-    """A worker's life. A SimpleQueue wakes it several times faster than concurrent.futures does."""
+    """Runs a worker. A SimpleQueue wakes it several times faster than concurrent.futures does."""
     this_thread.busy = True
     while True:
-        do(*tasks.get())  # once do returns, its arguments, maybe large arrays, are free
+        do(*tasks.get())  # nothing here keeps the arguments, which may be large arrays, alive
 
 
 def do(i, work, span, results, done):
@@ -201,7 +204,7 @@ def do(i, work, span, results, done):
 
 
 def after_fork():
-    """Threads do not survive a fork; a lock that another thread held would never be released."""
+    """Starts afresh: threads don't survive a fork, and a lock that one held would stay locked."""
     global lock, stepping, n_users
     lock, stepping = threading.RLock(), threading.Lock()
     start_workers.cache_clear()

@@ -1,1 +1,1 @@
-"""What a model is asked: items of HellaSwag, LAMBADA and your own, in ids, and their marks."""
+"""Multiple-choice tasks: HellaSwag, LAMBADA and your own, encoded, and scored."""

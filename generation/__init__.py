@@ -1,1 +1,1 @@
-"""Text as it is written: rows, passes, guesses, stop strings, the prefix cache, the terminal."""
+"""Writing text: rows, passes, guesses, stop strings, the prefix cache, the terminal."""

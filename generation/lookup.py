@@ -1,18 +1,18 @@
-"""Guesses how a text goes on: as it did the last time that its two last tokens occurred in it.
+"""Guesses how a text continues: as it did after the last occurrence of its two last tokens.
 
-A step of one row reads all the weights for one token. For five tokens it takes little longer. So a
-pass also checks four guesses beside its own token, and those that the model would have written are
-kept. The text is the same, and where it repeats itself or quotes its prompt, several tokens come at
-once. Saxena 2023, "Prompt Lookup Decoding"; checking guesses in one pass is Leviathan et al.
-2023, arXiv:2211.17192, whose guesses come from a smaller model.
+A step of one row reads all the weights for one token, and takes little longer for five. So a pass
+also checks four guesses, and keeps those that the model would have written. The text is the same,
+and where it repeats itself or quotes its prompt, several tokens come at once. Saxena 2023, "Prompt
+Lookup Decoding". Checking guesses in one pass is from Leviathan et al. 2023, arXiv:2211.17192,
+where a smaller model makes the guesses.
 """
 
-N_MATCHED = 2  # last tokens that must stand earlier in the text
-MOST_TRUST, REGAINED = 4, 1 / 16  # a text that repeats nothing loses half a step in 16 at the most
+N_MATCHED = 2  # how many last tokens must have occurred earlier in the text
+MOST_TRUST, REGAINED = 4, 1 / 16  # a text without repetition loses at most half a step in 16
 
 
 def guess(ids, n):  # a list of ids -> n more, or none
-    """What followed the last place that equals the end of ids, repeated if it is shorter than n.
+    """Returns what followed the last occurrence of ids' end, repeated if it is shorter than n.
 
     >>> guess([7, 1, 2, 3, 4, 5, 1, 2, 3], n=4)
     [4, 5, 1, 2]

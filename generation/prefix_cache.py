@@ -1,11 +1,11 @@
-"""The prefix cache: caches of rows that have ended, for new texts with the same beginning."""
+"""The prefix cache keeps the caches of finished rows for new texts with the same beginning."""
 
 MAX_ROWS = 64  # every new row is compared with all of them
-MAX_BYTES = 256 << 20  # that their caches may take together
+MAX_BYTES = 256 << 20  # of all their caches
 
 
 class PrefixCache:
-    """Rows that have ended; the one that was used last stands last."""
+    """Finished rows, least recently used first."""
 
     def __init__(self):
         self.rows = []
@@ -20,13 +20,13 @@ class PrefixCache:
         self.rows = [old for old in self.rows if old.cache is not None]
         self.rows.append(row)
         while len(self.rows) > MAX_ROWS or self.n_bytes() > MAX_BYTES:
-            self.rows.pop(0).cache = None  # whoever still holds the row does not hold its cache
+            self.rows.pop(0).cache = None  # frees it even if someone still holds the row
 
     def n_bytes(self):
         return sum(row.cache.kv.nbytes for row in self.rows)
 
     def touch(self, row):
-        """Marks a row as used, so that it is dropped last. Other rows are ignored."""
+        """Marks a row as just used, so that it is dropped last. Ignores rows that are not here."""
         if any(old is row for old in self.rows):
             self.rows = [*(old for old in self.rows if old is not row), row]
 

@@ -1,4 +1,4 @@
-"""Rows: the texts that are written together. Who runs in a pass, and what each row does with it.
+"""Rows: texts that are written together, what runs in a pass, and what a row does with it.
 
 A `Row` is one text being written, its `sampler` samples its tokens, and an `Event` says what it
 wrote. kv_cache.Batch makes the passes: it asks `plan_pass` which ids go into each pass, and gives
@@ -34,19 +34,19 @@ def ids_of(events):  # iterable of Event -> a list of ids for each row, in order
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One text being written. It joins a batch between two passes and leaves once it has an end."""
+    """One text being written. It joins a batch between two passes, and leaves when it has ended."""
 
     prompt: list[int]  # at least one id
     n_tokens: int  # to write at most; 0 only reads the prompt
     sampler: Sampler
-    number: int = 0  # which its events carry
+    number: int = 0  # of its events
     endoftext: int | tuple | None = None  # an id that ends the row, or several
-    lookup: int = 0  # guesses that a pass checks at most
+    lookup: int = 0  # the most guesses that a pass checks
 
     ids: list[int] = field(default_factory=list)  # written so far
     end: str | None = None  # why it has ended
     cache: object = None  # kv_cache.Cache, from its first pass on
-    n_forgotten: int = 0  # first tokens of the text that the cache of a full row has left out
+    n_forgotten: int = 0  # how many first tokens a full row's cache no longer has
     source: "Row | None" = None  # the row whose cache it copies at its first pass ...
     n_shared: int = 0  # ... and how many first tokens it has in common with that row
     guesses: list[int] = field(default_factory=list)  # for the next pass

@@ -18,16 +18,16 @@ class Sampling(NamedTuple):
 
 
 def new_rng(seed, number):
-    """A row's random generator. Row 0 has gpt2.py's for that seed.
+    """Returns a row's random generator. Row 0 has the same one as gpt2.py for that seed.
 
-    Every other row's comes from the seed and its own number. So a row's text does not depend on its
-    neighbours.
+    Every other row's generator depends on the seed and the row's number, and so a row's text
+    doesn't depend on its neighbours.
     """
     return np.random.default_rng([seed, number] if seed is not None and number > 0 else seed)
 
 
 class Sampler:
-    """What a row asks while it is written. The server's rows ask serving.choices.Choice instead."""
+    """Samples a row's tokens. In the server, serving.choices.Choice takes its place."""
 
     needs_states = False  # must read_states be called? Then the row's whole prompt is run
 

@@ -1,6 +1,7 @@
-"""Stop strings: a text arrives in parts and is shown only up to the first stop string.
+"""Stop strings: a text arrives in parts, and is shown only up to the first stop string.
 
-`stops_with` ends a row, `up_to` cuts the text that is shown; both find a stop where it is complete.
+`stops_with` ends a row, and `up_to` cuts the text that is shown. Both find a stop string as soon as
+it is complete.
 """
 
 from bisect import bisect_left
@@ -34,7 +35,7 @@ def sort_stops(stops):  # -> in order, as a set, and their lengths: what until_s
 
 
 def up_to(texts, stops):  # iterable of str -> iterable of str
-    """The stream up to the first stop. Holds back what may yet become a stop."""
+    """Yields the text up to the first stop. Holds back what may still become a stop."""
     held, stops = "", sort_stops(stops)
     for text in texts:
         shown, held, is_complete = until_stop(held + text, len(text), stops)

@@ -1,4 +1,4 @@
-"""A terminal: prompts from its command line, files or typed lines; texts printed as they come.
+"""The terminal: prompts from the command line, files or typed lines, and texts as they come.
 
 Texts come as the Events of generate_stream, NumPy's or JAX's.
 """

@@ -180,7 +180,7 @@ def test_a_helper_that_is_killed_ends_the_run_in_one_line(never_stopped):
     pid = helpers(process)[-1]
     os.kill(pid, signal.SIGKILL)
     _, err = process.communicate(timeout=120)
-    line = f"error: process {pid}, which had a part of the work, is gone\n"
+    line = f"error: process {pid}, which was doing a part of the work, has died\n"
     assert (process.returncode, err) == (2, line)
     code, _, err = run("--resume", out)
     assert (code, err) == (0, "") and ends(out) == ends(never_stopped)

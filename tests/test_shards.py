@@ -183,15 +183,15 @@ def damage(folder, how):
         ("is a folder", "meta.json: not an ordinary file"),
         ("huge", f"meta.json: {2**40} bytes, more than"),
         ("loop", "Too many levels of symbolic links: .*train_000001.bin"),
-        ("no meta", r"no meta.json: prepare.py has not finished there, run it again"),
+        ("no meta", r"no meta.json; prepare.py has not finished there, so run it again"),
         ("other", r"meta.json: not a JSON object"),
         ("deep", r"meta.json: not JSON"),
         *(
-            ({"dtype": d}, "meta.json: not one of prepare.py's")
+            ({"dtype": d}, "meta.json: not written by prepare.py")
             for d in ("float16", ["uint16"], None)
         ),
         *(
-            ({"shards": s}, "meta.json: not one of prepare.py's")
+            ({"shards": s}, "meta.json: not written by prepare.py")
             for s in (None, ["train_000000.bin"])
         ),
         *(
@@ -226,7 +226,7 @@ def test_a_shard_of_more_ids_than_numbers_have_bits(prepared):
 
 
 def test_damaged_foreign_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no token shards: expected prepare.py's meta.json"):
+    with pytest.raises(FileNotFoundError, match="no token shards; expected prepare.py's meta.json"):
         shards.open_shards(tmp_path)
     for data, problem in (
         (b"", "0 bytes, which cannot"),

@@ -599,7 +599,7 @@ BAD = {
     "out": (["--out", "/dev/null/model"], "cannot write /dev/null/model"),
     "no text": (["--data", "nowhere.txt"], "no text at nowhere.txt"),
     "no text for it": (["--init_from", "9M", "--data", "nowhere.txt"], "no text at nowhere.txt"),
-    "a folder": (["--data", "."], ".: no token shards: expected"),
+    "a folder": (["--data", "."], ".: no token shards; expected"),
     "no tokenizer": (["--tokenizer", "9M"], "no model '9M'"),
 }
 
