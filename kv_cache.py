@@ -172,18 +172,17 @@ def extend_all(caches, new_ids, params, n_head):  # caches and id lists -> [n_to
     spans = [slice(end - len(ids), end) for end, ids in zip(ends, new_ids, strict=True)]
 
     def attend(layer, head_groups, q, k, v, out):  # [n_head, n_tokens, d_head] each
-        work = []  # one item per group, which is some heads of a row, or all of them
+        attention_fn = params["blocks"][layer].get("attend", attention_in_blocks)
+        together = []  # groups with one token each; a group is some heads of a row, or all of them
         for row, heads in head_groups:
             new = heads, spans[row]
             keys, values = caches[row].append(layer, heads, k[new], v[new])
-            work.append((q[new], keys, values, out[new]))
-        attention_fn = params["blocks"][layer].get("attend", attention_in_blocks)
-        has_one_each = len(tokens) == len(caches) > 1  # each row has one token
-        if attention_fn is attention_in_blocks and has_one_each:
-            slices.attention_of_rows(work)
-        else:
-            for q_row, keys, values, out_row in work:
-                out_row[...] = attention_fn(q_row, keys, values)
+            if len(caches) > 1 == len(new_ids[row]) and attention_fn is attention_in_blocks:
+                together.append((q[new], keys, values, out[new]))
+            else:
+                out[new] = attention_fn(q[new], keys, values)
+        if together:
+            slices.attention_of_rows(together)
 
     x = slices.run(tokens, positions, params, n_head, len(caches), attend)
     for cache, stop in zip(caches, stops, strict=True):

@@ -85,13 +85,13 @@ def share_heads(n_rows, n_head, whole):  # -> [(row, slice of its heads)]
     return [(row, heads) for row in range(n_rows) for heads in groups]
 
 
-def attention_of_rows(rows):  # of (q [n_head, 1, d_head], keys, values, out)
+def attention_of_rows(rows):  # of (q [n_heads, 1, d_head], keys, values, out)
     """gpt2.attention for the last token of many texts, with one softmax for all of them."""
-    q, _, _, _ = rows[0]
-    lengths = [keys.shape[-2] for _, keys, _, _ in rows]
-    scores = np.full((len(rows), *q.shape[:-1], max(lengths)), -math.inf, q.dtype)
-    for (q, keys, _, _), n, of_row in zip(rows, lengths, scores, strict=True):
-        np.matmul(q, keys.swapaxes(-1, -2), out=of_row[..., :n])
+    ends = np.cumsum([len(q) for q, _, _, _ in rows]).tolist()  # where each row's heads end
+    longest = max(keys.shape[-2] for _, keys, _, _ in rows)
+    scores = np.full((ends[-1], 1, longest), -math.inf, np.float32)
+    for (q, keys, _, _), end in zip(rows, ends, strict=True):
+        np.matmul(q, keys.swapaxes(-1, -2), out=scores[end - len(q) : end, :, : keys.shape[-2]])
     weights = softmax(scores / math.sqrt(q.shape[-1]))
-    for (_, _, values, out), n, of_row in zip(rows, lengths, weights, strict=True):
-        np.matmul(of_row[..., :n], values, out=out)
+    for (q, keys, values, out), end in zip(rows, ends, strict=True):
+        np.matmul(weights[end - len(q) : end, :, : keys.shape[-2]], values, out=out)
