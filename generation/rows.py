@@ -6,6 +6,7 @@ every row the logits of its next token (`Row.write`).
 """
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 from generation.lookup import guess, new_trust
@@ -96,9 +97,9 @@ class Row:
         if other.n_forgotten:
             return 0
         ours = self.prompt[:-1]
-        theirs = other.text
-        pairs = enumerate(zip(ours, theirs, strict=False))
-        n = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+        pairs = enumerate(zip(ours, chain(other.prompt, other.ids), strict=False))
+        n_most = min(len(ours), len(other.prompt) + len(other.ids))
+        n = next((i for i, (a, b) in pairs if a != b), n_most)
         return n if n >= MIN_SHARED else 0
 
     def n_to_copy(self):

@@ -18,12 +18,13 @@ def until_stop(held, n_new, stops):  # -> (what may be shown, what is held back,
     (('Yes. ', 'EN', False), ('Yes. ', '', True))
     """
     ordered, known, lengths = stops
+    if not ordered:
+        return held, "", False
     ends = range(len(held) - n_new + 1, len(held) + 1)
     starts = [end - n for end in ends for n in lengths if n <= end and held[end - n : end] in known]
     if starts:
         return held[: min(starts)], "", True
-    longest = lengths[-1] if lengths else 0
-    for start in range(max(0, len(held) - longest + 1), len(held)):
+    for start in range(max(0, len(held) - lengths[-1] + 1), len(held)):
         after = bisect_left(ordered, held[start:])  # stops that begin with it come here
         if after < len(ordered) and ordered[after].startswith(held[start:]):
             return held[:start], held[start:], False

@@ -50,6 +50,7 @@ class Choice:
         n_tokens = min(asked.max_tokens, state.n_ctx - len(self.prompt))  # as many as fit
         self.row = Row(self.prompt, n_tokens, sampler=self, endoftext=endoftext)
         self.rng = new_rng(asked.seed, index)
+        self.sampling = asked.sampling._replace(repetition_penalty=1.0)  # adjust applies it
         self.counts = {}  # {id: how often it was sampled}
         self.error = None  # an error in this text only
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -63,7 +64,7 @@ class Choice:
         self.n_entries_taken = 0
         self.needs_states = asked.is_scored and twin is None
         if self.needs_states:
-            self.note(self.prompt[0], None, None, None)
+            self.note(self.prompt[0])
         elif asked.echo:
             self.text = self.utf8.decode(encoder.decode_bytes(self.prompt))
 
@@ -100,15 +101,14 @@ class Choice:
 
     def sample(self, logits, row):  # [n_vocab] -> one token id
         n_logprobs = self.asked.logprobs
-        sampling = self.asked.sampling._replace(repetition_penalty=1.0)  # adjust has applied it
         try:
-            id = sample(self.adjust(logits, row), self.rng, *sampling)
+            id = sample(self.adjust(logits, row), self.rng, *self.sampling)
             self.n_sampled += 1
             self.counts[id] = self.counts.get(id, 0) + 1
-            entry = None, None, None
-            if n_logprobs is not None:
-                entry = (array[0] for array in log_probs_of(logits[None], [id], n_logprobs))
-            self.note(id, *entry)
+            if n_logprobs is None:
+                self.note(id)
+            else:
+                self.note(id, *(x[0] for x in log_probs_of(logits[None], [id], n_logprobs)))
             return id
         except Exception as error:
             self.error = self.error or error
@@ -135,7 +135,7 @@ class Choice:
     def is_complete(self, ids):
         return self.has_stopped or self.error is not None
 
-    def note(self, id, log_prob, best_ids, best):
+    def note(self, id, log_prob=None, best_ids=None, best=None):
         """Adds the next token, from the prompt or sampled: its text and its log-probabilities."""
         if self.asked.logprobs is not None:
             offset = len(self.text) + len(self.held)
