@@ -299,11 +299,17 @@ def deliver(parts):
 # --------------------------------------------------------------------------------------------------
 
 
+SMALL_BODY = 2048  # bytes; to read one takes less time than to wake a thread for it
+
+
 def answering(read):  # read(body, state), -> an Answer -> a route
-    """Reads the body in a thread, because a large one takes a while and would block the loop."""
+    """Reads a large body in a thread, because it takes a while and would block the loop."""
 
     async def route(request):
-        return await asyncio.to_thread(read, await request.body(), request.app.state)
+        body = await request.body()
+        if len(body) <= SMALL_BODY:
+            return read(body, request.app.state)
+        return await asyncio.to_thread(read, body, request.app.state)
 
     return route
 

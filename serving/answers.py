@@ -5,6 +5,7 @@ The engine delivers Parts of the request's choices, or an exception, into the re
 
 import asyncio
 import time
+from functools import partial
 
 from starlette.responses import JSONResponse, StreamingResponse
 
@@ -12,7 +13,7 @@ from serving.choices import Part, choices_of, logprobs_of
 from serving.protocol import Refusal, server_sent, usage
 
 UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # for proxies and for nginx
-MOST_BUILT_HERE = 64  # log-probabilities in an event that is built here; others wait for that
+MOST_BUILT_HERE = 64  # texts and log-probabilities; other requests wait while they are built
 REASONS = {"endoftext": "stop", "stop": "stop", "length": "length"}
 
 
@@ -28,8 +29,6 @@ class Answer:
     fields: the fields that each piece of the answer repeats.
     shape: shape(part, asked, encoder) returns a choice of the answer.
     opening: choices that a stream sends before there is any text.
-
-    If the request asks for many texts, creating an Answer takes a while, so it is done in a thread.
     """
 
     def __init__(self, state, asked, fields, shape=choice_of, opening=()):
@@ -39,10 +38,13 @@ class Answer:
         self.shape = shape
         self.opening = opening
         self.queue = asyncio.Queue()
-        self.choices = choices_of(asked, state, self.queue.put_nowait)
+        self.choices = []
 
     async def __call__(self, scope, receive, send):  # as ASGI calls a response
         """Raises Refusal if too many texts are already waiting, or if no answer can be given."""
+        begin = partial(choices_of, self.asked, self.state, self.queue.put_nowait)
+        many = self.asked.n_choices > MOST_BUILT_HERE
+        self.choices = await asyncio.to_thread(begin) if many else begin()
         self.state.engine.submit(self.asked, self.choices)
         try:
             if self.asked.stream:
@@ -56,10 +58,12 @@ class Answer:
             self.state.engine.drop(self.choices)
 
     async def whole(self):  # -> the response
-        """Returns all choices once they are complete. A thread builds them: they may be large."""
+        """Returns all choices once they are complete. A thread builds a large answer."""
         parts = [None] * len(self.choices)
         async for part in self.parts():
             parts[part.index] = part
+        if len(parts) + sum(len(part.entries) for part in parts) <= MOST_BUILT_HERE:
+            return self.respond(parts)
         return await asyncio.to_thread(self.respond, parts)
 
     def respond(self, parts):
