@@ -54,7 +54,7 @@ from training.flags import JAX_ONLY, check_numpy, numpy_flags, numpy_help, read_
 from training.init import init_tree
 from training.progress import Machine, Stats, measure_peak
 from training.run import run
-from training.text import draw_stretches
+from training.text import draw_sequences
 
 # --- The gradient -------------------------------------------------------------------------------
 
@@ -423,7 +423,7 @@ class NumpyTrainer:
         flags = self.flags
         shape = flags["n_accumulate"], flags["batch_size"], flags["n_ctx"] + 1
         steps = range(n_done, n_done + n)
-        return [draw_stretches(self.text.train, flags["seed"], step, shape) for step in steps]
+        return [draw_sequences(self.text.train, flags["seed"], step, shape) for step in steps]
 
     def steps(self, state, batches, n):
         shared = self.shared

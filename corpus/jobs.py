@@ -24,7 +24,7 @@ from plumbing.files import read_json, write_whole
 SPLITS = ["train", "val"]
 FEW_DRAWN = 10  # if a draw would give validation fewer documents than this, there is no draw
 MOST_AHEAD = 2**31  # bytes that are read at most to see whether there are few documents
-WORK = ".work"  # a folder inside the shards' folder, for what is not complete
+WORK = ".work"  # a folder inside the shards' folder, for unfinished files
 
 
 class Job(NamedTuple):

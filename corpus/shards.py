@@ -1,7 +1,7 @@
 """Token shards: folders of ids for the trainer. Files are mapped into memory, not read.
 
     shards, encoder = open_shards("shards/corpus")
-    read_stretches(shards["train"], [0, 12345], n=65)     # 65 ids from each of these on
+    read_sequences(shards["train"], [0, 12345], n=65)    # 65 ids from each of these positions
 
 The shards of a split are one long sequence; where it is cut into files makes no difference. Three
 kinds of folders open: prepare.py's own (its docstring describes them), nanoGPT's `train.bin` and
@@ -139,19 +139,19 @@ def count_ids(shards):  # [arrays] -> their length together
     return sum(map(len, shards))
 
 
-def read_stretches(shards, starts, n):  # [arrays], [n_starts] -> [n_starts, n] int32
+def read_sequences(shards, starts, n):  # [arrays], [n_starts] -> [n_starts, n] int32
     """Reads n ids from each start, across the borders of the shards."""
     shard_starts = np.cumsum([0, *map(len, shards)])
-    stretches = np.empty((len(starts), n), np.int32)
-    for stretch, start in zip(stretches, starts, strict=True):
+    sequences = np.empty((len(starts), n), np.int32)
+    for sequence, start in zip(sequences, starts, strict=True):
         i = int(np.searchsorted(shard_starts, start, side="right")) - 1
         n_read = 0
         while n_read < n:
             piece = shards[i][max(0, start - shard_starts[i]) :][: n - n_read]
-            stretch[n_read : n_read + len(piece)] = piece
+            sequence[n_read : n_read + len(piece)] = piece
             n_read += len(piece)
             i += 1
-    return stretches
+    return sequences
 
 
 def check_ids(shards, n_vocab):  # mapped files

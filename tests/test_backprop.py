@@ -13,7 +13,7 @@ import gpt2
 from engine import processes, threads
 from model_files import weights
 from model_files.weights import leaves
-from training.text import draw_stretches
+from training.text import draw_sequences
 
 SHAPES = {  # n_batch, n_seq, n_vocab, n_ctx, n_embd, n_head, n_layer
     "odd sizes": (3, 7, 13, 11, 15, 3, 2),
@@ -598,8 +598,8 @@ def test_the_beginning_has_gpt2s_deviations(rng):
 
 def test_batches_are_stretches_from_anywhere_that_the_seed_and_the_step_decide(rng):
     text, seed = [np.arange(7, dtype=np.uint16), np.arange(7, 20, dtype=np.uint16)], 5
-    found = np.array([draw_stretches(text, seed, step, (2, 5, 17)) for step in range(50)])
+    found = np.array([draw_sequences(text, seed, step, (2, 5, 17)) for step in range(50)])
     assert found.shape == (50, 2, 5, 17) and (np.diff(found) == 1).all()
     assert set(found[..., 0].flat) == {0, 1, 2, 3}  # the last stretch ends with the last token
-    assert (draw_stretches(text, seed, 7, (2, 5, 17)) == found[7]).all()
-    assert (draw_stretches(text, seed + 1, 7, (2, 5, 17)) != found[7]).any()
+    assert (draw_sequences(text, seed, 7, (2, 5, 17)) == found[7]).all()
+    assert (draw_sequences(text, seed + 1, 7, (2, 5, 17)) != found[7]).any()

@@ -91,11 +91,11 @@ def test_a_mesh_takes_as_many_cpus_as_divide_the_batch():
 def test_every_device_reads_only_its_stretches(seed, monkeypatch):
     read = []
 
-    def read_stretches(shards, starts, n):
+    def read_sequences(shards, starts, n):
         read.append(len(starts))
         return np.zeros((len(starts), n), np.int32)
 
-    monkeypatch.setattr(training.batches, "read_stretches", read_stretches)
+    monkeypatch.setattr(training.batches, "read_sequences", read_sequences)
     spec = devices.make_sharding(devices.make_mesh(8), None, None, "data")
     read_batches(TEXT, seed, 0, (3, 2, 16), 16, spec)
     assert read == 8 * [3 * 2 * 2]

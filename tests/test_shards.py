@@ -69,7 +69,7 @@ def test_stretches_run_across_shards(rng):
     assert shards.count_ids(parts) == len(whole)
     for start in range(len(whole)):
         for n in range(1, len(whole) - start + 1):
-            stretch = shards.read_stretches(parts, [start], n)[0]
+            stretch = shards.read_sequences(parts, [start], n)[0]
             assert stretch.tolist() == whole[start : start + n].tolist()
             assert stretch.dtype == np.int32
 
@@ -87,8 +87,8 @@ def test_foreign_shards(tmp_path, rng, kind):
         write_llm_c(tmp_path / "fineweb_val_000000.bin", val)
     split, encoder = shards.open_shards(tmp_path)
     assert encoder is None
-    assert shards.read_stretches(split["train"], [0], 1000).tolist() == [train]
-    assert shards.read_stretches(split["val"], [0], 300).tolist() == [val]
+    assert shards.read_sequences(split["train"], [0], 1000).tolist() == [train]
+    assert shards.read_sequences(split["val"], [0], 300).tolist() == [val]
     Encoder([("a", "b")]).save(tmp_path)
     assert shards.open_shards(tmp_path)[1].merges == [("a", "b")]
 

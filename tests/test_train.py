@@ -432,11 +432,11 @@ def test_places_beyond_31_bits_are_drawn(seed, monkeypatch):
     places = []
     monkeypatch.setattr(batches, "count_ids", lambda shards: 9 * 10**9)
 
-    def read_stretches(shards, starts, n):
+    def read_sequences(shards, starts, n):
         places.extend(starts)
         return np.zeros((len(starts), n), np.int32)
 
-    monkeypatch.setattr(batches, "read_stretches", read_stretches)
+    monkeypatch.setattr(batches, "read_sequences", read_sequences)
     read_batches([], seed, 0, (50, 1, 20), 64)
     assert 0 <= min(places) < 2 * 10**9 and 7 * 10**9 < max(places) < 9 * 10**9 - 64
 

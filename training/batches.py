@@ -1,4 +1,4 @@
-"""Which stretches of the text a step sees: a function of the seed and the step alone."""
+"""Which sequences of the text a step sees, as a function of the seed and the step alone."""
 
 import functools
 import math
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corpus.shards import count_ids, read_stretches
+from corpus.shards import count_ids, read_sequences
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -30,7 +30,7 @@ def read_batches(shards, seed, n_done, shape, n_ctx, sharding):  # -> [*shape, n
     """Stretches of the text from random places, for the steps after n_done.
 
     shape: [n steps, n_accumulate, batch_size]. The places do not depend on devices or processes,
-    but a process reads only the stretches that its own devices will work on. Packed examples are
+    but a process reads only the sequences that its own devices will work on. Packed examples are
     one shard with two axes: then whole rows are read, each row once before any comes again.
     """
     if shards and shards[0].ndim == 2:
@@ -45,7 +45,7 @@ def read_batches(shards, seed, n_done, shape, n_ctx, sharding):  # -> [*shape, n
 
     def read(index):
         local = starts[index[:3]]
-        return read_stretches(shards, local.ravel(), n_ctx + 1).reshape(*local.shape, n_ctx + 1)
+        return read_sequences(shards, local.ravel(), n_ctx + 1).reshape(*local.shape, n_ctx + 1)
 
     return jax.make_array_from_callback((*shape, n_ctx + 1), sharding, read)
 

@@ -19,7 +19,7 @@ from corpus.examples import (
     prompt_of,
     thin,
 )
-from corpus.shards import check_ids, count_ids, open_shards, read_stretches
+from corpus.shards import check_ids, count_ids, open_shards, read_sequences
 from corpus.texts import encode_text, read_text
 from encoder import Encoder
 from model_files.download import download_shakespeare
@@ -143,27 +143,27 @@ def describe(text):  # -> a line for people
     return f"{n_train} training and {n_val} validation tokens to learn, of {words}"
 
 
-def draw_stretches(shards, seed, step, shape):  # -> [*shape], ids
+def draw_sequences(shards, seed, step, shape):  # -> [*shape], ids
     """Stretches from random places, for backprop.py. They depend on the seed and the step alone."""
     n = shape[-1]
     n_places = count_ids(shards) - n + 1
     rng = np.random.default_rng([seed, step])
     starts = rng.integers(0, n_places, math.prod(shape[:-1]))
-    return read_stretches(shards, starts, n).reshape(shape)
+    return read_sequences(shards, starts, n).reshape(shape)
 
 
 def fingerprint(shards):  # [arrays] -> SHA-256, hexadecimal
-    """Of the ids, not their type or files. Of very many ids only stretches from all over count."""
+    """Of the ids, not their type or files. If there are very many, of parts from all over them."""
     n_ids, n = count_ids(shards), 2**12
     step = n * -(-n_ids // MOST_FINGERPRINT)
     found = hashlib.sha256()
     for start in range(0, n_ids, step):
-        found.update(read_stretches(shards, [start], min(n, n_ids - start)).tobytes())
+        found.update(read_sequences(shards, [start], min(n, n_ids - start)).tobytes())
     return found.hexdigest()
 
 
 def check_enough(shards, n_ctx, data):
-    """Raises ValueError if the text is too short for a stretch to train on, and one to validate."""
+    """Raises ValueError if the text is too short for one training and one validation sequence."""
     for split, arrays in shards.items():
         if count_ids(arrays) <= n_ctx:
             raise ValueError(
@@ -180,4 +180,4 @@ def cut_windows(shards, n_ctx):  # [arrays] -> [n_windows, n_ctx + 1]
     """
     n_windows = (count_ids(shards) - 1) // n_ctx
     step = -(-n_windows * n_ctx // MOST_VALIDATION)
-    return read_stretches(shards, np.arange(0, n_windows, step) * n_ctx, n_ctx + 1)
+    return read_sequences(shards, np.arange(0, n_windows, step) * n_ctx, n_ctx + 1)
