@@ -236,17 +236,18 @@ class Encoder:
         self._ids_of_piece = Cache(self._encode_piece)
         self._ids_of_word = Cache(self._encode_word)
 
-    def encode(self, text, allow_endoftext=False):
+    def encode(self, text, allow_endoftext=False, begins=True):
         """Returns the token ids of a string: list[int].
 
         If allow_endoftext is true, "<|endoftext|>" and the other texts of `special` become one id
         each. If two of them match, the longer one is taken. Otherwise they are encoded as ordinary
         text. Added tokens that are not special always become one id. Lone surrogates, which UTF-8
-        cannot encode, become U+FFFD.
+        cannot encode, become U+FFFD. begins: False for a text that continues another, so that
+        add_prefix_space does not apply to it.
         """
         text = mend_surrogates(text)
         if not allow_endoftext and not self._has_plain_added:
-            return self._checked(self._encode_plain(text))
+            return self._checked(self._encode_plain(text, begins))
         parts = [text]  # texts, and the ids of added tokens
         for tokens, pattern in self._passes:
             split = []
@@ -257,8 +258,9 @@ class Encoder:
                     split.append(part)
             parts = split
         ids = []
-        for part in parts:
-            ids += self._encode_plain(part) if isinstance(part, str) else [part]
+        for i, part in enumerate(parts):
+            begins = begins or i > 0
+            ids += self._encode_plain(part, begins) if isinstance(part, str) else [part]
         return self._checked(ids)
 
     def _checked(self, ids):
@@ -268,6 +270,18 @@ class Encoder:
                 f"the text has the id {max(ids)}, but the model has only {self.n_vocab} rows"
             )
         return ids
+
+    def start_of_added(self, text, place):  # -> a position
+        """Returns where the added token begins that lies across a place in the text, or ends there.
+
+        Without such a token, returns the place. Only tokens that always become one id count.
+        """
+        for tokens, pattern in self._passes:
+            for match in pattern.finditer(text):
+                is_there = match.start() < place <= match.end()
+                if is_there and not tokens[match[0]].is_special:
+                    return match.start()
+        return place
 
     def encode_prompt(self, text, n_ctx=None):
         """Returns encode(text) or, for an empty text, only the end token, if there is one.
@@ -347,8 +361,8 @@ class Encoder:
         end_token = ends[0] if ends else None
         write_tokenizer(model_dir, self, end_token)
 
-    def _encode_plain(self, text):
-        if self.add_prefix_space and text and not text.startswith(" "):
+    def _encode_plain(self, text, begins):
+        if self.add_prefix_space and begins and text and not text.startswith(" "):
             text = " " + text
         if self.is_byte_model and max(self._byte_ids) < 256:
             return list(text.encode().translate(bytes(self._byte_ids)))

@@ -96,8 +96,10 @@ def load_ids(data, encoder):  # the --data flag -> ids [1 + n_tokens], n_bytes, 
     if encoder.endoftext is not None:
         ids = np.concatenate([[encoder.endoftext], ids])
     elif len(ids):
-        first = encoder.piece_of_id[int(ids[0])]
-        predicted[0] = predicted[0][len(first) :]  # a piece has one character per byte
+        first = encoder.decode_bytes([int(ids[0])])
+        if encoder.add_prefix_space and not predicted[0].startswith(b" "):
+            first = first.removeprefix(b" ")  # not part of the text
+        predicted[0] = predicted[0][len(first) :]
     if len(ids) < 2:
         raise ValueError(f"{data} is empty, or too short to predict any of it; name a longer text")
     n_words = sum(len(document.decode(errors="replace").split()) for document in predicted)
@@ -126,11 +128,13 @@ def load_shards(folder, encoder):  # -> the same as load_ids
     if encoder.endoftext not in (None, ids[0]):
         ids = np.concatenate([[encoder.endoftext], ids])
     documents = np.split(ids[1:], np.flatnonzero(ids[1:] == encoder.endoftext))
-    texts = (encoder.decode(doc[doc != encoder.endoftext].tolist()) for doc in documents)
+    texts = [encoder.decode(doc[doc != encoder.endoftext].tolist()) for doc in documents]
     n_words = sum(len(text.split()) for text in texts)
     sizes = np.array([len(encoder.piece_of_id.get(id, "")) for id in range(encoder.n_vocab)])
     n_of_id = np.bincount(ids[1:][ids[1:] != encoder.endoftext], minlength=len(sizes))
     n_bytes = int(n_of_id @ sizes)
+    if encoder.add_prefix_space and encoder.endoftext is not None:
+        n_bytes -= sum(text.startswith(" ") for text in texts)  # spaces that the tokenizer added
     if not n_bytes:
         raise ValueError(f"{folder}: the validation shards hold no text to predict")
     return ids, n_bytes, n_words

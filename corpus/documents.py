@@ -544,6 +544,7 @@ def read_text(file, span, options):  # yields lists of Parts
     """Split a text at the lines that hold only the separator, and wherever <|endoftext|> is.
 
     A line that holds only <|endoftext|> goes with its end; within a line, only <|endoftext|> does.
+    A byte order mark at the beginning of the source is not part of the text.
     """
     separator = options.separator.encode()
     line = rb"(?:%s|%s)\r?" % (re.escape(END), re.escape(separator))
@@ -551,11 +552,13 @@ def read_text(file, span, options):  # yields lists of Parts
     found_at_end = re.compile(rb"%s(?:\n|\Z)|%s" % (line, re.escape(END)))
     n_most = max(len(END), len(separator)) + 2  # bytes of what may be found
     buffer = b""
-    position = span.start  # of the buffer's first byte
-    document = span.start  # where the document that is being read begins
+    file.seek(span.start)
+    if span.start + span.offset > 0 or file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+        file.seek(span.start)
+    position = file.tell()  # of the buffer's first byte
+    document = position  # where the document that is being read begins
     is_begun = False  # has a part of it been made?
     at_line_start = True  # is the buffer's first byte the first of its line?
-    file.seek(span.start)
     while True:
         block = file.read(min(BLOCK, span.stop - position - len(buffer)))
         buffer += block

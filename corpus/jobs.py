@@ -24,6 +24,7 @@ from plumbing.files import read_json, write_whole
 SPLITS = ["train", "val"]
 FEW_DRAWN = 10  # if a draw would give validation fewer documents than this, there is no draw
 MOST_AHEAD = 2**31  # bytes that are read at most to see whether there are few documents
+BORDER = 2**16  # bytes on each side of a border in which an added token is looked for
 WORK = ".work"  # a folder inside the shards' folder, for unfinished files
 
 
@@ -213,10 +214,15 @@ def write_shards(spans, paths, encoder, options, dtype):  # -> the note
     with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
         files = {"train": train, "val": val}
         for span in spans:
+            joints = {split: Joint(encoder) for split in SPLITS}
             for parts in read_span(span, options):
                 by_split = split_parts(parts, span, options)
                 for split in SPLITS:
-                    add_parts(by_split[split], split, files[split], span, encoder, dtype, note)
+                    pieces = add_parts(by_split[split], split, span, joints[split], note)
+                    note["n_tokens"][split] += write_ids(pieces, files[split], encoder, dtype)
+            for split in SPLITS:
+                pieces = joints[split].rest()
+                note["n_tokens"][split] += write_ids(pieces, files[split], encoder, dtype)
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -239,17 +245,66 @@ def split_parts(parts, span, options):  # [Part] -> {split: [Part]}
     return by_split
 
 
-def add_parts(parts, split, file, span, encoder, dtype, note):
-    """Encode some parts of a split, append them to its file, and count them in the note."""
+def add_parts(parts, split, span, joint, note):  # -> [Piece]
+    """Count some parts of a split in the note, and return the pieces that can be encoded now."""
     ends = [part.ends and span.ends for part in parts]
     texts, n_replaced = mend([part.text for part in parts])
-    ids = encode(texts, ends, encoder, dtype)
-    file.write(ids)
-    note["n_tokens"][split] += len(ids)
     note["n_documents"][split] += sum(ends)
     note["n_bytes"] += sum(map(len, texts))
     note["n_replaced"] += n_replaced
     note["n_null"] += sum(part.is_null for part in parts)
+    pieces = []
+    for text, end in zip(texts, ends, strict=True):
+        if text or end:  # otherwise it is a null
+            pieces += joint.add(text, end)
+    return pieces
+
+
+class Piece(NamedTuple):
+    """A text to encode by itself: a document, or a part of one."""
+
+    text: bytes
+    begins: bool  # is it the document's beginning?
+    ends: bool  # is it the document's end?
+
+
+class Joint:
+    """Where the parts of a long document meet. A part waits for the next one.
+
+    If an added token lies across the border between them, or right before it, the border moves to
+    the token's beginning.
+    """
+
+    def __init__(self, encoder):
+        self.encoder = encoder
+        self.waiting = None  # a Piece, which does not end its document
+
+    def add(self, text, ends):  # -> [Piece], those that can be encoded now
+        pieces = []
+        if self.waiting is not None:
+            before, text = self.move_border(self.waiting.text, text)
+            pieces.append(self.waiting._replace(text=before))
+        piece = Piece(text, self.waiting is None, ends)
+        self.waiting = None if ends else piece
+        return [*pieces, piece] if ends else pieces
+
+    def rest(self):  # -> [Piece], what still waits at the end of a span
+        waiting, self.waiting = self.waiting, None
+        return [waiting] if waiting else []
+
+    def move_border(self, before, after):  # two texts that meet -> the same, cut elsewhere
+        head = before[-BORDER:].decode(errors="ignore")
+        tail = after[:BORDER].decode(errors="ignore")
+        start = self.encoder.start_of_added(head + tail, len(head))
+        n_moved = len(head[start:].encode())
+        n_kept = len(before) - n_moved
+        return before[:n_kept], before[n_kept:] + after
+
+
+def write_ids(pieces, file, encoder, dtype):  # -> how many
+    ids = encode(pieces, encoder, dtype)
+    file.write(ids)
+    return len(ids)
 
 
 def draw(positions, source, seed):  # [n] uint64 -> [n] float64 from 0 to 1, one per document
@@ -265,20 +320,20 @@ def draw(positions, source, seed):  # [n] uint64 -> [n] float64 from 0 to 1, one
     return (x >> np.uint64(11)) * 2.0**-53
 
 
-def encode(texts, ends, encoder, dtype):  # [UTF-8], [bool] -> [n] ids
-    """Encode the texts, with the id of <|endoftext|> after each text that ends."""
+def encode(pieces, encoder, dtype):  # [Piece] -> [n] ids
+    """Encode the pieces, with the id of <|endoftext|> after each one that ends a document."""
     if encoder.is_byte_model:  # a table is enough; 0xFF, which UTF-8 never has, ends a document
         table = [encoder.vocab[CHAR_OF_BYTE[byte]] for byte in range(255)] + [encoder.endoftext]
-        pieces = []
-        for text, end in zip(texts, ends, strict=True):
-            pieces.append(text)
-            if end:
-                pieces.append(b"\xff")
-        return np.array(table, dtype)[np.frombuffer(b"".join(pieces), np.uint8)]
+        texts = []
+        for piece in pieces:
+            texts.append(piece.text)
+            if piece.ends:
+                texts.append(b"\xff")
+        return np.array(table, dtype)[np.frombuffer(b"".join(texts), np.uint8)]
     ids = []
-    for text, end in zip(texts, ends, strict=True):
-        ids += encoder.encode(text.decode())
-        if end:
+    for piece in pieces:
+        ids += encoder.encode(piece.text.decode(), begins=piece.begins)
+        if piece.ends:
             ids.append(encoder.endoftext)
     return np.fromiter(ids, dtype, len(ids))
 

@@ -203,12 +203,14 @@ def test_a_text_is_its_bytes(tmp_path):
     for text, n_bytes, n_words in (
         (b"a\r\nb\n", 5, 2),  # line ends stay as they are
         (b"a\xff b", 6, 2),  # no UTF-8: U+FFFD has 3 bytes
-        (b"\xef\xbb\xbfa", 4, 1),  # a byte order mark is text
+        (b"\xef\xbb\xbfa", 1, 1),  # a byte order mark is not text, except after the beginning
+        (b"a \xef\xbb\xbfb", 6, 2),
         (b" \n ", 3, 0),
     ):
         ids, *counts = evaluate.load_ids(write(tmp_path / "text", text), Encoder([]))
         assert counts == [n_bytes, n_words] and len(ids) == 1 + n_bytes
-        assert Encoder([]).decode(ids[1:]).encode() == text.replace(b"\xff", "\ufffd".encode())
+        text = text.removeprefix(b"\xef\xbb\xbf").replace(b"\xff", "\ufffd".encode())
+        assert Encoder([]).decode(ids[1:]).encode() == text
         assert ids[0] == ENDOFTEXT not in ids[1:]
 
 
@@ -224,6 +226,29 @@ def test_without_an_end_of_text_the_first_token_only_predicts(tmp_path):
         with pytest.raises(ValueError, match="text is empty, or too short to predict any of it"):
             evaluate.load_ids(write(tmp_path / "text", text), encoder)
     assert len(evaluate.load_ids(write(tmp_path / "text", "b"), Encoder([]))[0]) == 2
+
+
+def test_spaces_that_the_tokenizer_adds_are_not_counted(tmp_path):
+    merges = [("Ġ", "a"), ("b", "c")]
+    vocab = {piece: id for piece, id in Encoder(merges).vocab.items() if piece != "<|endoftext|>"}
+    encoder = Encoder(merges, vocab, add_prefix_space=True)
+    for text, n_bytes in (("a bc a", 5), (" a bc a", 5), ("bc a", 4)):
+        ids, *counts = evaluate.load_ids(write(tmp_path / "text", text), encoder)
+        assert counts[0] == n_bytes == len(encoder.decode_bytes(ids[1:].tolist()))
+    encoder = Encoder(merges, add_prefix_space=True)
+    documents = ["a bc a", "bc dé a", "x y"]
+    (tmp_path / "shards").mkdir()
+    encoder.save(tmp_path / "shards")
+    ids = [id for text in documents for id in [*encoder.encode(text), encoder.endoftext]]
+    sizes = {}
+    for split in ("train", "val"):
+        name = f"{split}_000000.bin"
+        np.array(ids, "<u2").tofile(tmp_path / "shards" / name)
+        sizes[name] = len(ids)
+    write(tmp_path / "shards" / "meta.json", json.dumps({"dtype": "uint16", "shards": sizes}))
+    found, *counts = evaluate.load_ids(str(tmp_path / "shards"), encoder)
+    assert found.tolist() == [encoder.endoftext, *ids]
+    assert counts == [sum(len(text.encode()) for text in documents), 8]
 
 
 def test_what_no_float_can_hold_is_none():

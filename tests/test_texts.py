@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import conftest
 import numpy as np
@@ -21,7 +22,7 @@ from corpus.documents import Options, Span
 from corpus.shards import open_shards
 from encoder import ENDOFTEXT, Encoder
 from evaluate import load_ids
-from model_files.vocabulary import BYTE_OF_CHAR
+from model_files.vocabulary import BYTE_OF_CHAR, AddedToken
 from training.text import load_text, load_tokens
 
 OPTIONS = Options(val_fraction=0.0, last_fraction=0.0)
@@ -126,17 +127,15 @@ def test_endoftext_separates_within_a_line_and_one_document_has_none(tmp_path):
 
 
 def prepared(path, options=OPTIONS, encoder=BYTES):  # -> ids, as prepare.py's workers encode them
-    ids = []
     with tempfile.TemporaryDirectory() as folder:
-        for span in documents.cut_source(0, documents.describe(str(path)), options, folder):
-            for parts in documents.read_span(span, options):
-                mended, _ = documents.mend([part.text for part in parts])
-                ends = [part.ends for part in parts]
-                ids += jobs.encode(mended, ends, encoder, np.dtype("<u2")).tolist()
-    return ids
+        spans = documents.cut_source(0, documents.describe(str(path)), options, folder)
+        paths = {split: Path(folder, split) for split in jobs.SPLITS}
+        jobs.write_shards(list(spans), paths, encoder, options, np.dtype("<u4"))
+        return np.fromfile(paths["train"], "<u4").tolist()
 
 
 def split_plainly(data):  # -> [documents], line by line, then at <|endoftext|>
+    data = data.removeprefix(b"\xef\xbb\xbf")
     kept = [
         b"\0" if line.rstrip(b"\n").removesuffix(b"\r") == END else line
         for line in re.findall(rb"[^\n]*\n|[^\n]+", data)
@@ -199,6 +198,33 @@ def test_endoftext_in_a_line_has_its_id_as_in_tiktoken(tmp_path_factory, pieces)
     path = tmp_path_factory.getbasetemp() / "inline.txt"
     path.write_text(text, newline="")
     assert prepared(path, encoder=SMALL) == theirs.encode(text, allowed_special="all")
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    """As in JSON lines, and in a file of prompts."""
+    path = tmp_path / "a.txt"
+    path.write_text("\ufeffHello\n<|endoftext|>\n\ufeffworld", encoding="utf-8")
+    assert list(documents.read_documents(path)) == ["Hello\n", "\ufeffworld"]
+    assert prepared(path) == [*BYTES.encode("Hello\n"), 256, *BYTES.encode("\ufeffworld"), 256]
+
+
+@pytest.mark.parametrize("text", ["word{},item;", "a[sep|tok]", "New York", "b New York é"])
+def test_a_long_document_has_the_ids_of_the_whole_text(tmp_path, monkeypatch, rng, text):
+    """Wherever it is cut, with a tokenizer that adds spaces and with added tokens."""
+    monkeypatch.setattr(documents, "BLOCK", int(rng.integers(200, 300)))
+    added = {
+        text: AddedToken(SMALL.n_vocab + i, is_special=False, normalized=False)
+        for i, text in enumerate(["[sep|tok]", "New York"])
+    }
+    added[ENDOFTEXT] = AddedToken(SMALL.endoftext)
+    vocab = {piece: id for piece, id in SMALL.vocab.items() if piece != ENDOFTEXT}
+    text = "".join(text.format(i) for i in range(1000))
+    path = tmp_path / "long.txt"
+    path.write_text(text, encoding="utf-8")
+    for add_prefix_space in (False, True):
+        how = {"end_ids": [SMALL.endoftext], "add_prefix_space": add_prefix_space}
+        encoder = Encoder(SMALL.merges, vocab, added=added, **how)
+        assert prepared(path, encoder=encoder) == [*encoder.encode(text), SMALL.endoftext]
 
 
 @pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json", "a.jsonl.gz"])
