@@ -24,11 +24,16 @@ def until_stop(held, n_new, stops):  # -> (what may be shown, what is held back,
     starts = [end - n for end in ends for n in lengths if n <= end and held[end - n : end] in known]
     if starts:
         return held[: min(starts)], "", True
-    for start in range(max(0, len(held) - lengths[-1] + 1), len(held)):
-        after = bisect_left(ordered, held[start:])  # stops that begin with it come here
-        if after < len(ordered) and ordered[after].startswith(held[start:]):
-            return held[:start], held[start:], False
-    return held, "", False
+    return *hold_back(held, stops), False
+
+
+def hold_back(text, stops):  # -> (what may be shown, an end that may be the beginning of a stop)
+    ordered, _, lengths = stops
+    for start in range(max(0, len(text) - max(lengths, default=0) + 1), len(text)):
+        after = bisect_left(ordered, text[start:])  # stops that begin with it come here
+        if after < len(ordered) and ordered[after].startswith(text[start:]):
+            return text[:start], text[start:]
+    return text, ""
 
 
 def sort_stops(stops):  # -> in order, as a set, and their lengths: what until_stop takes

@@ -6,13 +6,14 @@ with its log-probabilities.
 
 import codecs
 import math
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
 
 from generation.rows import Row
 from generation.sampling import new_rng
-from generation.stops import until_stop
+from generation.stops import hold_back, until_stop
 from gpt2 import end_ids_of, penalize_repetition, sample
 from pages.predictions import likeliest
 
@@ -138,7 +139,7 @@ class Choice:
     def note(self, id, log_prob=None, best_ids=None, best=None):
         """Adds the next token, from the prompt or sampled: its text and its log-probabilities."""
         if self.asked.logprobs is not None:
-            offset = len(self.text) + len(self.held)
+            offset = len(self.text) + len(self.stripped(self.held))
             self.entries.append((id, log_prob, best_ids, best, offset))
         if self.n_sampled and id in end_ids_of(self.row.endoftext):
             return
@@ -148,14 +149,18 @@ class Choice:
             self.held = ""
             return
         text = self.utf8.decode(self.encoder.decode_bytes([id]))
+        stops = self.asked.stops
         if self.n_sampled > self.asked.min_tokens:
-            stops = self.asked.stops
             text, self.held, self.has_stopped = until_stop(self.held + text, len(text), stops)
+        elif self.n_sampled:  # a stop may begin here and end later
+            text, self.held = hold_back(self.held + text, stops)
         self.add(text)
 
     def add(self, text):
-        strip = self.asked.strip and not self.text
-        self.text += text.lstrip() if strip else text
+        self.text += self.stripped(text)
+
+    def stripped(self, text):  # -> as much of it as will be shown
+        return text.lstrip() if self.asked.strip and not self.text else text
 
     def take(self, end):  # -> Part, or the exception that ended this text
         """end: why the text ends, or None. At its end, the part also has the text held back."""
@@ -166,7 +171,8 @@ class Choice:
         text = self.text[self.n_text_taken :]
         self.n_text_taken = len(self.text)
         n_sure = math.inf if end and not self.has_stopped else len(self.text)
-        entries = [entry for entry in self.entries[self.n_entries_taken :] if entry[-1] < n_sure]
+        news = self.entries[self.n_entries_taken :]
+        entries = list(takewhile(lambda entry: entry[-1] < n_sure, news))
         self.n_entries_taken += len(entries)
         return Part(self.index, text, entries, end, self.n_sampled)
 

@@ -17,7 +17,7 @@ pytest.importorskip("starlette", reason="starlette is not installed")
 from starlette.testclient import TestClient  # noqa: E402
 
 import serve  # noqa: E402
-from serving import fields  # noqa: E402
+from serving import choices, fields  # noqa: E402
 from serving.choices import Choice, choices_of  # noqa: E402
 from serving.protocol import read_completion, server_sent  # noqa: E402
 
@@ -147,6 +147,43 @@ def test_before_min_tokens_nothing_ends_a_text(client, n):
     asked = {"max_tokens": 20, "temperature": 0, "logit_bias": {str(a): 100}}
     choice = ask(client, "One", min_tokens=n, stop="A", **asked)
     assert choice["text"] == "A" * n and choice["finish_reason"] == "stop"
+
+
+def scripted(monkeypatch, text):  # the tokens that every choice samples next
+    ids = iter([*ENCODER.encode(text), *[END] * 9])
+    monkeypatch.setattr(choices, "sample", lambda *args, **rest: next(ids))
+
+
+@pytest.mark.parametrize(("n", "text"), [(0, "ab"), (3, "ab"), (4, "abcdefg")])
+def test_a_stop_may_begin_before_min_tokens_but_not_end_there(client, monkeypatch, n, text):
+    scripted(monkeypatch, "abcdefg")
+    choice = ask(client, "x", max_tokens=7, stop="cd", min_tokens=n)
+    assert choice["text"] == text and choice["finish_reason"] == ("stop" if n < 4 else "length")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "stop", "tokens"),
+    [
+        ("\nB\nUser:", None, "\nB"),
+        ("\n\n\nNo.\nUser:", "\n\n\n\n", "\n\n\nNo."),
+        ("\n\nOK\n\nQ", "\n\nQ", "\n\nOK"),
+    ],
+)
+def test_a_chats_log_probabilities_are_those_of_its_tokens(
+    client, monkeypatch, text, stop, tokens, stream
+):
+    """Although the white space at its beginning is held back, and then stripped."""
+    scripted(monkeypatch, text)
+    asked = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "stop": stop}
+    asked |= {"max_tokens": 20, "stream": stream}
+    response = client.post("/v1/chat/completions", json=asked)
+    lines = [response.text]
+    if stream:
+        lines = [line[6:] for line in response.text.split("\n") if line.startswith("data: {")]
+    parts = [json.loads(line)["choices"][0] for line in lines]
+    shown = [part["logprobs"]["content"] for part in parts if part.get("logprobs")]
+    assert [entry["token"] for content in shown for entry in content] == list(tokens)
 
 
 # --- Fields that are refused or ignored -----------------------------------------------------------
