@@ -387,9 +387,9 @@ def check_sampling(
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p must be from 0 (keep every token) to 1, not {min_p}")
-    if not 0 < repetition_penalty < math.inf:
+    if not 0.01 <= repetition_penalty <= 100:
         raise ValueError(
-            f"repetition_penalty must be above 0, and finite, not {repetition_penalty}; 1 is none"
+            f"repetition_penalty must be from 0.01 to 100 (1 is none), not {repetition_penalty}"
         )
     if seed is not None and seed < 0:
         raise ValueError(f"seed must be 0 or more, not {seed}")

@@ -16,7 +16,7 @@ DONE = {  # {supported field: its values}, for the guide
     "min_p": "0 to 1",
     "presence_penalty": "-2 to 2, over the generated tokens, as OpenAI defines it",
     "frequency_penalty": "-2 to 2, over the generated tokens, as OpenAI defines it",
-    "repetition_penalty": "above 0, over the whole text, as in vLLM",
+    "repetition_penalty": "0.01 to 100, over the whole text, as in vLLM",
     "seed": "the same seed samples the same text",
     "stop": "a string, or a list of at most 1024, of 10000 characters together",
     "stop_token_ids": "ids that end a text",

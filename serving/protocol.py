@@ -142,9 +142,7 @@ def read_settings(data, encoder, more_stops=()):  # -> Asked, all but its prompt
             top_k=max(0, number(data, "top_k", 0, -1, largest_int)),  # -1 means all in vLLM
             top_p=top_p,
             min_p=number(data, "min_p", 0.0, 0, 1, float),
-            repetition_penalty=number(
-                data, "repetition_penalty", 1.0, sys.float_info.min, largest_float, float
-            ),
+            repetition_penalty=number(data, "repetition_penalty", 1.0, 0.01, 100, float),
         ),
         presence_penalty=number(data, "presence_penalty", 0.0, -2, 2, float),
         frequency_penalty=number(data, "frequency_penalty", 0.0, -2, 2, float),

@@ -603,6 +603,8 @@ WRONG = {
     "a penalty": ({"presence_penalty": -2.5}, 400, "presence_penalty"),
     "min_p": ({"min_p": 1.5}, 400, "min_p"),
     "repetition_penalty": ({"repetition_penalty": 0}, 400, "repetition_penalty"),
+    "a tiny one": ({"repetition_penalty": 1e-300}, 400, "repetition_penalty"),
+    "a huge one": ({"repetition_penalty": 1e308}, 400, "repetition_penalty"),
     "min_tokens": ({"min_tokens": -1}, 400, "min_tokens"),
     "stop_token_ids": ({"stop_token_ids": [257]}, 400, "stop_token_ids"),
     "too many stops": ({"stop": ["a"] * 1025}, 400, "stop"),
