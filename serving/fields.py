@@ -7,7 +7,7 @@ is either supported, or rejected unless its value has no effect. Unknown fields 
 DONE = {  # {supported field: its values}, for the guide
     "model": "the name or the --model_size that the server was started with",
     "prompt": "a string, strings, token ids, or lists of token ids; missing means empty",
-    "messages": "of system or developer, user and assistant; text, or a list of text parts",
+    "messages": "with the roles system or developer, user and assistant; text, or a list of text parts",
     "max_tokens": "at most as many as fit; in chats also max_completion_tokens",
     "n": "1 to 128",
     "temperature": "0 or more; 1 by default",
@@ -20,7 +20,7 @@ DONE = {  # {supported field: its values}, for the guide
     "seed": "the same seed samples the same text",
     "stop": "a string, or a list of at most 1024, of 10000 characters together",
     "stop_token_ids": "ids that end a text",
-    "min_tokens": "before them, no stop and no end",
+    "min_tokens": "no stop and no end token ends a text before it has this many",
     "ignore_eos": "continue after the end token",
     "logit_bias": "an object, {id: -100 to 100}",
     "logprobs": "0 to 20; in chats a boolean, beside top_logprobs",
@@ -29,7 +29,7 @@ DONE = {  # {supported field: its values}, for the guide
     "stream_options": "include_usage",
     "input": "of /v1/responses: a string or a list of messages, as in chats",
     "instructions": "of /v1/responses: a system message before the others",
-    "max_output_tokens": "of /v1/responses: as max_tokens in chats",
+    "max_output_tokens": "of /v1/responses: like max_tokens in chats",
     "text": "of /v1/responses: its format must be text",
 }
 REFUSED = {  # {rejected field: the values that have no effect, besides null}

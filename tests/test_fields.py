@@ -229,7 +229,7 @@ def test_the_default_temperatures_are_said_where_people_look():
     guide = " ".join((REPO / "docs" / "guide.md").read_text("utf-8").split())
     assert (
         "Temperature is 0 by default in `gpt2.py` and `kv_cache.py` (greedy), 1 in the server's "
-        "protocol (as OpenAI's) and 0.8 on the server's page." in guide
+        "protocol (as in OpenAI's) and 0.8 on the server's page." in guide
     )
 
 
