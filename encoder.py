@@ -59,7 +59,8 @@ from plumbing.files import naming
 # Only lower-case endings count ("DON'T" is cut into "DON", "'", "T"), and they count even if no
 # word comes before them ("'tis" at the start of a line is cut into "'t", "is"). \p{L} is a letter
 # of any script and \p{N} any digit; Python's own `re` has neither. `re` also counts \x1c to \x1f as
-# white space. `regex`, which OpenAI's encoder uses, doesn't, and neither does tiktoken.
+# white space. `regex`, which OpenAI's encoder uses, doesn't, and neither does tiktoken. A newer
+# version of `regex` can know newer letters than tiktoken does, and cuts texts with these otherwise.
 PIECE = regex.compile(
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 )

@@ -7,7 +7,7 @@ is either supported, or rejected unless its value has no effect. Unknown fields 
 DONE = {  # {supported field: its values}, for the guide
     "model": "the name or the --model_size that the server was started with",
     "prompt": "a string, strings, token ids, or lists of token ids; missing means empty",
-    "messages": "with the roles system or developer, user and assistant; text, or a list of text parts",
+    "messages": "of system or developer, user and assistant; each is text, or a list of text parts",
     "max_tokens": "at most as many as fit; in chats also max_completion_tokens",
     "n": "1 to 128",
     "temperature": "0 or more; 1 by default",
