@@ -6,7 +6,6 @@
 import os
 
 import numpy as np
-import pytest
 from conftest import random_params
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -144,10 +143,7 @@ class BatchMachine(RuleBasedStateMachine):
 
 
 n_examples = int(os.environ.get("BATCH_EXAMPLES", 15))
-BatchMachine.TestCase.settings = settings(
-    max_examples=n_examples, stateful_step_count=25, deadline=None, print_blob=True
+TestBatch = BatchMachine.TestCase
+TestBatch.settings = settings(
+    max_examples=n_examples, stateful_step_count=25, deadline=None, database=None, print_blob=True
 )
-
-
-class TestBatch(BatchMachine.TestCase):
-    pytestmark = pytest.mark.filterwarnings("default")
