@@ -142,7 +142,7 @@ class BatchMachine(RuleBasedStateMachine):
                 assert is_written_by(self.params, row)
 
 
-n_examples = int(os.environ.get("BATCH_EXAMPLES", 15))
+n_examples = int(os.environ.get("BATCH_EXAMPLES", 30))
 TestBatch = BatchMachine.TestCase
 TestBatch.settings = settings(
     max_examples=n_examples, stateful_step_count=25, deadline=None, database=None, print_blob=True
