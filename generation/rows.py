@@ -84,8 +84,11 @@ class Row:
         return self.prompt[n:] + self.ids[n_written:] + self.guesses
 
     def find_source(self, others):
-        """Finds, among other rows, the one that shares the longest beginning with this row."""
-        if self.sampler.needs_states:
+        """Finds, among other rows, the one that shares the longest beginning with this row.
+
+        A row that has forgotten its own beginning has no use for another's.
+        """
+        if self.sampler.needs_states or self.n_forgotten:
             return
         shared = [(self.n_in_common(other), other.n_read) for other in others]
         best = max(shared, default=(0, 0))
