@@ -6,6 +6,7 @@ import platform
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -69,6 +70,23 @@ def alternate(rounds, **functions):
             function()
             seconds[name].append(time.perf_counter() - start)
     return {name: median(values) for name, values in seconds.items()}
+
+
+N_PROMPT, SHORT, LONG, ROUNDS = 16, 8, 40, 5
+
+
+def step_seconds(engines, ids):  # {name: function of (ids, n_tokens)} -> {name: seconds}
+    """A step writes one token for each row of ids: the time of LONG tokens less that of SHORT."""
+    runs = {
+        f"{name}/{n}": partial(write, ids, n)
+        for name, write in engines.items()
+        for n in (SHORT, LONG)
+    }
+    seconds = alternate(ROUNDS, **runs)
+    return {
+        name: (seconds[f"{name}/{LONG}"] - seconds[f"{name}/{SHORT}"]) / (LONG - SHORT)
+        for name in engines
+    }
 
 
 def machine():

@@ -19,7 +19,18 @@ import ctranslate2
 import numpy as np
 import torch
 import transformers
-from common import HPARAMS, alternate, hugging_face, machine, model_folder, print_table
+from common import (
+    HPARAMS,
+    LONG,
+    N_PROMPT,
+    ROUNDS,
+    alternate,
+    hugging_face,
+    machine,
+    model_folder,
+    print_table,
+    step_seconds,
+)
 
 import gpt2
 import kv_cache
@@ -28,7 +39,6 @@ from engine import kernels, products
 from model_files import weights
 
 N_HEAD, N_VOCAB = HPARAMS["n_head"], HPARAMS["n_vocab"]
-N_PROMPT, SHORT, LONG, ROUNDS = 16, 8, 40, 5
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -75,16 +85,7 @@ def seconds_a_step(engines, n_rows):
     texts = {name: write(ids, LONG) for name, write in engines.items()}
     assert all(len(row) == LONG for text in texts.values() for row in text)
     assert texts["kv_cache"] == texts["Hugging_Face"]
-    runs = {
-        f"{name}/{n}": lambda write=write, n=n: write(ids, n)
-        for name, write in engines.items()
-        for n in (SHORT, LONG)
-    }
-    seconds = alternate(ROUNDS, **runs)
-    return {
-        name: (seconds[f"{name}/{LONG}"] - seconds[f"{name}/{SHORT}"]) / (LONG - SHORT)
-        for name in engines
-    }
+    return step_seconds(engines, ids)
 
 
 def floor(params):

@@ -15,41 +15,19 @@ from pathlib import Path
 import gguf
 import llama_cpp
 import numpy as np
-from common import HPARAMS, alternate, machine, print_table, random_params
+from common import HPARAMS, LONG, N_PROMPT, machine, print_table, random_params, step_seconds
 
 import kv_cache
 from engine.threads import usable_cores
 from model_files import weights
 
 N_HEAD, N_VOCAB = HPARAMS["n_head"], HPARAMS["n_vocab"]
-N_PROMPT, SHORT, LONG, ROUNDS = 16, 8, 40, 5
 ROWS = (1, 8, 32)
 KINDS = {
     "float32": gguf.GGMLQuantizationType.F32,
     "float16": gguf.GGMLQuantizationType.F16,
     "Q8_0": gguf.GGMLQuantizationType.Q8_0,
 }
-# GGUF's names of a block's layers.
-LAYERS = {
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
-
-
-def gguf_name(name):  # "blocks.0.ln_1.g" -> "blk.0.attn_norm.weight"
-    outside = {"wte": "token_embd.weight", "wpe": "position_embd.weight"}
-    if name in outside:
-        return outside[name]
-    layer, _, kind = name.rpartition(".")
-    ending = ".bias" if kind == "b" else ".weight"
-    if layer == "ln_f":
-        return "output_norm" + ending
-    _, number, layer = layer.split(".", 2)
-    return f"blk.{number}.{LAYERS[layer]}{ending}"
 
 
 def write_gguf(path, params, kind):
@@ -66,14 +44,18 @@ def write_gguf(path, params, kind):
     writer.add_token_list([f"t{id}" for id in range(N_VOCAB)])
     writer.add_token_types([1] * N_VOCAB)
     writer.add_token_merges(["t 1"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, HPARAMS["n_layer"])
     for name, _ in weights.tensor_shapes(HPARAMS):
+        their_name = names.get_name(
+            "transformer." + weights.hugging_face_name(name), try_suffixes=(".weight", ".bias")
+        )
         array = weights.leaf(params, name)
         is_matrix = array.ndim == 2 and name != "wpe"
         if is_matrix and name != "wte":
             array = np.ascontiguousarray(array.T)
         packed = gguf.quants.quantize(array, kind) if is_matrix else array
         raw_dtype = kind if is_matrix else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(gguf_name(name), packed, raw_dtype=raw_dtype)
+        writer.add_tensor(their_name, packed, raw_dtype=raw_dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -151,17 +133,11 @@ def main():
             shape = n_rows, N_PROMPT
             ids = np.random.default_rng(n_rows).integers(0, N_VOCAB - 1, shape).tolist()
             assert engines["ggml_float32"](ids, LONG) == engines["kv_cache"](ids, LONG)
-            runs = {
-                f"{name}/{n}": partial(write, ids, n)
-                for name, write in engines.items()
-                for n in (SHORT, LONG)
-            }
-            seconds = alternate(ROUNDS, **runs)
-            steps = {
-                name: (seconds[f"{name}/{LONG}"] - seconds[f"{name}/{SHORT}"]) / (LONG - SHORT)
-                for name in engines
-            }
-            print_table(f"a step of {n_rows} row{'s' * (n_rows > 1)}", steps, "kv_cache")
+            print_table(
+                f"a step of {n_rows} row{'s' * (n_rows > 1)}",
+                step_seconds(engines, ids),
+                "kv_cache",
+            )
 
 
 if __name__ == "__main__":
