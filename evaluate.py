@@ -128,13 +128,16 @@ def load_shards(folder, encoder):  # -> the same as load_ids
     if encoder.endoftext not in (None, ids[0]):
         ids = np.concatenate([[encoder.endoftext], ids])
     documents = np.split(ids[1:], np.flatnonzero(ids[1:] == encoder.endoftext))
-    texts = [encoder.decode(doc[doc != encoder.endoftext].tolist()) for doc in documents]
-    n_words = sum(len(text.split()) for text in texts)
+    n_words = n_spaces = 0
+    for document in documents:
+        text = encoder.decode(document[document != encoder.endoftext].tolist())
+        n_words += len(text.split())
+        n_spaces += text.startswith(" ")
     sizes = np.array([len(encoder.piece_of_id.get(id, "")) for id in range(encoder.n_vocab)])
     n_of_id = np.bincount(ids[1:][ids[1:] != encoder.endoftext], minlength=len(sizes))
     n_bytes = int(n_of_id @ sizes)
     if encoder.add_prefix_space and encoder.endoftext is not None:
-        n_bytes -= sum(text.startswith(" ") for text in texts)  # spaces that the tokenizer added
+        n_bytes -= n_spaces  # the tokenizer added them
     if not n_bytes:
         raise ValueError(f"{folder}: the validation shards hold no text to predict")
     return ids, n_bytes, n_words
