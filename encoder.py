@@ -240,10 +240,10 @@ class Encoder:
     def encode(self, text, allow_endoftext=False, begins=True):
         """Returns the token ids of a string: list[int].
 
-        If allow_endoftext is true, "<|endoftext|>" and the other texts of `special` become one id
-        each. If two of them match, the longer one is taken. Otherwise they are encoded as ordinary
-        text. Added tokens that are not special always become one id. Lone surrogates, which UTF-8
-        cannot encode, become U+FFFD. begins: False for a text that continues another, so that
+        The texts of `special`, such as "<|endoftext|>", are encoded as ordinary text, unless
+        allow_endoftext is true. Then they become one id each (the longer one, if two match). Added
+        tokens that are not special always become one id. Lone surrogates, which UTF-8 cannot
+        encode, become U+FFFD. begins: False for a text that continues another, so that
         add_prefix_space does not apply to it.
         """
         text = mend_surrogates(text)

@@ -173,11 +173,12 @@ def extend_all(caches, new_ids, params, n_head):  # caches and id lists -> [n_to
 
     def attend(layer, head_groups, q, k, v, out):  # [n_head, n_tokens, d_head] each
         attention_fn = params["blocks"][layer].get("attend", attention_in_blocks)
+        is_shared = attention_fn is attention_in_blocks and len(caches) > 1
         together = []  # groups with one token each; a group is some heads of a row, or all of them
         for row, heads in head_groups:
             new = heads, spans[row]
             keys, values = caches[row].append(layer, heads, k[new], v[new])
-            if len(caches) > 1 == len(new_ids[row]) and attention_fn is attention_in_blocks:
+            if is_shared and len(new_ids[row]) == 1:
                 together.append((q[new], keys, values, out[new]))
             else:
                 out[new] = attention_fn(q[new], keys, values)

@@ -18,10 +18,8 @@ import os
 import numpy as np
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-MOST_KEPT, LARGEST = (
-    64 << 20,
-    32 << 20,
-)  # bytes: kept free at the heap's end, and the largest block in it
+MOST_KEPT = 64 << 20  # bytes that stay free at the heap's end
+LARGEST = 32 << 20  # bytes of the largest block in the heap
 
 
 @functools.cache

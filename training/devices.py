@@ -45,9 +45,7 @@ def start_jax(coordinator, num_processes, process_id):
         if sys.stderr.isatty():
             print("waiting for the other processes ...", file=sys.stderr)
         jax.distributed.initialize(*cluster_options)
-    elif (
-        "JAX_NUM_CPU_DEVICES" not in env
-    ):  # one device per core is faster than threads in one device
+    elif "JAX_NUM_CPU_DEVICES" not in env:  # one device per core is faster than one with threads
         jax.config.update("jax_num_cpu_devices", usable_cores())
     platforms = env.get("JAX_PLATFORMS") or "cpu"
     if "cpu" not in platforms:  # where parameters are made and batches are drawn
