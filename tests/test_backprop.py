@@ -596,10 +596,10 @@ def test_the_beginning_has_gpt2s_deviations(rng):
     assert abs(backprop.loss_and_gradients(params, tokens, 4)[0] - math.log(257)) < 0.1
 
 
-def test_batches_are_stretches_from_anywhere_that_the_seed_and_the_step_decide(rng):
+def test_batches_are_sequences_from_anywhere_that_the_seed_and_the_step_decide(rng):
     text, seed = [np.arange(7, dtype=np.uint16), np.arange(7, 20, dtype=np.uint16)], 5
     found = np.array([draw_sequences(text, seed, step, (2, 5, 17)) for step in range(50)])
     assert found.shape == (50, 2, 5, 17) and (np.diff(found) == 1).all()
-    assert set(found[..., 0].flat) == {0, 1, 2, 3}  # the last stretch ends with the last token
+    assert set(found[..., 0].flat) == {0, 1, 2, 3}  # the last sequence ends with the last token
     assert (draw_sequences(text, seed, 7, (2, 5, 17)) == found[7]).all()
     assert (draw_sequences(text, seed + 1, 7, (2, 5, 17)) != found[7]).any()

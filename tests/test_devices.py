@@ -43,7 +43,7 @@ def start(seed, mesh, fsdp, optimizer):
 
 
 def train(seed, n_devices, fsdp, optimizer, dtype="float32"):
-    """4 steps of 2 * 8 stretches -> the state, the losses in training and in validation."""
+    """4 steps of 2 * 8 sequences -> the state, the losses in training and in validation."""
     mesh = devices.make_mesh(n_devices)  # that many of the 8 divide so large a batch
     optimizer, state, shardings = start(seed, mesh, fsdp, optimizer)
     how = {"dtype": dtype, "n_head": 3, "n_vocab": 257, "n_chunks": 2}
@@ -88,7 +88,7 @@ def test_a_mesh_takes_as_many_cpus_as_divide_the_batch():
     assert [devices.make_mesh(n).size for n in (1, 4, 6, 7, 9, 12, 16)] == [1, 4, 6, 7, 3, 6, 8]
 
 
-def test_every_device_reads_only_its_stretches(seed, monkeypatch):
+def test_every_device_reads_only_its_sequences(seed, monkeypatch):
     read = []
 
     def read_sequences(shards, starts, n):

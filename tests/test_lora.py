@@ -180,7 +180,7 @@ def test_eight_devices_compute_what_one_does(rng, fsdp):
     params = random_params(rng, TINY)
     adapters = trained(rng, params)
 
-    def train(n_devices, fsdp):  # 3 steps of 2 * 8 stretches
+    def train(n_devices, fsdp):  # 3 steps of 2 * 8 sequences
         mesh, optimizer = devices.make_mesh(n_devices), optax.adamw(1e-3)
         tree = adapt(params, adapters)
         state, shardings = start_state(tree, None, 0, optimizer, 257, mesh, fsdp)

@@ -63,15 +63,15 @@ def test_prepared_shards_are_mapped(prepared):
             assert array.tolist() == np.fromfile(path, "<u2").tolist()
 
 
-def test_stretches_run_across_shards(rng):
+def test_sequences_run_across_shards(rng):
     parts = [np.array(rng.integers(0, 9, n), np.uint16) for n in (5, 1, 1, 30, 2)]
     whole = np.concatenate(parts)
     assert shards.count_ids(parts) == len(whole)
     for start in range(len(whole)):
         for n in range(1, len(whole) - start + 1):
-            stretch = shards.read_sequences(parts, [start], n)[0]
-            assert stretch.tolist() == whole[start : start + n].tolist()
-            assert stretch.dtype == np.int32
+            sequence = shards.read_sequences(parts, [start], n)[0]
+            assert sequence.tolist() == whole[start : start + n].tolist()
+            assert sequence.dtype == np.int32
 
 
 @pytest.mark.parametrize("kind", ["nanoGPT", "llm.c"])

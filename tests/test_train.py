@@ -407,12 +407,12 @@ def read_batches(text, seed, n_done, shape, n_ctx):
     return np.asarray(batches.read_batches(text, seed, n_done, shape, n_ctx, one))
 
 
-def test_batches_are_stretches_of_the_text_from_anywhere_in_it(seed):
+def test_batches_are_sequences_of_the_text_from_anywhere_in_it(seed):
     text = [np.arange(7, dtype=np.uint16), np.arange(7, 20, dtype=np.uint16)]  # two shards
     batches = read_batches(text, seed, 0, (50, 2, 5), 16)
     assert batches.shape == (50, 2, 5, 17) and batches.dtype == np.int32
     assert (np.diff(batches) == 1).all()
-    assert set(batches[..., 0].flat) == {0, 1, 2, 3}  # the last stretch ends with the last token
+    assert set(batches[..., 0].flat) == {0, 1, 2, 3}  # the last sequence ends with the last token
 
 
 def test_a_steps_batch_depends_on_the_seed_and_the_step_only(seed):
