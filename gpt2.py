@@ -160,7 +160,8 @@ def mha(x, c_attn, c_proj, n_head, attend=attention_in_blocks):  # [..., n_seq, 
         -> [12, 5, 64] -> [5, 12, 64] -> [5, 768] -> [5, 768]
 
     `attend` computes the attention of all heads. It gets q, k and v, [..., n_head, n_seq, d_head]
-    each, and returns the shape of q. Its queries must not see later positions.
+    each, and returns the shape of q. With a cache, q has only the last n_q of the n_seq positions:
+    query i stands at position n_seq - n_q + i. No query may see later positions than its own.
     """
     xp = x.__array_namespace__()
     x = linear(x, **c_attn)  # [..., n_seq, 3 * n_embd]
